@@ -1,0 +1,76 @@
+"""Every error that a user of mpass can cause, one class each.
+
+The message names what is at fault (key, value, layer, head, shape) and what to do about it.
+All of them derive from `MpassError`, so that one `except` clause catches what mpass refuses.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MpassError(Exception):
+    """Base class of everything that mpass refuses."""
+
+
+class UnknownOptionError(MpassError):
+    """A key of torch.compile's `options=` that is neither ours nor Inductor's."""
+
+    def __init__(self, key: str, known: Iterable[str]) -> None:
+        super().__init__(
+            f"unknown option {key!r} for backend 'minference'{nearest(key, known)}; "
+            f"options are those of mpass.options.Options and of torch._inductor.config"
+        )
+
+
+class OptionValueError(MpassError):
+    """A known option with a value that it cannot take."""
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        super().__init__(f"option {key!r} is {value!r}; allowed: {allowed}")
+
+
+class UnknownPatternError(MpassError):
+    """A pattern name that no registered pattern has."""
+
+    def __init__(self, name: object, known: Iterable[str]) -> None:
+        names = sorted(known)
+        super().__init__(
+            f"unknown pattern {name!r}{nearest(str(name), names)}; registered: {', '.join(names)}"
+        )
+
+
+class PatternValueError(MpassError):
+    """A pattern's parameter outside of its range."""
+
+    def __init__(self, pattern: str, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{pattern}: {field} is {value!r}; allowed: {allowed}")
+
+
+class ConfigMismatchError(MpassError):
+    """A SparseConfig that does not fit the model: other layers or heads than the model has."""
+
+
+class ShapeError(MpassError):
+    """Tensors whose shapes do not make an attention."""
+
+
+class DtypeError(MpassError):
+    """A dtype that no lowering serves."""
+
+    def __init__(self, dtype: object, allowed: str) -> None:
+        super().__init__(f"dtype {dtype} is not served; allowed: {allowed}")
+
+
+class DeviceError(MpassError):
+    """A device that no lowering serves."""
+
+    def __init__(self, device: object, allowed: str) -> None:
+        super().__init__(f"device {str(device)!r} is not served; allowed: {allowed}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest known word, or the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,122 @@
+"""One attention found in a graph: what it reads, where it stands, and what its mask means.
+
+Nothing here edits a graph.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+Length = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class MaskMeaning:
+    """What an attention's mask was proven to mean; `None` for a site's `mask` means unproven.
+
+    Query row i stands at position `query_offset + i`; key j is visible iff all of these hold:
+    causal: `j <= position`; window > 0: `position - j < window`; key_mask: its entry [b, j] is
+    true; valid_keys: `j < valid_keys`.
+
+    proof: the argument in words, one line per conjunct, for the report.
+    """
+
+    causal: bool
+    query_offset: Length | fx.Node = 0
+    window: int = 0
+    key_mask: fx.Node | None = None
+    valid_keys: Length | None = None
+    proof: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One matched attention. Nodes are those of the captured graph.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] are the nodes before any
+    repetition of kv heads; output is the node whose uses the rewritten attention takes over, and
+    `output_transposed` tells that it is [B, Nq, H, Dv] instead of [B, H, Nq, Dv].
+    mask: what the mask means, or None with `unproven` telling why.
+    dense_reason: why the site must stay dense whatever the mask (dropout, weights returned, ...).
+    """
+
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    scale: float
+    mask: MaskMeaning | None
+    spelling: str
+    path: str = ""
+    layer: int = -1
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    output_transposed: bool = False
+    unproven: str = ""
+    dense_reason: str = ""
+    source: str = ""
+    extra: dict[str, object] = field(default_factory=dict, compare=False)
+
+    @property
+    def num_heads(self) -> int:
+        return int(shape_of(self.query)[1])
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(shape_of(self.key)[1])
+
+    @property
+    def head_dim(self) -> int:
+        return int(shape_of(self.query)[3])
+
+
+def example(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that a node stands for, from Dynamo's graph or an exported one."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"node {node.name} has no example tensor")
+    return value
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    """Shape of the tensor that a node stands for."""
+    return example(node).shape
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that a node was traced in: `model.layers.3.self_attn`.
+
+    Empty when the compiled module is itself the attention's owner.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\['self'\]\.?|^L__self___", "", path)
+    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
+    return re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".")
+
+
+def layer_index(path: str) -> int:
+    """Layer number that a module path names: its first integer component, or -1.
+
+    T5's `encoder.block.3.layer.0.SelfAttention` has two; the block is the first.
+    """
+    for part in path.split("."):
+        if part.isdecimal():
+            return int(part)
+    return -1
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's model that a node came from: `file:line, in name`."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    match = re.match(r'File "(.*)", line (\d+), in (\S+)', lines[-1])
+    return f"{match[1]}:{match[2]}, in {match[3]}" if match else lines[-1]
