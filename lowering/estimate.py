@@ -62,7 +62,8 @@ def vertical_slash_index(
         slash_sizes=slash_sizes,
     )
     width = vertical_slash_width(vertical_sizes, slash_sizes)
-    return diagonal_index(query, columns, block_diagonals(diagonals), width)
+    rows = num_query_blocks(query.shape[2], mask.query_offset)
+    return diagonal_index(query, rows, columns, block_diagonals(diagonals), width)
 
 
 def vertical_slash_width(vertical_sizes: Sequence[int], slash_sizes: Sequence[int]) -> IndexWidth:
@@ -115,13 +116,18 @@ def last_query_sums(
     rows = last_rows(mask, batch, num_queries, query.device)
     group = query.shape[1] // key.shape[1]
     picked = query[:, list(heads)].float()
-    picked = picked.gather(2, rows[:, None, :, None].clamp(min=0).expand(*picked.shape[:2], -1, picked.shape[-1]))
+    picked = picked.gather(
+        2, rows[:, None, :, None].clamp(min=0).expand(*picked.shape[:2], -1, picked.shape[-1])
+    )
     keys = key[:, [head // group for head in heads]].float()
     scores = picked @ keys.transpose(-1, -2) * scale
 
     positions = rows + mask.query_offset
     visible = torch.stack(
-        [allowed_cells(AttentionMask(mask.causal, 0, mask.window), p, num_keys)[0] for p in positions]
+        [
+            allowed_cells(AttentionMask(mask.causal, 0, mask.window), p, num_keys)[0]
+            for p in positions
+        ]
     )
     if mask.key_mask is not None:
         visible = visible & mask.key_mask[:, None, None, :]
@@ -249,10 +255,10 @@ def block_diagonals(diagonals: Tensor) -> Tensor:
 
 
 def diagonal_index(
-    query: Tensor, columns: Tensor, diagonals: Tensor, width: IndexWidth
+    query: Tensor, num_rows: int, columns: Tensor, diagonals: Tensor, width: IndexWidth
 ) -> SparseIndex:
     """An index in diagonal form from bool tables of keys [B, h, Nk] and block distances."""
-    index = empty_index(query, 0, width, diagonal_slots(columns.shape[1]))
+    index = empty_index(query, num_rows, width, diagonal_slots(columns.shape[1]))
     for table, count, entries in (
         (diagonals, index.diagonal_count, index.diagonal_index),
         (columns, index.column_count, index.column_index),

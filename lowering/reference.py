@@ -120,9 +120,7 @@ def allowed_cells(mask: AttentionMask, positions: Tensor, num_keys: int) -> Tens
     return allowed
 
 
-def selected_blocks(
-    index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks: int
-) -> Tensor:
+def selected_blocks(index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
     """Key blocks that the query blocks select: bool [B, H, rows, num_blocks].
 
     rows: rows of the lists; blocks: the same query blocks on the absolute grid.
