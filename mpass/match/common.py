@@ -1,0 +1,78 @@
+"""What all matchers share: reasons that keep any spelling dense, and the making of sites."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mpass.site import AttentionSite, example, layer_index, module_path, shape_of, source_line
+
+
+def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal for every length; asks without adding a guard."""
+    return bool(statically_known_true(left == right))
+
+
+def is_tensor(node: object) -> bool:
+    """Whether a graph argument is a node that stands for a tensor."""
+    if not isinstance(node, fx.Node):
+        return False
+    return isinstance(node.meta.get("example_value", node.meta.get("val")), torch.Tensor)
+
+
+def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
+    """Why three tensors are not [B, H, Nq, D] and [B, Hk, Nk, D|Dv]; "" if they are."""
+    shapes = [shape_of(node) for node in (query, key, value)]
+    if any(len(shape) != 4 for shape in shapes):
+        sizes = ", ".join(str(len(shape)) for shape in shapes)
+        return f"query, key, value have {sizes} dimensions; [B, H, N, D] is needed"
+    q, k, v = shapes
+    if not (same_size(q[0], k[0]) and same_size(q[0], v[0])):
+        return f"batch is broadcast: query {q[0]}, key {k[0]}, value {v[0]}"
+    if not same_size(q[3], k[3]):
+        return f"head_dim of query ({q[3]}) and key ({k[3]}) differ"
+    if not (same_size(k[1], v[1]) and same_size(k[2], v[2])):
+        return f"key {tuple(k[1:3])} and value {tuple(v[1:3])} differ in heads or length"
+    if not (isinstance(q[1], int) and isinstance(k[1], int) and isinstance(q[3], int)):
+        return "number of heads or head_dim is dynamic"
+    if q[1] % k[1]:
+        return f"{q[1]} query heads are no multiple of {k[1]} key/value heads"
+    return ""
+
+
+def gradient_reason(output: fx.Node) -> str:
+    """Why gradients keep a site dense: the sparse ops have no backward."""
+    if example(output).requires_grad:
+        return "gradients are recorded: run under torch.no_grad() or torch.inference_mode()"
+    return ""
+
+
+def dropout_reason(dropout: object) -> str:
+    """Why a dropout probability keeps a site dense; "" for a constant zero."""
+    if isinstance(dropout, fx.Node):
+        return "dropout probability is not a constant"
+    if dropout:
+        return f"dropout p={dropout} on attention weights: call model.eval()"
+    return ""
+
+
+def constant_scale(scale: object, query: fx.Node) -> float | None:
+    """The scale of the scores as a number, 1/sqrt(D) for None; None if it is not a constant."""
+    if scale is None:
+        head_dim = shape_of(query)[-1]
+        return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) else None
+    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
+        return float(scale)
+    return None
+
+
+def make_site(output: fx.Node, spelling: str, **fields: Any) -> AttentionSite:
+    """A site at `output`, with its place in the user's model filled in."""
+    path = module_path(output)
+    fields.setdefault("path", path)
+    fields.setdefault("layer", layer_index(fields["path"]))
+    return AttentionSite(output=output, spelling=spelling, source=source_line(output), **fields)

@@ -1,0 +1,100 @@
+"""torch.nn.functional.scaled_dot_product_attention, in torch IR and as the aten op of torch.export.
+
+The one place that knows the signature of SDPA: arguments come positionally or by keyword.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mpass.match.common import (
+    constant_scale,
+    dropout_reason,
+    gradient_reason,
+    is_tensor,
+    make_site,
+    same_size,
+    shape_reason,
+)
+from mpass.site import AttentionSite, MaskMeaning, shape_of
+
+TARGETS = (
+    torch._C._nn.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+
+
+@dataclass(frozen=True)
+class SdpaCall:
+    """The arguments of one call, under the names of SDPA's documentation.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv]; attn_mask broadcasts to
+    [B, H, Nq, Nk]; is_causal is aligned to the upper left: query i sees keys 0..i.
+    """
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    attn_mask: fx.Node | None = None
+    dropout_p: object = 0.0
+    is_causal: object = False
+    scale: object = None
+    enable_gqa: object = False
+
+
+POSITIONS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def bind_sdpa(node: fx.Node) -> SdpaCall | None:
+    """The bound arguments of an SDPA call, or None if the node is none."""
+    if node.op != "call_function" or node.target not in TARGETS:
+        return None
+    arguments = dict(zip(POSITIONS, node.args, strict=False)) | node.kwargs
+    return SdpaCall(**arguments)  # type: ignore[arg-type]
+
+
+def match_sdpa(node: fx.Node) -> AttentionSite | None:
+    """The site of an SDPA call, dense or not; None if the node is no SDPA call."""
+    call = bind_sdpa(node)
+    if call is None or not all(map(is_tensor, (call.query, call.key, call.value))):
+        return None
+    scale = constant_scale(call.scale, call.query)
+    mask, unproven = mask_of(call)
+    return make_site(
+        node,
+        "sdpa",
+        query=call.query,
+        key=call.key,
+        value=call.value,
+        scale=0.0 if scale is None else scale,
+        mask=mask,
+        unproven=unproven,
+        dense_reason=reason_to_stay(node, call, scale),
+    )
+
+
+def mask_of(call: SdpaCall) -> tuple[MaskMeaning | None, str]:
+    """What the mask arguments mean, or None and why that is not known."""
+    if isinstance(call.is_causal, fx.Node):
+        return None, "is_causal is not a constant"
+    if call.attn_mask is not None:
+        return None, f"mask {call.attn_mask} is not proven"
+    if call.is_causal:
+        return MaskMeaning(causal=True, proof=("is_causal=True: k <= q",)), ""
+    return MaskMeaning(causal=False, proof=("no mask: every key is seen",)), ""
+
+
+def reason_to_stay(node: fx.Node, call: SdpaCall, scale: float | None) -> str:
+    """Why a call must stay dense whatever its mask; "" if nothing stands in the way."""
+    reason = shape_reason(call.query, call.key, call.value)
+    if reason:
+        return reason
+    heads, kv_heads = shape_of(call.query)[1], shape_of(call.key)[1]
+    if not (call.enable_gqa or same_size(heads, kv_heads) or same_size(kv_heads, 1)):
+        return f"{heads} query heads and {kv_heads} key heads without enable_gqa"
+    if scale is None:
+        return "scale is not a constant"
+    return dropout_reason(call.dropout_p) or gradient_reason(node)
