@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
@@ -25,9 +23,10 @@ from mpass.lowering.index import (
     num_query_blocks,
 )
 from mpass.lowering.reference import allowed_cells, masked_softmax
+from torch import Tensor
 
 LAST_QUERIES = 64
-"""Queries at the end of the prompt from which vertical-slash estimates (MInference, section 3.2)."""
+"""Queries at the prompt's end from which vertical-slash estimates (MInference, section 3.2)."""
 
 SINK_COLUMNS = 30
 """First keys that vertical-slash always keeps (MInference's released code)."""
@@ -159,8 +158,7 @@ def block_top_k_index(
     Queries and keys are averaged over blocks of `block_sizes[h]` positions, a multiple of BLOCK;
     the top_k[h] key blocks of largest mean query x mean key are kept, the diagonal one always.
     """
-    batch, _, num_queries, _ = query.shape
-    num_keys = key.shape[2]
+    num_queries, num_keys = query.shape[2], key.shape[2]
     group = query.shape[1] // key.shape[1]
     rows = num_query_blocks(num_queries, mask.query_offset)
     columns = num_key_blocks(num_keys)

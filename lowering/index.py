@@ -162,14 +162,6 @@ def join_indexes(parts: Sequence[SparseIndex], heads: Sequence[Sequence[int]]) -
         padded = [torch.nn.functional.pad(t, (0, width - t.shape[-1])) for t in tensors]
         return torch.cat(padded, dim=1)
 
-    slots: dict[int, int] = {}
-    num_lists = num_diagonals = 0
-    for part, part_heads in zip(parts, heads, strict=True):
-        for slot, head in zip(part.head_slots, part_heads, strict=True):
-            slots[head] = num_lists + slot if slot >= 0 else slot - num_diagonals
-        num_lists += part.block_count.shape[1]
-        num_diagonals += part.diagonal_count.shape[1]
-
     joined_heads = [head for part_heads in heads for head in part_heads]
     order = sorted(range(len(joined_heads)), key=joined_heads.__getitem__)
     columns = concatenate([part.column_index for part in parts])
@@ -180,5 +172,20 @@ def join_indexes(parts: Sequence[SparseIndex], heads: Sequence[Sequence[int]]) -
         diagonal_index=concatenate([part.diagonal_index for part in parts]),
         column_count=torch.cat([part.column_count for part in parts], dim=1)[:, order],
         column_index=columns[:, order],
-        head_slots=tuple(slots[head] for head in range(len(slots))),
+        head_slots=join_slots([part.head_slots for part in parts], heads),
     )
+
+
+def join_slots(
+    head_slots: Sequence[Sequence[int]], heads: Sequence[Sequence[int]]
+) -> tuple[int, ...]:
+    """`head_slots` of the joined index, from those of the parts and the heads they stand for."""
+    slots: dict[int, int] = {}
+    num_lists = num_diagonals = 0
+    for part_slots, part_heads in zip(head_slots, heads, strict=True):
+        for slot, head in zip(part_slots, part_heads, strict=True):
+            slots[head] = num_lists + slot if slot >= 0 else slot - num_diagonals
+        in_lists = sum(slot >= 0 for slot in part_slots)
+        num_lists += in_lists
+        num_diagonals += len(part_slots) - in_lists
+    return tuple(slots[head] for head in range(len(slots)))

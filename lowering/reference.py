@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from mpass.lowering.index import (
     ALL_DIAGONALS,
     BLOCK,
@@ -20,6 +18,7 @@ from mpass.lowering.index import (
     num_key_blocks,
     num_query_blocks,
 )
+from torch import Tensor
 
 CHUNK_BLOCKS = 8
 """Query blocks computed at a time: the largest temporary is [B, H, CHUNK_BLOCKS * BLOCK, Nk]."""

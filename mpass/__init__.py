@@ -1,1 +1,38 @@
-"""mpass"""
+"""mpass: sparse attention prefill as a torch.compile backend, `backend="minference"`.
+
+Names are loaded when they are first used, so that importing mpass costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AShape": "mpass.patterns.a_shape",
+    "BlockSparse": "mpass.patterns.block_sparse",
+    "Dense": "mpass.patterns.dense",
+    "VerticalSlash": "mpass.patterns.vertical_slash",
+    "SparseConfig": "mpass.config",
+    "MpassError": "mpass.errors",
+    "computed_mask": "mpass.functional",
+    "density": "mpass.functional",
+    "sparse_attention": "mpass.functional",
+    "record": "mpass.lowering.record",
+    "last_report": "mpass.report",
+    "reports": "mpass.report",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mpass' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,98 @@
+"""How much of the attention an index computes, counted and in closed form.
+
+Letters: B batch, H query heads, I query blocks, J key blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from mpass.lowering import reference
+from mpass.lowering.index import (
+    BLOCK,
+    AttentionMask,
+    SparseIndex,
+    first_query_block,
+    num_key_blocks,
+    num_query_blocks,
+)
+from torch import Tensor
+
+CHUNK_BLOCKS = 64
+"""Query blocks counted at a time: the largest temporary is [B, H, CHUNK_BLOCKS, J]."""
+
+
+def density(
+    index: SparseIndex, mask: AttentionMask, *, batch: int, num_queries: int, num_keys: int
+) -> Tensor:
+    """Share of the cells allowed by `mask` that are computed: fp64 [B, H]. Exact.
+
+    Plain causal masks are counted per block; others cell by cell, a chunk of queries at a time.
+    """
+    plain = mask.causal and mask.window == 0 and mask.key_mask is None
+    if not plain or mask.query_offset + num_queries > num_keys:
+        return reference.density(
+            index, mask, batch=batch, num_queries=num_queries, num_keys=num_keys
+        )
+    device = index.column_index.device
+    first = first_query_block(mask.query_offset)
+    rows = num_query_blocks(num_queries, mask.query_offset)
+    columns = reference.selected_columns(index, batch, num_keys)
+    blocks = num_key_blocks(num_keys)
+    padding = blocks * BLOCK - num_keys
+    per_block = (
+        torch.nn.functional.pad(columns, (0, padding)).unflatten(-1, (blocks, BLOCK)).sum(-1)
+    )
+
+    computed = torch.zeros(batch, len(index.head_slots), dtype=torch.int64, device=device)
+    for start in range(0, rows, CHUNK_BLOCKS):
+        local = torch.arange(start, min(rows, start + CHUNK_BLOCKS), device=device)
+        absolute = local + first
+        begin = (absolute * BLOCK).clamp(min=mask.query_offset)
+        end = ((absolute + 1) * BLOCK).clamp(max=mask.query_offset + num_queries)
+        selected = reference.selected_blocks(index, local, absolute, blocks)
+        before = torch.arange(blocks, device=device)[None, :] < absolute[:, None]
+        keys = torch.where(selected, BLOCK, per_block[:, :, None, :])
+        full = torch.where(before, keys, 0).sum(-1) * (end - begin)
+        # Rows begin..end-1 of the diagonal block see 1 + position - block start keys each.
+        inner_first, inner_last = begin - absolute * BLOCK, end - absolute * BLOCK
+        triangle = (inner_last * (inner_last + 1) - inner_first * (inner_first + 1)) // 2
+        diagonal = selected.gather(-1, absolute.expand(*selected.shape[:2], -1)[..., None])[..., 0]
+        computed += (full + torch.where(diagonal, triangle, 0)).sum(-1)
+    last = mask.query_offset + num_queries
+    total = (last * (last + 1) - mask.query_offset * (mask.query_offset + 1)) // 2
+    return computed.double() / max(1, total)
+
+
+def work_share(index: SparseIndex, mask: AttentionMask, num_queries: int, num_keys: int) -> float:
+    """Tiles that a kernel walks over tiles of dense causal attention, all heads together.
+
+    An upper estimate in O(index size): columns inside of selected blocks count too.
+    """
+    first = first_query_block(mask.query_offset)
+    rows = num_query_blocks(num_queries, mask.query_offset)
+    blocks = num_key_blocks(num_keys)
+    heads = len(index.head_slots) * index.column_count.shape[0]
+    if not mask.causal:
+        dense = float(rows * blocks)
+        tiles = float(index.block_count.sum())
+        columns = float(index.column_count.sum()) / BLOCK * rows
+        return (tiles + columns) / (dense * heads)
+    last = first + rows  # query blocks first .. last - 1, block i has i + 1 causal tiles
+    reach = last if mask.window == 0 else min(last, (mask.window + BLOCK - 2) // BLOCK + 1)
+    dense = float(sum(min(i + 1, reach) for i in range(first, last)))
+
+    tiles = float(index.block_count.sum())
+    entries = index.diagonal_index
+    live = torch.arange(entries.shape[-1], device=entries.device) < index.diagonal_count[..., None]
+    live &= entries < reach
+    per_diagonal = (last - entries.clamp(min=first)).clamp(min=0)
+    tiles += float(torch.where(live, per_diagonal, 0).sum())
+    tiles += float((index.diagonal_count < 0).sum()) * dense
+
+    entries = index.column_index
+    live = torch.arange(entries.shape[-1], device=entries.device) < index.column_count[..., None]
+    per_column = (last - (entries // BLOCK + 1).clamp(min=first)).clamp(min=0)
+    if mask.window > 0:
+        per_column = per_column.clamp(max=reach)
+    tiles += float(torch.where(live, per_column, 0).sum()) / BLOCK
+    return tiles / (dense * heads)

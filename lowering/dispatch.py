@@ -1,0 +1,53 @@
+"""Which lowering runs an op: generated C++ on a CPU, generated Triton on a GPU, plain torch else.
+
+A lowering is a module with `unsupported(...)`, `sparse_attention(...)` and the estimators of
+`mpass.lowering.estimate`; `unsupported` tells in words why it cannot serve a call, or None.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """A chosen lowering. name: "cpu", "triton" or "reference"; reason: why it is the reference."""
+
+    name: str
+    reason: str = ""
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The lowering's own version of an op's implementation."""
+        if self.name == "reference":
+            module = "reference" if name == "sparse_attention" else "estimate"
+        else:
+            module = self.name
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(f"mpass.lowering.{module}"), name
+        )
+        return found
+
+
+def choose_lowering(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Lowering:
+    """The lowering that serves these tensors; reads dtype, device and static shapes only."""
+    device = query.device.type
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    if name is None:
+        return Lowering("reference", f"no kernels are generated for device {device!r}")
+    module = importlib.import_module(f"mpass.lowering.{name}")
+    if not hasattr(module, "unsupported"):
+        return Lowering("reference", "not built yet")
+    reason = module.unsupported(query, key, value, softcap=softcap, sinks=sinks)
+    return Lowering("reference", reason) if reason else Lowering(name)

@@ -1,0 +1,153 @@
+"""The ops of rewritten graphs: `minference::sparse_attention` and the glue around it.
+
+Every decision stands in an op's name or arguments, so that caches keyed by the graph are right.
+Index estimation has one op per pattern; mpass.patterns registers them. Letters: B batch, H query
+heads, Hk kv heads, Nq queries, Nk keys, D head_dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mpass.lowering.dense import dense_attention
+from mpass.lowering.density import density, work_share
+from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
+from mpass.lowering.record import Call, active_log
+from mpass.lowering.reference import empty_output
+from torch import Tensor
+
+NAMESPACE = "minference"
+
+_INDEX = (
+    "Tensor block_count, Tensor block_index, Tensor diagonal_count, Tensor diagonal_index, "
+    "Tensor column_count, Tensor column_index, int[] head_slots"
+)
+
+IndexTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::sparse_attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_INDEX}, Tensor? key_mask, Tensor? sinks, "
+    "SymInt query_offset, int window, bool causal, float scale, float softcap, "
+    "float dense_above, SymInt min_seq_len, int layer) -> Tensor",
+)
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_count: Tensor,
+    block_index: Tensor,
+    diagonal_count: Tensor,
+    diagonal_index: Tensor,
+    column_count: Tensor,
+    column_index: Tensor,
+    head_slots: Sequence[int],
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    dense_above: float,
+    min_seq_len: int,
+    layer: int,
+) -> Tensor:
+    """Attention over the keys that the index selects; see lowering.reference for the meaning.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
+    [B, Nq, H, Dv]. dense_above: run dense attention where more than this share of the work is
+    selected (CPU only: elsewhere reading the index would make the host wait); 1.0 or more for
+    never. min_seq_len: run dense below this number of keys (where no guard could decide it).
+    layer: for records only.
+    """
+    index = SparseIndex(
+        block_count,
+        block_index,
+        diagonal_count,
+        diagonal_index,
+        column_count,
+        column_index,
+        tuple(head_slots),
+    )
+    mask = AttentionMask(causal, query_offset, window, key_mask)
+    lowering = choose_lowering(query, key, value, softcap=softcap, sinks=sinks)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    dense = num_keys < min_seq_len or (
+        dense_above < 1.0
+        and query.device.type == "cpu"
+        and work_share(index, mask, num_queries, num_keys) > dense_above
+    )
+    log = active_log()
+    if log is not None:
+        sizes = {"batch": query.shape[0], "num_queries": num_queries, "num_keys": num_keys}
+        share = density(index, mask, **sizes)
+        log.calls.append(
+            Call(
+                layer=layer,
+                lowering="dense" if dense else lowering.name,
+                density=torch.ones_like(share) if dense else share,
+                num_queries=num_queries,
+                num_keys=num_keys,
+                index_bytes=index.num_bytes(),
+            )
+        )
+    if dense:
+        return dense_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
+    out: Tensor = lowering.function("sparse_attention")(
+        query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
+    )
+    return out
+
+
+@sparse_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    return empty_output(query, value)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::join_indexes",
+    mutates_args=(),
+    schema="(Tensor[] parts, int[] head_slots, int[] heads, int[] num_heads) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def join(
+    parts: Sequence[Tensor],
+    head_slots: Sequence[int],
+    heads: Sequence[int],
+    num_heads: Sequence[int],
+) -> IndexTensors:
+    """One index of a layer from the indexes of its patterns, see lowering.index.join_indexes.
+
+    parts: six tensors per index; head_slots, heads: per index, one after the other; num_heads: how
+    many of them belong to each.
+    """
+    indexes, head_lists, start = [], [], 0
+    for i, count in enumerate(num_heads):
+        tensors = parts[6 * i : 6 * i + 6]
+        indexes.append(SparseIndex(*tensors, tuple(head_slots[start : start + count])))
+        head_lists.append(list(heads[start : start + count]))
+        start += count
+    return join_indexes(indexes, head_lists).tensors()
+
+
+@join.register_fake
+def _(
+    parts: Sequence[Tensor],
+    head_slots: Sequence[int],
+    heads: Sequence[int],
+    num_heads: Sequence[int],
+) -> IndexTensors:
+    def joined(position: int) -> Tensor:
+        tensors = list(parts[position::6])
+        shape = list(tensors[0].shape)
+        shape[1] = sum(tensor.shape[1] for tensor in tensors)
+        if position % 2:  # the entries; counts stand at even positions
+            shape[-1] = max(tensor.shape[-1] for tensor in tensors)
+        return tensors[0].new_empty(shape)
+
+    return (joined(0), joined(1), joined(2), joined(3), joined(4), joined(5))

@@ -1,0 +1,62 @@
+"""What the ops really did while a model ran, for those who ask: `with record() as log: ...`.
+
+Off, it costs one context-variable read per op call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One executed sparse attention.
+
+    layer: as in the graph, -1 if unknown; lowering: "cpu", "triton", "reference" or "dense";
+    density: share of the mask's cells computed, fp64 [B, H]; num_queries, num_keys: lengths;
+    index_bytes: memory of the index.
+    """
+
+    layer: int
+    lowering: str
+    density: Tensor
+    num_queries: int
+    num_keys: int
+    index_bytes: int
+
+
+@dataclass(slots=True)
+class Log:
+    """Calls in the order in which they ran."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    def density(self) -> float:
+        """Mean density over all calls, batch rows and heads; 1.0 if nothing was recorded."""
+        if not self.calls:
+            return 1.0
+        return sum(float(call.density.mean()) for call in self.calls) / len(self.calls)
+
+
+_active: ContextVar[Log | None] = ContextVar("mpass_record", default=None)
+
+
+def active_log() -> Log | None:
+    """The log that calls are to be added to, or None."""
+    return _active.get()
+
+
+@contextmanager
+def record() -> Iterator[Log]:
+    """Collect what every sparse attention inside the block computes, a `Call` each."""
+    log = Log()
+    token = _active.set(log)
+    try:
+        yield log
+    finally:
+        _active.reset(token)

@@ -1,0 +1,64 @@
+"""The torch.compile backend: `torch.compile(model, backend="minference")`.
+
+Dynamo's graph is rewritten first and then given to Inductor: every decision stands in the graph's
+ops and their arguments, so Inductor's caches see it (a late pass would not run on a cache hit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpass.match import find_attention
+from mpass.options import Options, parse_options
+from mpass.plan import AttentionPlan, plan_attention
+from mpass.report import Report, keep_report, make_report
+from mpass.rewrite import rewrite_attention
+
+
+def minference(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its attention made sparse.
+
+    mode, options: as given to torch.compile; see mpass.options.Options for our keys. Raises
+    UnknownOptionError, OptionValueError, UnknownPatternError and ConfigMismatchError before
+    anything is compiled (Dynamo shows them inside of its BackendCompilerFailed).
+    """
+    parsed = parse_options(mode, options)
+    report = apply_passes(gm, parsed)
+    compiled = compile_rest(gm, example_inputs, parsed)
+    # Only now: Dynamo may restart the analysis from inside of the inner compiler.
+    keep_report(report)
+    return compiled
+
+
+def apply_passes(gm: fx.GraphModule, options: Options) -> Report:
+    """The passes in their order: match, plan, rewrite. Edits `gm`; returns what was done."""
+    sites = find_attention(gm)
+    decisions = [plan_attention(site, options) for site in sites]
+    rewrite_attention(gm, [plan for plan in decisions if isinstance(plan, AttentionPlan)])
+    return make_report(decisions, options.shortest)
+
+
+def compile_rest(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    """Hand the rewritten graph to the inner compiler."""
+    if options.inner_backend == "eager":
+        return gm.forward
+    if options.inner_backend == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, list(example_inputs), config_patches=dict(options.inductor))
+    compiled: Callable[..., Any] = torch._dynamo.lookup_backend(options.inner_backend)(
+        gm, list(example_inputs)
+    )
+    return compiled

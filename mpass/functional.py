@@ -1,0 +1,165 @@
+"""Sparse attention as functions, shaped like torch's own: for those who want only the attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpass.errors import DtypeError, ShapeError
+from mpass.lowering import density as densities
+from mpass.lowering import reference
+from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.patterns.base import Pattern, find_pattern
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the ops compute in; the accumulator is fp32."""
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: Pattern | str,
+    scale: float | None = None,
+    is_causal: bool = True,
+    enable_gqa: bool = False,
+    query_offset: int | None = None,
+    window: int = 0,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention over the keys that `pattern` selects for every head.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv]; H > Hk needs
+    `enable_gqa=True`. scale: 1/sqrt(D) by default. query_offset: keys before the first query, when
+    Nq < Nk. window: sliding window in tokens. key_mask: bool [B, Nk], False for padding.
+    Raises ShapeError, DtypeError, UnknownPatternError.
+    """
+    mask = attention_mask(query, key, value, is_causal, enable_gqa, query_offset, window, key_mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    index = estimate_index(query, key, mask, pattern, scale)
+    lowering = choose_lowering(query, key, value)
+    out: Tensor = lowering.function("sparse_attention")(query, key, value, index, mask, scale=scale)
+    return out
+
+
+def computed_mask(
+    query: Tensor,
+    key: Tensor,
+    *,
+    pattern: Pattern | str,
+    scale: float | None = None,
+    is_causal: bool = True,
+    query_offset: int | None = None,
+    window: int = 0,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """What the kernels really compute, cell by cell: bool [B, H, Nq, Nk]. Small N only.
+
+    It contains the pattern's selected set, and `sparse_attention` equals dense attention under it.
+    """
+    mask = attention_mask(query, key, key, is_causal, True, query_offset, window, key_mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return reference.computed_mask(
+        estimate_index(query, key, mask, pattern, scale),
+        mask,
+        batch=query.shape[0],
+        num_queries=query.shape[2],
+        num_keys=key.shape[2],
+    )
+
+
+def density(
+    query: Tensor,
+    key: Tensor,
+    *,
+    pattern: Pattern | str,
+    scale: float | None = None,
+    is_causal: bool = True,
+    query_offset: int | None = None,
+    window: int = 0,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Share of the work of dense attention under the same mask that is computed: fp64 [B, H]."""
+    mask = attention_mask(query, key, key, is_causal, True, query_offset, window, key_mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return densities.density(
+        estimate_index(query, key, mask, pattern, scale),
+        mask,
+        batch=query.shape[0],
+        num_queries=query.shape[2],
+        num_keys=key.shape[2],
+    )
+
+
+def estimate_index(
+    query: Tensor, key: Tensor, mask: AttentionMask, pattern: Pattern | str, scale: float
+) -> SparseIndex:
+    """The index of one pattern for all heads."""
+    chosen = find_pattern(pattern)() if isinstance(pattern, str) else pattern
+    if not mask.causal and not chosen.bidirectional:
+        raise ShapeError(f"{chosen.name} is defined for causal attention only: is_causal is False")
+    heads = list(range(query.shape[1]))
+    return type(chosen).estimate(query, key, mask, heads, [chosen] * len(heads), scale=scale)
+
+
+def attention_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    enable_gqa: bool,
+    query_offset: int | None,
+    window: int,
+    key_mask: Tensor | None,
+) -> AttentionMask:
+    """The mask that the arguments mean, after checking every shape and dtype."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ShapeError(f"{name} is {list(tensor.shape)}; expected [B, H, N, D]")
+        if tensor.dtype not in (*DTYPES, torch.float64):
+            raise DtypeError(tensor.dtype, "float32, bfloat16, float16")
+        if tensor.dtype != query.dtype:
+            raise DtypeError(tensor.dtype, f"the query's, {query.dtype}, for {name}")
+    batch, heads, num_queries, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1], key.shape[2]
+    if key.shape[0] != batch or value.shape[:3] != key.shape[:3] or key.shape[3] != head_dim:
+        raise ShapeError(
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do "
+            "not make an attention: batch and head_dim must agree, key and value share B, H and N"
+        )
+    if min(batch, heads, kv_heads, num_queries, num_keys, head_dim) < 1:
+        raise ShapeError(f"query {list(query.shape)}, key {list(key.shape)}: a size is zero")
+    if heads % kv_heads:
+        raise ShapeError(f"{heads} query heads do not divide into groups over {kv_heads} kv heads")
+    if heads != kv_heads and not enable_gqa:
+        raise ShapeError(
+            f"{heads} query heads over {kv_heads} kv heads: pass enable_gqa=True if that is meant"
+        )
+    if window < 0:
+        raise ShapeError(f"window is {window}; allowed: 0 for none, or a number of tokens")
+    if key_mask is not None and (
+        key_mask.shape != (batch, num_keys) or key_mask.dtype != torch.bool
+    ):
+        raise ShapeError(
+            f"key_mask is {key_mask.dtype} {list(key_mask.shape)}; "
+            f"expected bool {[batch, num_keys]}"
+        )
+    if not is_causal:
+        if query_offset or window:
+            raise ShapeError("query_offset and window need is_causal=True")
+        return AttentionMask(causal=False, key_mask=key_mask)
+    if query_offset is None:
+        if num_queries != num_keys:
+            raise ShapeError(
+                f"{num_queries} queries over {num_keys} keys: pass query_offset, the number of "
+                f"keys before the first query (usually {num_keys - num_queries})"
+            )
+        query_offset = 0
+    if query_offset < 0 or query_offset + num_queries > num_keys:
+        raise ShapeError(
+            f"query_offset {query_offset} with {num_queries} queries over {num_keys} keys; "
+            f"allowed: 0 to {num_keys - num_queries}"
+        )
+    return AttentionMask(True, query_offset, window, key_mask)

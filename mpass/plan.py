@@ -1,0 +1,128 @@
+"""What to do with each attention: an AttentionPlan, or a Skip that tells why it stays dense.
+
+Nothing here edits a graph. A guard on the prompt's length may be installed, see `long_enough`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import (
+    free_symbols,
+    statically_known_true,
+)
+
+from mpass.config import SparseConfig
+from mpass.options import Options
+from mpass.patterns.base import Pattern
+from mpass.site import AttentionSite, Length, example, shape_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """A site that becomes sparse: the pattern of each query head, and how the op decides.
+
+    min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
+    """
+
+    site: AttentionSite
+    patterns: tuple[Pattern, ...]
+    dense_above: float
+    min_seq_len: int
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A site that stays as it is, with the reason in words."""
+
+    site: AttentionSite
+    reason: str
+
+
+def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Skip:
+    """Decide about one site. Raises ConfigMismatchError if the config is for another model."""
+    config = options.sparse_config
+    patterns = config.patterns(site.layer, site.num_heads)
+    reason = reason_to_skip(site, patterns)
+    if reason:
+        return Skip(site, reason)
+    return decide_length(site, patterns, config, options)
+
+
+def reason_to_skip(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
+    """Why this site cannot be sparse whatever its length, or the empty string."""
+    if site.dense_reason:
+        return site.dense_reason
+    query, key, value = (example(node) for node in (site.query, site.key, site.value))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        return "gradients are needed: run under torch.no_grad() or torch.inference_mode()"
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype} is not served; allowed: float32, bfloat16, float16"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    if query.device.type not in ("cpu", "cuda"):
+        return f"no kernels are generated for device {query.device.type!r}"
+    if any(not isinstance(n, int) for n in (site.num_heads, site.num_kv_heads, site.head_dim)):
+        return "the numbers of heads and head_dim must be known when compiling"
+    if site.num_heads % site.num_kv_heads:
+        return f"{site.num_heads} query heads do not divide over {site.num_kv_heads} kv heads"
+    if max(site.head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
+        return f"head_dim {max(site.head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
+    if site.mask is None:
+        return site.unproven or "its mask is not proven"
+    if isinstance(site.mask.query_offset, fx.Node):
+        return "the position of the first query is a tensor: it is known only at run time"
+    if not site.mask.causal:
+        other = sorted({p.name for p in patterns if not p.bidirectional})
+        if other:
+            return f"not causal: {', '.join(other)} is defined for causal attention only"
+    if all(pattern.name == "dense" for pattern in patterns) and not site.mask.window:
+        return "the config keeps every head of this layer dense"
+    return ""
+
+
+def decide_length(
+    site: AttentionSite, patterns: tuple[Pattern, ...], config: SparseConfig, options: Options
+) -> AttentionPlan | Skip:
+    """Compare the number of keys with the shortest sparse prompt, now or by a guard or in the op."""
+    num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
+    if statically_known_true(num_queries == 1):
+        return Skip(site, "decoding: one query")
+    shortest = options.shortest
+    sparse = AttentionPlan(site, patterns, options.dense_above, 0)
+    if statically_known_true(num_keys >= shortest):
+        return sparse
+    if statically_known_true(num_keys < shortest):
+        return Skip(site, f"{length_in_words(num_keys)} keys, sparse from {shortest} on")
+    if has_user_range(num_keys):
+        # A guard would contradict the range that the user promised: the op decides per call.
+        return AttentionPlan(site, patterns, options.dense_above, shortest)
+    if bool(num_keys >= shortest):
+        return sparse
+    return Skip(site, f"{length_in_words(num_keys)} keys, sparse from {shortest} on")
+
+
+def has_user_range(length: Length) -> bool:
+    """Whether a range constraint (mark_dynamic's min and max, torch.export) forbids new guards."""
+    if not isinstance(length, torch.SymInt):
+        return False
+    env = length.node.shape_env
+    for symbol in free_symbols(length):
+        upper = env.var_to_range[symbol].upper
+        if not (upper.is_infinite or upper > math.inf) and int(upper) < 2**62:
+            return True
+    return False
+
+
+def length_in_words(length: Length) -> str:
+    """A length as it stands in messages: the number, or the symbol with its value now."""
+    if isinstance(length, int):
+        return str(length)
+    hint = length.node.hint
+    return f"{length} ({hint} now)" if hint is not None else str(length)

@@ -1,0 +1,123 @@
+"""What became sparse and what did not, and why: one Report per compiled graph."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpass.plan import AttentionPlan, Skip
+
+log = logging.getLogger(__name__)
+
+KEPT_REPORTS = 256
+"""Reports kept; regional compilation makes one per layer and length."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention of a compiled graph.
+
+    layer, path: where it stands (-1 and "" if unknown); status: "sparse" or "dense"; reason: why it
+    is dense; patterns: one per query head, empty if dense; mask: the proof, line by line;
+    source: the user's line.
+    """
+
+    layer: int
+    path: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    status: str
+    reason: str
+    patterns: tuple[str, ...]
+    spelling: str
+    mask: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compile did. sites: in graph order; min_seq_len: sparse from this length on."""
+
+    sites: tuple[SiteReport, ...]
+    min_seq_len: int
+
+    @property
+    def sparse_sites(self) -> tuple[SiteReport, ...]:
+        return tuple(site for site in self.sites if site.status == "sparse")
+
+    def summary(self) -> str:
+        """One line: how many attention layers became sparse, by which patterns."""
+        total, sparse = len(self.sites), self.sparse_sites
+        noun = "attention layer" if total == 1 else "attention layers"
+        if not sparse:
+            reasons = Counter(site.reason for site in self.sites)
+            why = "; ".join(reason for reason, _ in reasons.most_common(3))
+            return f"0 of {total} {noun} sparse" + (f": {why}" if why else "")
+        names = Counter(pattern.split("(")[0] for site in sparse for pattern in site.patterns)
+        used = ", ".join(name for name, _ in names.most_common())
+        return (
+            f"{len(sparse)} of {total} {noun}, {used}, "
+            f"prompts of {self.min_seq_len} tokens and more"
+        )
+
+    def __str__(self) -> str:
+        from mpass.tables import render_report
+
+        return render_report(self)
+
+
+_reports: deque[Report] = deque(maxlen=KEPT_REPORTS)
+
+
+def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
+    """The record of one decision."""
+    site = decision.site
+    sparse = isinstance(decision, AttentionPlan)
+    return SiteReport(
+        layer=site.layer,
+        path=site.path,
+        num_heads=site.num_heads,
+        num_kv_heads=site.num_kv_heads,
+        head_dim=site.head_dim,
+        status="sparse" if sparse else "dense",
+        reason="" if isinstance(decision, AttentionPlan) else decision.reason,
+        patterns=tuple(str(p) for p in decision.patterns)
+        if isinstance(decision, AttentionPlan)
+        else (),
+        spelling=site.spelling,
+        mask=site.mask.proof if site.mask else (),
+        source=site.source,
+    )
+
+
+def make_report(decisions: Sequence[AttentionPlan | Skip], min_seq_len: int) -> Report:
+    """The report of one graph."""
+    return Report(tuple(describe_site(decision) for decision in decisions), min_seq_len)
+
+
+def keep_report(report: Report) -> None:
+    """Make it `last_report()`, count it and log its one line."""
+    from torch._dynamo.utils import counters
+
+    _reports.append(report)
+    counters["minference"]["graphs"] += 1
+    counters["minference"]["sites"] += len(report.sites)
+    counters["minference"]["sparse_sites"] += len(report.sparse_sites)
+    for site in report.sites:
+        if site.reason:
+            counters["minference"][f"dense: {site.reason}"] += 1
+    if report.sites:
+        log.info("%s", report.summary())
+
+
+def last_report() -> Report:
+    """The report of the graph that was compiled last in this process, empty if there is none."""
+    return _reports[-1] if _reports else Report((), 0)
+
+
+def reports() -> tuple[Report, ...]:
+    """Reports of the latest compiled graphs, oldest first."""
+    return tuple(_reports)

@@ -1,0 +1,94 @@
+"""A-shape: the first keys (sinks) and a local window, whatever the input.
+
+MInference 1.0, section 3.1; StreamingLLM's mask. Nothing is estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import sympy
+import torch
+from mpass.lowering.estimate import diagonal_index, first_keys
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, num_query_blocks
+from mpass.lowering.reference import allowed_cells
+from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from torch import Tensor
+
+
+@register_pattern
+@dataclass(frozen=True)
+class AShape(Pattern):
+    """Keep the first `sink_size` keys and the `window_size` keys up to the query's own.
+
+    Sizes are in tokens. Padding does not count: the sinks are the first real keys of a batch row.
+    """
+
+    sink_size: int = 128
+    window_size: int = 1024
+
+    name: ClassVar[str] = "a_shape"
+    form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+
+    def __post_init__(self) -> None:
+        check_positive(self, sink_size=True)
+
+    @classmethod
+    def estimate(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> SparseIndex:
+        keys = torch.arange(key.shape[2], device=key.device)
+        after_start = keys - first_keys(mask, query.shape[0], key.device)[:, None, None]
+        sinks = torch.tensor([p.sink_size for p in patterns], device=key.device)[:, None]
+        columns = (after_start >= 0) & (after_start < sinks)
+        distances = torch.arange(cls.width(patterns).max_diagonals, device=key.device)
+        reach = torch.tensor([window_diagonals(p.window_size) for p in patterns], device=key.device)
+        diagonals = (distances < reach[:, None]).expand(query.shape[0], -1, -1)
+        rows = num_query_blocks(query.shape[2], mask.query_offset)
+        return diagonal_index(query, rows, columns, diagonals, cls.width(patterns))
+
+    @classmethod
+    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
+        return IndexWidth(
+            max_diagonals=max(window_diagonals(p.window_size) for p in patterns),
+            max_columns=max(p.sink_size for p in patterns),
+        )
+
+    @classmethod
+    def select(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> Tensor:
+        positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
+        keys = torch.arange(key.shape[2], device=key.device)
+        start = first_keys(mask, query.shape[0], key.device)[:, None]
+        per_head = []
+        for pattern in patterns:
+            window = positions[:, None] - keys < pattern.window_size
+            sinks = (keys - start >= 0) & (keys - start < pattern.sink_size)
+            per_head.append(window | sinks[:, None, :])
+        return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
+
+    def cost(self) -> sympy.Expr:
+        kept = sympy.Min(LENGTH / 2, self.sink_size + self.window_size + BLOCK)
+        return 2 * LENGTH * kept * HEAD_DIM
+
+
+def window_diagonals(window_size: int) -> int:
+    """Block diagonals that hold the token distances 0 .. window_size - 1."""
+    return (window_size - 1 + BLOCK - 1) // BLOCK + 1

@@ -1,0 +1,70 @@
+"""Dense: every key that the mask allows. For heads that a config leaves as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import sympy
+import torch
+from mpass.lowering.index import (
+    ALL_DIAGONALS,
+    AttentionMask,
+    IndexWidth,
+    SparseIndex,
+    diagonal_slots,
+    empty_index,
+    num_query_blocks,
+)
+from mpass.lowering.reference import allowed_cells
+from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, register_pattern
+from torch import Tensor
+
+
+@register_pattern
+@dataclass(frozen=True)
+class Dense(Pattern):
+    """Keep every key. A layer that is dense in all heads is not rewritten at all, unless its mask
+    is a sliding window: then only the window is computed."""
+
+    name: ClassVar[str] = "dense"
+    form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+
+    @classmethod
+    def estimate(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> SparseIndex:
+        rows = num_query_blocks(query.shape[2], mask.query_offset)
+        index = empty_index(query, rows, cls.width(patterns), diagonal_slots(len(heads)))
+        index.diagonal_count.fill_(ALL_DIAGONALS)
+        return index
+
+    @classmethod
+    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
+        return IndexWidth()
+
+    @classmethod
+    def select(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> Tensor:
+        positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
+        cells = allowed_cells(mask, positions, key.shape[2])
+        return cells.expand(query.shape[0], len(heads), -1, -1).to(torch.bool)
+
+    def cost(self) -> sympy.Expr:
+        return LENGTH**2 * HEAD_DIM
