@@ -70,6 +70,46 @@ class DeviceError(MpassError):
         super().__init__(f"device {str(device)!r} is not served; allowed: {allowed}")
 
 
+class ModelNotFoundError(MpassError):
+    """A model that is neither a short name nor a folder or GGUF file that can be loaded."""
+
+    def __init__(self, model: object, short_names: Iterable[str], fault: str = "") -> None:
+        names = sorted(short_names)
+        super().__init__(
+            f"model {str(model)!r}: {fault or 'no such folder or file'}"
+            f"{nearest(str(model), names)}; give one of {', '.join(names)}, a folder in the "
+            f"transformers format, or a GGUF file"
+        )
+
+
+class MissingPackageError(MpassError):
+    """A package that this command needs is not installed, or its files are damaged."""
+
+    def __init__(self, package: str, command: str, fault: str = "not installed") -> None:
+        super().__init__(f"package {package} is {fault}; run: {command}")
+
+
+class UnknownTextError(MpassError):
+    """A text name that is not one of ours, or a file that cannot be read."""
+
+    def __init__(self, name: object, known: Iterable[str], fault: str = "no such text") -> None:
+        names = sorted(known)
+        super().__init__(
+            f"text {str(name)!r}: {fault}{nearest(str(name), names)}; "
+            f"give one of {', '.join(names)}, or a UTF-8 file"
+        )
+
+
+class TextTooShortError(MpassError):
+    """A text with fewer tokens than the length asked."""
+
+    def __init__(self, tokens: int, length: int) -> None:
+        super().__init__(
+            f"the text has {tokens} tokens, fewer than the length {length}; "
+            f"give a longer text or a length of at most {tokens}"
+        )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known word, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
