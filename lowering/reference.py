@@ -1,4 +1,4 @@
-"""What the sparse ops mean, in plain torch: the truth that every generated kernel is tested against.
+"""What the sparse ops mean, in plain torch: the truth that generated kernels are tested against.
 
 Nothing here builds an Nq x Nk tensor: queries are taken a chunk of blocks at a time.
 Letters: B batch, H query heads, Hk key/value heads, Nq queries, Nk keys, D head_dim, Dv value dim.

@@ -57,8 +57,7 @@ def compile_rest(
     if options.inner_backend == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(gm, list(example_inputs), config_patches=dict(options.inductor))
-    compiled: Callable[..., Any] = torch._dynamo.lookup_backend(options.inner_backend)(
-        gm, list(example_inputs)
-    )
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(options.inductor))
+    else:
+        compiled = torch._dynamo.lookup_backend(options.inner_backend)(gm, list(example_inputs))
     return compiled

@@ -1,4 +1,4 @@
-"""The `mode=` and `options=` of torch.compile: our keys, Inductor's keys, and an error for the rest."""
+"""`mode=` and `options=` of torch.compile: our keys, Inductor's keys, and an error for the rest."""
 
 from __future__ import annotations
 

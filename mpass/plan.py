@@ -90,7 +90,7 @@ def reason_to_skip(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
 def decide_length(
     site: AttentionSite, patterns: tuple[Pattern, ...], config: SparseConfig, options: Options
 ) -> AttentionPlan | Skip:
-    """Compare the number of keys with the shortest sparse prompt, now or by a guard or in the op."""
+    """Compare the number of keys with the shortest sparse prompt: now, by a guard or in the op."""
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     if statically_known_true(num_queries == 1):
         return Skip(site, "decoding: one query")

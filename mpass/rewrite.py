@@ -68,7 +68,7 @@ def replace_site(graph: fx.Graph, plan: AttentionPlan) -> None:
 
 
 def insert_index(
-    graph: fx.Graph, plan: AttentionPlan, visible: tuple[fx.Node | None, object, int, bool]
+    graph: fx.Graph, plan: AttentionPlan, visible: tuple[fx.Node | None, int | fx.Node, int, bool]
 ) -> tuple[list[fx.Node], tuple[int, ...]]:
     """Estimation ops for the patterns of a plan; the index's six nodes and its head_slots."""
     site = plan.site
@@ -112,7 +112,7 @@ def copy_meta(origin: fx.Node, node: fx.Node) -> None:
             node.meta[key] = origin.meta[key]
 
 
-def as_argument(graph: fx.Graph, length: Length | fx.Node, query: fx.Node) -> object:
+def as_argument(graph: fx.Graph, length: Length | fx.Node, query: fx.Node) -> int | fx.Node:
     """A length as an op's argument: the int, or a node that computes the SymInt."""
     if not isinstance(length, torch.SymInt):
         return length

@@ -6,7 +6,8 @@ draws it. Registering it defines its op `minference::<name>`, whose arguments ar
 fields, one value per head. Files of this folder and the modules named by entry points of the group
 `mpass.patterns` are found by `discover_patterns`.
 
-Letters: B batch, h heads of the pattern, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim.
+Letters: B batch, h heads of the pattern, H query heads, Hk kv heads, Nq queries, Nk keys, D
+head_dim.
 """
 
 from __future__ import annotations
