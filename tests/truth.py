@@ -1,0 +1,43 @@
+"""The truth that kernels are held against: dense attention in fp64 over an explicit mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
+"""Largest difference to the fp64 truth for inputs of unit variance."""
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, cells: Tensor, scale: float) -> Tensor:
+    """fp64 attention over bool cells [B, H, Nq, Nk]; rows that see nothing are zero."""
+    group = query.shape[1] // key.shape[1]
+    keys = key.double().repeat_interleave(group, 1)
+    values = value.double().repeat_interleave(group, 1)
+    scores = (query.double() @ keys.mT * scale).masked_fill(~cells, -torch.inf)
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ values
+
+
+def random_attention(
+    batch: int = 1,
+    heads: int = 4,
+    kv_heads: int = 2,
+    num_queries: int = 200,
+    num_keys: int | None = None,
+    head_dim: int = 32,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query, key, value of unit variance."""
+    generator = torch.Generator().manual_seed(seed)
+    num_keys = num_queries if num_keys is None else num_keys
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return (
+        normal(batch, heads, num_queries, head_dim),
+        normal(batch, kv_heads, num_keys, head_dim),
+        normal(batch, kv_heads, num_keys, value_dim or head_dim),
+    )
