@@ -60,8 +60,6 @@ def reason_to_skip(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
     if site.dense_reason:
         return site.dense_reason
     query, key, value = (example(node) for node in (site.query, site.key, site.value))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        return "gradients are needed: run under torch.no_grad() or torch.inference_mode()"
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype} is not served; allowed: float32, bfloat16, float16"
     if not query.dtype == key.dtype == value.dtype:

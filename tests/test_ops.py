@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import mpass
 from mpass.lowering import density, reference
 from mpass.lowering.index import AttentionMask, join_indexes, num_query_blocks
 from mpass.lowering.record import record
 from mpass.patterns.base import head_slots, index_op, registered_patterns
+
+import mpass
 from tests.truth import TOLERANCE, dense_attention, random_attention
 
 
@@ -55,9 +55,7 @@ def test_mixed_patterns_in_one_call_equal_each_alone():
     patterns = [mpass.BlockSparse(2), mpass.AShape(3, 70), mpass.Dense()]
     heads = [[4, 0], [1, 5], [3, 2]]
     parts = [estimate(p, query, key, h) for p, h in zip(patterns, heads, strict=True)]
-    out = reference.sparse_attention(
-        query, key, value, join_indexes(parts, heads), mask, scale=0.2
-    )
+    out = reference.sparse_attention(query, key, value, join_indexes(parts, heads), mask, scale=0.2)
     for pattern, group in zip(patterns, heads, strict=True):
         alone = mpass.sparse_attention(
             query, key, value, pattern=pattern, scale=0.2, enable_gqa=True

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpass.patterns.base import find_pattern, registered_patterns
 
 import mpass
 from mpass.errors import PatternValueError, ShapeError, UnknownPatternError
-from mpass.patterns.base import find_pattern, registered_patterns
 from tests.truth import TOLERANCE, dense_attention, random_attention
 
 SMALL = {

@@ -9,7 +9,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, tor
 """Largest difference to the fp64 truth for inputs of unit variance."""
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, cells: Tensor, scale: float) -> Tensor:
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, cells: Tensor, scale: float
+) -> Tensor:
     """fp64 attention over bool cells [B, H, Nq, Nk]; rows that see nothing are zero."""
     group = query.shape[1] // key.shape[1]
     keys = key.double().repeat_interleave(group, 1)

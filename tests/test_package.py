@@ -1,0 +1,192 @@
+"""The package as a whole: who may import whom, what a wheel holds, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"mpass": "mpass", "mpass.lowering": "lowering", "mpass.patterns": "patterns"}
+
+LAYERS = [
+    "errors",
+    "lowering",
+    "patterns",
+    "config",
+    "site",
+    "mask",
+    "match",
+    "plan",
+    "rewrite",
+    "report",
+    "backend",
+]
+"""Import order, lowest first: a module may import its own layer and those below."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join([package, *parts]).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+def imports(name: str, path: Path, known: set[str], top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {module for module in found if module in known or not module.startswith("mpass")}
+
+
+def import_graph(top_level_only: bool = False) -> nx.DiGraph:
+    known = modules()
+    graph = nx.DiGraph()
+    for name, path in known.items():
+        for target in imports(name, path, set(known), top_level_only):
+            if target != name and not name.startswith(target + "."):
+                graph.add_edge(name, target)
+    return graph
+
+
+def test_imports_have_no_circles():
+    graph = import_graph(top_level_only=True).subgraph(modules())
+    assert list(nx.simple_cycles(graph)) == []
+
+
+def layer_of(module: str) -> int | None:
+    part = module.removeprefix("mpass.").split(".")[0]
+    for prefix, layer in (("mask", "mask"), ("config", "config")):
+        if part.startswith(prefix + "_"):
+            part = layer
+    return LAYERS.index(part) if part in LAYERS else None
+
+
+def test_imports_go_down_the_layers():
+    wrong = [
+        f"{source} imports {target}"
+        for source, target in import_graph(top_level_only=True).edges
+        if (low := layer_of(source)) is not None
+        and target.startswith("mpass.")
+        and (high := layer_of(target)) is not None
+        and high > low
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ["mpass.lowering", "mpass.patterns"])
+def test_lowering_and_patterns_do_not_know_graphs_or_models(package):
+    for source, target in import_graph().edges:
+        if source.startswith(package):
+            assert not target.startswith(("torch.fx", "transformers")), f"{source}: {target}"
+        if source.startswith("mpass.lowering"):
+            assert not target.startswith("mpass.patterns"), f"{source}: {target}"
+
+
+def test_the_pass_does_not_import_transformers():
+    passes = nx.descendants(import_graph(), "mpass.backend") | {"mpass.backend"}
+    assert "transformers" not in {module.split(".")[0] for module in passes}
+
+
+def test_no_module_is_imported_by_a_bare_name():
+    for source, target in import_graph().edges:
+        assert target.split(".")[0] not in ("lowering", "patterns"), source
+
+
+def run(code: str, **env: str) -> str:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_mpass_is_light():
+    out = run(
+        "import sys, mpass; print([m for m in ('torch', 'triton', 'sympy', 'transformers', "
+        "'rich', 'typer') if m in sys.modules])"
+    )
+    assert out.strip() == "[]"
+
+
+def test_importing_torch_does_not_import_mpass():
+    assert run("import sys, torch; print('mpass' in sys.modules)").strip() == "False"
+
+
+def test_importing_the_backend_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; "
+        "import mpass.backend, mpass.functional, mpass.patterns.base as base; "
+        "print(len(base.registered_patterns()) >= 4)"
+    )
+    assert run(code).strip() == "True"
+
+
+def test_backend_is_found_by_name_without_importing_mpass():
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+assert "mpass" not in sys.modules
+assert "minference" in torch._dynamo.list_backends()
+config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=99,
+                     num_attention_heads=4, num_key_value_heads=2)
+model = AutoModelForCausalLM.from_config(config).eval()
+ids = torch.randint(0, 99, (1, 200))
+options = {"min_seq_len": 128, "inner_backend": "aot_eager", "pattern": "a_shape"}
+with torch.no_grad():
+    compiled = torch.compile(model, backend="minference", fullgraph=True, options=options)
+    out = compiled(ids, use_cache=True).logits
+    print((out - model(ids).logits).abs().max().item() < 1e-4)
+import mpass
+print(len(mpass.last_report().sparse_sites))
+"""
+    assert run(code).split() == ["True", "2"]
+
+
+def test_wheel_holds_one_top_level_package(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), "."],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"mpass"}
+    sources = {name for name in names if name.endswith(".py")}
+    for folder, package in (("mpass", "mpass"), ("lowering", "mpass/lowering")):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"{package}/{path.relative_to(ROOT / folder)}" in sources, path
+    for path in (ROOT / "lowering").rglob("*.jinja"):
+        assert f"mpass/lowering/{path.relative_to(ROOT / 'lowering')}" in names, path
+    assert "mpass/py.typed" in names
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    text = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "[torch_dynamo_backends]\nminference = mpass.backend:minference" in text
