@@ -13,13 +13,13 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mpass.cache import cache_dir
 from mpass.errors import MissingPackageError, OptionValueError, TextTooShortError, UnknownTextError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ARCHIVE = "Brotli-1.1.0"
 ARCHIVE_SHA256 = "81de08ac11bcb85841e440c13611c00b67d3bf82698314928d0b676362546724"
@@ -110,6 +110,8 @@ def load_tokens(text: str, tokenizer: Any, length: int) -> Tensor:
     """
     if length < 1:
         raise OptionValueError("length", length, "an int >= 1")
+    import torch  # here, so that the command line's help needs no torch
+
     # Only as much of a long text is tokenized as is needed; 64 spare tokens keep the cut, where
     # tokens may differ from the whole text's, out of what is returned.
     chars, tokens = 4 * length + 256, list[int]()
