@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpass.debug import Trace, close_trace, finish_trace, open_trace
 from mpass.match import find_attention
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, plan_attention
@@ -33,19 +34,27 @@ def minference(
     anything is compiled (Dynamo shows them inside of its BackendCompilerFailed).
     """
     parsed = parse_options(mode, options)
-    report = apply_passes(gm, parsed)
+    trace = open_trace(gm, parsed)
+    report = apply_passes(gm, parsed, trace)
     compiled = compile_rest(gm, example_inputs, parsed)
+    trace.mark("inner compiler")
+    finish_trace(trace)
     # Only now: Dynamo may restart the analysis from inside of the inner compiler.
     keep_report(report)
     return compiled
 
 
-def apply_passes(gm: fx.GraphModule, options: Options) -> Report:
+def apply_passes(gm: fx.GraphModule, options: Options, trace: Trace) -> Report:
     """The passes in their order: match, plan, rewrite. Edits `gm`; returns what was done."""
     sites = find_attention(gm)
+    trace.mark("match")
     decisions = [plan_attention(site, options) for site in sites]
+    trace.mark("plan")
     rewrite_attention(gm, [plan for plan in decisions if isinstance(plan, AttentionPlan)])
-    return make_report(decisions, options.shortest)
+    trace.mark("rewrite")
+    report = make_report(decisions, options.shortest)
+    close_trace(trace, gm, decisions, report, options)
+    return report
 
 
 def compile_rest(

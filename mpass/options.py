@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ class Options:
     min_seq_len: prompts shorter than this stay dense; tokens.
     dense_above: share of the dense work above which the op runs dense attention instead.
     inner_backend: what compiles the rewritten graph.
+    debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
     """
 
@@ -31,6 +33,7 @@ class Options:
     min_seq_len: int = 2048
     dense_above: float = 0.6
     inner_backend: str = "inductor"
+    debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -99,6 +102,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
         raise OptionValueError("dense_above", share, "a share of the dense work, 0 or more")
     if "dense_above" in values:
         values["dense_above"] = float(share)
+    debug = values.get("debug", False)
+    if not isinstance(debug, bool | str | os.PathLike):
+        raise OptionValueError("debug", debug, "True, False or a folder")
     inner = values.get("inner_backend", "inductor")
     if inner not in INNER_BACKENDS:
         raise OptionValueError("inner_backend", inner, ", ".join(INNER_BACKENDS))

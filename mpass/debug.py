@@ -1,0 +1,231 @@
+"""The debug folder: what became of every compiled graph, in numbered folders of readable files.
+
+`options={"debug": True}` or a folder, or the environment variable MPASS_DEBUG. Without either no
+graph is printed and nothing is written; the same texts go to `TORCH_LOGS="+mpass"` and, through
+`trace_structured`, to TORCH_TRACE and tlparse when those ask for them. Writing never stops a
+compile: what cannot be written is a warning, and a folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from mpass.cache import write_whole
+from mpass.graph_text import count_ops, op_difference, readable
+from mpass.lowering.sources import KernelSource, watch_sources
+from mpass.options import Options
+from mpass.plan import AttentionPlan, Skip
+from mpass.report import Report
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "MPASS_DEBUG"
+"""Environment variable: a folder, or 1 for `DEFAULT_FOLDER`; empty or 0 for off."""
+
+DEFAULT_FOLDER = "mpass_debug"
+"""Where `debug=True` writes, in the current folder."""
+
+
+class DebugFolderWarning(UserWarning):
+    """A debug folder that could not be written; the compile went on without it."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """One graph on its way through the passes.
+
+    root: the debug folder, None if there is none; captured: the graph as text before the passes,
+    empty if nobody reads it; ops: its calls by name; seconds: time of each pass, in order;
+    last: when the latest step ended; folder: this graph's own folder, once written.
+    """
+
+    root: Path | None
+    captured: str = ""
+    ops: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+    folder: Path | None = None
+
+    def mark(self, step: str) -> None:
+        """Take the time since the last mark as that of `step`."""
+        now = time.perf_counter()
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self.last
+        self.last = now
+
+
+def debug_root(options: Options) -> Path | None:
+    """The debug folder that the options ask for, else the environment, else None."""
+    chosen: bool | str | os.PathLike[str] = options.debug or os.environ.get(VARIABLE, "")
+    if chosen in (False, "", "0"):
+        return None
+    return Path(DEFAULT_FOLDER if chosen in (True, "1") else chosen).expanduser().absolute()
+
+
+def open_trace(gm: fx.GraphModule, options: Options) -> Trace:
+    """Start tracing a graph before any pass has touched it."""
+    emit_graph("captured", gm)
+    root = debug_root(options)
+    if root is None:
+        return Trace(None)
+    # A debugging aid: whatever goes wrong in it must not take the user's compile along.
+    try:
+        return Trace(root, readable(gm), count_ops(gm))
+    except Exception as error:
+        warn_once(root, describe(error))
+        return Trace(None)
+
+
+def close_trace(
+    trace: Trace,
+    gm: fx.GraphModule,
+    decisions: Sequence[AttentionPlan | Skip],
+    report: Report,
+    options: Options,
+) -> None:
+    """Tell about a graph after the last pass: the log, the structured trace, the debug folder."""
+    emit_graph("rewritten", gm)
+    emit("report", "json", lambda: json.dumps(dataclasses.asdict(report), indent=1))
+    if trace.root is None:
+        return
+    from mpass.site_text import decision_as_dict, decision_as_text  # needs rich: only when asked
+
+    try:
+        trace.folder = write_numbered(
+            trace.root,
+            {
+                "captured.py": trace.captured,
+                "matched.txt": "\n\n".join(decision_as_text(d, options) for d in decisions) + "\n",
+                "matched.json": as_json([decision_as_dict(d, options) for d in decisions]),
+                "rewritten.py": readable(gm),
+                "ops_diff.txt": op_difference(trace.ops, count_ops(gm)),
+                "report.txt": f"{report}\n",
+                "config.json": as_json(options_as_dict(options)),
+                "timings.json": as_json(trace.seconds),
+            },
+        )
+        watch_kernels(trace.root)
+    except Exception as error:
+        warn_once(trace.root, describe(error))
+    trace.mark("debug")
+
+
+def finish_trace(trace: Trace) -> None:
+    """Write the timings again after the inner compiler, with its time."""
+    if trace.folder is None or trace.root is None:
+        return
+    try:
+        write_whole(trace.folder / "timings.json", as_json(trace.seconds))
+    except OSError as error:
+        warn_once(trace.root, describe(error))
+
+
+def emit_graph(stage: str, gm: fx.GraphModule) -> None:
+    """A graph to the log and the structured trace, printed only if one of them listens."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s graph\n%s", stage, readable(gm))
+    emit(f"{stage}_graph", "string", lambda: readable(gm))
+
+
+def emit(name: str, encoding: str, payload: object) -> None:
+    """An artifact `minference_<name>` for TORCH_TRACE; `payload` is called only if it is on."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"minference_{name}", "encoding": encoding},
+        payload_fn=payload,  # type: ignore[arg-type]
+        expect_trace_id=False,
+    )
+
+
+def write_numbered(root: Path, files: Mapping[str, str]) -> Path:
+    """Write files into the next free `root/NNN`, all of them or none."""
+    root.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
+    try:
+        for name, content in files.items():
+            (scratch / name).write_text(content, encoding="utf-8")
+        scratch.chmod(0o755)
+        number = sum(path.name.isdecimal() for path in root.iterdir())
+        while True:
+            target = root / f"{number:03d}"
+            try:
+                return scratch.rename(target)
+            except OSError:
+                # Another process took the number; renaming over a filled folder is refused.
+                if not target.is_dir():
+                    raise
+                number += 1
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@functools.cache
+def watch_kernels(root: Path) -> None:
+    """Write every kernel of this process into `root/kernels`, now or when it is first built."""
+
+    def write(kernel: KernelSource) -> None:
+        try:
+            folder = root / "kernels"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / kernel.file_name, kernel.source)
+            details = "".join(f"{name}: {value}\n" for name, value in kernel.details)
+            write_whole(folder / f"{kernel.name}.txt", details)
+        except OSError as error:
+            warn_once(root, describe(error))
+
+    watch_sources(write)
+
+
+def options_as_dict(options: Options) -> dict[str, object]:
+    """The options that applied, patterns as text, and where debug was asked for."""
+    values = {
+        item.name: getattr(options, item.name)
+        for item in dataclasses.fields(options)
+        if item.name != "inductor"
+    }
+    values["inductor"] = dict(options.inductor)
+    values["debug"] = "options" if options.debug else f"environment variable {VARIABLE}"
+    return values
+
+
+def as_json(value: object) -> str:
+    """JSON text; objects without a JSON form become their text."""
+    return json.dumps(value, indent=1, default=str) + "\n"
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@functools.cache
+def warned_roots() -> set[Path]:
+    """Debug folders that were warned about in this process."""
+    return set()
+
+
+def warn_once(root: Path, fault: str) -> None:
+    """One warning per debug folder and process."""
+    if root in warned_roots():
+        return
+    warned_roots().add(root)
+    warnings.warn(
+        f"the debug folder {root} cannot be written ({fault}); compiling goes on without it: "
+        f"set options={{'debug': FOLDER}} or {VARIABLE} to a folder that can be written",
+        DebugFolderWarning,
+        stacklevel=2,
+    )
