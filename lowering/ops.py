@@ -14,7 +14,7 @@ from mpass.lowering.dense import dense_attention
 from mpass.lowering.density import density, work_share
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
-from mpass.lowering.record import Call, active_log
+from mpass.lowering.record import Call, Operands, active_log
 from mpass.lowering.reference import empty_output
 from torch import Tensor
 
@@ -86,16 +86,17 @@ def sparse_attention(
     if log is not None:
         sizes = {"batch": query.shape[0], "num_queries": num_queries, "num_keys": num_keys}
         share = density(index, mask, **sizes)
-        log.calls.append(
-            Call(
-                layer=layer,
-                lowering="dense" if dense else lowering.name,
-                density=torch.ones_like(share) if dense else share,
-                num_queries=num_queries,
-                num_keys=num_keys,
-                index_bytes=index.num_bytes(),
-            )
+        call = Call(
+            layer=layer,
+            lowering="dense" if dense else lowering.name,
+            density=torch.ones_like(share) if dense else share,
+            num_queries=num_queries,
+            num_keys=num_keys,
+            index_bytes=index.num_bytes(),
         )
+        log.calls.append(call)
+        if log.inspect is not None:
+            log.inspect(call, Operands(query, key, index, mask, scale, softcap, sinks))
     if dense:
         return dense_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
     out: Tensor = lowering.function("sparse_attention")(
@@ -105,6 +106,38 @@ def sparse_attention(
 
 
 @sparse_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    return empty_output(query, value)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? sinks, "
+    "SymInt query_offset, int window, bool causal, float scale, float softcap) -> Tensor",
+)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Dense attention whose mask is given in words instead of cells; see lowering.dense.
+
+    What mpass.attention_interface puts into graphs: the pass finds it and makes it sparse.
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv].
+    """
+    mask = AttentionMask(causal, query_offset, window, key_mask)
+    return dense_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
+
+
+@attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return empty_output(query, value)
 

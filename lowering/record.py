@@ -5,11 +5,12 @@ Off, it costs one context-variable read per op call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from mpass.lowering.index import AttentionMask, SparseIndex
 from torch import Tensor
 
 
@@ -30,11 +31,28 @@ class Call:
     index_bytes: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """What one sparse attention read, its values aside; arguments as of the op.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D].
+    """
+
+    query: Tensor
+    key: Tensor
+    index: SparseIndex
+    mask: AttentionMask
+    scale: float
+    softcap: float
+    sinks: Tensor | None
+
+
 @dataclass(slots=True)
 class Log:
-    """Calls in the order in which they ran."""
+    """Calls in the order in which they ran; `inspect` sees each with what it read, as it runs."""
 
     calls: list[Call] = field(default_factory=list)
+    inspect: Callable[[Call, Operands], None] | None = None
 
     def density(self) -> float:
         """Mean density over all calls, batch rows and heads; 1.0 if nothing was recorded."""
@@ -52,9 +70,12 @@ def active_log() -> Log | None:
 
 
 @contextmanager
-def record() -> Iterator[Log]:
-    """Collect what every sparse attention inside the block computes, a `Call` each."""
-    log = Log()
+def record(inspect: Callable[[Call, Operands], None] | None = None) -> Iterator[Log]:
+    """Collect what every sparse attention inside the block computes, a `Call` each.
+
+    inspect: called with every Call and its operands; nothing keeps them afterwards.
+    """
+    log = Log(inspect=inspect)
     token = _active.set(log)
     try:
         yield log

@@ -70,10 +70,11 @@ class Trace:
 
 def debug_root(options: Options) -> Path | None:
     """The debug folder that the options ask for, else the environment, else None."""
-    chosen: bool | str | os.PathLike[str] = options.debug or os.environ.get(VARIABLE, "")
+    chosen = options.debug or os.environ.get(VARIABLE, "")
     if chosen in (False, "", "0"):
         return None
-    return Path(DEFAULT_FOLDER if chosen in (True, "1") else chosen).expanduser().absolute()
+    folder = DEFAULT_FOLDER if isinstance(chosen, bool) or chosen == "1" else chosen
+    return Path(folder).expanduser().absolute()
 
 
 def open_trace(gm: fx.GraphModule, options: Options) -> Trace:
