@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from mpass.mask import MaskProver
 from mpass.match.common import (
     constant_scale,
     dropout_reason,
@@ -56,13 +57,13 @@ def bind_sdpa(node: fx.Node) -> SdpaCall | None:
     return SdpaCall(**arguments)  # type: ignore[arg-type]
 
 
-def match_sdpa(node: fx.Node) -> AttentionSite | None:
+def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     """The site of an SDPA call, dense or not; None if the node is no SDPA call."""
     call = bind_sdpa(node)
     if call is None or not all(map(is_tensor, (call.query, call.key, call.value))):
         return None
     scale = constant_scale(call.scale, call.query)
-    mask, unproven = mask_of(call)
+    mask, unproven = mask_of(node, call, prover)
     return make_site(
         node,
         "sdpa",
@@ -76,12 +77,15 @@ def match_sdpa(node: fx.Node) -> AttentionSite | None:
     )
 
 
-def mask_of(call: SdpaCall) -> tuple[MaskMeaning | None, str]:
+def mask_of(node: fx.Node, call: SdpaCall, prover: MaskProver) -> tuple[MaskMeaning | None, str]:
     """What the mask arguments mean, or None and why that is not known."""
     if isinstance(call.is_causal, fx.Node):
         return None, "is_causal is not a constant"
     if call.attn_mask is not None:
-        return None, f"mask {call.attn_mask} is not proven"
+        if shape_reason(call.query, call.key, call.value):
+            return None, "shapes are not those of an attention"
+        proof = prover.prove_mask(call.attn_mask, call.query, call.key, node)
+        return proof.meaning, proof.reason
     if call.is_causal:
         return MaskMeaning(causal=True, proof=("is_causal=True: k <= q",)), ""
     return MaskMeaning(causal=False, proof=("no mask: every key is seen",)), ""
