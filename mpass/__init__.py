@@ -21,6 +21,7 @@ _EXPORTS = {
     "density": "mpass.functional",
     "sparse_attention": "mpass.functional",
     "record": "mpass.lowering.record",
+    "register_attention": "mpass.attention_interface",
     "last_report": "mpass.report",
     "reports": "mpass.report",
 }

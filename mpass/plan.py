@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -76,6 +77,18 @@ def reason_to_skip(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
         return site.unproven or "its mask is not proven"
     if isinstance(site.mask.query_offset, fx.Node):
         return "the position of the first query is a tensor: it is known only at run time"
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    for length in (site.mask.query_offset, site.mask.valid_keys):
+        if isinstance(length, torch.SymInt) and not is_sum_of_products(length.node.expr):
+            return f"a length of the mask, {length}, is no sum of products of the graph's sizes"
+    if site.mask.causal and not statically_known_true(
+        site.mask.query_offset + num_queries <= num_keys
+    ):
+        return (
+            f"queries may stand after the last key: {length_in_words(num_queries)} queries from "
+            f"position {length_in_words(site.mask.query_offset)} on over "
+            f"{length_in_words(num_keys)} keys"
+        )
     if not site.mask.causal:
         other = sorted({p.name for p in patterns if not p.bidirectional})
         if other:
@@ -83,6 +96,14 @@ def reason_to_skip(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
     if all(pattern.name == "dense" for pattern in patterns) and not site.mask.window:
         return "the config keeps every head of this layer dense"
     return ""
+
+
+def is_sum_of_products(expression: sympy.Expr) -> bool:
+    """Whether the rewrite can build this length from the symbols that the graph's inputs hold."""
+    return all(
+        node.is_Integer or node.is_Symbol or node.is_Add or node.is_Mul
+        for node in sympy.preorder_traversal(expression)
+    )
 
 
 def decide_length(

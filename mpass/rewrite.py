@@ -9,13 +9,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+import sympy
 import torch
 from torch import fx
 
 from mpass.lowering.index import join_slots
 from mpass.patterns.base import Pattern, head_slots, index_op
 from mpass.plan import AttentionPlan
-from mpass.site import Length, shape_of
+from mpass.site import AttentionSite, Length, MaskMeaning, shape_of
 
 
 def rewrite_attention(gm: fx.GraphModule, plans: Sequence[AttentionPlan]) -> None:
@@ -33,24 +34,17 @@ def replace_site(graph: fx.Graph, plan: AttentionPlan) -> None:
     site, mask = plan.site, plan.site.mask
     if mask is None:
         raise AssertionError(f"site {site.path or site.output.name} was planned without a mask")
-    ops = torch.ops.minference
     with graph.inserting_before(site.output):
-        offset = as_argument(graph, mask.query_offset, site.query)
-        visible = (mask.key_mask, offset, mask.window, mask.causal)
-        index, slots = insert_index(graph, plan, visible)
+        key, value, key_mask = insert_keys(graph, site, mask)
+        offset = as_argument(graph, mask.query_offset)
+        visible = (key_mask, offset, mask.window, mask.causal)
+        index, slots = insert_index(graph, plan, key, visible)
+        arguments = (site.query, key, value, *index, list(slots), key_mask, site.sinks)
         output = graph.call_function(
-            ops.sparse_attention.default,
+            torch.ops.minference.sparse_attention.default,
             (
-                site.query,
-                site.key,
-                site.value,
-                *index,
-                list(slots),
-                mask.key_mask,
-                site.sinks,
-                offset,
-                mask.window,
-                mask.causal,
+                *arguments,
+                *visible[1:],
                 site.scale,
                 site.softcap,
                 plan.dense_above,
@@ -67,8 +61,38 @@ def replace_site(graph: fx.Graph, plan: AttentionPlan) -> None:
     site.output.replace_all_uses_with(output)
 
 
+def insert_keys(
+    graph: fx.Graph, site: AttentionSite, mask: MaskMeaning
+) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Key, value and key_mask [B, Nk] of a site, cut to the valid keys (views, no copies)."""
+    key, value, key_mask = site.key, site.value, mask.key_mask
+    batch = shape_of(site.query)[0]
+    if key_mask is not None and shape_of(key_mask)[0] != batch:
+        rows = as_argument(graph, batch)
+        key_mask = graph.call_method("expand", (key_mask, rows, -1))
+        copy_meta(site.output, key_mask)
+    if mask.valid_keys is None:
+        return key, value, key_mask
+    rows_kept = slice(None, as_argument(graph, mask.valid_keys))
+    everything = slice(None)
+
+    def cut(node: fx.Node, *where: slice) -> fx.Node:
+        shorter = graph.call_function(operator.getitem, (node, where))
+        copy_meta(site.output, shorter)
+        return shorter
+
+    return (
+        cut(key, everything, everything, rows_kept),
+        cut(value, everything, everything, rows_kept),
+        None if key_mask is None else cut(key_mask, everything, rows_kept),
+    )
+
+
 def insert_index(
-    graph: fx.Graph, plan: AttentionPlan, visible: tuple[fx.Node | None, int | fx.Node, int, bool]
+    graph: fx.Graph,
+    plan: AttentionPlan,
+    key: fx.Node,
+    visible: tuple[fx.Node | None, int | fx.Node, int, bool],
 ) -> tuple[list[fx.Node], tuple[int, ...]]:
     """Estimation ops for the patterns of a plan; the index's six nodes and its head_slots."""
     site = plan.site
@@ -80,7 +104,7 @@ def insert_index(
     for cls, heads in groups.items():
         fields = plan.patterns[heads[0]].parameters()
         parameters = [[plan.patterns[head].parameters()[name] for head in heads] for name in fields]
-        arguments = (site.query, site.key, key_mask, heads, offset, window, causal, site.scale)
+        arguments = (site.query, key, key_mask, heads, offset, window, causal, site.scale)
         estimate = graph.call_function(index_op(cls), (*arguments, *parameters))
         copy_meta(site.output, estimate)
         parts += unpack(graph, estimate, site.output)
@@ -112,29 +136,44 @@ def copy_meta(origin: fx.Node, node: fx.Node) -> None:
             node.meta[key] = origin.meta[key]
 
 
-def as_argument(graph: fx.Graph, length: Length | fx.Node, query: fx.Node) -> int | fx.Node:
-    """A length as an op's argument: the int, or a node that computes the SymInt."""
+def as_argument(graph: fx.Graph, length: Length | fx.Node) -> int | fx.Node:
+    """A length as an op's argument: the int, or a node that computes the SymInt.
+
+    The expression is built from the sizes and symbols that the graph's inputs hold.
+    """
     if not isinstance(length, torch.SymInt):
         return length
-    found = find_symint(graph, length)
-    if found is None:
-        raise LookupError(f"no node of the graph holds the length {length}")
-    return found
+    return build_expression(graph, length.node.expr)
 
 
-def find_symint(graph: fx.Graph, length: torch.SymInt) -> fx.Node | None:
-    """A node whose value is this SymInt."""
-    for node in graph.nodes:
+def build_expression(graph: fx.Graph, expression: sympy.Expr) -> int | fx.Node:
+    """Nodes that compute a sympy expression over the shape symbols of a graph."""
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_Symbol:
+        return find_symbol(graph, expression)
+    fold = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(expression.func)
+    if fold is None:
+        raise LookupError(f"no node of the graph holds the length {expression}")
+    parts = [build_expression(graph, argument) for argument in expression.args]
+    total = parts[0]
+    for part in parts[1:]:
+        total = graph.call_function(fold, (total, part))
+    return total
+
+
+def find_symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
+    """The input that is a shape symbol, or a new node with the size of a tensor input that is."""
+    for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value", node.meta.get("val"))
-        if isinstance(value, torch.SymInt) and value.node.expr == length.node.expr:
-            found: fx.Node = node
-            return found
-    return None
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return node
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                return graph.call_method("size", (node, dim))
+    raise LookupError(f"no input of the graph holds the length {symbol}")
 
 
 def remove_dead(graph: fx.Graph) -> None:
     """Drop nodes without users and without effects; mutations stay."""
     graph.eliminate_dead_code()
-
-
-__all__ = ["rewrite_attention", "shape_of"]
