@@ -72,6 +72,10 @@ def demo(
             "The backend's default if not given."
         ),
     ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A pattern per layer and head: JSON of a SparseConfig."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed prefills of each kind, interleaved.")] = 3,
@@ -105,6 +109,7 @@ def demo(
             text=text,
             length=length,
             pattern=pattern,
+            config=config,
             dtype=dtype,
             device=device,
             repeats=repeats,

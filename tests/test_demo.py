@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -16,6 +17,8 @@ from mpass import demo
 from mpass.cli import app, main
 from mpass.demo import Settings, check_settings, render, run_demo
 from mpass.errors import (
+    ConfigFileError,
+    ConfigMismatchError,
     DeviceError,
     DtypeError,
     MpassError,
@@ -187,6 +190,8 @@ def test_continuation_runs_the_given_forward_and_leaves_the_model_as_it_was(smol
         ({"pattern": "block_sparse(top=3)"}, OptionValueError),
         ({"pattern": "1 + 1"}, OptionValueError),
         ({"pattern": "a_shape("}, OptionValueError),
+        ({"pattern": "dense", "config": "CONFIG"}, OptionValueError),
+        ({"config": "no/such/file"}, ConfigFileError),
         ({"dtype": "fp8"}, DtypeError),
         ({"device": "tpu9"}, DeviceError),
         ({"length": 0}, OptionValueError),
@@ -198,10 +203,13 @@ def test_continuation_runs_the_given_forward_and_leaves_the_model_as_it_was(smol
         ({"text": "no/such/file"}, UnknownTextError),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_loaded(change, error, monkeypatch):
+def test_bad_settings_are_refused_before_anything_is_loaded(change, error, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "load_model", forbidden)
     monkeypatch.setattr(demo, "load_tokenizer", forbidden)
+    mpass.SparseConfig("dense").save(tmp_path / "config.json")
     settings = Settings(**change)
+    if settings.config == "CONFIG":
+        settings = dataclasses.replace(settings, config=str(tmp_path / "config.json"))
     with pytest.raises(error):
         check_settings(settings)
     with pytest.raises(error):
@@ -224,6 +232,23 @@ def test_a_text_shorter_than_the_prompt_is_refused_before_the_model_is_loaded(
     file.write_text(" \n")
     with pytest.raises(UnknownTextError, match="empty"):
         run_demo(Settings(text=str(file)))
+
+
+@needs_smollm2
+@pytest.mark.parametrize(
+    "config",
+    [
+        mpass.SparseConfig("a_shape", num_layers=31),
+        mpass.SparseConfig("a_shape", num_heads=8),
+        mpass.SparseConfig("a_shape", {3: ["dense"] * 10}),
+    ],
+)
+def test_a_config_for_another_model_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "load_model", forbidden)
+    file = tmp_path / "config.json"
+    config.save(file)
+    with pytest.raises(ConfigMismatchError):
+        run_demo(Settings(config=str(file)))
 
 
 @needs_smollm2
