@@ -1,0 +1,180 @@
+"""Compile generated kernels to machine code without a GPU, and read the compiler's own report.
+
+`python -m mpass.lowering.triton.compile sm_90 128` prints the report of the attention kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpass.lowering.triton.source import load
+from mpass.lowering.triton.spec import KernelSpec, Target, attention_tile, pack_warps
+
+REGISTERS = 65536
+"""Registers of one multiprocessor of every NVIDIA chip in the table."""
+
+INT_POINTERS = {
+    "key_mask": "*u8",
+    "table": "*u8",
+    "last": "*i64",
+    "sinks": "*fp32",
+    "probabilities": "*fp32",
+}
+"""Pointer arguments that are neither of the spec's dtype nor int32 nor fp32 by name."""
+
+SPEC_DTYPE = {"query", "key", "value", "out", "column_key", "column_value", "rows"}
+"""Pointer arguments of the spec's dtype; those of estimation sums are fp32."""
+
+FLOATS = {"sinks", "scores", "limits_score", "maxima", "sums", "pooled", "threshold"}
+"""Pointer arguments of fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the compiler says of one kernel on one target.
+
+    registers per thread; spill_bytes: stores and loads of spilled registers together, the larger
+    of both; shared_bytes of shared memory per program; matrix_ops: matrix instructions in the
+    listing by name; programs: how many fit a multiprocessor at once.
+    """
+
+    kernel: str
+    target: Target
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    matrix_ops: dict[str, int]
+
+    def programs(self, shared_memory: int) -> int:
+        """Programs that a multiprocessor holds at once, of at most `shared_memory` bytes in all."""
+        by_registers = REGISTERS // max(1, self.registers * 32 * self.num_warps)
+        by_shared = shared_memory // max(1, self.shared_bytes)
+        return min(by_registers, by_shared, 64 // self.num_warps)
+
+
+def compile_kernel(spec: KernelSpec, kernel: str) -> Report:
+    """Compile one kernel of a spec's module for the spec's target; raises what Triton raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(load(spec), kernel)
+    signature = {p.name: argument_type(spec, p) for p in function.params}
+    # Aligned pointers and strides, as the launcher sees them on real tensors.
+    aligned = {
+        (p.num,): [["tt.divisibility", 16]]
+        for p in function.params
+        if signature[p.name].startswith("*") or "stride" in p.name
+    }
+    if spec.target.startswith("gfx"):
+        target = GPUTarget("hip", spec.target, 64)
+    else:
+        target = GPUTarget("cuda", int(spec.target.removeprefix("sm_")), 32)
+    source = ASTSource(function, signature, {}, aligned)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    shared = int(compiled.metadata.shared)
+    if spec.target.startswith("gfx"):
+        return report_amd(spec, kernel, compiled.asm["amdgcn"], shared)
+    return report_nvidia(spec, kernel, compiled.asm["ptx"], shared)
+
+
+def argument_type(spec: KernelSpec, parameter: Any) -> str:
+    """Triton's type of a kernel argument, by its annotation or its name."""
+    name: str = parameter.name
+    if parameter.annotation_type:
+        return str(parameter.annotation_type)
+    if "stride" in name:
+        return "i32"
+    if name in SPEC_DTYPE:
+        return f"*{spec.dtype}"
+    if name == "column_bits":
+        return f"*i{spec.tile}"
+    if name in INT_POINTERS:
+        return INT_POINTERS[name]
+    return "*fp32" if name in FLOATS else "*i32"
+
+
+def report_nvidia(spec: KernelSpec, kernel: str, ptx: str, shared: int) -> Report:
+    """Registers and spills from `ptxas -v`, matrix instructions from the PTX."""
+    from triton import knobs
+
+    blackwell = spec.target == "sm_100"
+    tool = knobs.nvidia.ptxas_blackwell if blackwell else knobs.nvidia.ptxas
+    arch = re.search(r"^\.target (\S+?),?\s*(?:debug)?$", ptx, re.MULTILINE)
+    name = arch[1].rstrip(",") if arch else spec.target
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        done = subprocess.run(
+            [tool.path, "-v", f"--gpu-name={name}", str(path), "-o", str(path) + ".cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    text = done.stdout + done.stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    return Report(
+        kernel=kernel,
+        target=spec.target,
+        num_warps=spec.num_warps,
+        registers=max(registers),
+        spill_bytes=max(spills, default=0),
+        shared_bytes=shared,
+        matrix_ops={
+            op: len(re.findall(rf"\b{op}", ptx))
+            for op in ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
+        },
+    )
+
+
+def report_amd(spec: KernelSpec, kernel: str, assembly: str, shared: int) -> Report:
+    """Registers and spills from the code object's metadata."""
+
+    def metadata(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    return Report(
+        kernel=kernel,
+        target=spec.target,
+        num_warps=spec.num_warps,
+        registers=metadata("vgpr_count"),
+        spill_bytes=4 * metadata("vgpr_spill_count"),
+        shared_bytes=shared,
+        matrix_ops={"v_mfma": len(re.findall(r"\bv_mfma", assembly))},
+    )
+
+
+@functools.cache
+def attention_report(spec: KernelSpec) -> Report:
+    """The report of an attention kernel."""
+    return compile_kernel(spec, "sparse_attention")
+
+
+def table_spec(target: Target, head_dim: int, *, pack: int = 1, **flags: Any) -> KernelSpec:
+    """The attention spec that the table chooses for a chip and head size."""
+    tile = attention_tile(target, head_dim, flags.get("value_dim", head_dim))
+    values: dict[str, Any] = {
+        "head_dim": head_dim,
+        "value_dim": head_dim,
+        "tile": tile.keys,
+        "pack": pack,
+        "num_warps": pack_warps(tile, pack),
+        "num_stages": tile.num_stages,
+        "target": target,
+    }
+    return KernelSpec("attention", **(values | flags))
+
+
+if __name__ == "__main__":
+    print(attention_report(table_spec(sys.argv[1], int(sys.argv[2]), columns=True)))  # type: ignore[arg-type]

@@ -1,0 +1,52 @@
+"""Run generated kernels in Triton's interpreter: no GPU, no environment variable.
+
+Triton decides when a function is decorated whether it is interpreted. That of the generated module
+is decided by `source.load`; the functions of triton.language that are kernels themselves (sum, max,
+cumsum, ...) were decorated at import, so they are swapped for the time of a launch.
+Used by tests and by the benchmark's dry run; never on a user's path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def interpreted_language() -> Iterator[None]:
+    """triton.language with interpreted versions of its own jitted functions, restored on exit."""
+    import triton.language as tl
+
+    jitted = [(space, name, fn) for space in (tl, tl.standard) for name, fn in _jitted(space)]
+    try:
+        for space, name, fn in jitted:
+            setattr(space, name, _interpreted(fn))
+        yield
+    finally:
+        for space, name, fn in jitted:
+            setattr(space, name, fn)
+
+
+def _jitted(space: Any) -> list[tuple[str, Any]]:
+    # gluon asserts at its import that these functions are jitted ones; it must come first.
+    import triton.experimental.gluon  # noqa: F401
+    from triton.runtime.jit import JITFunction
+
+    return [(name, fn) for name, fn in vars(space).items() if isinstance(fn, JITFunction)]
+
+
+@functools.cache
+def _interpreted(fn: Any) -> Any:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return InterpretedFunction(fn.fn)
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """The interpreter computes bfloat16 on raw bits, wrongly and silently: fp32 in its place."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

@@ -1,0 +1,74 @@
+"""Launch generated kernels: what all launchers share.
+
+Nothing here waits for the device: sizes come from shapes, buffers have fixed sizes, and the small
+host lists of a call (slots, budgets) travel as kernel arguments, so that a CUDA graph may record it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpass.lowering.triton.interpret import interpreted_language
+from mpass.lowering.triton.source import load
+from mpass.lowering.triton.spec import KernelSpec, Target, target_of
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""Dtypes of query, key and value that kernels are generated for, by their names in a KernelSpec."""
+
+INTS_PER_LAUNCH = 64
+"""Host integers that one launch of ints.py.jinja writes."""
+
+
+def launch(spec: KernelSpec, kernel: str, grid: tuple[int, ...], *arguments: Any) -> None:
+    """Run `kernel` of the module of `spec`; interpreted where the tensors are on the CPU.
+
+    An empty grid launches nothing.
+    """
+    if 0 in grid:
+        return
+    tensor = next(a for a in arguments if isinstance(a, Tensor))
+    interpret = tensor.device.type == "cpu"
+    module = load(spec, interpret=interpret)
+    function = getattr(module, kernel)
+    if interpret:
+        with interpreted_language():
+            function[grid](*arguments)
+        return
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        function[grid](*arguments, **options)
+
+
+def target_for(device: torch.device) -> Target:
+    """The table's entry for a device; the interpreter takes sm_90's."""
+    return "sm_90" if device.type == "cpu" else _target_of_device(device)
+
+
+@functools.cache
+def _target_of_device(device: torch.device) -> Target:
+    if torch.version.hip:
+        return target_of(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return target_of(f"sm_{major}{minor}")
+
+
+def device_ints(values: Sequence[int], device: torch.device) -> Tensor:
+    """int32 tensor of host integers, written by a kernel: copies would stall or break a capture."""
+    out = torch.empty(len(values), dtype=torch.int32, device=device)
+    spec = KernelSpec("ints", num_warps=1, target=target_for(device))
+    for start in range(0, len(values), INTS_PER_LAUNCH):
+        chunk = list(values[start : start + INTS_PER_LAUNCH])
+        padding = [0] * (INTS_PER_LAUNCH - len(chunk))
+        launch(spec, "write_ints", (1,), out[start:], len(chunk), *chunk, *padding)
+    return out
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, as kernels need; else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

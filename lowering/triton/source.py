@@ -1,0 +1,105 @@
+"""From a KernelSpec to a loaded module: render the template, write the file, import it.
+
+The text is the cache key. Triton reads a kernel's source from its file, so that every module lies
+in a folder, whole or not at all: it is written aside and renamed. The folder is
+`$MPASS_CACHE_DIR/triton` or `~/.cache/mpass/triton`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import jinja2
+
+from mpass.lowering.index import ALL_DIAGONALS, BLOCK
+from mpass.lowering.triton.spec import KernelSpec, parts, power_of_two
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Templates of this folder; an unknown name in one of them is an error, not an empty string."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+@functools.cache
+def render(spec: KernelSpec) -> str:
+    """The source of a module. Pure: the same spec gives the same text."""
+    return (
+        environment()
+        .get_template(f"{spec.template}.py.jinja")
+        .render(
+            spec=spec,
+            legend=legend(spec),
+            block=BLOCK,
+            all_diagonals=ALL_DIAGONALS,
+            parts=parts,
+            power_of_two=power_of_two,
+        )
+    )
+
+
+def legend(spec: KernelSpec) -> str:
+    """The spec in one line, for the head of the file: what differs from the defaults."""
+    shown = [
+        f"{field.name}={getattr(spec, field.name)!r}"
+        for field in dataclasses.fields(spec)
+        if field.name in ("template", "dtype", "target")
+        or getattr(spec, field.name) != field.default
+    ]
+    lines, line = [], "KernelSpec("
+    for item in shown:
+        if len(line) + len(item) > 94:
+            lines.append(line.rstrip())
+            line = "  "
+        line += item + ", "
+    return "\n".join([*lines, line.rstrip(", ") + ")"])
+
+
+def cache_folder() -> Path:
+    """Where generated modules lie."""
+    root = os.environ.get("MPASS_CACHE_DIR")
+    return (Path(root) if root else Path.home() / ".cache" / "mpass") / "triton"
+
+
+def write_module(source: str, name: str) -> Path:
+    """The file that holds `source`; its name is the text's hash. Safe among processes."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = cache_folder() / f"{name}_{digest}.py"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(source)
+    os.replace(aside, path)
+    return path
+
+
+@functools.cache
+def load(spec: KernelSpec, *, interpret: bool = False) -> ModuleType:
+    """The module of a spec, ready to launch; `interpret` makes its kernels run in Python on CPU."""
+    import triton
+
+    path = write_module(render(spec), spec.template)
+    name = f"mpass_triton_{path.stem}{'_interpreted' if interpret else ''}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = interpret
+        found.loader.exec_module(module)
+    return module

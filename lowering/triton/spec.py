@@ -1,0 +1,124 @@
+"""What a generated kernel is: `KernelSpec`, and the table that picks its tile per chip.
+
+Nothing is tuned at run time: a first prompt that waits for an autotuner is slower than any tile.
+The table holds what compiles without spills (tests/test_triton_compile.py asserts it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mpass.lowering.index import BLOCK
+
+Form = Literal["lists", "diagonals", "mixed"]
+Target = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
+
+TARGETS: tuple[Target, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""Chips that kernels are compiled for; others take the tile of the nearest older one."""
+
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 65536}
+"""Bytes of shared memory that one program may use (CUDA programming guide; CDNA 3 ISA)."""
+
+HEAD_DIMS = range(16, 257)
+"""Head sizes that the attention kernel takes, of keys and of values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Keys per step of a loop, warps of a program, stages of the loads, most heads per program."""
+
+    keys: int
+    num_warps: int
+    num_stages: int
+    max_pack: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """Everything that decides the text of one generated module.
+
+    template: file of templates/ without its suffixes; dtype: "bf16", "fp16" or, interpreted only,
+    "fp32"; tile: keys per step; pack: query heads per program; form: how heads select blocks;
+    the flags say which parts of the mask and of the index exist at all. What varies from call to
+    call (lengths, the query offset, strides, the scale) is an argument of the kernel instead.
+    """
+
+    template: str
+    dtype: str = "bf16"
+    head_dim: int = 0
+    value_dim: int = 0
+    tile: int = BLOCK
+    pack: int = 1
+    form: Form = "lists"
+    columns: bool = False
+    causal: bool = True
+    window: bool = False
+    padding: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    num_warps: int = 4
+    num_stages: int = 1
+    target: Target = "sm_90"
+
+
+def attention_tile(target: Target, head_dim: int, value_dim: int) -> Tile:
+    """The tile of the attention kernel: the largest that spills nothing."""
+    dim = max(head_dim, value_dim)
+    if dim <= 64:
+        return Tile(64, 4, 2, max_pack=2)
+    if target == "sm_80":
+        return Tile(32, 4, 2) if dim <= 128 else Tile(32, 8, 2)
+    if dim <= 128:
+        return Tile(64, 4, 2, max_pack=2)
+    return Tile(64, 8, 2)
+
+
+def pack_warps(tile: Tile, pack: int) -> int:
+    """Warps of a program that takes `pack` query heads: one warp group per 64 rows."""
+    return min(8, tile.num_warps * pack)
+
+
+def query_heads_per_program(head_slots: tuple[int, ...], group: int, limit: int) -> int:
+    """The largest pack of adjacent heads of a kv head that always share one row of the index."""
+    pack = limit
+    while pack > 1:
+        packs = [head_slots[i : i + pack] for i in range(0, len(head_slots), pack)]
+        if group % pack == 0 and all(len(set(slots)) == 1 for slots in packs):
+            return pack
+        pack //= 2
+    return 1
+
+
+def parts(dim: int) -> list[tuple[int, int]]:
+    """A dimension cut into powers of two of at least 16, largest first: (start, width) each.
+
+    96 -> (0, 64), (64, 32). Sizes that are no multiple of 16 are rounded up; loads are masked.
+    """
+    rest = (dim + 15) // 16 * 16
+    cut, start = [], 0
+    while rest:
+        width = 1 << (rest.bit_length() - 1)
+        cut.append((start, width))
+        start += width
+        rest -= width
+    return cut
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def target_of(device_name: str) -> Target:
+    """The entry of the table for a chip: `sm_89` takes sm_80's, `sm_120` takes sm_80's too.
+
+    device_name: `sm_<capability>` or `gfx<version>`. Consumer Blackwell (sm_120) has the shared
+    memory and the matrix instructions of the sm_80 line, not those of sm_100.
+    """
+    if device_name.startswith("gfx"):
+        return "gfx942"
+    capability = int(device_name.removeprefix("sm_"))
+    if 90 <= capability < 100:
+        return "sm_90"
+    return "sm_100" if 100 <= capability < 120 else "sm_80"
