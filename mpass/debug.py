@@ -51,7 +51,8 @@ class Trace:
 
     root: the debug folder, None if there is none; captured: the graph as text before the passes,
     empty if nobody reads it; ops: its calls by name; seconds: time of each pass, in order;
-    last: when the latest step ended; folder: this graph's own folder, once written.
+    last: when the latest step ended; decisions: one per site, after the last pass; folder: this
+    graph's own folder, once written.
     """
 
     root: Path | None
@@ -59,6 +60,7 @@ class Trace:
     ops: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     last: float = field(default_factory=time.perf_counter)
+    decisions: Sequence[AttentionPlan | Skip] = ()
     folder: Path | None = None
 
     def mark(self, step: str) -> None:
@@ -99,6 +101,7 @@ def close_trace(
     options: Options,
 ) -> None:
     """Tell about a graph after the last pass: the log, the structured trace, the debug folder."""
+    trace.decisions = decisions
     emit_graph("rewritten", gm)
     emit("report", "json", lambda: json.dumps(dataclasses.asdict(report), indent=1))
     if trace.root is None:

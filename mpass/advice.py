@@ -1,0 +1,70 @@
+"""What to do about a head, in words: from its density, its recall and where mass was lost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOW_RECALL = 0.95
+"""Below this share of the exact attention a head deserves a word."""
+
+SPARE_RECALL = 0.995
+"""Above this a smaller budget may do, if the head computes more than `SPARE_DENSITY`."""
+
+SPARE_DENSITY = 0.3
+MORE = 8
+"""Key blocks or block diagonals whose gain is quoted."""
+
+
+def advise(
+    pattern: str,
+    recall: float,
+    density: float,
+    lost_by_distance: Tensor,
+    lost_by_block: Tensor,
+    *,
+    ran_dense: bool = False,
+) -> str:
+    """A suggestion for one head, "" if there is nothing to improve.
+
+    pattern: as text; recall and density: of the selected keys; lost_by_distance, lost_by_block:
+    fp64 [J], mass lost per query by block distance and by key block; ran_dense: the op found that
+    dense attention is cheaper than this much of it.
+    """
+    name = pattern.split("(")[0]
+    if ran_dense:
+        return (
+            f"it selects {density:.0%} of the keys, so dense attention ran: smaller budgets, or "
+            "make this layer dense in the config"
+        )
+    if recall >= LOW_RECALL:
+        if name != "dense" and recall >= SPARE_RECALL and density > SPARE_DENSITY:
+            return f"keeps {recall:.1%} with {density:.0%} of the keys: a smaller budget may do"
+        return ""
+    columns, diagonals = gain(lost_by_block), gain(lost_by_distance)
+    far, near = ("slash", diagonals), ("vertical", columns)
+    kind, best = far if diagonals >= columns else near
+    lost = 1.0 - recall
+    if best < 0.25 * lost:
+        hint = "the lost mass is spread out: block_sparse fits such a head better, or dense"
+        if name == "block_sparse":
+            hint = "the lost mass is spread out: a larger top_k, or dense"
+    elif name == "vertical_slash":
+        hint = f"a larger {kind} budget: the {MORE} best {places(kind)} hold {best:.1%}"
+    elif name == "a_shape":
+        hint = f"vertical_slash would find the {MORE} {places(kind)} that hold {best:.1%}"
+    elif name == "block_sparse":
+        hint = f"a larger top_k: the {MORE} best {places(kind)} hold {best:.1%}"
+    else:
+        hint = f"a larger budget: the {MORE} best {places(kind)} hold {best:.1%}"
+    return f"loses {lost:.1%} of the attention; {hint}"
+
+
+def gain(lost: Tensor) -> float:
+    """Mass that the MORE largest entries hold."""
+    return float(torch.topk(lost, min(MORE, len(lost))).values.sum())
+
+
+def places(kind: str) -> str:
+    """What a budget of that kind buys."""
+    return "block diagonals" if kind == "slash" else "key blocks"
