@@ -1,0 +1,54 @@
+"""Inductor's disk caches with rewritten graphs: warm in a second process, never stale."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = """
+import json, sys, torch, mpass
+from torch._dynamo.utils import counters
+from tests.toys import Decoder
+torch.manual_seed(0)
+model, x = Decoder(depth=2).eval(), torch.randn(1, 300, 32)
+pattern = mpass.AShape(1, int(sys.argv[1]))
+options = {"pattern": pattern, "min_seq_len": 128, "dense_above": 2.0}
+with torch.no_grad():
+    out = torch.compile(model, backend="minference", options=options)(x)
+    torch._dynamo.reset()
+    expected = torch.compile(
+        model, backend="minference", options=options | {"inner_backend": "eager"}
+    )(x)
+print(json.dumps({
+    "hits": counters["inductor"]["fxgraph_cache_hit"],
+    "sparse": len(mpass.last_report().sparse_sites),
+    "error": (out - expected).abs().max().item(),
+}))
+"""
+
+
+def run(cache: Path, window: int) -> dict[str, float]:
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(window)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_second_process_finds_the_graph_and_another_config_does_not(tmp_path):
+    first = run(tmp_path, 20)
+    second = run(tmp_path, 20)
+    other = run(tmp_path, 100)
+    assert (first["hits"], second["hits"], other["hits"]) == (0, 1, 0)
+    assert all(result["sparse"] == 2 for result in (first, second, other))
+    assert all(result["error"] < 1e-5 for result in (first, second, other))
