@@ -113,8 +113,8 @@ def close_trace(
             trace.root,
             {
                 "captured.py": trace.captured,
-                "matched.txt": "\n\n".join(decision_as_text(d, options) for d in decisions) + "\n",
-                "matched.json": as_json([decision_as_dict(d, options) for d in decisions]),
+                "matched.txt": "\n\n".join(decision_as_text(d) for d in decisions) + "\n",
+                "matched.json": as_json([decision_as_dict(d) for d in decisions]),
                 "rewritten.py": readable(gm),
                 "ops_diff.txt": op_difference(trace.ops, count_ops(gm)),
                 "report.txt": f"{report}\n",

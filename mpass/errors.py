@@ -52,6 +52,20 @@ class ConfigMismatchError(MpassError):
     """A SparseConfig that does not fit the model: other layers or heads than the model has."""
 
 
+class ConfigFileError(MpassError):
+    """A config file that cannot be read or written. `faults`: every (JSON path, what is wrong)."""
+
+    SHOWN = 20
+
+    def __init__(self, source: object, faults: Iterable[tuple[str, str]]) -> None:
+        self.faults = list(faults)
+        lines = [f"  {path}: {fault}" for path, fault in self.faults[: self.SHOWN]]
+        if len(self.faults) > self.SHOWN:
+            lines.append(f"  ... and {len(self.faults) - self.SHOWN} more")
+        noun = "fault" if len(self.faults) == 1 else "faults"
+        super().__init__("\n".join([f"config {source}: {len(self.faults)} {noun}", *lines]))
+
+
 class ShapeError(MpassError):
     """Tensors whose shapes do not make an attention."""
 

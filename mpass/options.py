@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpass.config import SparseConfig, as_pattern
-from mpass.errors import OptionValueError, UnknownOptionError
-from mpass.patterns.base import Pattern
+from mpass.config import SparseConfig, as_pattern, check_length
+from mpass.errors import OptionValueError, UnknownOptionError, UnknownPatternError
+from mpass.patterns.base import Pattern, registered_patterns
+from mpass.presets import PRESETS, with_preset
+
+DEFAULT_MIN_SEQ_LEN = 2048
+"""Prompts shorter than this stay dense unless something says otherwise; tokens."""
 
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -19,22 +23,26 @@ INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 class Options:
     """What a compile was asked for.
 
-    pattern: one pattern for every head, an object or its name; exclusive with config.
-    config: a SparseConfig, a pattern per layer and head.
-    min_seq_len: prompts shorter than this stay dense; tokens.
+    pattern: one pattern for every head, an object or its name (then exclusive with config), or the
+    name of a preset (mpass.presets).
+    config: a SparseConfig, a pattern per layer and head, or the path of a file that holds one.
+    min_seq_len: prompts shorter than this stay dense; tokens. None for the config's value, else
+    DEFAULT_MIN_SEQ_LEN.
     dense_above: share of the dense work above which the op runs dense attention instead.
     inner_backend: what compiles the rewritten graph.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
+    config_source: where pattern or config come from, in words for the report.
     """
 
     pattern: Pattern | None = None
     config: SparseConfig | None = None
-    min_seq_len: int = 2048
+    min_seq_len: int | None = None
     dense_above: float = 0.6
     inner_backend: str = "inductor"
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
+    config_source: str = ""
 
     @property
     def sparse_config(self) -> SparseConfig:
@@ -43,9 +51,11 @@ class Options:
 
     @property
     def shortest(self) -> int:
-        """The length from which prompts become sparse; the config's own value wins."""
-        own = self.sparse_config.min_seq_len
-        return self.min_seq_len if own is None else own
+        """The length from which prompts become sparse where nothing more specific says so."""
+        for length in (self.min_seq_len, self.sparse_config.min_seq_len):
+            if length is not None:
+                return length
+        return DEFAULT_MIN_SEQ_LEN
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -57,7 +67,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     import torch._inductor
     from torch._inductor import config as inductor_config
 
-    own = {field.name for field in dataclasses.fields(Options)} - {"inductor"}
+    own = {field.name for field in dataclasses.fields(Options)} - {"inductor", "config_source"}
     given = dict(options or {})
     values: dict[str, Any] = {key: given.pop(key) for key in own & set(given)}
 
@@ -87,16 +97,25 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
 
 def check_values(values: dict[str, Any]) -> dict[str, Any]:
     """Our own keys with patterns resolved; raises OptionValueError naming the key at fault."""
-    if values.get("pattern") is not None:
-        if values.get("config") is not None:
-            raise OptionValueError("pattern", values["pattern"], "not together with 'config'")
-        values["pattern"] = as_pattern(values["pattern"])
     config = values.get("config")
+    if isinstance(config, str | os.PathLike):
+        config = values["config"] = SparseConfig.load(os.fspath(config))
     if config is not None and not isinstance(config, SparseConfig):
-        raise OptionValueError("config", config, "a SparseConfig")
-    length = values.get("min_seq_len", 0)
-    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-        raise OptionValueError("min_seq_len", length, "a number of tokens, 0 or more")
+        raise OptionValueError("config", config, "a SparseConfig, or the path of its file")
+    values["config_source"] = "options['config']" if config is not None else ""
+    pattern = values.get("pattern")
+    if isinstance(pattern, str) and pattern in PRESETS:
+        values["pattern"] = None
+        values["config"] = with_preset(PRESETS[pattern], config)
+        values["config_source"] += f"{' and ' if config else ''}options['pattern'] = {pattern!r}"
+    elif pattern is not None:
+        if config is not None:
+            raise OptionValueError("pattern", pattern, "not together with 'config'")
+        if isinstance(pattern, str) and pattern not in registered_patterns():
+            raise UnknownPatternError(pattern, [*registered_patterns(), *PRESETS])
+        values["pattern"] = as_pattern(pattern)
+        values["config_source"] = "options['pattern']"
+    check_length("min_seq_len", values.get("min_seq_len"))
     share = values.get("dense_above", 0.6)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share:
         raise OptionValueError("dense_above", share, "a share of the dense work, 0 or more")

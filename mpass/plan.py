@@ -5,6 +5,7 @@ Nothing here edits a graph. A guard on the prompt's length may be installed, see
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -16,9 +17,10 @@ from torch.fx.experimental.symbolic_shapes import (
     statically_known_true,
 )
 
-from mpass.config import SparseConfig
+from mpass.errors import ConfigMismatchError
 from mpass.options import Options
 from mpass.patterns.base import Pattern
+from mpass.resolve import Choice, resolve_site
 from mpass.site import AttentionSite, Length, example, shape_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,12 +32,14 @@ class AttentionPlan:
     """A site that becomes sparse: the pattern of each query head, and how the op decides.
 
     min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
+    config_source: which decorator, option or file named the patterns.
     """
 
     site: AttentionSite
     patterns: tuple[Pattern, ...]
     dense_above: float
     min_seq_len: int
+    config_source: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,29 @@ class Skip:
 
     site: AttentionSite
     reason: str
+    config_source: str = ""
 
 
 def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Skip:
     """Decide about one site. Raises ConfigMismatchError if the config is for another model."""
-    config = options.sparse_config
-    patterns = config.patterns(site.layer, site.num_heads)
-    reason = reason_to_skip(site, patterns)
+    reason = reason_to_skip(site)
     if reason:
         return Skip(site, reason)
-    return decide_length(site, patterns, config, options)
+    try:
+        choice = resolve_site(site, options)
+    except ConfigMismatchError as error:
+        if site.mask is not None and site.mask.causal:
+            raise
+        # A vision tower beside the language model that the config is for, most likely.
+        return Skip(site, f"not causal, and {error}")
+    site = dataclasses.replace(site, layer=choice.layer)
+    reason = pattern_reason(site, choice.patterns)
+    if reason:
+        return Skip(site, reason, choice.source)
+    return decide_length(site, choice, options)
 
 
-def reason_to_skip(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
+def reason_to_skip(site: AttentionSite) -> str:
     """Why this site cannot be sparse whatever its length, or the empty string."""
     if site.dense_reason:
         return site.dense_reason
@@ -89,11 +103,17 @@ def reason_to_skip(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
             f"position {length_in_words(site.mask.query_offset)} on over "
             f"{length_in_words(num_keys)} keys"
         )
-    if not site.mask.causal:
+    return ""
+
+
+def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
+    """Why the patterns that the site got keep it dense, or the empty string."""
+    if site.mask is None or not site.mask.causal:
         other = sorted({p.name for p in patterns if not p.bidirectional})
         if other:
             return f"not causal: {', '.join(other)} is defined for causal attention only"
-    if all(pattern.name == "dense" for pattern in patterns) and not site.mask.window:
+    windowed = site.mask is not None and site.mask.window
+    if all(pattern.name == "dense" for pattern in patterns) and not windowed:
         return "the config keeps every head of this layer dense"
     return ""
 
@@ -106,25 +126,22 @@ def is_sum_of_products(expression: sympy.Expr) -> bool:
     )
 
 
-def decide_length(
-    site: AttentionSite, patterns: tuple[Pattern, ...], config: SparseConfig, options: Options
-) -> AttentionPlan | Skip:
+def decide_length(site: AttentionSite, choice: Choice, options: Options) -> AttentionPlan | Skip:
     """Compare the number of keys with the shortest sparse prompt: now, by a guard or in the op."""
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     if statically_known_true(num_queries == 1):
-        return Skip(site, "decoding: one query")
-    shortest = options.shortest
-    sparse = AttentionPlan(site, patterns, options.dense_above, 0)
+        return Skip(site, "decoding: one query", choice.source)
+    shortest = choice.min_seq_len
+    sparse = AttentionPlan(site, choice.patterns, options.dense_above, 0, choice.source)
     if statically_known_true(num_keys >= shortest):
         return sparse
+    too_short = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"
     if statically_known_true(num_keys < shortest):
-        return Skip(site, f"{length_in_words(num_keys)} keys, sparse from {shortest} on")
+        return Skip(site, too_short, choice.source)
     if has_user_range(num_keys):
         # A guard would contradict the range that the user promised: the op decides per call.
-        return AttentionPlan(site, patterns, options.dense_above, shortest)
-    if bool(num_keys >= shortest):
-        return sparse
-    return Skip(site, f"{length_in_words(num_keys)} keys, sparse from {shortest} on")
+        return dataclasses.replace(sparse, min_seq_len=shortest)
+    return sparse if bool(num_keys >= shortest) else Skip(site, too_short, choice.source)
 
 
 def has_user_range(length: Length) -> bool:

@@ -21,7 +21,7 @@ class SiteReport:
 
     layer, path: where it stands (-1 and "" if unknown); status: "sparse" or "dense"; reason: why it
     is dense; patterns: one per query head, empty if dense; mask: the proof, line by line;
-    source: the user's line.
+    source: the user's line; config_source: which decorator, option or file named the patterns.
     """
 
     layer: int
@@ -35,6 +35,7 @@ class SiteReport:
     spelling: str
     mask: tuple[str, ...]
     source: str
+    config_source: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         spelling=site.spelling,
         mask=site.mask.proof if site.mask else (),
         source=site.source,
+        config_source=decision.config_source,
     )
 
 

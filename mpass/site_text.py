@@ -8,22 +8,21 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.options import Options
 from mpass.plan import AttentionPlan, Skip
-from mpass.site import AttentionSite, MaskMeaning, example
+from mpass.site import MaskMeaning, example
 from mpass.tables import count_patterns
 
 
-def decision_as_text(decision: AttentionPlan | Skip, options: Options) -> str:
+def decision_as_text(decision: AttentionPlan | Skip) -> str:
     """A site and its decision as lines `name: value`."""
-    values = decision_as_dict(decision, options)
+    values = decision_as_dict(decision)
     proof = values.pop("proof")
     head = f"{values.pop('path') or values['node']}, layer {values.pop('layer')}"
     lines = [head, *(f"  {name}: {value}" for name, value in values.items() if value != "")]
     return "\n".join([*lines, *(f"    because {line}" for line in proof)])
 
 
-def decision_as_dict(decision: AttentionPlan | Skip, options: Options) -> dict[str, Any]:
+def decision_as_dict(decision: AttentionPlan | Skip) -> dict[str, Any]:
     """A site and its decision, fit for JSON."""
     site = decision.site
     return {
@@ -42,7 +41,7 @@ def decision_as_dict(decision: AttentionPlan | Skip, options: Options) -> dict[s
         "patterns": ""
         if isinstance(decision, Skip)
         else count_patterns([str(pattern) for pattern in decision.patterns]),
-        "patterns from": config_origin(site, options),
+        "patterns from": decision.config_source,
         "mask": str(mask_formula(site.mask)) if site.mask else "unproven",
         "proof": list(site.mask.proof) if site.mask else [site.unproven],
     }
@@ -53,21 +52,6 @@ def tensor_in_words(node: fx.Node) -> str:
     tensor = example(node)
     shape = ", ".join(str(size) for size in tensor.shape)
     return f"{str(tensor.dtype).removeprefix('torch.')} [{shape}] {tensor.device}"
-
-
-def config_origin(site: AttentionSite, options: Options) -> str:
-    """Where the patterns of a site come from: the most specific source that names them."""
-    origin = site.extra.get("config_origin")
-    if isinstance(origin, str):
-        return origin
-    if options.pattern is not None:
-        return "options['pattern']"
-    if options.config is not None:
-        if site.layer in dict(options.config.layers):
-            return f"options['config'], layer {site.layer}"
-        if options.config.default is not None:
-            return "options['config'], default"
-    return "built-in default"
 
 
 def mask_formula(mask: MaskMeaning) -> sympy.Basic:

@@ -142,7 +142,8 @@ def test_dtype_without_kernels_stays_dense():
         ({"pattern": "vertical"}, "unknown pattern 'vertical'"),
         ({"pattern": 5}, "option 'pattern' is 5"),
         ({"pattern": "dense", "config": mpass.SparseConfig()}, "not together with 'config'"),
-        ({"config": "x"}, "option 'config' is 'x'"),
+        ({"config": 3}, "option 'config' is 3"),
+        ({"config": "x.json"}, "config x.json: 1 fault\n.*cannot be read"),
         ({"min_seq_len": -1}, "option 'min_seq_len' is -1"),
         ({"min_seq_len": True}, "option 'min_seq_len' is True"),
         ({"dense_above": "half"}, "option 'dense_above' is 'half'"),
@@ -150,7 +151,7 @@ def test_dtype_without_kernels_stays_dense():
         ({"max_autotune": "yes", "inner_backend": "inductor"}, "option 'max_autotune' is 'yes'"),
         ({"max_autotune": True}, "'inductor' when Inductor's options are given"),
         ({"config": mpass.SparseConfig(layers={0: ["dense"] * 3})}, "4 query heads.*names 3"),
-        ({"config": mpass.SparseConfig(num_layers=2)}, "layer 2, the config is for 2 layers"),
+        ({"config": mpass.SparseConfig(num_layers=2)}, "has 3 layers, the config is for 2 layers"),
     ],
 )
 @torch.no_grad()

@@ -1,0 +1,134 @@
+"""Which pattern a head gets when several places name one: the order of precedence.
+
+Innermost first, head by head:
+
+1. decorators and regions (mpass.decorators), the innermost first;
+2. options["config"], or options["pattern"];
+3. `minference.json` beside the model's `config.json` (the folder that it was loaded from);
+4. the built-in default.
+
+The shortest sparse prompt follows the same order, with options["min_seq_len"] before the config.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+
+from mpass.config import LayerConfig, Span, SparseConfig, builtin_default
+from mpass.decorators import overrides_of
+from mpass.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
+from mpass.options import DEFAULT_MIN_SEQ_LEN, Options
+from mpass.patterns.base import Pattern
+from mpass.site import AttentionSite
+
+SHIPPED = "minference.json"
+"""File beside a model's config.json that brings its SparseConfig along."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was resolved for one site.
+
+    layer: the site's layer, found out if its path did not tell; patterns: one per query head;
+    min_seq_len: tokens; source: which place decided, in words.
+    """
+
+    layer: int
+    patterns: tuple[Pattern, ...]
+    min_seq_len: int
+    source: str
+
+
+def resolve_site(site: AttentionSite, options: Options) -> Choice:
+    """The patterns of a site. Raises ConfigMismatchError, and ConfigFileError for a shipped file.
+
+    May install guards: on the layer's number and on the model's folder, if they decide.
+    """
+    root = root_module()
+    overrides = overrides_of(site.output, root.module if root else None)
+    given = options.sparse_config
+    shipped = None if covers_all(given) else shipped_config(site.output)
+    configs = [given] if shipped is None else [given, shipped[0]]
+
+    layer = site.layer
+    layered = any(c.depends_on_layer for c in configs) or any(o.layers for o in overrides)
+    if layer < 0 and layered:
+        layer = guarded_layer(site.output)
+    offset = next((o.head_offset for o in overrides if o.head_offset is not None), None)
+    for config in configs:
+        config.check_site(layer, site.num_heads, site.num_kv_heads, head_offset=offset)
+        if config.num_layers is not None and (count := count_layers(site.output)) is not None:
+            config.check_num_layers(count)
+
+    levels = [(o.label, o.layer) for o in overrides if o.applies_to(layer)]
+    for label, own in levels:
+        own.check_heads(site.num_heads, offset, f"the attention under {label}")
+    levels.append(("options['min_seq_len']", LayerConfig(min_seq_len=options.min_seq_len)))
+    levels.append((options.config_source or "options", given.effective(layer)))
+    if shipped is not None:
+        levels.append((str(shipped[1]), shipped[0].effective(layer)))
+    levels.append(
+        ("built-in default", LayerConfig(builtin_default(), min_seq_len=DEFAULT_MIN_SEQ_LEN))
+    )
+    return choose(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
+
+
+def choose(layer: int, heads: list[int], levels: list[tuple[str, LayerConfig]]) -> Choice:
+    """The first level that names a pattern, for each head; the last level names all."""
+    picked = [
+        next((label, p) for label, own in levels if (p := own.pattern(head))) for head in heads
+    ]
+    length = next(own.min_seq_len for _, own in levels if own.min_seq_len is not None)
+    sources: dict[str, list[int]] = {}
+    for head, (label, _) in zip(heads, picked, strict=True):
+        sources.setdefault(label, []).append(head)
+    if len(sources) == 1:
+        source = next(iter(sources))
+    else:
+        source = ", ".join(f"{label} (heads {in_spans(own)})" for label, own in sources.items())
+    return Choice(layer, tuple(pattern for _, pattern in picked), length, source)
+
+
+def in_spans(heads: list[int]) -> str:
+    """`0-3, 5` for ascending numbers."""
+    spans: list[Span] = []
+    for head in heads:
+        if spans and spans[-1].last == head - 1:
+            spans[-1] = Span(spans[-1].first, head)
+        else:
+            spans.append(Span(head, head))
+    return ", ".join(map(str, spans))
+
+
+def covers_all(config: SparseConfig) -> bool:
+    """Whether a config leaves no head open, so that what comes after it does not matter."""
+    return config.default is not None
+
+
+def shipped_config(node: fx.Node) -> tuple[SparseConfig, Path] | None:
+    """The config beside the model that a node belongs to, and its path; None if there is none.
+
+    The folder is what transformers keeps as `model.config._name_or_path`. It is guarded, so that
+    models from other folders do not share the graph. Raises ConfigFileError for a bad file.
+    """
+    for live in live_stack(node):
+        folder = getattr(getattr(live.module, "config", None), "_name_or_path", None)
+        if not isinstance(folder, str):
+            continue
+        guard_equal(live, "config", "_name_or_path")
+        path = Path(folder) / SHIPPED
+        if folder and path.is_file():
+            status = path.stat()
+            return load_shipped(path, status.st_mtime_ns, status.st_size), path
+        return None
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def load_shipped(path: Path, modified: int, size: int) -> SparseConfig:
+    """The config of a file, read again when it has changed."""
+    return SparseConfig.load(path)
