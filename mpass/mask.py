@@ -61,20 +61,28 @@ class MaskProver:
             self._memo[memo] = self.prove_condition(condition, sizes, key, at)
         return self._memo[memo]
 
-    def prove_scores(
-        self, scores: fx.Node, base: fx.Node, query: fx.Node, key: fx.Node, at: fx.Node
+    def prove_steps(
+        self, steps: Sequence[tuple[fx.Node, fx.Node]], query: fx.Node, key: fx.Node, at: fx.Node
     ) -> MaskProof:
-        """The meaning of what is done to raw scores `base` [B, H, Nq, Nk] until `scores`.
+        """The meaning of masks put on raw scores [B, H, Nq, Nk], op by op.
 
-        Only adding a mask or filling with one may lie between; `base` is read as zero, so that
-        what remains is 0 where a key is seen.
+        steps: (op, its argument that carries the scores); the ops are add, sub, masked_fill, where
+        and casts. The scores are read as zero, so what remains is 0 where a key is seen.
         """
-        reader = GraphReader(self.writes, RULES, {base: sympy.Integer(0)})
         sizes = mask_sizes(query, key)
-        condition = mask_condition(reader, scores, sizes, at)
+        value: Expr = sympy.Integer(0)
+        try:
+            for op, carried in steps:
+                value = self.reader.read_step(op, carried, value)
+        except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
+            return MaskProof(None, str(reason))
+        condition = visible(value)
+        if condition is None:
+            return MaskProof(None, f"additive bias, no mask: {blame(value, self.reader)}")
+        condition = rename(condition, 4)
         memo = (condition, sizes)
         if memo not in self._memo:
-            self._memo[memo] = self.prove_condition(condition, sizes, key, at, reader)
+            self._memo[memo] = self.prove_condition(condition, sizes, key, at)
         return self._memo[memo]
 
     def prove_condition(

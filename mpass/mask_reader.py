@@ -44,11 +44,19 @@ class GraphReader:
 
     def read(self, node: fx.Node, at: fx.Node) -> Expr:
         """The element of a node's tensor as another node sees it, in `axis(0)`, `axis(1)`, ..."""
+        if node in self.bindings:
+            return self.bindings[node]
         write = self.writes.last_write(node, self.writes.position[at])
         known = self._memo.get((node, write))
         if known is None:
             known = self._memo[node, write] = self._evaluate(node, write)
         return known
+
+    def read_step(self, call: fx.Node, carried: fx.Node, value: Expr) -> Expr:
+        """One op applied to a value that stands for one of its arguments; the rest is read."""
+        shape = example(call).shape
+        rule = self.rules[op_name(call)]
+        return drop_unit_axes(rule(Call(self, call, shape, (carried, value))), shape)
 
     def known(self) -> Iterator[tuple[fx.Node, Expr]]:
         """The tensors read so far that nothing ever writes to, with their expressions."""
@@ -58,8 +66,6 @@ class GraphReader:
 
     def _evaluate(self, node: fx.Node, write: fx.Node | None) -> Expr:
         if write is None or write is node:
-            if node in self.bindings:
-                return self.bindings[node]
             return self._apply(node, node)
         if "out" in write.kwargs or not same_view(node, write.args[0] if write.args else None):
             return self.unknown(node, f"{node.name} is written through another view", write)
@@ -100,6 +106,13 @@ class Call:
     reader: GraphReader
     node: fx.Node
     shape: torch.Size
+    carried: tuple[fx.Node, Expr] | None = None
+
+    def read(self, node: fx.Node) -> Expr:
+        """Element expression of an argument in its own axes."""
+        if self.carried is not None and node is self.carried[0]:
+            return self.carried[1]
+        return self.reader.read(node, self.node)
 
     def argument(self, place: int, name: str = "", default: Any = None) -> Any:
         """An argument with nodes that stand for numbers replaced by these numbers."""
@@ -119,7 +132,7 @@ class Call:
         value = self.argument(place, name)
         if not isinstance(value, fx.Node):
             raise NotUnderstood(f"argument {name} is no tensor")
-        return self.reader.read(value, self.node), example(value).shape
+        return self.read(value), example(value).shape
 
     def operand(self, place: int, name: str = "other") -> Expr:
         """A tensor argument or a number, broadcast to the result's dimensions."""
@@ -128,7 +141,7 @@ class Call:
     def broadcast(self, value: Any) -> Expr:
         """A tensor node or a number, broadcast to the result's dimensions."""
         if isinstance(value, fx.Node):
-            expr = self.reader.read(value, self.node)
+            expr = self.read(value)
             return align(expr, example(value).dim(), len(self.shape))
         return number(value)
 

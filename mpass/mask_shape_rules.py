@@ -60,7 +60,7 @@ def index_map(call: Call, shape: torch.Size, items: list[Any]) -> dict[Expr, Exp
     """Which index of the operand each index of x[items] reads."""
     items = full_index(items, len(shape))
     tensors = [item for item in items if isinstance(item, fx.Node)]
-    if any(is_truth(call.reader.read(item, call.node)) for item in tensors):
+    if any(is_truth(call.read(item)) for item in tensors):
         raise NotUnderstood("indexing by a mask")
     block = max((example(item).dim() for item in tensors), default=0)
     places = [i for i, item in enumerate(items) if is_advanced(item, bool(tensors))]
@@ -117,7 +117,7 @@ def gathered(call: Call, item: Any, start: int, block: int, size: Any) -> Expr:
     """The index that an index tensor, broadcast to the block of them, holds."""
     if not isinstance(item, fx.Node):
         return from_start(number(item), size)
-    expr = call.reader.read(item, call.node)
+    expr = call.read(item)
     if not expr.is_nonnegative:
         raise NotUnderstood("indexing by values that might be negative")
     rank = example(item).dim()
@@ -208,7 +208,7 @@ def setitem(call: Call) -> Expr:
         else:
             raise NotUnderstood("assignment by tensor, mask or new dimension")
     if isinstance(value, fx.Node):
-        written = align(call.reader.read(value, call.node), example(value).dim(), len(kept))
+        written = align(call.read(value), example(value).dim(), len(kept))
         written = substitute(written, local)
     else:
         written = number(value)
@@ -407,7 +407,7 @@ def cat(call: Call) -> Expr:
         starts.append(starts[-1] + number(example(node).shape[dim]))
     result: Expr | None = None
     for node, start, end in reversed(list(zip(nodes, starts, starts[1:], strict=False))):
-        expr = call.reader.read(node, call.node)
+        expr = call.read(node)
         if is_one(example(node).shape[dim]):
             piece_expr = expr
         else:

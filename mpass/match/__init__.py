@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import fx
 
 from mpass.mask import MaskProver
+from mpass.match.eager import match_eager
 from mpass.match.marked import match_marked
 from mpass.match.sdpa import match_sdpa
 from mpass.site import AttentionSite
 
 __all__ = ["find_attention"]
 
-MATCHERS = (match_sdpa, match_marked)
-"""One per spelling: (node, prover) -> the site whose output the node is, or None."""
+MATCHERS = (match_sdpa, match_eager, match_marked)
+"""One per spelling: (node, prover) -> the site around the node, or None."""
 
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:

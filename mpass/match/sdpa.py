@@ -20,6 +20,7 @@ from mpass.match.common import (
     same_size,
     shape_reason,
 )
+from mpass.match.repeat import original
 from mpass.site import AttentionSite, MaskMeaning, shape_of
 
 TARGETS = (
@@ -63,17 +64,23 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     if call is None or not all(map(is_tensor, (call.query, call.key, call.value))):
         return None
     scale = constant_scale(call.scale, call.query)
+    reason = reason_to_stay(call, scale) or gradient_reason(node)
+    key, value = call.key, call.value
+    if not reason:
+        key, value = original(key, node, prover), original(value, node, prover)
+        if not same_size(shape_of(key)[1], shape_of(value)[1]):
+            key, value = call.key, call.value
     mask, unproven = mask_of(node, call, prover)
     return make_site(
         node,
         "sdpa",
         query=call.query,
-        key=call.key,
-        value=call.value,
+        key=key,
+        value=value,
         scale=0.0 if scale is None else scale,
         mask=mask,
         unproven=unproven,
-        dense_reason=reason_to_stay(node, call, scale),
+        dense_reason=reason,
     )
 
 
@@ -91,7 +98,7 @@ def mask_of(node: fx.Node, call: SdpaCall, prover: MaskProver) -> tuple[MaskMean
     return MaskMeaning(causal=False, proof=("no mask: every key is seen",)), ""
 
 
-def reason_to_stay(node: fx.Node, call: SdpaCall, scale: float | None) -> str:
+def reason_to_stay(call: SdpaCall, scale: float | None) -> str:
     """Why a call must stay dense whatever its mask; "" if nothing stands in the way."""
     reason = shape_reason(call.query, call.key, call.value)
     if reason:
@@ -101,4 +108,4 @@ def reason_to_stay(node: fx.Node, call: SdpaCall, scale: float | None) -> str:
         return f"{heads} query heads and {kv_heads} key heads without enable_gqa"
     if scale is None:
         return "scale is not a constant"
-    return dropout_reason(call.dropout_p) or gradient_reason(node)
+    return dropout_reason(call.dropout_p)

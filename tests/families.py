@@ -1,0 +1,209 @@
+"""Tiny randomly initialised models of the families that mpass is meant for, built from config.
+
+Two layers, hidden size 64, vocabulary 128. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+VOCABULARY = 128
+WINDOW = 16
+"""Sliding window (and attention chunk) of the families that have one: shorter than the prompts."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its config class and sizes, the kind of its inputs.
+
+    implementations: attention spellings that transformers has for it.
+    rewritten: layers whose attention a proof is expected for, out of `sites` per forward.
+    """
+
+    name: str
+    config: str
+    sizes: dict[str, Any]
+    kind: str = "decoder"
+    model: str = ""
+    implementations: tuple[str, ...] = ("sdpa", "eager")
+    static_cache: bool = True
+    notes: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def decoder(name: str, config: str, sizes: dict[str, Any] | None = None, **more: Any) -> Family:
+    """A causal language model."""
+    extra = {k: more.pop(k) for k in list(more) if k not in Family.__dataclass_fields__}
+    return Family(name, config, {**(GQA if sizes is None else sizes), **extra}, **more)
+
+
+FAMILIES: tuple[Family, ...] = (
+    decoder("llama", "LlamaConfig"),
+    decoder("yi", "LlamaConfig", rope_theta=5e6, num_key_value_heads=1),
+    decoder(
+        "llama4",
+        "Llama4TextConfig",
+        intermediate_size_mlp=96,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        attention_chunk_size=WINDOW,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
+    ),
+    decoder("qwen2", "Qwen2Config"),
+    decoder("qwen3", "Qwen3Config", head_dim=16),
+    decoder(
+        "qwen3_moe", "Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+    decoder(
+        "qwen3_next",
+        "Qwen3NextConfig",
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    decoder(
+        "qwen2_5_vl_text",
+        "Qwen2_5_VLTextConfig",
+        kind="text",
+        model="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VLTextModel",
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    ),
+    decoder("mistral", "MistralConfig", sliding_window=WINDOW),
+    decoder("mixtral", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    decoder("phi3", "Phi3Config"),
+    decoder("glm4", "Glm4Config", head_dim=16),
+    decoder(
+        "gemma2", "Gemma2Config", head_dim=16, sliding_window=WINDOW, implementations=("eager",)
+    ),
+    decoder(
+        "gemma3", "Gemma3TextConfig", head_dim=16, sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    decoder(
+        "gpt_oss",
+        "GptOssConfig",
+        head_dim=16,
+        sliding_window=WINDOW,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        implementations=("eager",),
+    ),
+    decoder(
+        "cohere2", "Cohere2Config", sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    decoder("falcon", "FalconConfig", SIZES, new_decoder_architecture=True, num_kv_heads=2),
+    decoder("falcon_mq", "FalconConfig", SIZES, multi_query=True, new_decoder_architecture=False),
+    decoder("gpt_neox", "GPTNeoXConfig", SIZES),
+    decoder("gpt2", "GPT2Config", SIZES),
+    decoder("opt", "OPTConfig", SIZES, ffn_dim=96, word_embed_proj_dim=64),
+    decoder("bloom", "BloomConfig", SIZES, implementations=("eager",), static_cache=False),
+    decoder(
+        "deepseek_v3",
+        "DeepseekV3Config",
+        {**SIZES, "num_key_value_heads": 4},
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    ),
+    decoder("granite", "GraniteConfig"),
+    decoder("olmo2", "Olmo2Config"),
+    decoder("starcoder2", "Starcoder2Config", sliding_window=None),
+    Family("bert", "BertConfig", SIZES, kind="encoder", static_cache=False),
+    Family(
+        "vit",
+        "ViTConfig",
+        {k: SIZES[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+        | {"num_attention_heads": 4, "image_size": 32, "patch_size": 4},
+        kind="image",
+        static_cache=False,
+    ),
+    Family(
+        "t5",
+        "T5Config",
+        {"vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2,
+         "num_heads": 4, "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2},
+        kind="encoder_decoder",
+        static_cache=False,
+    ),
+    Family(
+        "whisper",
+        "WhisperConfig",
+        {"vocab_size": VOCABULARY, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
+         "decoder_ffn_dim": 96, "max_source_positions": 50, "max_target_positions": 128,
+         "num_mel_bins": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+         "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None},
+        kind="speech",
+        static_cache=False,
+    ),
+)  # fmt: skip
+
+BY_NAME = {family.name: family for family in FAMILIES}
+
+AUTO = {
+    "decoder": "AutoModelForCausalLM",
+    "encoder": "AutoModel",
+    "image": "AutoModel",
+    "encoder_decoder": "AutoModel",
+    "speech": "AutoModel",
+}
+
+
+def build(family: Family, implementation: str = "sdpa", seed: int = 0) -> nn.Module:
+    """A tiny model of a family in eval mode, fp32, with weights that spread attention."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, family.config, None) or config_by_module(family)
+    config = config(**family.sizes)
+    config._attn_implementation = implementation
+    if family.model:
+        module, _, name = family.model.partition(":")
+        model = getattr(__import__(module, fromlist=[name]), name)(config)
+    else:
+        model = getattr(transformers, AUTO[family.kind]).from_config(
+            config, attn_implementation=implementation
+        )
+    return model.eval().requires_grad_(False)
+
+
+def config_by_module(family: Family) -> Callable[..., Any]:
+    """A config class that transformers does not export at its top level."""
+    module = family.model.partition(":")[0].replace("modeling_", "configuration_")
+    return getattr(__import__(module, fromlist=[family.config]), family.config)
