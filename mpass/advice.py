@@ -38,6 +38,8 @@ def advise(
             "make this layer dense in the config"
         )
     if recall >= LOW_RECALL:
+        if name != "dense" and density > 0.98:
+            return "it selects nearly every key: a smaller budget, or dense in the config"
         if name != "dense" and recall >= SPARE_RECALL and density > SPARE_DENSITY:
             return f"keeps {recall:.1%} with {density:.0%} of the keys: a smaller budget may do"
         return ""

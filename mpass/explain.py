@@ -157,7 +157,7 @@ class Capture:
         self.graphs.append(
             GraphExplanation(
                 sites=report.sites,
-                details=tuple(decision_as_dict(d, self.options) for d in trace.decisions),
+                details=tuple(decision_as_dict(d) for d in trace.decisions),
                 costs=tuple(predict_cost(decision) for decision in trace.decisions),
                 ops_before=dict(count_ops(before)),
                 ops_after=dict(count_ops(gm)),

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 def render_explanation(explanation: Explanation) -> str:
     """A row per attention; below, the graphs, the breaks and the memory."""
     table = Table()
-    columns = ("graph", "layer", "status", "keys", "density", "predicted cost", "patterns or reason")
+    columns = (
+        "graph",
+        "layer",
+        "status",
+        "keys",
+        "density",
+        "predicted cost",
+        "patterns or reason",
+    )
     for column in columns:
         table.add_column(column, overflow="fold")
     for number, graph in enumerate(explanation.graphs):
@@ -90,5 +98,3 @@ def in_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
-
-

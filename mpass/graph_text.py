@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,10 +86,11 @@ def count_ops(gm: fx.GraphModule) -> Counter[str]:
     return Counter(name for node in gm.graph.nodes if (name := op_name(node)))
 
 
-def op_changes(before: Counter[str], after: Counter[str]) -> list[tuple[str, int, int]]:
+def op_changes(before: Mapping[str, int], after: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """Names whose number of calls changed: (name, before, after), by name."""
     names = sorted(set(before) | set(after))
-    return [(name, before[name], after[name]) for name in names if before[name] != after[name]]
+    pairs = [(name, before.get(name, 0), after.get(name, 0)) for name in names]
+    return [(name, old, new) for name, old, new in pairs if old != new]
 
 
 def op_difference(before: Counter[str], after: Counter[str]) -> str:

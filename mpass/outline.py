@@ -33,8 +33,7 @@ class Box:
         """`27 calls: 6 linear, 4 view, ...`."""
         total = self.ops.total()
         most = ", ".join(
-            f"{count} {name.rsplit('.', 1)[-1] or name}"
-            for name, count in self.ops.most_common(NAMED_OPS)
+            f"{count} {short_name(name)}" for name, count in self.ops.most_common(NAMED_OPS)
         )
         more = ", ..." if len(self.ops) > NAMED_OPS else ""
         return f"{total} call{'s' * (total != 1)}: {most}{more}" if total else ""
@@ -90,9 +89,16 @@ def own_box(node: fx.Node, sites: Collection[str]) -> Box | None:
         return None
     path = module_path(node)
     attention = not ours or name.startswith("minference.sparse_attention")
-    label = name.removesuffix(".default")
+    label = short_name(name) if not ours else name.removesuffix(".default")
     kind = "attention" if attention else "index"
     return Box(kind, label, layer_index(path), node.name if attention else "")
+
+
+def short_name(name: str) -> str:
+    """`scaled_dot_product_attention` of an op's full name, overload and namespace dropped."""
+    parts = [part for part in name.split(".") if part]
+    is_overload = len(parts) == 3 and parts[0] in ("aten", "minference", "prims")
+    return parts[-2] if is_overload else parts[-1]
 
 
 def is_index_part(node: fx.Node) -> bool:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,8 +166,7 @@ def profile(
     if len(steps) != len(measured):
         steps = [(0.0, 0.0)] * len(measured)
     layers = tuple(
-        describe_layer(item, explanation, step)
-        for item, step in zip(measured, steps, strict=True)
+        describe_layer(item, explanation, step) for item, step in zip(measured, steps, strict=True)
     )
     return Profile(explanation, layers, seconds, generated_sources())
 
@@ -244,7 +242,7 @@ def time_ops(run: Callable[[], object]) -> tuple[list[tuple[float, float]], dict
             torch.cuda.synchronize()
         total = time.perf_counter() - start
     steps: list[tuple[float, float]] = []
-    parts: Counter[str] = Counter()
+    parts = dict.fromkeys(("index", "attention", "dense attention"), 0.0)
     index = 0.0
     for name, seconds in outermost_ops(profiler.events(), cuda):
         if not name.startswith("minference::"):
@@ -256,8 +254,7 @@ def time_ops(run: Callable[[], object]) -> tuple[list[tuple[float, float]], dict
             index = 0.0
         else:
             index += seconds
-    ordered = {part: parts[part] for part in ("index", "attention", "dense attention")}
-    return steps, ordered | {"rest": max(0.0, total - sum(ordered.values()))}
+    return steps, parts | {"rest": max(0.0, total - sum(parts.values()))}
 
 
 def outermost_ops(events: Sequence[Any], cuda: bool) -> Iterator[tuple[str, float]]:

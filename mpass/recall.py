@@ -60,7 +60,8 @@ def measure_recall(
     """Compare what was computed with the exact attention; batch rows are averaged.
 
     max_query_blocks: evenly spread query blocks are looked at when there are more; resolution: R at
-    most. Scores are fp32, sums over blocks of queries fp64. Padding queries and queries that see nothing do not count.
+    most. Scores are fp32, sums over blocks of queries fp64. Padding queries and queries that see
+    nothing do not count.
     """
     query, key, mask, index = operands.query, operands.key, operands.mask, operands.index
     batch, heads, num_queries, _ = query.shape

@@ -1,0 +1,96 @@
+// What every part uses: the data, the theme's colors, text helpers, the tooltip.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const redrawers = [];
+
+function color(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+function ramp(low, high) {
+  const middle = (low + high) / 2;
+  return d3.scaleLinear([low, middle, high], ["--low", "--middle", "--high"].map(color)).clamp(true);
+}
+
+function percent(share) {
+  return share === null || share === undefined ? "-" : `${(100 * share).toFixed(1)}%`;
+}
+
+function bytes(count) {
+  const units = ["B", "KB", "MB", "GB"];
+  let unit = 0;
+  for (; count >= 1024 && unit < 3; unit++) count /= 1024;
+  return `${unit ? count.toFixed(1) : count} ${units[unit]}`;
+}
+
+function patternName(text) {
+  return text.split("(")[0];
+}
+
+function patternColor(text) {
+  const position = data.patterns.indexOf(patternName(text));
+  return position < 0 ? color("--none") : color(`--pattern-${(position % 6) + 1}`);
+}
+
+function element(tag, text, attributes = {}) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+function describe(pairs) {
+  const list = element("dl");
+  for (const [name, value] of pairs) {
+    if (value === "" || value === undefined || value === null) continue;
+    list.append(element("dt", name), element("dd", value));
+  }
+  return list;
+}
+
+function fillTable(table, heads, rows) {
+  table.replaceChildren();
+  const numeric = heads.map((_, i) => rows.some((row) => typeof row[i] === "number"));
+  const line = (cells, tag) => {
+    const row = element("tr");
+    cells.forEach((cell, i) => row.append(element(tag, cell, numeric[i] ? { class: "number" } : {})));
+    table.append(row);
+  };
+  line(heads, "th");
+  for (const row of rows) line(row, "td");
+}
+
+// A canvas sharp on every screen; returns its context in CSS pixels.
+function sizeCanvas(canvas, width, height) {
+  const ratio = window.devicePixelRatio || 1;
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  canvas.style.width = `${width}px`;
+  canvas.style.height = `${height}px`;
+  const context = canvas.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  return context;
+}
+
+function showTip(event, text) {
+  const tip = document.getElementById("tip");
+  tip.hidden = !text;
+  if (!text) return;
+  tip.textContent = text;
+  const box = tip.getBoundingClientRect();
+  tip.style.left = `${Math.min(event.clientX + 12, innerWidth - box.width - 8)}px`;
+  tip.style.top = `${Math.min(event.clientY + 12, innerHeight - box.height - 8)}px`;
+}
+
+function setTheme(name) {
+  document.documentElement.dataset.theme = name;
+  for (const redraw of redrawers) redraw();
+}
+
+function startTheme() {
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  setTheme(system.matches ? "dark" : "light");
+  document.getElementById("theme").addEventListener("click", () => {
+    setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  });
+}
