@@ -1,0 +1,109 @@
+"""Sparse attention by generated C++; the meaning is mpass.lowering.reference.sparse_attention."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from mpass.lowering.cpu.library import Arguments, load_library
+from mpass.lowering.cpu.spec import KernelSpec
+from mpass.lowering.cpu.support import kernel_spec
+from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.reference import empty_output
+from torch import Tensor
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: SparseIndex,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Exact softmax attention over the keys that `index` selects and `mask` allows.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
+    [B, Nq, H, Dv]; fp32, bf16 or fp16. Raises MemoryError if the packed keys do not fit.
+    """
+    spec = kernel_spec(query, value, softcap=softcap)
+    return run_attention(
+        spec, query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
+    )
+
+
+def run_attention(
+    spec: KernelSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: SparseIndex,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`sparse_attention` with a chosen specialisation."""
+    out = empty_output(query, value)
+    if out.numel() == 0:
+        return out
+    query, key, value = (rows_contiguous(tensor) for tensor in (query, key, value))
+    key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
+    logits = None if sinks is None else sinks.to(torch.float32).contiguous()
+    slots = torch.tensor(index.head_slots, dtype=torch.int32)
+    tensors = tuple(tensor.contiguous() for tensor in index.tensors())
+    block_count, block_index, diagonal_count, diagonal_index, column_count, column_index = tensors
+    arguments = Arguments(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        out=out.data_ptr(),
+        key_mask=None if key_mask is None else key_mask.data_ptr(),
+        sinks=None if logits is None else logits.data_ptr(),
+        block_count=block_count.data_ptr(),
+        block_index=block_index.data_ptr(),
+        diagonal_count=diagonal_count.data_ptr(),
+        diagonal_index=diagonal_index.data_ptr(),
+        column_count=column_count.data_ptr(),
+        column_index=column_index.data_ptr(),
+        head_slots=slots.data_ptr(),
+        batch=query.shape[0],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        num_queries=query.shape[2],
+        num_keys=key.shape[2],
+        num_blocks=block_count.shape[2],
+        num_lists=block_count.shape[1],
+        max_blocks=block_index.shape[3],
+        num_diagonals=diagonal_count.shape[1],
+        max_diagonals=diagonal_index.shape[2],
+        max_columns=column_index.shape[2],
+        longest_columns=int(column_count.max()) if column_index.shape[2] else 0,
+        query_offset=mask.query_offset,
+        window=mask.window,
+        causal=mask.causal,
+        threads=torch.get_num_threads(),
+        scale=scale,
+        softcap=softcap,
+        **strides("query", query),
+        **strides("key", key),
+        **strides("value", value),
+        **strides("out", out),
+    )
+    if load_library(spec).sparse_attention(ctypes.byref(arguments)) != 0:
+        raise MemoryError(f"no memory to pack keys {tuple(key.shape)} and values for attention")
+    return out
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def strides(name: str, tensor: Tensor) -> dict[str, int]:
+    batch, head, row, _ = tensor.stride()
+    return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row}

@@ -1,0 +1,135 @@
+"""KernelSpec: what a generated C++ library is specialised on, and its source.
+
+Specialised on what the inner loops see: dtype, head_dim, value dim, strip width, softcap and the
+instruction set. Not on anything that changes from call to call or that is decided once per 64 x 64
+tile: lengths, heads, batch, strides, density, index form, columns, windows, padding.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jinja2
+from mpass.lowering.index import BLOCK
+
+STRIP = 4
+"""Tiles of 64 keys per softmax update: the scores of a strip (64 KiB) stay in the second cache."""
+
+MAX_HEAD_DIM = 512
+"""Largest head_dim and value dim that the tiles and their buffers are laid out for."""
+
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2")
+"""From the fastest to the one that every x86-64 machine of the last ten years has."""
+
+INPUT_TYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Exp2:
+    """Polynomial for 2^r on [-1/2, 1/2], minimax in relative error (Remez).
+
+    coefficients: of r^0, r^1, ...; note: the error, for the generated source.
+    """
+
+    coefficients: tuple[float, ...]
+    note: str
+
+
+EXP2_BF16 = Exp2(
+    (0.999928074, 0.693260985, 0.242611122, 0.0551716691),
+    "degree 3, relative error 7.5e-5 (bf16 rounds at 2e-3)",
+)
+EXP2_FP32 = Exp2(
+    (1.00000007, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.0013276472),
+    "degree 5, relative error 7.5e-8",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One library of generated kernels. input: dtype of q, k, v and out, without `torch.`."""
+
+    input: str
+    head_dim: int
+    value_dim: int
+    instruction_set: str
+    softcap: bool = False
+    strip: int = STRIP
+
+    def __str__(self) -> str:
+        cap = ", softcap" if self.softcap else ""
+        return (
+            f"{self.input}, D={self.head_dim}, DV={self.value_dim}, {self.instruction_set}, "
+            f"strips of {self.strip} tiles{cap}"
+        )
+
+    @property
+    def amx(self) -> bool:
+        return self.instruction_set == "amx"
+
+    @property
+    def bf16(self) -> bool:
+        """Whether products are taken in bf16: else everything is packed as fp32."""
+        return self.input == "bfloat16" and self.instruction_set in ("amx", "avx512_bf16")
+
+    @property
+    def packed(self) -> str:
+        return "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def lanes(self) -> int:
+        """Floats per vector register."""
+        return 8 if self.instruction_set == "avx2" else 16
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of the register tile: 6 x 4 of 32 registers, or 6 x 2 of AVX2's 16."""
+        return 6
+
+    @property
+    def tile_vectors(self) -> int:
+        return 2 if self.lanes == 8 else 4
+
+    @property
+    def depth(self) -> int:
+        """Words per packed row of queries and keys: pairs of bf16, whole tile rows for AMX."""
+        words = -(-self.head_dim // 2) if self.bf16 else self.head_dim
+        return round_up(words, 16) if self.bf16 and self.amx else words
+
+    @property
+    def value_width(self) -> int:
+        """Floats per accumulated output row: whole vectors, whole tile pairs for AMX."""
+        return round_up(self.value_dim, 32 if self.bf16 and self.amx else self.lanes)
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The templates of this folder."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("mpass.lowering.cpu", "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def generate_source(spec: KernelSpec) -> str:
+    """The C++ translation unit of a spec; its text keys the cache of compiled libraries."""
+    from mpass.lowering.cpu.library import Arguments
+
+    return (
+        environment()
+        .get_template("kernel.cpp.jinja")
+        .render(
+            spec=spec,
+            block=BLOCK,
+            exp2=EXP2_BF16 if spec.bf16 else EXP2_FP32,
+            arguments=Arguments.c_fields(),
+        )
+    )

@@ -1,0 +1,103 @@
+"""What generated C++ can serve on this machine, and with which instructions."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import sys
+import warnings
+
+import torch
+from mpass.lowering.cpu.spec import INPUT_TYPES, MAX_HEAD_DIM, KernelSpec
+from torch import Tensor
+
+
+def unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> str | None:
+    """Why generated C++ cannot serve these tensors, in words; None if it can.
+
+    Reads dtype, device and static shapes only, so fake tensors will do.
+    """
+    for tensor in (query, key, value):
+        if tensor.device.type != "cpu":
+            return f"C++ kernels run on CPU tensors, not {tensor.device.type}"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    if dtype_name(query.dtype) not in INPUT_TYPES:
+        return f"C++ kernels serve {', '.join(INPUT_TYPES)}, not {dtype_name(query.dtype)}"
+    for name, size in (("head_dim", query.shape[-1]), ("value dim", value.shape[-1])):
+        if not isinstance(size, int):
+            return f"{name} is not static"
+        if not 1 <= size <= MAX_HEAD_DIM:
+            return f"{name} {size} is not in 1..{MAX_HEAD_DIM}"
+    reason = machine_reason()
+    if reason:
+        warn_once(reason)
+    return reason
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def machine_reason() -> str | None:
+    """Why this machine cannot compile or run the kernels, or None."""
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        return f"C++ kernels are generated for x86-64, not {machine}"
+    if sys.platform != "linux":
+        return f"C++ kernels are built on Linux, not {sys.platform}"
+    if not torch.cpu._is_avx2_supported():
+        return "the CPU has no AVX2"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        return f"no C++ compiler was found ({type(error).__name__})"
+    return None
+
+
+@functools.cache
+def warn_once(reason: str) -> None:
+    """One warning per reason, with what to do about it."""
+    hint = (
+        "install g++ 11 or newer, or point CXX to a compiler"
+        if "compiler" in reason
+        else "run on an x86-64 Linux machine with AVX2, or on a CUDA device"
+    )
+    warnings.warn(
+        f"mpass runs sparse attention in plain PyTorch, which is slow: {reason}. "
+        f"For the fast path, {hint}.",
+        stacklevel=3,
+    )
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, the fastest first."""
+    found = []
+    if torch.cpu._is_avx512_supported():
+        if torch.cpu._is_avx512_bf16_supported():
+            # The kernel must let the process use the tile registers, or using them is fatal.
+            if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+                found.append("amx")
+            found.append("avx512_bf16")
+        found.append("avx512")
+    return (*found, "avx2")
+
+
+def kernel_spec(query: Tensor, value: Tensor, *, softcap: float = 0.0) -> KernelSpec:
+    """The specialisation that serves these tensors here."""
+    sets = instruction_sets()
+    dtype = dtype_name(query.dtype)
+    if dtype != "bfloat16":  # only bf16 products are in hardware: the rest is fp32 arithmetic
+        sets = tuple(s for s in sets if s in ("avx512", "avx2"))
+    return KernelSpec(dtype, query.shape[-1], value.shape[-1], sets[0], softcap=softcap > 0)
