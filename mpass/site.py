@@ -63,15 +63,15 @@ class AttentionSite:
 
     @property
     def num_heads(self) -> int:
-        return int(shape_of(self.query)[1])
+        return head_count(self.query)
 
     @property
     def num_kv_heads(self) -> int:
-        return int(shape_of(self.key)[1])
+        return head_count(self.key)
 
     @property
     def head_dim(self) -> int:
-        return int(shape_of(self.query)[3])
+        return int(shape_of(self.query)[-1])
 
 
 def example(node: fx.Node) -> torch.Tensor:
@@ -85,6 +85,12 @@ def example(node: fx.Node) -> torch.Tensor:
 def shape_of(node: fx.Node) -> torch.Size:
     """Shape of the tensor that a node stands for."""
     return example(node).shape
+
+
+def head_count(node: fx.Node) -> int:
+    """Heads of a tensor [.., H, N, D]; 1 if it has none (such a site stays dense)."""
+    shape = shape_of(node)
+    return int(shape[-3]) if len(shape) >= 3 else 1
 
 
 def module_path(node: fx.Node) -> str:
