@@ -26,6 +26,9 @@ from mpass.site import AttentionSite, Length, example, shape_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
+FEWEST_QUERIES = 128
+"""A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -127,21 +130,33 @@ def is_sum_of_products(expression: sympy.Expr) -> bool:
 
 
 def decide_length(site: AttentionSite, choice: Choice, options: Options) -> AttentionPlan | Skip:
-    """Compare the number of keys with the shortest sparse prompt: now, by a guard or in the op."""
+    """Compare the numbers of keys and queries with the least that pays: now, by guard, or in the op."""
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     if statically_known_true(num_queries == 1):
         return Skip(site, "decoding: one query", choice.source)
     shortest = choice.min_seq_len
-    sparse = AttentionPlan(site, choice.patterns, options.dense_above, 0, choice.source)
-    if statically_known_true(num_keys >= shortest):
-        return sparse
-    too_short = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"
-    if statically_known_true(num_keys < shortest):
-        return Skip(site, too_short, choice.source)
-    if has_user_range(num_keys):
-        # A guard would contradict the range that the user promised: the op decides per call.
-        return dataclasses.replace(sparse, min_seq_len=shortest)
-    return sparse if bool(num_keys >= shortest) else Skip(site, too_short, choice.source)
+    plan = AttentionPlan(site, choice.patterns, options.dense_above, 0, choice.source)
+    long_enough = at_least(num_keys, shortest)
+    if long_enough is False:
+        reason = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"
+        return Skip(site, reason, choice.source)
+    fewest = min(FEWEST_QUERIES, shortest)
+    if at_least(num_queries, fewest) is False:
+        reason = f"{length_in_words(num_queries)} queries, sparse from {fewest} on"
+        return Skip(site, reason, choice.source)
+    return plan if long_enough else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def at_least(length: Length, least: int) -> bool | None:
+    """Whether a length is `least` or more, by a guard where it is not known; None if none may be.
+
+    A guard would contradict a range that the user promised: then the op decides per call.
+    """
+    if statically_known_true(length >= least):
+        return True
+    if statically_known_true(length < least):
+        return False
+    return None if has_user_range(length) else bool(length >= least)
 
 
 def has_user_range(length: Length) -> bool:
