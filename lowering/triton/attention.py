@@ -99,8 +99,10 @@ def attention_spec(
     """The kernel that serves a call; reads shapes, dtypes and static arguments only."""
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     target = target_for(query.device)
-    tile = attention_tile(target, head_dim, value_dim)
     columns = index.column_index.shape[-1] > 0
+    window, padding = mask.window > 0, mask.key_mask is not None
+    features = sum((columns, window, padding, softcap > 0))
+    tile = attention_tile(target, head_dim, value_dim, features)
     group = query.shape[1] // key.shape[1]
     limit = 1 if columns else tile.max_pack
     pack = query_heads_per_program(index.head_slots, group, limit)
@@ -114,8 +116,8 @@ def attention_spec(
         form=index_form(index.head_slots),
         columns=columns,
         causal=mask.causal,
-        window=mask.window > 0,
-        padding=mask.key_mask is not None,
+        window=window,
+        padding=padding,
         softcap=softcap > 0,
         sinks=sinks is not None,
         num_warps=pack_warps(tile, pack),
@@ -134,15 +136,12 @@ def index_form(head_slots: tuple[int, ...]) -> Form:
 def plan_rows(
     spec: KernelSpec, query: Tensor, key: Tensor, index: SparseIndex, mask: AttentionMask
 ) -> tuple[Tensor, Tensor]:
-    """What each row walks through (see rows.py.jinja): spans [B, H, I, 8], bits [B, H, I, words]."""
+    """What each row walks through (see rows.py.jinja): spans [B, H, I, 8], bits [B, H, I, C // 32]."""
     batch, heads, num_queries, _ = query.shape
     rows = num_query_blocks(num_queries, mask.query_offset)
     num_columns = padded_columns(index, spec.tile)
-    word = torch.int64 if spec.tile == 64 else torch.int32
     spans = torch.empty(batch, heads, rows, 8, dtype=torch.int32, device=query.device)
-    bits = torch.empty(
-        batch, heads, rows, num_columns // spec.tile, dtype=word, device=query.device
-    )
+    bits = spans.new_empty(batch, heads, rows, num_columns // 32)
     slots = device_ints(index.head_slots, query.device) if spec.form == "mixed" else spans
     limits = key_limits(mask.key_mask) if mask.key_mask is not None else spans
     launch(

@@ -29,6 +29,9 @@ INT_POINTERS = {
 }
 """Pointer arguments that are neither of the spec's dtype nor int32 nor fp32 by name."""
 
+FEATURES = ("columns", "window", "padding", "softcap")
+"""Flags of a KernelSpec that take registers of the attention kernel."""
+
 SPEC_DTYPE = {"query", "key", "value", "out", "column_key", "column_value", "rows"}
 """Pointer arguments of the spec's dtype; those of estimation sums are fp32."""
 
@@ -96,8 +99,6 @@ def argument_type(spec: KernelSpec, parameter: Any) -> str:
         return "i32"
     if name in SPEC_DTYPE:
         return f"*{spec.dtype}"
-    if name == "column_bits":
-        return f"*i{spec.tile}"
     if name in INT_POINTERS:
         return INT_POINTERS[name]
     return "*fp32" if name in FLOATS else "*i32"
@@ -163,7 +164,8 @@ def attention_report(spec: KernelSpec) -> Report:
 
 def table_spec(target: Target, head_dim: int, *, pack: int = 1, **flags: Any) -> KernelSpec:
     """The attention spec that the table chooses for a chip and head size."""
-    tile = attention_tile(target, head_dim, flags.get("value_dim", head_dim))
+    features = sum(bool(flags.get(name)) for name in FEATURES)
+    tile = attention_tile(target, head_dim, flags.get("value_dim", head_dim), features)
     values: dict[str, Any] = {
         "head_dim": head_dim,
         "value_dim": head_dim,

@@ -62,16 +62,22 @@ class KernelSpec:
     target: Target = "sm_90"
 
 
-def attention_tile(target: Target, head_dim: int, value_dim: int) -> Tile:
-    """The tile of the attention kernel: the largest that spills nothing."""
+def attention_tile(target: Target, head_dim: int, value_dim: int, features: int = 0) -> Tile:
+    """The tile of the attention kernel: the largest that spills nothing.
+
+    features: how many of columns, window, padding and softcap the kernel has; each takes registers.
+    """
     dim = max(head_dim, value_dim)
     if dim <= 64:
         return Tile(64, 4, 2, max_pack=2)
     if target == "sm_80":
         return Tile(32, 4, 2) if dim <= 128 else Tile(32, 8, 2)
+    if target == "gfx942" and dim > 128:
+        return Tile(32, 4, 2)
     if dim <= 128:
-        return Tile(64, 4, 2, max_pack=2)
-    return Tile(64, 8, 2)
+        return Tile(64 if features < 3 else 32, 4, 2, max_pack=2)
+    most = 2 if dim <= 192 else 0
+    return Tile(64 if features <= most else 32, 8, 2)
 
 
 def pack_warps(tile: Tile, pack: int) -> int:
@@ -90,10 +96,11 @@ def query_heads_per_program(head_slots: tuple[int, ...], group: int, limit: int)
     return 1
 
 
-def parts(dim: int) -> list[tuple[int, int]]:
-    """A dimension cut into powers of two of at least 16, largest first: (start, width) each.
+def parts(dim: int, target: Target) -> list[tuple[int, int]]:
+    """A dimension as the powers of two that tiles are made of, largest first: (start, width) each.
 
-    96 -> (0, 64), (64, 32). Sizes that are no multiple of 16 are rounded up; loads are masked.
+    96 -> (0, 64), (64, 32). More than two parts cost more registers than the padding that they
+    save, and so do two of them beyond 128 on sm_80: then one part is padded, its loads masked.
     """
     rest = (dim + 15) // 16 * 16
     cut, start = [], 0
@@ -102,7 +109,8 @@ def parts(dim: int) -> list[tuple[int, int]]:
         cut.append((start, width))
         start += width
         rest -= width
-    return cut
+    whole = len(cut) > 2 or (dim > 128 and target == "sm_80")
+    return [(0, power_of_two(dim))] if whole else cut
 
 
 def power_of_two(size: int) -> int:
