@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,17 +140,24 @@ def finish_trace(trace: Trace) -> None:
 
 def emit_graph(stage: str, gm: fx.GraphModule) -> None:
     """A graph to the log and the structured trace, printed only if one of them listens."""
+
+    def text() -> str:
+        try:
+            return readable(gm)
+        except Exception as error:  # logs must not take the user's compile along
+            return f"cannot be printed: {describe(error)}"
+
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("%s graph\n%s", stage, readable(gm))
-    emit(f"{stage}_graph", "string", lambda: readable(gm))
+        log.debug("%s graph\n%s", stage, text())
+    emit(f"{stage}_graph", "string", text)
 
 
-def emit(name: str, encoding: str, payload: object) -> None:
+def emit(name: str, encoding: str, payload: Callable[[], str]) -> None:
     """An artifact `minference_<name>` for TORCH_TRACE; `payload` is called only if it is on."""
     torch._logging.trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"minference_{name}", "encoding": encoding},
-        payload_fn=payload,  # type: ignore[arg-type]
+        payload_fn=payload,
         expect_trace_id=False,
     )
 

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
+from mpass.lowering.record import record
 from torch import nn
 from torch.nn import functional as F
 
 import mpass
 from mpass.explain import explain
-from mpass.lowering.record import record
 from tests.toys import Attention, Decoder
 
 N = 192
