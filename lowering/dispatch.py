@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mpass.lowering import estimate, reference
+
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
@@ -22,14 +24,14 @@ class Lowering:
     reason: str = ""
 
     def function(self, name: str) -> Callable[..., Any]:
-        """The lowering's own version of an op's implementation."""
-        if self.name == "reference":
-            module = "reference" if name == "sparse_attention" else "estimate"
-        else:
-            module = self.name
-        found: Callable[..., Any] = getattr(
-            importlib.import_module(f"mpass.lowering.{module}"), name
-        )
+        """The lowering's own version of an op's implementation, plain torch where it has none."""
+        if self.name != "reference":
+            module = importlib.import_module(f"mpass.lowering.{self.name}")
+            own: Callable[..., Any] | None = getattr(module, name, None)
+            if own is not None:
+                return own
+        plain = reference if name == "sparse_attention" else estimate
+        found: Callable[..., Any] = getattr(plain, name)
         return found
 
 

@@ -130,7 +130,7 @@ def is_sum_of_products(expression: sympy.Expr) -> bool:
 
 
 def decide_length(site: AttentionSite, choice: Choice, options: Options) -> AttentionPlan | Skip:
-    """Compare the numbers of keys and queries with the least that pays: now, by guard, or in the op."""
+    """Compare the lengths with the least that pays: now, by a guard, or in the op."""
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     if statically_known_true(num_queries == 1):
         return Skip(site, "decoding: one query", choice.source)
