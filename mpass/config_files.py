@@ -93,6 +93,11 @@ class JsonObject(dict[str, Any]):
         )
 
 
+def child(path: str, key: str) -> str:
+    """The JSON path of a key, as jsonschema writes it."""
+    return f"{path}.{key}" if key.isidentifier() else f"{path}[{key!r}]"
+
+
 def text_faults(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
     """What JSON itself lets pass and no config may have, each with its path."""
     if depth > MAX_DEPTH:
@@ -100,7 +105,7 @@ def text_faults(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
     elif isinstance(value, JsonObject):
         yield from ((path, f"key {key!r} stands here twice") for key in value.duplicates)
         for key, item in value.items():
-            yield from text_faults(item, f"{path}[{key!r}]", depth + 1)
+            yield from text_faults(item, child(path, key), depth + 1)
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield from text_faults(item, f"{path}[{i}]", depth + 1)

@@ -3,12 +3,13 @@
 What a decorator says travels in the captured graph itself: torch.fx.traceback.annotate puts it
 into `node.meta["custom"]` of every node traced inside, outermost first. Nothing is global, eager
 runs are not touched, and two models in one process keep their own. A decorated class also carries
-it as an attribute, which the backend finds through the graph's module stack: so subclasses that
-replace `forward` keep it.
+it as an attribute, which is found through the graph's module stack where a graph break lost the
+annotation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -136,7 +137,7 @@ def region_annotation(**settings: Any) -> dict[str, str]:
 def plain(pattern: Any) -> Any:
     """Patterns as JSON values. Traced by Dynamo: an object made in traced code has no value yet."""
     if isinstance(pattern, Pattern):
-        fields = {name: getattr(pattern, name) for name in pattern.__dataclass_fields__}
+        fields = {item.name: getattr(pattern, item.name) for item in dataclasses.fields(pattern)}
         return {"pattern": pattern.name, **fields}
     if isinstance(pattern, (list, tuple)):
         return [plain(item) for item in pattern]
@@ -241,32 +242,50 @@ def decorate_function(function: Any, marks: dict[str, str]) -> Any:
 
 
 def decorate_class(cls: Any, override: Override) -> Any:
-    """Mark a class and wrap its `forward`; the class itself is returned."""
+    """Mark a class, and wrap its `forward` and those of subclasses to come; returns the class."""
     overrides = (override, *getattr(cls, ATTRIBUTE, ()))
     marks: dict[str, str] = {}
     for entry in reversed(overrides):  # a subclass's own is inside of its base's
         marks |= annotation(entry)
     setattr(cls, ATTRIBUTE, overrides)
     setattr(cls, ANNOTATION, marks)
-    forward: Callable[..., Any] = cls.forward
+    cls.forward = configured_forward(cls.forward)
+    own = cls.__dict__.get("__init_subclass__")
+
+    def init_subclass(subclass: Any, **kwargs: Any) -> None:
+        if own is None:
+            super(cls, subclass).__init_subclass__(**kwargs)
+        else:
+            own.__get__(None, subclass)(**kwargs)
+        if "forward" in subclass.__dict__:
+            subclass.forward = configured_forward(subclass.forward)
+
+    cls.__init_subclass__ = classmethod(init_subclass)
+    return cls
+
+
+def configured_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `forward` with its nodes annotated by what the class of its instance carries.
+
+    The instance's class, not the one that the forward is written in: what a subclass's decorator
+    says must not be undone when it calls its base. Entered again, an annotation keeps its place.
+    """
 
     @functools.wraps(forward)
     def configured(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             return forward(self, *args, **kwargs)
-        # The annotation of the instance's class: a base's wrapper must not undo a subclass's.
         with annotate(getattr(type(self), ANNOTATION)):
             return forward(self, *args, **kwargs)
 
-    cls.forward = configured
-    return cls
+    return configured
 
 
 def overrides_of(node: fx.Node, root: nn.Module | None) -> list[Override]:
     """The overrides that apply to a node, innermost first.
 
     root: the compiled module, which is not in the node's module stack. Classes whose annotation is
-    missing (a subclass replaced `forward`, a graph break came between) count as outermost.
+    missing (a graph break came between, or torch.export made the graph) count as outermost.
     """
     custom: Mapping[str, Any] = node.meta.get("custom") or {}
     found = [read_annotation(custom[key]) for key in custom if str(key).startswith(PREFIX)]
