@@ -20,23 +20,21 @@ from mpass.lowering.triton.spec import KernelSpec, Target, attention_tile, pack_
 REGISTERS = 65536
 """Registers of one multiprocessor of every NVIDIA chip in the table."""
 
-INT_POINTERS = {
-    "key_mask": "*u8",
-    "table": "*u8",
-    "last": "*i64",
-    "sinks": "*fp32",
-    "probabilities": "*fp32",
+POINTERS = {
+    "*u8": ("key_mask", "table"),
+    "*i64": ("last",),
+    "*fp32": (
+        *("sinks", "scores", "largest", "pooled", "maxima", "sums"),
+        *("column_sums", "near_sums", "far_sums"),
+    ),
 }
-"""Pointer arguments that are neither of the spec's dtype nor int32 nor fp32 by name."""
+"""Types of the pointer arguments of fixed dtype; those not named here are int32."""
 
 FEATURES = ("columns", "window", "padding", "softcap")
 """Flags of a KernelSpec that take registers of the attention kernel."""
 
-SPEC_DTYPE = {"query", "key", "value", "out", "column_key", "column_value", "rows"}
-"""Pointer arguments of the spec's dtype; those of estimation sums are fp32."""
-
-FLOATS = {"sinks", "scores", "limits_score", "maxima", "sums", "pooled", "threshold"}
-"""Pointer arguments of fp32."""
+SPEC_DTYPE = ("query", "key", "value", "out", "column_key", "column_value", "rows")
+"""Pointer arguments of the spec's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +97,7 @@ def argument_type(spec: KernelSpec, parameter: Any) -> str:
         return "i32"
     if name in SPEC_DTYPE:
         return f"*{spec.dtype}"
-    if name in INT_POINTERS:
-        return INT_POINTERS[name]
-    return "*fp32" if name in FLOATS else "*i32"
+    return next((kind for kind, names in POINTERS.items() if name in names), "*i32")
 
 
 def report_nvidia(spec: KernelSpec, kernel: str, ptx: str, shared: int) -> Report:

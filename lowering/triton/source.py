@@ -18,8 +18,9 @@ from types import ModuleType
 
 import jinja2
 
+from mpass.lowering.estimate import LAST_QUERIES
 from mpass.lowering.index import ALL_DIAGONALS, BLOCK
-from mpass.lowering.triton.spec import KernelSpec, parts, power_of_two
+from mpass.lowering.triton.spec import SPLITS, KernelSpec, parts, power_of_two
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -48,6 +49,8 @@ def render(spec: KernelSpec) -> str:
             all_diagonals=ALL_DIAGONALS,
             parts=parts,
             power_of_two=power_of_two,
+            last_queries=LAST_QUERIES,
+            splits=SPLITS,
         )
     )
 

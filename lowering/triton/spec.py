@@ -20,6 +20,9 @@ TARGETS: tuple[Target, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 65536}
 """Bytes of shared memory that one program may use (CUDA programming guide; CDNA 3 ISA)."""
 
+SPLITS = 32
+"""Parts that estimation cuts the keys into, so that few heads still fill a GPU."""
+
 HEAD_DIMS = range(16, 257)
 """Head sizes that the attention kernel takes, of keys and of values."""
 
