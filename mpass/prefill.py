@@ -38,11 +38,15 @@ class Predictions:
 
 
 def compile_body(
-    model: Any, backend: str, options: dict[str, Any] | None = None
+    model: Any,
+    backend: str,
+    options: dict[str, Any] | None = None,
+    *,
+    dynamic: bool | None = None,
 ) -> Callable[..., Any]:
     """`forward` of the model's body (embedding and layers, without lm_head), compiled."""
     compiled: Callable[..., Any] = torch.compile(
-        model.get_decoder().forward, backend=backend, options=options
+        model.get_decoder().forward, backend=backend, options=options, dynamic=dynamic
     )
     return compiled
 

@@ -1,0 +1,1 @@
+"""Accuracy of sparse prefill: retrieval tasks, perplexity and agreement with dense attention."""
