@@ -71,11 +71,11 @@ class MaskProver:
         """
         sizes = mask_sizes(query, key)
         value: Expr = sympy.Integer(0)
-        try:
-            for op, carried in steps:
+        for op, carried in steps:
+            try:
                 value = self.reader.read_step(op, carried, value)
-        except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
-            return MaskProof(None, str(reason))
+            except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
+                return MaskProof(None, f"{op_name(op)} on the scores: {reason}")
         condition = visible(value)
         if condition is None:
             return MaskProof(None, f"additive bias, no mask: {blame(value, self.reader)}")
@@ -85,20 +85,38 @@ class MaskProver:
             self._memo[memo] = self.prove_condition(condition, sizes, key, at)
         return self._memo[memo]
 
+    def prove_mask_mod(
+        self,
+        graph: fx.Graph,
+        arguments: Mapping[fx.Node, Expr],
+        sizes: MaskSizes,
+        key: fx.Node,
+        at: fx.Node,
+    ) -> MaskProof:
+        """The meaning of a mask_mod(b, h, q, k); `arguments`: what its placeholders stand for."""
+        reader = self.reader.inner(StorageWrites(graph), arguments)
+        output = next(node for node in reversed(graph.nodes) if node.op == "output")
+        result = output.args[0]
+        result = result[0] if isinstance(result, (list, tuple)) else result
+        if not isinstance(result, fx.Node):
+            return MaskProof(None, "mask_mod returns a constant")
+        condition = visible(reader.read(result, output))
+        if condition is None:
+            return MaskProof(None, "mask_mod does not return a condition")
+        return self.prove_condition(condition, sizes, key, at)
+
     def prove_condition(
         self,
         condition: Expr | str,
         sizes: MaskSizes,
         key: fx.Node,
         at: fx.Node,
-        reader: GraphReader | None = None,
     ) -> MaskProof:
         """The meaning of a condition on (b, h, q, k); a string is why there is none."""
         if isinstance(condition, str):
             return MaskProof(None, condition)
-        reader = reader or self.reader
         try:
-            meaning = assemble(sort_terms(condition, sizes), sizes, reader, key, at)
+            meaning = assemble(sort_terms(condition, sizes), sizes, self.reader, key, at)
             return MaskProof(meaning, "", condition)
         except NotUnderstood as reason:
             return MaskProof(None, str(reason), condition)
@@ -159,7 +177,7 @@ def assemble(
         proof.append(f"valid keys: k < {valid}")
     key_mask = None
     if terms.padding:
-        key_mask = key_mask_node(terms.padding, sizes, reader, key, at)
+        key_mask = key_mask_node(terms, sizes, reader, key, at)
         proof.append(f"padding: {sympy.And(*terms.padding)}")
     proof += [f"always true: {term}" for term in terms.dropped]
     return MaskMeaning(
@@ -191,7 +209,7 @@ def query_offset(expr: Expr, like: Sequence[Length], reader: GraphReader) -> Len
         node = reader.sources.get(getattr(expr.func, "__name__", ""))
         if isinstance(expr, AppliedUndef) and node and not reader.writes.ever_written(node):
             return node
-        raise NotUnderstood(f"the query's position is only known at run time: {expr}")
+        raise NotUnderstood(f"the first query's position is known at run time only: {expr}")
     offset = as_length(expr, like)
     if offset is None:
         raise NotUnderstood(f"query offset {expr} is not a size")
@@ -219,12 +237,16 @@ def window_size(terms: MaskTerms, sizes: MaskSizes) -> int:
 
 
 def key_mask_node(
-    padding: Sequence[Expr], sizes: MaskSizes, reader: GraphReader, key: fx.Node, at: fx.Node
+    terms: MaskTerms, sizes: MaskSizes, reader: GraphReader, key: fx.Node, at: fx.Node
 ) -> fx.Node:
     """Bool [B, Nk] for terms in b and k: a tensor of the graph, or a new one made of its inputs."""
-    condition = sympy.And(*padding)
-    node = find_key_mask(reader, condition, sizes)
-    return node or Emitter(reader, key, at).key_mask(condition)
+    condition = sympy.And(*terms.padding)
+    implied = [term for term in terms.dropped if not term.has(HEAD, QUERY)]
+    for candidate in (condition, sympy.And(condition, *implied)):
+        node = find_key_mask(reader, candidate, sizes)
+        if node is not None:
+            return node
+    return Emitter(reader, key, at).key_mask(condition)
 
 
 def describe(term: Expr, reader: GraphReader) -> str:
@@ -232,8 +254,8 @@ def describe(term: Expr, reader: GraphReader) -> str:
     symbols = term.free_symbols
     if HEAD in symbols:
         return f"mask differs per head: {blame(term, reader)}"
-    chunks = {call.args[0] / QUERY for call in term.atoms(sympy.floor)}
-    chunks = {1 / ratio for ratio in chunks if ratio.is_Rational and ratio.p == 1}
+    steps = {sympy.expand(call.args[0]).coeff(QUERY) for call in term.atoms(sympy.floor)}
+    chunks = {1 / step for step in steps if step.is_Rational and step.p == 1}
     if isinstance(term, sympy.Eq) and chunks:
         return f"chunked attention in chunks of {next(iter(chunks))} positions"
     if term.atoms(AppliedUndef):
@@ -254,24 +276,3 @@ def blame(expr: Expr, reader: GraphReader) -> str:
         failure = reader.failures.get(name, op_name(node))
         parts.append(f"{failure}" + (f" at {place}" if place else ""))
     return "; ".join(dict.fromkeys(parts)) or str(expr)
-
-
-def prove_mask_mod(
-    prover: MaskProver,
-    mask_graph: fx.Graph,
-    arguments: Mapping[fx.Node, Expr],
-    sizes: MaskSizes,
-    key: fx.Node,
-    at: fx.Node,
-) -> MaskProof:
-    """The meaning of a mask_mod(b, h, q, k) graph; `arguments`: what its placeholders stand for."""
-    reader = GraphReader(StorageWrites(mask_graph), RULES, arguments)
-    outputs = next(node for node in reversed(mask_graph.nodes) if node.op == "output")
-    result = outputs.args[0]
-    result = result[0] if isinstance(result, (list, tuple)) else result
-    if not isinstance(result, fx.Node):
-        return MaskProof(None, "mask_mod returns a constant")
-    condition = visible(reader.read(result, outputs))
-    if condition is None:
-        return MaskProof(None, "mask_mod does not return a condition")
-    return prover.prove_condition(condition, sizes, key, at, reader)

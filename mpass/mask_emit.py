@@ -112,7 +112,9 @@ class Emitter:
     def element(self, atom: Expr) -> fx.Node:
         """An input tensor at indices that are expressions in b and k."""
         node = self.reader.sources.get(atom.func.__name__)
-        if node is None or self.reader.writes.ever_written(node):
+        if node is None or node.graph is not self.graph:
+            raise NotUnderstood(f"{atom} is not a tensor of the graph")
+        if self.reader.writes.ever_written(node):
             raise NotUnderstood(f"{atom} is written in place")
         shape = example(node).shape
         sizes = (example(self.keys).shape[0], example(self.keys).shape[2])

@@ -34,13 +34,21 @@ class GraphReader:
         writes: StorageWrites,
         rules: Mapping[str, Rule],
         bindings: Mapping[fx.Node, Expr] | None = None,
+        prefix: str = "",
     ) -> None:
         self.writes = writes
         self.rules = rules
         self.bindings = dict(bindings or {})
+        self.prefix = prefix
         self.sources: dict[str, fx.Node] = {}
         self.failures: dict[str, str] = {}
         self._memo: dict[tuple[fx.Node, fx.Node | None], Expr] = {}
+
+    def inner(self, writes: StorageWrites, bindings: Mapping[fx.Node, Expr]) -> GraphReader:
+        """A reader of a sub-graph, whose unknowns are known here by names of their own."""
+        reader = GraphReader(writes, self.rules, bindings, prefix=f"{self.prefix}inner.")
+        reader.sources, reader.failures = self.sources, self.failures
+        return reader
 
     def read(self, node: fx.Node, at: fx.Node) -> Expr:
         """The element of a node's tensor as another node sees it, in `axis(0)`, `axis(1)`, ..."""
@@ -86,7 +94,9 @@ class GraphReader:
         """An uninterpreted function of a tensor's own indices."""
         tensor = example(node)
         written = call is not None and call is not node
-        name = f"{node.name}@{call.name}" if written and call is not None else node.name
+        name = self.prefix + node.name
+        if written and call is not None:
+            name += f"@{call.name}"
         self.sources[name] = node
         if reason and node.op not in ("placeholder", "get_attr"):
             self.failures[name] = reason
@@ -202,6 +212,8 @@ def op_name(node: fx.Node) -> str:
         return node.op
     if node.op == "call_method":
         name = str(target)
+    elif target is getattr:
+        name = str(node.args[1])
     elif isinstance(target, OpOverload):
         name = target.overloadpacket.__name__
     else:

@@ -301,6 +301,8 @@ def exact_number(value: Expr, dtype: torch.dtype) -> Expr:
         return cast_number(value, dtype)
     if dtype not in EXACT_DTYPES:
         raise NotUnderstood(f"arithmetic on positions in {dtype}")
+    if not value.is_integer:
+        raise NotUnderstood("a bias is added, which is no mask")
     if dtype != torch.int64 and any(abs(term) > MAX_CONSTANT for term in constants(value)):
         raise NotUnderstood(f"{dtype} might wrap or round")
     return value

@@ -25,7 +25,7 @@ from mpass.mask_expr import (
     select,
     substitute,
 )
-from mpass.mask_reader import Call, Rule, align, is_one, plain
+from mpass.mask_reader import Call, Rule, align, is_one, op_name, plain
 from mpass.mask_rules import cast, dimension
 from mpass.site import example
 
@@ -241,7 +241,7 @@ def unsqueeze(call: Call) -> Expr:
     return substitute(expr, {axis(i): axis(i + 1) for i in range(dim, len(shape))})
 
 
-@rule("permute", "transpose", "t", "swapaxes", "swapdims", "movedim")
+@rule("permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims")
 def permute(call: Call) -> Expr:
     expr, shape = call.tensor()
     order = permutation(call, len(shape))
@@ -250,16 +250,17 @@ def permute(call: Call) -> Expr:
 
 def permutation(call: Call, rank: int) -> list[int]:
     """The operand's dimension that each dimension of the result is."""
-    name = str(call.node.target)
+    name = op_name(call.node)
     order = list(range(rank))
-    if "permute" in name:
+    if name == "permute":
         return [dimension(dim, rank) for dim in call.rest(1, "dims")]
-    if "movedim" in name:
-        raise NotUnderstood("movedim")
-    if "transpose" in name or "swap" in name:
-        first, second = call.argument(1, "dim0"), call.argument(2, "dim1")
+    if name in ("t", "T", "mT"):
+        if rank < 2 or (rank > 2 and name != "mT"):
+            raise NotUnderstood(f"{name} of {rank} dimensions")
+        first, second = rank - 2, rank - 1
     else:
-        first, second = 0, rank - 1
+        names = ("dim0", "dim1") if name == "transpose" else ("axis0", "axis1")
+        first, second = call.argument(1, names[0]), call.argument(2, names[1])
     first, second = dimension(first, rank), dimension(second, rank)
     order[first], order[second] = order[second], order[first]
     return order

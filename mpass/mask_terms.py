@@ -104,6 +104,10 @@ def sort_term(term: Expr, sizes: MaskSizes, terms: MaskTerms) -> None:
         rest = sympy.expand(rest - of_key * KEY - of_query * QUERY)
         if not rest.has(KEY, QUERY) and sort_linear(of_key, of_query, rest, terms):
             return
+        if QUERY not in symbols and has_function(rest):
+            # `k <= position` of a single query: the position is data, no row of a key mask.
+            terms.unknown.append(term)
+            return
     if holds(term, sizes):
         terms.dropped.append(term)
     elif QUERY not in symbols:

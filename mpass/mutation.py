@@ -69,7 +69,10 @@ def storage_of(node: fx.Node) -> int | None:
     value = node.meta.get("example_value", node.meta.get("val"))
     if not isinstance(value, torch.Tensor):
         return None
-    return int(value.untyped_storage()._cdata)
+    try:
+        return int(value.untyped_storage()._cdata)
+    except NotImplementedError:  # a batched tensor inside of vmap has none
+        return None
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:

@@ -207,3 +207,133 @@ def config_by_module(family: Family) -> Callable[..., Any]:
     """A config class that transformers does not export at its top level."""
     module = family.model.partition(":")[0].replace("modeling_", "configuration_")
     return getattr(__import__(module, fromlist=[family.config]), family.config)
+
+
+# -- scenarios --------------------------------------------------------------------------------
+
+LENGTH = 37
+CACHED = 20
+CAPACITY = 64
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to call a model.
+
+    mask: None, "ones", "left" or "right" padding. cache: None, "dynamic" or "static". cached: how
+    many tokens the cache holds before the call; new: how many the call brings.
+    """
+
+    name: str
+    mask: str = ""
+    cache: str = ""
+    cached: int = 0
+    new: int = LENGTH
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario("no_cache"),
+    Scenario("no_cache_ones", mask="ones"),
+    Scenario("no_cache_left", mask="left"),
+    Scenario("no_cache_right", mask="right"),
+    Scenario("dynamic_prefill", cache="dynamic"),
+    Scenario("dynamic_prefill_left", cache="dynamic", mask="left"),
+    Scenario("dynamic_prefill_right", cache="dynamic", mask="right"),
+    Scenario("dynamic_chunk", cache="dynamic", cached=CACHED, new=LENGTH - CACHED),
+    Scenario("dynamic_chunk_left", cache="dynamic", cached=CACHED, new=17, mask="left"),
+    Scenario("dynamic_decode", cache="dynamic", cached=CACHED, new=1),
+    Scenario("dynamic_decode_left", cache="dynamic", cached=CACHED, new=1, mask="left"),
+    Scenario("static_prefill", cache="static"),
+    Scenario("static_prefill_left", cache="static", mask="left"),
+    Scenario("static_decode", cache="static", cached=CACHED, new=1),
+    Scenario("static_chunk", cache="static", cached=CACHED, new=17),
+)
+
+
+def scenarios(family: Family) -> list[Scenario]:
+    """The scenarios that a family has: caches belong to decoders."""
+    if family.kind == "image":
+        return [scenario for scenario in SCENARIOS if scenario.name == "no_cache"]
+    if family.kind not in ("decoder", "text"):
+        return [scenario for scenario in SCENARIOS if not scenario.cache]
+    return [s for s in SCENARIOS if s.cache != "static" or family.static_cache]
+
+
+def inputs(family: Family, model: nn.Module, scenario: Scenario, batch: int = 2) -> dict[str, Any]:
+    """Keyword arguments of one call, with a cache that earlier tokens have filled."""
+    generator = torch.Generator().manual_seed(1)
+    total = scenario.cached + scenario.new
+    ids = torch.randint(3, VOCABULARY, (batch, total), generator=generator)
+    mask = padding(scenario.mask, batch, total)
+    if family.kind == "image":
+        return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator)}
+    call: dict[str, Any] = {"input_ids": ids}
+    if mask is not None:
+        call["attention_mask"] = mask
+    if family.kind == "encoder":
+        return call
+    if family.kind == "encoder_decoder":
+        decoder_mask = {} if mask is None else {"decoder_attention_mask": mask}
+        return {**call, "decoder_input_ids": ids, "use_cache": False, **decoder_mask}
+    if family.kind == "speech":
+        features = torch.randn(batch, 16, 100, generator=generator)
+        decoder_mask = {} if mask is None else {"decoder_attention_mask": mask}
+        return {
+            "input_features": features,
+            "decoder_input_ids": ids,
+            "use_cache": False,
+            **decoder_mask,
+        }
+    return {**call, **cached_call(family, model, scenario, ids, mask)}
+
+
+def padding(kind: str, batch: int, length: int) -> torch.Tensor | None:
+    """An attention_mask [B, N] as a tokenizer makes it; the last row is padded by 5."""
+    if not kind:
+        return None
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    if kind == "left":
+        mask[-1, :5] = 0
+    if kind == "right":
+        mask[-1, -5:] = 0
+    return mask
+
+
+def cached_call(
+    family: Family,
+    model: nn.Module,
+    scenario: Scenario,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Arguments of a decoder's call: its cache after the first `cached` tokens, the new tokens."""
+    if not scenario.cache:
+        return {"use_cache": False}
+    config = model.config
+    if scenario.cache == "static":
+        cache = transformers.StaticCache(config=config, max_cache_len=CAPACITY)
+    else:
+        cache = transformers.DynamicCache(config=config)
+    if scenario.cached:
+        before = {} if mask is None else {"attention_mask": mask[:, : scenario.cached]}
+        with torch.no_grad():
+            model(input_ids=ids[:, : scenario.cached], past_key_values=cache, **before)
+    return {
+        "input_ids": ids[:, scenario.cached :],
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """Logits of a model, or its last hidden state."""
+    return output.logits if getattr(output, "logits", None) is not None else output[0]
+
+
+def real_rows(family: Family, call: dict[str, Any]) -> torch.Tensor | None:
+    """Which rows [B, N] of the main output belong to tokens that are no padding; None for all."""
+    mask = call.get("decoder_attention_mask", call.get("attention_mask"))
+    if mask is None or "pixel_values" in call:
+        return None
+    new = call.get("decoder_input_ids", call.get("input_ids")).shape[1]
+    return mask[:, -new:].bool()

@@ -19,7 +19,7 @@ from mpass.mask_expr import axis, number
 from mpass.mask_reader import op_name, same_view
 from mpass.match.common import dropout_reason, gradient_reason, is_tensor, make_site, shape_reason
 from mpass.match.product import Product, bind_scores, bind_value, is_product, operands
-from mpass.match.repeat import original
+from mpass.match.repeat import original, original_pair
 from mpass.site import AttentionSite, example, shape_of
 
 CASTS = frozenset("to type to_copy type_as float double half bfloat16 contiguous".split())
@@ -89,8 +89,9 @@ def build_site(
 ) -> AttentionSite:
     """The site of a chain between two bound products."""
     query = original(first.left, output, prover, first.left_order)
-    key = original(first.right, output, prover, first.right_order)
-    value = original(second.right, output, prover, second.right_order)
+    key, value = original_pair(
+        first.right, second.right, output, prover, first.right_order, second.right_order
+    )
     scores = read_scores(chain)
     sinks = None if chain.sinks is None else sink_logits(chain.sinks, chain.softmax, prover)
     reason = (
@@ -168,7 +169,7 @@ def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
         problem = problem or late
         path |= {found, node}
         if is_product(node):
-            return Chain(softmax, node, steps[::-1], sinks, path, problem or alibi_reason(node))
+            return Chain(softmax, node, steps[::-1], sinks, path, alibi_reason(node) or problem)
         name = op_name(node)
         reader = node
         if name == "cat" and sinks is None and is_pair(node):
@@ -264,7 +265,7 @@ def own_maximum(sub: fx.Node) -> set[fx.Node]:
     """The nodes of x.max(-1, keepdim=True) in `x - max`, which a softmax does not notice."""
     scores, node = sub.args[0], sub.args[1]
     nodes: set[fx.Node] = set()
-    if isinstance(node, fx.Node) and op_name(node) in ("getitem", "getattr"):
+    if isinstance(node, fx.Node) and op_name(node) in ("getitem", "values"):
         nodes.add(node)
         if node.args[1] not in (0, "values"):
             return set()

@@ -5,6 +5,8 @@ It comes from mpass.attention_interface.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from mpass.match.common import gradient_reason, make_site, shape_reason
@@ -18,7 +20,8 @@ def match_marked(node: fx.Node, _prover: object) -> AttentionSite | None:
     """The site of a marked attention; None if the node is none."""
     if node.op != "call_function" or str(node.target) != TARGET:
         return None
-    query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = node.args
+    arguments: Any = node.args
+    query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = arguments
     if isinstance(offset, fx.Node):
         offset = offset.meta.get("example_value", offset.meta.get("val"))
     mask = MaskMeaning(

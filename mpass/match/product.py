@@ -45,7 +45,8 @@ def operands(product: fx.Node) -> list[fx.Node]:
         rest: Any = product.args[1:]
         tensors = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
     else:
-        tensors = product.args[-2:]
+        named = (product.kwargs.get(name) for name in ("other", "mat2", "batch1", "batch2"))
+        tensors = [*product.args, *(value for value in named if value is not None)][-2:]
     return [node for node in tensors if isinstance(node, fx.Node) and is_tensor(node)]
 
 

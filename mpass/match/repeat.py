@@ -22,7 +22,7 @@ from mpass.site import example, shape_of
 STRUCTURAL = frozenset(
     "getitem index unsqueeze squeeze expand expand_as broadcast_to reshape view unsafe_view "
     "flatten unflatten transpose permute swapaxes contiguous clone repeat_interleave "
-    "index_select".split()
+    "index_select mT".split()
 )
 
 IDENTITY = (0, 1, 2, 3)
@@ -49,6 +49,27 @@ def original(
     if best is not None:
         return best
     return node if order == IDENTITY else permuted(node, order)
+
+
+def original_pair(
+    key: fx.Node,
+    value: fx.Node,
+    output: fx.Node,
+    prover: MaskProver,
+    key_order: tuple[int, ...] = IDENTITY,
+    value_order: tuple[int, ...] = IDENTITY,
+) -> tuple[fx.Node, fx.Node]:
+    """Key and value behind their copies, both with the same number of kv heads."""
+    pair = (
+        original(key, output, prover, key_order),
+        original(value, output, prover, value_order),
+    )
+    if same_size(shape_of(pair[0])[1], shape_of(pair[1])[1]):
+        return pair
+    return (
+        key if key_order == IDENTITY else permuted(key, key_order),
+        value if value_order == IDENTITY else permuted(value, value_order),
+    )
 
 
 def ancestors(node: fx.Node) -> Iterator[fx.Node]:

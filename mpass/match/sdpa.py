@@ -20,7 +20,7 @@ from mpass.match.common import (
     same_size,
     shape_reason,
 )
-from mpass.match.repeat import original
+from mpass.match.repeat import original_pair
 from mpass.site import AttentionSite, MaskMeaning, shape_of
 
 TARGETS = (
@@ -67,9 +67,7 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     reason = reason_to_stay(call, scale) or gradient_reason(node)
     key, value = call.key, call.value
     if not reason:
-        key, value = original(key, node, prover), original(value, node, prover)
-        if not same_size(shape_of(key)[1], shape_of(value)[1]):
-            key, value = call.key, call.value
+        key, value = original_pair(key, value, node, prover)
     mask, unproven = mask_of(node, call, prover)
     return make_site(
         node,
