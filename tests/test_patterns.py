@@ -7,6 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpass.patterns.base import find_pattern, registered_patterns
+from mpass.patterns.block_max import BlockMax
+from mpass.patterns.block_top_p import BlockTopP
+from mpass.patterns.union import Union
 
 import mpass
 from mpass.errors import PatternValueError, ShapeError, UnknownPatternError
@@ -17,6 +20,9 @@ SMALL = {
     "vertical_slash": [mpass.VerticalSlash(40, 110), mpass.VerticalSlash(1, 1)],
     "block_sparse": [mpass.BlockSparse(top_k=2), mpass.BlockSparse(1, 128)],
     "dense": [mpass.Dense()],
+    "union": [Union(0.5, columns=20), Union(0.8, 5, 0, 1, rows=16, pool=16, max_blocks=3)],
+    "block_max": [BlockMax(0.5, 64, 1, 1, 1), BlockMax(0.9, 128, 1, 1, 0, 4)],
+    "block_top_p": [BlockTopP(0.3, 64, 0, 1, 0), BlockTopP(0.5, 128, 1, 1, 1, 4)],
 }
 """Parameters small enough that something is left out; other patterns take their defaults."""
 

@@ -1,0 +1,91 @@
+"""Union: per block of queries the key blocks that hold most attention, and per head single keys.
+
+Blocks keep what is spread over neighbouring keys; single keys ("columns") keep what the last
+queries look for wherever it stands, which a block's mean would hide. Either alone fails where the
+other is strong: blocks lose retrieval, columns lose fluency. Both come from softmax weights of real
+query rows, so the number of blocks adapts to each head, prompt and query block.
+
+Block scores: for some rows q of a query block, the softmax over runs of keys of
+`q . mean(run) * scale + log(size of run)`, summed over the rows and over the runs of a key block.
+Columns: the vertical scores of MInference 1.0, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import sympy
+from mpass.lowering.estimate import LAST_QUERIES
+from mpass.lowering.estimate_union import UnionRule, union_index, union_width
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.patterns.base import HEAD_DIM, LENGTH, check_positive, register_pattern
+from mpass.patterns.lists import ListPattern, attention_cost, check_room, check_share
+from torch import Tensor
+
+from mpass.errors import PatternValueError
+
+
+@register_pattern
+@dataclass(frozen=True)
+class Union(ListPattern):
+    """Keep blocks up to a share of the estimated attention, and the strongest single keys.
+
+    mass: share of the estimated attention of a query block that its kept blocks hold; 1 keeps all.
+    columns: single keys per head, those with the most attention of the last 64 queries.
+    sink_blocks, local_blocks: first blocks and nearest blocks (the own included), always kept.
+    last_blocks: query blocks at the end of the prompt that keep every block.
+    rows: query rows per block of 64 that are looked at; pool: keys per run. Both divide 64.
+    max_blocks: most blocks per query block; where it binds, the best are kept. It bounds the
+    memory of the index: 4 * max_blocks bytes per 64 queries and head.
+    """
+
+    mass: float = 0.95
+    columns: int = 256
+    sink_blocks: int = 1
+    local_blocks: int = 2
+    last_blocks: int = 0
+    rows: int = 64
+    pool: int = 64
+    max_blocks: int = 256
+
+    name: ClassVar[str] = "union"
+
+    def __post_init__(self) -> None:
+        check_positive(self, columns=True, sink_blocks=True, last_blocks=True)
+        check_share(self, "mass")
+        for field in ("rows", "pool"):
+            if BLOCK % getattr(self, field):
+                raise PatternValueError(
+                    self.name, field, getattr(self, field), f"a divisor of {BLOCK}"
+                )
+        check_room(self, self.sink_blocks + self.local_blocks, self.max_blocks)
+
+    @classmethod
+    def index(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> SparseIndex:
+        return union_index(query, key, mask, heads, [p.rule() for p in patterns], scale=scale)
+
+    @classmethod
+    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
+        return union_width([p.rule() for p in patterns])
+
+    def rule(self) -> UnionRule:
+        """The parameters as the estimator takes them."""
+        return UnionRule(**self.parameters())  # type: ignore[arg-type]
+
+    def cost(self) -> sympy.Expr:
+        """An upper bound: how many blocks hold `mass` of the attention is the prompt's matter."""
+        looked_at = LENGTH * sympy.Rational(self.rows, BLOCK)
+        pooled = LENGTH * HEAD_DIM + looked_at * LENGTH / (2 * self.pool) * HEAD_DIM
+        vertical = LAST_QUERIES * LENGTH * HEAD_DIM if self.columns else 0
+        return pooled + vertical + attention_cost(self.max_blocks, self.columns)
