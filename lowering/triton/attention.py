@@ -10,8 +10,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
@@ -30,6 +28,7 @@ from mpass.lowering.triton.spec import (
     pack_warps,
     query_heads_per_program,
 )
+from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 
@@ -136,7 +135,7 @@ def index_form(head_slots: tuple[int, ...]) -> Form:
 def plan_rows(
     spec: KernelSpec, query: Tensor, key: Tensor, index: SparseIndex, mask: AttentionMask
 ) -> tuple[Tensor, Tensor]:
-    """What each row walks through (see rows.py.jinja): spans [B, H, I, 8], bits [B, H, I, C // 32]."""
+    """Spans [B, H, I, 8] and column bits [B, H, I, C // 32] of all rows, see rows.py.jinja."""
     batch, heads, num_queries, _ = query.shape
     rows = num_query_blocks(num_queries, mask.query_offset)
     num_columns = padded_columns(index, spec.tile)

@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from mpass.lowering.estimate import (
     LAST_QUERIES,
     LOCAL_DIAGONALS,
@@ -37,6 +35,7 @@ from mpass.lowering.triton.attention import mask_bytes
 from mpass.lowering.triton.interpret import upcast
 from mpass.lowering.triton.launch import DTYPES, device_ints, launch, row_major, target_for
 from mpass.lowering.triton.spec import SPLITS, KernelSpec, power_of_two
+from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 
@@ -224,8 +223,8 @@ def _list_blocks(
     block_size: int,
 ) -> None:
     """Fill the lists `places` of `index` for heads that share a block size."""
-    batch, num_heads, num_queries, _ = query.shape
-    kv_heads, num_keys = key.shape[1], key.shape[2]
+    batch, num_heads = query.shape[:2]
+    kv_heads, num_keys = key.shape[1:3]
     group = num_heads // kv_heads
     ints = device_ints(
         [*heads, *(head // group for head in heads), *range(kv_heads), *places, *top_k],

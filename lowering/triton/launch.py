@@ -1,7 +1,7 @@
 """Launch generated kernels: what all launchers share.
 
 Nothing here waits for the device: sizes come from shapes, buffers have fixed sizes, and the small
-host lists of a call (slots, budgets) travel as kernel arguments, so that a CUDA graph may record it.
+host lists of a call (slots, budgets) travel as kernel arguments: a CUDA graph may record all of it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from mpass.lowering.triton.interpret import interpreted_language
 from mpass.lowering.triton.source import load
 from mpass.lowering.triton.spec import KernelSpec, Target, target_of
+from torch import Tensor
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """Dtypes of query, key and value that kernels are generated for, by their names in a KernelSpec."""

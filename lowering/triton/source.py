@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 
 import jinja2
-
 from mpass.lowering.estimate import LAST_QUERIES
 from mpass.lowering.index import ALL_DIAGONALS, BLOCK
 from mpass.lowering.triton.spec import SPLITS, KernelSpec, parts, power_of_two
