@@ -52,8 +52,7 @@ class Record:
             return 0
         seen = self.mask if self.mask.dtype == torch.bool else self.mask > -9000
         visible, seen = torch.broadcast_tensors(self.visible, seen)
-        rows = visible.any(-1, keepdim=True)
-        return int(((visible != seen) & rows).sum())
+        return int((visible != seen).sum())
 
 
 class Watching(fx.Interpreter):
@@ -72,7 +71,8 @@ class Watching(fx.Interpreter):
         inputs = [node for node in nodes_of(site) if node in self.env]
         values = {node: self.env[node].detach().clone() for node in inputs}
         value = super().run_node(n)
-        self.values[n] = {**values, n: value.detach().clone()}
+        output = value[0] if isinstance(value, tuple) else value
+        self.values[n] = {**values, n: output.detach().clone()}
         return value
 
 
