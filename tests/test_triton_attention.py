@@ -96,7 +96,17 @@ def test_attention_in_half_precision_equals_reference(dtype, flags):
 
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"),
-    [(16, 16), (20, 36), (64, 64), (80, 80), (96, 96), (112, 48), (192, 128), (64, 240), (256, 256)],
+    [
+        (16, 16),
+        (20, 36),
+        (64, 64),
+        (80, 80),
+        (96, 96),
+        (112, 48),
+        (192, 128),
+        (64, 240),
+        (256, 256),
+    ],
 )
 def test_head_sizes_that_are_no_power_of_two_are_cut_into_parts(head_dim, value_dim):
     check(
@@ -179,6 +189,18 @@ def test_rows_that_see_nothing_are_zero():
     with poisoned_memory():
         out = sparse_attention(query, key, value, index, mask, scale=0.2)
     assert torch.count_nonzero(out) == 0
+
+
+def test_sinks_of_minus_infinity_are_no_sinks():
+    query, key, value = random_attention(num_queries=130)
+    hidden = padding(1, 130)
+    mask = AttentionMask(key_mask=hidden)
+    sizes = {"batch": 1, "num_queries": 130, "num_keys": 130}
+    index = random_index(SLOTS["mixed"], mask, width=WITH_COLUMNS, **sizes)
+    sinks = torch.full((4,), -torch.inf)
+    without = sparse_attention(query, key, value, index, mask, scale=0.2)
+    out = sparse_attention(query, key, value, index, mask, scale=0.2, sinks=sinks)
+    assert (out - without).abs().max() < TOLERANCE[torch.float32]
 
 
 def test_no_queries_and_no_keys_launch_nothing():

@@ -1,0 +1,155 @@
+"""Generated Triton source: golden texts, the module cache, and the table of tiles.
+
+`MPASS_ACCEPT=1 pytest tests/test_triton_source.py` rewrites tests/golden/triton.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mpass.lowering import triton as lowering
+from mpass.lowering.triton import source
+from mpass.lowering.triton.attention import index_form
+from mpass.lowering.triton.spec import (
+    TARGETS,
+    KernelSpec,
+    attention_tile,
+    pack_warps,
+    parts,
+    query_heads_per_program,
+    target_of,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "triton"
+
+ATTENTION = KernelSpec("attention", head_dim=128, value_dim=128, num_stages=2)
+SPECS = {
+    "attention_lists": ATTENTION,
+    "attention_lists_packed": dataclasses.replace(ATTENTION, pack=2, num_warps=8),
+    "attention_diagonals_columns": dataclasses.replace(ATTENTION, form="diagonals", columns=True),
+    "attention_mixed_everything": dataclasses.replace(
+        ATTENTION,
+        form="mixed",
+        head_dim=96,
+        value_dim=72,
+        tile=32,
+        columns=True,
+        window=True,
+        padding=True,
+        softcap=True,
+        sinks=True,
+        target="sm_80",
+    ),
+    "attention_bidirectional": dataclasses.replace(ATTENTION, causal=False, padding=True),
+    "rows_lists": KernelSpec("rows", num_warps=1),
+    "rows_mixed_everything": KernelSpec(
+        "rows", form="mixed", columns=True, window=True, padding=True, num_warps=1
+    ),
+    "columns": KernelSpec("columns", head_dim=80, value_dim=128),
+    "last_queries": KernelSpec("last_queries", head_dim=128, num_stages=2),
+    "last_queries_masked": KernelSpec(
+        "last_queries", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
+    ),
+    "select": KernelSpec("select", tile=1024),
+    "pool": KernelSpec("pool", head_dim=128),
+    "blocks": KernelSpec("blocks", tile=2048, num_warps=8),
+    "ints": KernelSpec("ints", num_warps=1),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_source_is_the_golden_text(name):
+    text = source.render(SPECS[name])
+    ast.parse(text)
+    assert "{{" not in text and "{%" not in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert not any(line != line.rstrip() for line in text.splitlines())
+    path = GOLDEN / f"{name}.py.expected"
+    if os.environ.get("MPASS_ACCEPT") == "1":
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs; MPASS_ACCEPT=1 takes the new text"
+
+
+def test_every_template_has_a_golden_text():
+    templates = {path.name.removesuffix(".py.jinja") for path in source.TEMPLATES.iterdir()}
+    assert templates == {spec.template for spec in SPECS.values()}
+    assert {path.name.split(".")[0] for path in GOLDEN.iterdir()} == set(SPECS)
+
+
+def test_equal_text_is_one_file_and_other_text_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPASS_CACHE_DIR", str(tmp_path))
+    first = source.write_module("a = 1\n", "kernel")
+    assert source.write_module("a = 1\n", "kernel") == first
+    assert source.write_module("a = 2\n", "kernel") != first
+    assert first.read_text() == "a = 1\n"
+    assert sorted(path.suffix for path in first.parent.iterdir()) == [".py", ".py"]
+
+
+def test_interpreted_and_compiled_modules_live_in_one_process():
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    spec = SPECS["pool"]
+    assert isinstance(source.load(spec, interpret=True).pool_blocks, InterpretedFunction)
+    assert isinstance(source.load(spec).pool_blocks, JITFunction)
+    assert source.load(spec) is source.load(dataclasses.replace(spec))
+
+
+def test_importing_the_lowering_does_not_import_triton():
+    code = (
+        "import sys, mpass, mpass.lowering.triton, mpass.lowering.triton.attention, "
+        "mpass.lowering.triton.estimate; sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_unsupported_tells_why_in_words():
+    query = torch.empty(1, 2, 8, 32)
+    assert "GPU" in lowering.unsupported(query, query, query)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_parts_cover_every_head_size_once(target):
+    for dim in range(16, 257):
+        cut = parts(dim, target)
+        assert all(width & (width - 1) == 0 and width >= 16 for _, width in cut)
+        ends = [start + width for start, width in cut]
+        assert [start for start, _ in cut] == [0, *ends[:-1]]
+        assert ends[-1] >= dim and all(start < dim for start, _ in cut)
+
+
+def test_table_has_a_tile_for_every_target_and_head_size():
+    for target in TARGETS:
+        for dim in range(16, 257):
+            for features in range(5):
+                tile = attention_tile(target, dim, dim, features)
+                assert tile.keys in (32, 64) and tile.num_warps in (4, 8)
+                assert pack_warps(tile, tile.max_pack) <= 8
+
+
+def test_chips_take_the_tiles_of_their_family():
+    names = {"sm_80": "sm_80", "sm_86": "sm_80", "sm_89": "sm_80", "sm_90": "sm_90"}
+    names |= {"sm_100": "sm_100", "sm_103": "sm_100", "sm_120": "sm_80", "gfx942": "gfx942"}
+    assert {name: target_of(name) for name in names} == names
+
+
+def test_heads_are_packed_only_where_all_packs_share_rows():
+    assert query_heads_per_program((0, 0, 1, 1), 2, 2) == 2
+    assert query_heads_per_program((0, 0, 1, 2), 2, 2) == 1
+    assert query_heads_per_program((0, 0, 0), 3, 2) == 1
+    assert query_heads_per_program((-1, -1, -1, -1), 4, 4) == 4
+    assert query_heads_per_program((0, 0, 1, 1), 1, 2) == 1
+
+
+def test_form_of_slots():
+    assert index_form((0, 1, 2)) == "lists"
+    assert index_form((-1, -2)) == "diagonals"
+    assert index_form((0, -1)) == "mixed"
+    assert index_form((1, 0)) == "mixed"
