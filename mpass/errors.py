@@ -66,6 +66,20 @@ class ConfigFileError(MpassError):
         super().__init__("\n".join([f"config {source}: {len(self.faults)} {noun}", *lines]))
 
 
+class BudgetError(MpassError):
+    """A calibration budget that no choice of patterns meets."""
+
+    def __init__(self, budget: float, least: float, what: str = "time") -> None:
+        super().__init__(
+            f"no choice of patterns meets a {what} of {budget:.4g}, the least is {least:.4g}; "
+            f"allow more, or offer other candidates"
+        )
+
+
+class CalibrationError(MpassError):
+    """A model or inputs that a calibration can do nothing with."""
+
+
 class ShapeError(MpassError):
     """Tensors whose shapes do not make an attention."""
 
