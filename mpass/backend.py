@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
-from mpass.match import find_attention
+from mpass.match import find_attention, inline_subgraphs
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, plan_attention
 from mpass.report import Report, keep_report, make_report
@@ -45,7 +45,8 @@ def minference(
 
 
 def apply_passes(gm: fx.GraphModule, options: Options, trace: Trace) -> Report:
-    """The passes in their order: match, plan, rewrite. Edits `gm`; returns what was done."""
+    """The passes in order: inline, match, plan, rewrite. Edits `gm`; returns what was done."""
+    inline_subgraphs(gm)
     sites = find_attention(gm)
     trace.mark("match")
     decisions = [plan_attention(site, options) for site in sites]

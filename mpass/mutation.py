@@ -59,6 +59,11 @@ class StorageWrites:
         writes = self._writes.get(storage_of(node), ())  # type: ignore[arg-type]
         return any(first < self.position[write] < last for write in writes)
 
+    def writes_to(self, node: fx.Node) -> list[fx.Node]:
+        """All writes to a tensor's memory."""
+        storage = storage_of(node)
+        return [] if storage is None else self._writes.get(storage, [])
+
     def ever_written(self, node: fx.Node) -> bool:
         """Whether anything in the graph writes to a tensor's memory."""
         return storage_of(node) in self._writes
@@ -134,3 +139,39 @@ def nodes_in(value: object) -> Iterator[fx.Node]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from nodes_in(item)
+
+
+def remove_dead(graph: fx.Graph) -> int:
+    """Erase nodes that nothing can notice; how many.
+
+    fx's own elimination takes in-place methods for pure and would drop the update of a cache. Here
+    a write lives if the memory that it writes is an input's, or is read by a node that lives.
+    """
+    writes = StorageWrites(graph)
+    external = {
+        storage_of(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")
+    } | {None}
+    pending = [node for node in graph.nodes if is_noticed(node, external)]
+    live: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in live:
+            continue
+        live.add(node)
+        pending += node.all_input_nodes
+        for tensor in (node, *node.all_input_nodes):
+            pending += writes.writes_to(tensor)
+    dead = [node for node in reversed(graph.nodes) if node not in live]
+    for node in dead:
+        graph.erase_node(node)
+    return len(dead)
+
+
+def is_noticed(node: fx.Node, external: set[int | None]) -> bool:
+    """Whether a node has an effect beyond its value and beyond the graph's own memory."""
+    if node.op in ("placeholder", "output"):
+        return True
+    written = written_by(node)
+    if written:
+        return any(storage_of(target) in external for target in written)
+    return bool(node.is_impure())

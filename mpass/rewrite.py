@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from mpass.lowering.index import join_slots
+from mpass.mutation import remove_dead
 from mpass.patterns.base import Pattern, head_slots, index_op
 from mpass.plan import AttentionPlan
 from mpass.site import AttentionSite, Length, MaskMeaning, shape_of
@@ -172,8 +173,3 @@ def find_symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
             if isinstance(size, torch.SymInt) and size.node.expr == symbol:
                 return graph.call_method("size", (node, dim))
     raise LookupError(f"no input of the graph holds the length {symbol}")
-
-
-def remove_dead(graph: fx.Graph) -> None:
-    """Drop nodes without users and without effects; mutations stay."""
-    graph.eliminate_dead_code()

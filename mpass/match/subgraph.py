@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from mpass.mask_reader import op_name
-from mpass.mutation import StorageWrites, written_by
+from mpass.mutation import StorageWrites, remove_dead, written_by
 from mpass.site import module_path
 
 CALLS = (
@@ -46,7 +46,7 @@ def inline_subgraphs(gm: fx.GraphModule) -> int:
             inlined += 1
     if not inlined:
         return 0
-    gm.graph.eliminate_dead_code()
+    remove_dead(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return inlined + inline_subgraphs(gm)

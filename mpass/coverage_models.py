@@ -1,16 +1,16 @@
 """Tiny randomly initialised models of the families that mpass is meant for, built from config.
 
-Two layers, hidden size 64, vocabulary 128. Nothing is downloaded.
+Two layers, hidden size 64, vocabulary 128. Nothing is downloaded. This module and its users need
+transformers; the pass does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 VOCABULARY = 128
@@ -35,8 +35,9 @@ GQA: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
 class Family:
     """A model family: its config class and sizes, the kind of its inputs.
 
+    kind: "decoder" (causal language model), "text" (a decoder without a head), "encoder", "image",
+    "encoder_decoder" or "speech". model: `module:class` where no auto class makes it.
     implementations: attention spellings that transformers has for it.
-    rewritten: layers whose attention a proof is expected for, out of `sites` per forward.
     """
 
     name: str
@@ -46,8 +47,6 @@ class Family:
     model: str = ""
     implementations: tuple[str, ...] = ("sdpa", "eager")
     static_cache: bool = True
-    notes: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def decoder(name: str, config: str, sizes: dict[str, Any] | None = None, **more: Any) -> Family:
@@ -188,10 +187,12 @@ AUTO = {
 
 
 def build(family: Family, implementation: str = "sdpa", seed: int = 0) -> nn.Module:
-    """A tiny model of a family in eval mode, fp32, with weights that spread attention."""
+    """A tiny model of a family in eval mode, fp32, without gradients."""
+    import transformers
+
     torch.manual_seed(seed)
-    config = getattr(transformers, family.config, None) or config_by_module(family)
-    config = config(**family.sizes)
+    config_class = getattr(transformers, family.config, None) or config_by_module(family)
+    config: Any = config_class(**family.sizes)
     config._attn_implementation = implementation
     if family.model:
         module, _, name = family.model.partition(":")
@@ -309,7 +310,10 @@ def cached_call(
     """Arguments of a decoder's call: its cache after the first `cached` tokens, the new tokens."""
     if not scenario.cache:
         return {"use_cache": False}
-    config = model.config
+    import transformers
+
+    config: Any = model.config
+    cache: Any
     if scenario.cache == "static":
         cache = transformers.StaticCache(config=config, max_cache_len=CAPACITY)
     else:
@@ -335,5 +339,6 @@ def real_rows(family: Family, call: dict[str, Any]) -> torch.Tensor | None:
     mask = call.get("decoder_attention_mask", call.get("attention_mask"))
     if mask is None or "pixel_values" in call:
         return None
-    new = call.get("decoder_input_ids", call.get("input_ids")).shape[1]
+    ids: Any = call.get("decoder_input_ids", call.get("input_ids"))
+    new = ids.shape[1]
     return mask[:, -new:].bool()

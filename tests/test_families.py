@@ -1,0 +1,71 @@
+"""Model families end to end: with full budgets every output equals eager (fp32, 1e-4).
+
+The default run takes one prefill of every family and every scenario of three; the whole matrix is
+marked slow.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers", reason="builds models of transformers from config")
+
+from mpass.coverage import cover
+from mpass.coverage_models import BY_NAME, FAMILIES, SCENARIOS, build, scenarios
+
+BY_SCENARIO = {scenario.name: scenario for scenario in SCENARIOS}
+
+REASONS = (
+    "bias",
+    "chunked attention",
+    "decoding: one query",
+    "known at run time only",
+    "values are unknown when compiling",
+    "sparse from 8 on",
+    "queries may stand after the last key",
+    "known only at run time",
+)
+"""What a site may stay dense for: biases, chunks, decoding, positions that are tensors."""
+
+PARTLY = {"bloom", "t5", "llama4", "whisper"}
+"""Families with attention that no sparse op serves: ALiBi, position bias, chunks, cross."""
+
+QUICK = [
+    (family.name, family.implementations[0], "no_cache_left" if family.kind != "image" else "")
+    for family in FAMILIES
+] + [
+    (name, implementation, scenario.name)
+    for name, implementation in (("llama", "sdpa"), ("gemma3", "eager"))
+    for scenario in SCENARIOS
+]
+
+WHOLE = [
+    (family.name, implementation, scenario.name)
+    for family in FAMILIES
+    for implementation in family.implementations
+    for scenario in scenarios(family)
+]
+
+
+def check(name: str, implementation: str, scenario: str) -> None:
+    family = BY_NAME[name]
+    model = build(family, implementation)
+    record = cover(family, model, implementation, BY_SCENARIO[scenario or "no_cache"])
+    assert not record.error, record.error
+    assert record.difference <= 1e-4, record
+    assert record.sites > 0
+    for reason in record.dense:
+        assert any(known in reason for known in REASONS), reason
+    if name not in PARTLY and BY_SCENARIO[record.scenario].cached == 0:
+        assert record.rewritten == record.sites, record.dense
+
+
+@pytest.mark.parametrize(("name", "implementation", "scenario"), QUICK)
+def test_family_equals_eager(name, implementation, scenario):
+    check(name, implementation, scenario)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "implementation", "scenario"), WHOLE)
+def test_every_family_spelling_and_scenario_equals_eager(name, implementation, scenario):
+    check(name, implementation, scenario)
