@@ -180,10 +180,14 @@ def keep_above(candidates: Candidates, share: float) -> Tensor:
     return keep(candidates, order, wanted)
 
 
-def rank_blocks(candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """Indices and scores of the blocks, [B, C, J]: forced ones first, then by descending score."""
+def rank_blocks(candidates: Candidates, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Indices and scores of the blocks, [B, C, J]: forced ones first, then by descending score.
+
+    first: blocks (bool [B, C, J]) that come before all others that are not forced.
+    """
     scores = torch.where(candidates.allowed, candidates.scores, 0.0)
-    rank = scores.masked_fill(~candidates.allowed, -torch.inf)
+    rank = scores if first is None else torch.where(first, scores, scores - scores.amax() - 1)
+    rank = rank.masked_fill(~candidates.allowed, -torch.inf)
     rank = rank.masked_fill(candidates.forced, torch.inf)
     order = torch.sort(rank, dim=-1, descending=True, stable=True).indices
     return order, scores.gather(-1, order)

@@ -89,6 +89,14 @@ def check_multiple(pattern: Pattern, field: str) -> None:
         raise PatternValueError(pattern.name, field, value, f"a multiple of {BLOCK}")
 
 
+def check_divisor(pattern: Pattern, *fields: str) -> None:
+    """Raise PatternValueError unless these fields divide BLOCK."""
+    for field in fields:
+        value = getattr(pattern, field)
+        if BLOCK % value:
+            raise PatternValueError(pattern.name, field, value, f"a divisor of {BLOCK}")
+
+
 def check_room(pattern: Pattern, forced_blocks: int, max_blocks: int) -> None:
     """Raise PatternValueError unless the blocks that are always kept fit into the lists."""
     if max_blocks < forced_blocks:

@@ -21,10 +21,8 @@ from mpass.lowering.estimate import LAST_QUERIES
 from mpass.lowering.estimate_union import UnionRule, union_index, union_width
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
 from mpass.patterns.base import HEAD_DIM, LENGTH, check_positive, register_pattern
-from mpass.patterns.lists import ListPattern, attention_cost, check_room, check_share
+from mpass.patterns.lists import ListPattern, attention_cost, check_divisor, check_room, check_share
 from torch import Tensor
-
-from mpass.errors import PatternValueError
 
 
 @register_pattern
@@ -55,11 +53,7 @@ class Union(ListPattern):
     def __post_init__(self) -> None:
         check_positive(self, columns=True, sink_blocks=True, last_blocks=True)
         check_share(self, "mass")
-        for field in ("rows", "pool"):
-            if BLOCK % getattr(self, field):
-                raise PatternValueError(
-                    self.name, field, getattr(self, field), f"a divisor of {BLOCK}"
-                )
+        check_divisor(self, "rows", "pool")
         check_room(self, self.sink_blocks + self.local_blocks, self.max_blocks)
 
     @classmethod

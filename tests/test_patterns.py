@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from mpass.patterns.base import find_pattern, registered_patterns
 from mpass.patterns.block_max import BlockMax
 from mpass.patterns.block_top_p import BlockTopP
+from mpass.patterns.flex_prefill import FlexPrefill
+from mpass.patterns.sample_attention import SampleAttention
+from mpass.patterns.strided import Strided
+from mpass.patterns.tri_shape import TriShape
 from mpass.patterns.union import Union
+from mpass.patterns.x_attention import XAttention
 
 import mpass
 from mpass.errors import PatternValueError, ShapeError, UnknownPatternError
@@ -22,6 +27,11 @@ SMALL = {
     "dense": [mpass.Dense()],
     "union": [Union(0.5, columns=20), Union(0.8, 5, 0, 1, rows=16, pool=16, max_blocks=3)],
     "block_max": [BlockMax(0.5, 64, 1, 1, 1), BlockMax(0.9, 128, 1, 1, 0, 4)],
+    "flex_prefill": [FlexPrefill(0.5, 1.0, 1, block_size=64), FlexPrefill(0.6, 0.0, 64, 128)],
+    "sample_attention": [SampleAttention(0.5, 0.1, 0.1), SampleAttention(0.9, 1.0, 0.01, 9, 7)],
+    "strided": [Strided(3, 40, 192, 320), Strided(0, 1, 64, 128)],
+    "tri_shape": [TriShape(3, 40, 70), TriShape(0, 1, 0, 2)],
+    "x_attention": [XAttention(0.5, block_size=64), XAttention(0.6, 16, max_blocks=6)],
     "block_top_p": [BlockTopP(0.3, 64, 0, 1, 0), BlockTopP(0.5, 128, 1, 1, 1, 4)],
 }
 """Parameters small enough that something is left out; other patterns take their defaults."""

@@ -1,0 +1,107 @@
+"""SampleAttention: a local window in proportion to the prompt, and columns by coverage.
+
+SampleAttention (Zhu et al., arXiv 2406.15486), section 4, with its published shares: 5% of the
+queries, evenly spread, attend to everything; the fewest columns that hold 95% of what they attend
+to are kept; so are the nearest 8% of the prompt for every query. The number of columns adapts to
+head and prompt; where the limit binds, the strongest are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import sympy
+import torch
+from mpass.lowering.estimate import diagonal_index
+from mpass.lowering.estimate_sampled import (
+    SampledRule,
+    max_diagonals,
+    sampled_selection,
+)
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, num_query_blocks
+from mpass.lowering.reference import allowed_cells
+from mpass.patterns.a_shape import window_diagonals
+from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.lists import check_share
+from torch import Tensor
+
+
+@register_pattern
+@dataclass(frozen=True)
+class SampleAttention(Pattern):
+    """Keep the nearest keys, and the columns that sampled queries attend to.
+
+    coverage: share of the sampled attention that the columns hold; row_share: share of the queries
+    that is sampled; window_share: nearest keys as a share of the prompt, at most max_window tokens;
+    max_columns: most columns per head.
+    """
+
+    coverage: float = 0.95
+    row_share: float = 0.05
+    window_share: float = 0.08
+    max_window: int = 16384
+    max_columns: int = 4096
+
+    name: ClassVar[str] = "sample_attention"
+    form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+        check_share(self, "coverage", "row_share", "window_share")
+
+    @classmethod
+    def estimate(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> SparseIndex:
+        rules = [p.rule() for p in patterns]
+        columns, windows = sampled_selection(query, key, mask, heads, rules, scale=scale)
+        reach = torch.tensor([window_diagonals(size) for size in windows], device=key.device)
+        distances = torch.arange(max(window_diagonals(size) for size in windows), device=key.device)
+        diagonals = (distances < reach[:, None]).expand(query.shape[0], -1, -1)
+        rows = num_query_blocks(query.shape[2], mask.query_offset)
+        return diagonal_index(query, rows, columns, diagonals, cls.width(patterns))
+
+    @classmethod
+    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
+        return IndexWidth(
+            max_diagonals=max(max_diagonals(p.rule()) for p in patterns),
+            max_columns=max(p.max_columns for p in patterns),
+        )
+
+    @classmethod
+    def select(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> Tensor:
+        rules = [p.rule() for p in patterns]
+        columns, windows = sampled_selection(query, key, mask, heads, rules, scale=scale)
+        positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
+        distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
+        window = torch.stack([distance < size for size in windows])
+        return (columns[:, :, None, :] | window) & allowed_cells(mask, positions, key.shape[2])
+
+    def rule(self) -> SampledRule:
+        """The parameters as the estimator takes them."""
+        return SampledRule(**self.parameters())  # type: ignore[arg-type]
+
+    def cost(self) -> sympy.Expr:
+        """An upper bound: how many columns hold `coverage` is the prompt's matter."""
+        estimation = self.row_share * LENGTH**2 / 2 * HEAD_DIM
+        window = sympy.Min(self.window_share * LENGTH, self.max_window) + BLOCK
+        kept = sympy.Min(LENGTH / 2, window + self.max_columns)
+        return estimation + 2 * LENGTH * kept * HEAD_DIM

@@ -1,0 +1,112 @@
+"""Strided: a local window, and every `stride`-th token diagonal behind it, whatever the input.
+
+The strided pattern of Sparse Transformer (Child et al., 2019, section 4.2) with `reach` 0, and the
+dilated window of Longformer (Beltagy et al., 2020, section 3.1) with a finite one. Strides are
+whole blocks, so that a kernel computes no more than what is selected of each block diagonal. With
+the first keys on top, as StreamingLLM found models to need. Nothing is estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import sympy
+import torch
+from mpass.lowering.estimate import diagonal_index
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, num_query_blocks
+from mpass.lowering.reference import allowed_cells
+from mpass.patterns.a_shape import window_diagonals
+from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.lists import check_multiple
+from mpass.patterns.sinks import sink_columns
+from torch import Tensor
+
+
+@register_pattern
+@dataclass(frozen=True)
+class Strided(Pattern):
+    """Keep the first keys, the nearest keys, and whole block diagonals at every multiple of stride.
+
+    sink_size, window_size: tokens, as of a_shape; stride: distance between the block diagonals
+    behind the window, tokens, a multiple of 64; reach: the greatest distance of one, tokens.
+    """
+
+    sink_size: int = 64
+    window_size: int = 512
+    stride: int = 512
+    reach: int = 32768
+
+    name: ClassVar[str] = "strided"
+    form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+
+    def __post_init__(self) -> None:
+        check_positive(self, sink_size=True)
+        check_multiple(self, "stride")
+
+    @classmethod
+    def estimate(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> SparseIndex:
+        columns = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
+        rows = num_query_blocks(query.shape[2], mask.query_offset)
+        length = max(p.last_diagonal() for p in patterns) + 1
+        distances = torch.arange(length, device=key.device)
+        table = torch.stack([p.diagonals(distances) for p in patterns])
+        table = table.expand(query.shape[0], -1, -1)
+        return diagonal_index(query, rows, columns, table, cls.width(patterns))
+
+    @classmethod
+    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
+        return IndexWidth(
+            max_diagonals=max(
+                window_diagonals(p.window_size) + p.reach // p.stride for p in patterns
+            ),
+            max_columns=max(p.sink_size for p in patterns),
+        )
+
+    @classmethod
+    def select(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> Tensor:
+        positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
+        keys = torch.arange(key.shape[2], device=key.device)
+        sinks = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
+        distance = positions[:, None] - keys
+        blocks = positions[:, None] // BLOCK - keys // BLOCK
+        per_head = [
+            (distance < p.window_size)
+            | ((blocks * BLOCK % p.stride == 0) & (blocks * BLOCK <= p.reach))
+            for p in patterns
+        ]
+        allowed = allowed_cells(mask, positions, key.shape[2])
+        return (torch.stack(per_head) | sinks[:, :, None, :]) & allowed
+
+    def diagonals(self, distances: Tensor) -> Tensor:
+        """Which of these block distances are kept."""
+        on_stride = (distances * BLOCK % self.stride == 0) & (distances * BLOCK <= self.reach)
+        return on_stride | (distances < window_diagonals(self.window_size))
+
+    def last_diagonal(self) -> int:
+        """The greatest block distance that is kept."""
+        return max(window_diagonals(self.window_size) - 1, self.reach // BLOCK)
+
+    def cost(self) -> sympy.Expr:
+        window = self.sink_size + self.window_size + BLOCK
+        behind = sympy.Min(LENGTH / 2, self.reach) / self.stride * BLOCK
+        return 2 * LENGTH * sympy.Min(LENGTH / 2, window + behind) * HEAD_DIM

@@ -1,0 +1,106 @@
+"""Tri-shape: first keys, a local window, and dense last rows, whatever the input.
+
+Named in MInference's repository and used by TriangleMix (arXiv 2507.21526) for its deep layers:
+A-shape leaves out what the question at the prompt's end looks for, so the last queries see
+everything. Nothing is estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import sympy
+import torch
+from mpass.lowering.estimate_lists import allowed_blocks, last_query, list_index
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.reference import allowed_cells
+from mpass.patterns.a_shape import window_diagonals
+from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.lists import check_room
+from mpass.patterns.sinks import sink_columns
+from torch import Tensor
+
+
+@register_pattern
+@dataclass(frozen=True)
+class TriShape(Pattern):
+    """Keep the first `sink_size` keys and the nearest `window_size`; the last queries keep all.
+
+    last_size: queries at the prompt's end that keep all keys up to max_blocks * 64 tokens back
+    (that bounds the index: 4 * max_blocks bytes per 64 queries and head); sizes are in tokens.
+    Defaults as published by TriangleMix.
+    """
+
+    sink_size: int = 8
+    window_size: int = 512
+    last_size: int = 128
+    max_blocks: int = 1024
+
+    name: ClassVar[str] = "tri_shape"
+    form: ClassVar[Literal["lists", "diagonals"]] = "lists"
+
+    def __post_init__(self) -> None:
+        check_positive(self, sink_size=True, last_size=True)
+        check_room(self, window_diagonals(self.window_size), self.max_blocks)
+
+    @classmethod
+    def estimate(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> SparseIndex:
+        last = last_query(mask, query.shape[0], query.shape[2], query.device)
+
+        def kept_blocks(i: int, blocks: Tensor) -> Tensor:
+            p = patterns[i]
+            allowed = allowed_blocks(mask, blocks, key.shape[2])
+            distance = blocks[:, None] - torch.arange(allowed.shape[1], device=key.device)
+            starts = blocks * BLOCK
+            whole = (starts + BLOCK > last[:, None] + 1 - p.last_size) & (starts <= last[:, None])
+            near = distance < window_diagonals(p.window_size)
+            return (near | (whole[..., None] & (distance < p.max_blocks))) & allowed
+
+        columns = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
+        return list_index(query, mask, len(heads), cls.width(patterns), kept_blocks, columns)
+
+    @classmethod
+    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
+        return IndexWidth(
+            max_blocks=max(p.max_blocks for p in patterns),
+            max_columns=max(p.sink_size for p in patterns),
+        )
+
+    @classmethod
+    def select(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> Tensor:
+        positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
+        distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
+        last = last_query(mask, query.shape[0], query.shape[2], query.device)[:, None]
+        sinks = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
+        per_head = []
+        for i, p in enumerate(patterns):
+            at_end = (positions > last - p.last_size) & (positions <= last)
+            reach = positions // BLOCK * BLOCK - (p.max_blocks - 1) * BLOCK
+            seen = at_end[..., None] & (positions[:, None] - distance >= reach[:, None])
+            per_head.append((distance < p.window_size) | seen | sinks[:, i, None, :])
+        return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
+
+    def cost(self) -> sympy.Expr:
+        kept = sympy.Min(LENGTH / 2, self.sink_size + self.window_size + BLOCK)
+        last = sympy.Min(LENGTH, self.max_blocks * BLOCK)
+        return 2 * LENGTH * kept * HEAD_DIM + 2 * self.last_size * last * HEAD_DIM
