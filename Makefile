@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help venv demo test lint format types clean
+.PHONY: help venv demo test slow lint format types clean
 
 help:
-	@echo "make venv | demo | test | lint | format | types | clean   (ARGS= is passed on)"
+	@echo "make venv | demo | test | slow | lint | format | types | clean   (ARGS= is passed on)"
 
 venv: $(STAMP)
 
@@ -29,8 +29,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/mpass demo $(ARGS)
 
+# One thread per worker: two workers with two threads each would only wait for one another.
 test: venv
-	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+# Whole matrices: model families, kernels for every chip, the longer evaluations.
+slow: venv
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m slow $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
