@@ -1,4 +1,4 @@
-"""Random indexes and masks for the Triton tests: every form, ragged counts, every part of a mask."""
+"""Random indexes and masks for the Triton tests: every form, ragged counts, every mask."""
 
 from __future__ import annotations
 

@@ -1,0 +1,103 @@
+"""Check and measure the Triton kernels on this machine's GPU.
+
+    python -m benchmarks.gpu                    # ten minutes; call again to go on
+    python -m benchmarks.gpu --only check       # correctness alone
+    python -m benchmarks.gpu --smoke            # dry run, interpreted on a CPU, tiny sizes
+
+Needs no network. Writes every row to a JSON file as it is measured and prints a table last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.clock import Results
+from benchmarks.gpu.sections import Setting, all_work
+
+LENGTHS = tuple(1024 * 2**i for i in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10))
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is not measured yet; 0 if every check passed, 1 if one failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument(
+        "--only", default="", help="names that contain this: check, attention/, ..."
+    )
+    parser.add_argument("--minutes", type=float, default=9.5, help="stop starting work after this")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write and go on from")
+    parser.add_argument(
+        "--smoke", action="store_true", help="dry run on the CPU; times mean nothing"
+    )
+    options = parser.parse_args(arguments)
+    if not options.smoke and not torch.cuda.is_available():
+        print("benchmarks.gpu needs a GPU that torch can use; --smoke dry-runs it on the CPU")
+        return 2
+    if importlib.util.find_spec("triton") is None:
+        print("benchmarks.gpu needs triton: pip install triton")
+        return 2
+    device = torch.device("cpu" if options.smoke else "cuda")
+    lengths = (130,) if options.smoke else tuple(options.lengths)
+    out = options.out or RESULTS / ("smoke.json" if options.smoke else "gpu.json")
+    results = Results(out, device, smoke=options.smoke)
+    left = run(Setting(device, options.smoke, lengths), results, options.only, options.minutes)
+    print(table(results.rows, options.only))
+    print(f"{results.about}\n{out}" + (f"\n{left} left: call again to go on" if left else ""))
+    failed = [name for name, row in results.rows.items() if "error" in row and not row.get("ok")]
+    return 1 if any(name.startswith("check/") for name in failed) else 0
+
+
+def run(setting: Setting, results: Results, only: str, minutes: float) -> int:
+    """Do what is not in the results yet, until the time is over; returns how much is left."""
+    stop = time.monotonic() + 60 * minutes
+    left = 0
+    for name, work in all_work(setting):
+        if name in results.rows or only not in name:
+            continue
+        if time.monotonic() > stop:
+            left += 1
+            continue
+        try:
+            row = work()
+        except Exception as error:
+            # A rival that a build lacks, or a size that does not fit, must not end the run.
+            lines = str(error).strip().splitlines()
+            row = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
+        results.add(name, row)
+        print(f"{name}: {short(row)}", file=sys.stderr, flush=True)
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return left
+
+
+def table(rows: dict[str, dict[str, Any]], only: str) -> str:
+    """One line per row of the results, checks summed up in one."""
+    checks = {name: row for name, row in rows.items() if name.startswith("check/")}
+    good = sum(bool(row.get("ok")) for row in checks.values())
+    lines = [f"checks: {good} of {len(checks)} right"]
+    lines += [f"  wrong: {name} {short(row)}" for name, row in checks.items() if not row.get("ok")]
+    shown = {name: row for name, row in rows.items() if name not in checks and only in name}
+    width = max((len(name) for name in shown), default=0)
+    lines += [f"{name:<{width}}  {short(row)}" for name, row in shown.items()]
+    return "\n".join(lines)
+
+
+def short(row: dict[str, Any]) -> str:
+    """A row's figures in one line."""
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if key != "date"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Inputs of the GPU benchmark: random attentions and indexes of a given density.
+
+Letters: B batch, H query heads, Hk kv heads, N positions, D head_dim, I query blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from mpass.lowering.index import (
+    ALL_DIAGONALS,
+    BLOCK,
+    IndexWidth,
+    SparseIndex,
+    diagonal_slots,
+    empty_index,
+    list_slots,
+    num_query_blocks,
+)
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One prefill attention: a Llama-3.1-8B layer unless said otherwise."""
+
+    length: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Random query [1, H, N, D], key and value [1, Hk, N, D], laid out as [1, N, H, D]."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(heads: int) -> Tensor:
+            size = (1, self.length, heads, self.head_dim)
+            data = torch.empty(size, dtype=self.dtype, device=device)
+            return data.normal_(generator=generator).transpose(1, 2)
+
+        return normal(self.heads), normal(self.kv_heads), normal(self.kv_heads)
+
+    @property
+    def dense_flops(self) -> float:
+        """Multiply-adds of causal attention, counted as two operations each."""
+        return 2.0 * self.length**2 * self.head_dim * self.heads
+
+
+def list_index(query: Tensor, density: float, seed: int = 0) -> SparseIndex:
+    """Random block lists: row r of each head selects `density` of its r + 1 blocks, its own always.
+
+    Entries are one random block out of each of equal stretches, so that they ascend by themselves.
+    """
+    _, heads, length, _ = query.shape
+    rows = num_query_blocks(length, 0)
+    width = math.ceil(density * rows) + 1
+    index = empty_index(query, rows, IndexWidth(max_blocks=width), list_slots(heads))
+    device = query.device
+    generator = torch.Generator(device).manual_seed(seed)
+    seen = torch.arange(1, rows + 1, device=device)  # blocks that a row may select
+    counts = (seen * density).ceil().long().clamp(1, width)
+    places = torch.arange(width, device=device)
+    first = places * seen[:, None] // counts[:, None]
+    size = (places + 1) * seen[:, None] // counts[:, None] - first
+    for head in range(heads):  # one at a time: a million tokens' lists are large
+        jitter = torch.rand(rows, width, generator=generator, device=device)
+        entries = first + (jitter * size).long()
+        entries = torch.where(places == counts[:, None] - 1, (seen - 1)[:, None], entries)
+        index.block_index[0, head] = torch.where(places < counts[:, None], entries, 0)
+        index.block_count[0, head] = counts
+    return index
+
+
+def dense_index(query: Tensor) -> SparseIndex:
+    """Every block of every head: what the kernel costs at density 1."""
+    heads = query.shape[1]
+    rows = num_query_blocks(query.shape[2], 0)
+    index = empty_index(query, rows, IndexWidth(max_diagonals=1), diagonal_slots(heads))
+    index.diagonal_count.fill_(ALL_DIAGONALS)
+    return index
+
+
+def computed_flops(index: SparseIndex, length: int, head_dim: int) -> float:
+    """Operations of the tiles that the kernel computes, diagonal blocks counted whole.
+
+    Reads the index: not for timed code. Columns count once per query block after them.
+    """
+    rows = num_query_blocks(length, 0)
+    row_numbers = torch.arange(rows, device=index.block_count.device)
+    blocks = float(index.block_count.sum())
+    for slot in (s for s in index.head_slots if s < 0):
+        count = int(index.diagonal_count[0, -1 - slot])
+        if count == ALL_DIAGONALS:
+            blocks += rows * (rows + 1) / 2
+            continue
+        distances = index.diagonal_index[0, -1 - slot, :count]
+        blocks += float((row_numbers[:, None] >= distances).sum())
+    columns = 0.0
+    for head in range(len(index.head_slots)):
+        kept = index.column_index[0, head, : int(index.column_count[0, head])]
+        columns += float((rows - 1 - kept // BLOCK).clamp(min=0).sum())
+    return 4.0 * head_dim * (blocks * BLOCK * BLOCK + columns * BLOCK)
