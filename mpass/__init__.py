@@ -17,6 +17,7 @@ _EXPORTS = {
     "VerticalSlash": "mpass.patterns.vertical_slash",
     "LayerConfig": "mpass.config",
     "SparseConfig": "mpass.config",
+    "calibrate": "mpass.calibration",
     "configure": "mpass.decorators",
     "MpassError": "mpass.errors",
     "computed_mask": "mpass.functional",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpass.calibrate_cost import count_work, synchronize
-from mpass.calibrate_graph import Operands, estimate_heads
+from mpass.calibration_cost import count_work, synchronize
+from mpass.calibration_graph import Operands, estimate_heads
 from mpass.lowering import reference
 from mpass.lowering.index import (
     BLOCK,

@@ -7,7 +7,7 @@ from html import escape
 
 from rich.table import Table
 
-from mpass.calibrate import Calibration
+from mpass.calibration import Calibration
 
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#9c755f", "#edc948")
 """Of patterns, in the order of their names."""

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.calibrate_choose import choose_under_budget, choose_under_loss
-from mpass.calibrate_cost import KernelCost, fit_kernel
-from mpass.calibrate_graph import Operands, attend_dense, attend_sparse
-from mpass.calibrate_measure import LayerMeasures, measure_layer
-from mpass.calibrate_probe import Input, Probe, as_input, shorten
-from mpass.calibrate_state import State
+from mpass.calibration_choose import choose_under_budget, choose_under_loss
+from mpass.calibration_cost import KernelCost, fit_kernel
+from mpass.calibration_graph import Operands, attend_dense, attend_sparse
+from mpass.calibration_measure import LayerMeasures, measure_layer
+from mpass.calibration_probe import Input, Probe, as_input, shorten
+from mpass.calibration_state import State
 from mpass.config import SparseConfig
 from mpass.errors import CalibrationError, OptionValueError
 from mpass.patterns.a_shape import AShape

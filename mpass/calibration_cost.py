@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from mpass.calibrate_graph import Operands, attend_dense, attend_index
+from mpass.calibration_graph import Operands, attend_dense, attend_index
 from mpass.lowering.index import (
     ALL_DIAGONALS,
     BLOCK,

@@ -1,7 +1,8 @@
 """Choosing a pattern per head under a budget for the whole model: a multiple-choice knapsack.
 
-Solved exactly by dynamic programming over a grid of costs (costs are rounded up to the grid, so the
-budget is never exceeded). Letters: S heads of all layers, C candidates, G steps of the grid.
+Solved by dynamic programming over a grid of costs. Costs are rounded up to the grid, so the budget
+is never exceeded, and at most S / G of it is left unused by the rounding; on the grid the choice is
+the best there is. Letters: S heads of all layers, C candidates, G steps of the grid.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def choose_under_loss(losses: Tensor, costs: Tensor, most: float) -> Tensor:
     if least > most:
         raise BudgetError(most, least, what="loss")
     best = losses.argmin(1)
-    budget = float(costs.gather(1, best[:, None]).sum())
+    budget = float(costs.gather(1, best[:, None]).sum()) * (1 + len(costs) / STEPS)
     table, picks, step = solve(losses, costs, budget)
     fits = (table <= most).nonzero()
     if len(fits) == 0:

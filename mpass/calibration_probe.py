@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.calibrate_graph import Attend, Instrument
+from mpass.calibration_graph import Attend, Instrument
 from mpass.errors import CalibrationError
 from mpass.prefill import CHUNK, logits, prefill
 
