@@ -7,11 +7,21 @@ marked slow.
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="builds models of transformers from config")
 
-from mpass.coverage import cover
-from mpass.coverage_models import BY_NAME, FAMILIES, SCENARIOS, build, scenarios
+from mpass.backend import minference
+from mpass.coverage import FULL_BUDGET, cover
+from mpass.coverage_models import (
+    BY_NAME,
+    FAMILIES,
+    LENGTH,
+    SCENARIOS,
+    build,
+    inputs,
+    scenarios,
+)
 
 BY_SCENARIO = {scenario.name: scenario for scenario in SCENARIOS}
 
@@ -39,13 +49,6 @@ QUICK = [
     for scenario in SCENARIOS
 ]
 
-WHOLE = [
-    (family.name, implementation, scenario.name)
-    for family in FAMILIES
-    for implementation in family.implementations
-    for scenario in scenarios(family)
-]
-
 
 def check(name: str, implementation: str, scenario: str) -> None:
     family = BY_NAME[name]
@@ -66,6 +69,36 @@ def test_family_equals_eager(name, implementation, scenario):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "implementation", "scenario"), WHOLE)
-def test_every_family_spelling_and_scenario_equals_eager(name, implementation, scenario):
-    check(name, implementation, scenario)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_spelling_and_scenario_equals_eager(family, request):
+    if "slow" not in (request.config.getoption("-m") or ""):
+        pytest.skip("the whole matrix takes half an hour: pytest -m slow tests/test_families.py")
+    for implementation in family.implementations:
+        for scenario in scenarios(family):
+            check(family.name, implementation, scenario.name)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_masks_that_were_proven_are_not_built(name, implementation):
+    family = BY_NAME[name]
+    model = build(family, implementation)
+    graphs = []
+
+    def backend(gm, example_inputs):
+        compiled = minference(gm, example_inputs, options=FULL_BUDGET)
+        graphs.append(gm)
+        return compiled
+
+    call = inputs(family, model, BY_SCENARIO["no_cache_left"])
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(**call)
+    (gm,) = graphs
+    square = [
+        node.name
+        for node in gm.graph.nodes
+        if isinstance(value := node.meta.get("example_value"), torch.Tensor)
+        and tuple(value.shape[-2:]) == (LENGTH, LENGTH)
+    ]
+    assert square == []
