@@ -84,7 +84,7 @@ def test_every_template_has_a_golden_text():
 
 
 def test_equal_text_is_one_file_and_other_text_another(tmp_path, monkeypatch):
-    monkeypatch.setenv("MPASS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("MPASS_CACHE", str(tmp_path))
     first = source.write_module("a = 1\n", "kernel")
     assert source.write_module("a = 1\n", "kernel") == first
     assert source.write_module("a = 2\n", "kernel") != first

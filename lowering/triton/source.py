@@ -1,8 +1,7 @@
 """From a KernelSpec to a loaded module: render the template, write the file, import it.
 
 The text is the cache key. Triton reads a kernel's source from its file, so that every module lies
-in a folder, whole or not at all: it is written aside and renamed. The folder is
-`$MPASS_CACHE_DIR/triton` or `~/.cache/mpass/triton`.
+in the folder `triton` of mpass's cache, whole or not at all: it is written aside and renamed.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import jinja2
 from mpass.lowering.estimate import LAST_QUERIES
 from mpass.lowering.index import ALL_DIAGONALS, BLOCK
 from mpass.lowering.triton.spec import SPLITS, KernelSpec, parts, power_of_two
+
+from mpass.cache import cache_dir
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -71,16 +72,10 @@ def legend(spec: KernelSpec) -> str:
     return "\n".join([*lines, line.rstrip(", ") + ")"])
 
 
-def cache_folder() -> Path:
-    """Where generated modules lie."""
-    root = os.environ.get("MPASS_CACHE_DIR")
-    return (Path(root) if root else Path.home() / ".cache" / "mpass") / "triton"
-
-
 def write_module(source: str, name: str) -> Path:
     """The file that holds `source`; its name is the text's hash. Safe among processes."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    path = cache_folder() / f"{name}_{digest}.py"
+    path = cache_dir() / "triton" / f"{name}_{digest}.py"
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
