@@ -1,0 +1,93 @@
+"""What a CUDA graph forbids does not happen: reading the device, copying host data, changing sizes.
+
+Seen without a GPU in the torch ops around the launches; the launches themselves only enqueue.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mpass.lowering import triton as lowering
+from mpass.lowering.index import AttentionMask, IndexWidth
+from mpass.lowering.triton import attention, estimate, launch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.triton_cases import SLOTS, padding, random_index
+from tests.truth import random_attention
+
+READS_THE_DEVICE = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
+
+
+class OpNames(TorchDispatchMode):
+    """Collects the names of all torch ops that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names and grids of the kernels that are launched, instead of running them."""
+    seen = []
+
+    def enqueue(spec, kernel, grid, *arguments):
+        seen.append((kernel, grid))
+        if kernel == "write_ints":
+            arguments[0].zero_()  # torch indexes with these
+
+    for module in (launch, attention, estimate):
+        monkeypatch.setattr(module, "launch", enqueue)
+    return seen
+
+
+MASKS = {
+    "plain": AttentionMask(),
+    "all": AttentionMask(True, 40, 90, padding(2, 300)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_attention_is_three_launches_and_no_host_sync(mask, launches):
+    num_queries = 300 - mask.query_offset
+    query, key, value = random_attention(2, num_queries=num_queries, num_keys=300)
+    index = random_index(
+        SLOTS["mixed"],
+        mask,
+        batch=2,
+        num_queries=num_queries,
+        num_keys=300,
+        width=IndexWidth(3, 3, 70),
+    )
+    with OpNames() as ops:
+        lowering.sparse_attention(
+            query, key, value, index, mask, scale=0.2, softcap=2.0, sinks=torch.ones(4)
+        )
+    assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
+    # The mixed form reads each head's slot, which one more launch writes.
+    names = [kernel for kernel, _ in launches]
+    assert names == ["write_ints", "plan_rows", "gather_columns", "sparse_attention"]
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_estimation_has_no_host_sync_and_no_launch_per_head(mask, launches):
+    query, key, _ = random_attention(2, num_queries=300 - mask.query_offset, num_keys=300)
+    counts = []
+    for heads in ([0], [0, 1, 2, 3]):
+        launches.clear()
+        sizes = [50] * len(heads)
+        with OpNames() as ops:
+            lowering.vertical_slash_index(
+                query, key, mask, heads, scale=0.2, vertical_sizes=sizes, slash_sizes=sizes
+            )
+            lowering.block_top_k_index(
+                query, key, mask, heads, top_k=sizes, block_sizes=[64] * len(heads)
+            )
+        assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
+        counts.append(len(launches))
+    assert counts[0] == counts[1]
