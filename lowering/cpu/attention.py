@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from mpass.lowering.cpu.library import Arguments, load_library
+from mpass.lowering.cpu.arguments import AttentionArguments, pointer, rows_contiguous, strides
+from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import kernel_spec
-from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
 from mpass.lowering.reference import empty_output
 from torch import Tensor
 
@@ -49,34 +50,34 @@ def run_attention(
 ) -> Tensor:
     """`sparse_attention` with a chosen specialisation."""
     out = empty_output(query, value)
-    if out.numel() == 0:
-        return out
+    if out.numel() == 0 or key.shape[2] == 0:
+        return out.zero_()
     query, key, value = (rows_contiguous(tensor) for tensor in (query, key, value))
     key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
     logits = None if sinks is None else sinks.to(torch.float32).contiguous()
     slots = torch.tensor(index.head_slots, dtype=torch.int32)
     tensors = tuple(tensor.contiguous() for tensor in index.tensors())
     block_count, block_index, diagonal_count, diagonal_index, column_count, column_index = tensors
-    arguments = Arguments(
-        query=query.data_ptr(),
-        key=key.data_ptr(),
-        value=value.data_ptr(),
-        out=out.data_ptr(),
-        key_mask=None if key_mask is None else key_mask.data_ptr(),
-        sinks=None if logits is None else logits.data_ptr(),
-        block_count=block_count.data_ptr(),
-        block_index=block_index.data_ptr(),
-        diagonal_count=diagonal_count.data_ptr(),
-        diagonal_index=diagonal_index.data_ptr(),
-        column_count=column_count.data_ptr(),
-        column_index=column_index.data_ptr(),
-        head_slots=slots.data_ptr(),
+    arguments = AttentionArguments(
+        query=pointer(query),
+        key=pointer(key),
+        value=pointer(value),
+        out=pointer(out),
+        key_mask=pointer(key_mask),
+        sinks=pointer(logits),
+        block_count=pointer(block_count),
+        block_index=pointer(block_index),
+        diagonal_count=pointer(diagonal_count),
+        diagonal_index=pointer(diagonal_index),
+        column_count=pointer(column_count),
+        column_index=pointer(column_index),
+        head_slots=pointer(slots),
         batch=query.shape[0],
         heads=query.shape[1],
         kv_heads=key.shape[1],
         num_queries=query.shape[2],
         num_keys=key.shape[2],
-        num_blocks=block_count.shape[2],
+        num_blocks=num_query_blocks(query.shape[2], mask.query_offset),
         num_lists=block_count.shape[1],
         max_blocks=block_index.shape[3],
         num_diagonals=diagonal_count.shape[1],
@@ -97,13 +98,3 @@ def run_attention(
     if load_library(spec).sparse_attention(ctypes.byref(arguments)) != 0:
         raise MemoryError(f"no memory to pack keys {tuple(key.shape)} and values for attention")
     return out
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def strides(name: str, tensor: Tensor) -> dict[str, int]:
-    batch, head, row, _ = tensor.stride()
-    return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row}

@@ -11,6 +11,8 @@ import functools
 from dataclasses import dataclass
 
 import jinja2
+from mpass.lowering import estimate
+from mpass.lowering.cpu.arguments import AttentionArguments, EstimateArguments, c_fields
 from mpass.lowering.index import BLOCK
 
 STRIP = 4
@@ -48,7 +50,11 @@ EXP2_FP32 = Exp2(
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """One library of generated kernels. input: dtype of q, k, v and out, without `torch.`."""
+    """One library of generated kernels.
+
+    kernel: "attention", or "estimate" for the estimators (value_dim is then head_dim);
+    input: dtype of q, k, v and out, without `torch.`.
+    """
 
     input: str
     head_dim: int
@@ -56,13 +62,14 @@ class KernelSpec:
     instruction_set: str
     softcap: bool = False
     strip: int = STRIP
+    kernel: str = "attention"
 
     def __str__(self) -> str:
         cap = ", softcap" if self.softcap else ""
-        return (
-            f"{self.input}, D={self.head_dim}, DV={self.value_dim}, {self.instruction_set}, "
-            f"strips of {self.strip} tiles{cap}"
-        )
+        shape = f"{self.kernel}, {self.input}, D={self.head_dim}"
+        if self.kernel == "attention":
+            shape += f", DV={self.value_dim}, strips of {self.strip} tiles{cap}"
+        return f"{shape}, {self.instruction_set}"
 
     @property
     def amx(self) -> bool:
@@ -121,15 +128,15 @@ def environment() -> jinja2.Environment:
 
 def generate_source(spec: KernelSpec) -> str:
     """The C++ translation unit of a spec; its text keys the cache of compiled libraries."""
-    from mpass.lowering.cpu.library import Arguments
-
+    structure = AttentionArguments if spec.kernel == "attention" else EstimateArguments
     return (
         environment()
         .get_template("kernel.cpp.jinja")
         .render(
             spec=spec,
             block=BLOCK,
-            exp2=EXP2_BF16 if spec.bf16 else EXP2_FP32,
-            arguments=Arguments.c_fields(),
+            exp2=EXP2_BF16 if spec.bf16 and spec.kernel == "attention" else EXP2_FP32,
+            arguments=c_fields(structure),
+            constants=estimate,
         )
     )

@@ -95,9 +95,26 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def kernel_spec(query: Tensor, value: Tensor, *, softcap: float = 0.0) -> KernelSpec:
-    """The specialisation that serves these tensors here."""
+    """The specialisation of the attention kernel that serves these tensors here."""
+    return KernelSpec(
+        dtype_name(query.dtype),
+        query.shape[-1],
+        value.shape[-1],
+        best_instruction_set(query.dtype),
+        softcap=softcap > 0,
+    )
+
+
+def estimate_spec(query: Tensor) -> KernelSpec:
+    """The specialisation of the estimators that serves this query here."""
+    size = query.shape[-1]
+    chosen = best_instruction_set(query.dtype)
+    return KernelSpec(dtype_name(query.dtype), size, size, chosen, kernel="estimate")
+
+
+def best_instruction_set(dtype: torch.dtype) -> str:
+    """Only bf16 has products in hardware; the rest is fp32 arithmetic."""
     sets = instruction_sets()
-    dtype = dtype_name(query.dtype)
-    if dtype != "bfloat16":  # only bf16 products are in hardware: the rest is fp32 arithmetic
-        sets = tuple(s for s in sets if s in ("avx512", "avx2"))
-    return KernelSpec(dtype, query.shape[-1], value.shape[-1], sets[0], softcap=softcap > 0)
+    if dtype != torch.bfloat16:
+        sets = tuple(name for name in sets if name in ("avx512", "avx2"))
+    return sets[0]

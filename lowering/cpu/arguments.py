@@ -1,0 +1,85 @@
+"""The numbers of one call, as ctypes structures that the generated source declares likewise.
+
+Strides are in elements. A null pointer stands for a tensor that there is not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+from torch import Tensor
+
+CONST_VOID = ("query", "key", "value")
+POINTER_TYPES = {
+    **dict.fromkeys(CONST_VOID, "const void*"),
+    "out": "void*",
+    "key_mask": "const uint8_t*",
+    "sinks": "const float*",
+    **dict.fromkeys(("first_count", "first_index", "second_count", "second_index"), "int32_t*"),
+}
+NUMBER_TYPES = {ctypes.c_int64: "int64_t", ctypes.c_float: "float"}
+
+
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+def strided(*names: str) -> list[tuple[str, type]]:
+    return [(f"{name}_{dim}", ctypes.c_int64) for name in names for dim in ("batch", "head", "row")]
+
+
+def c_fields(structure: type[ctypes.Structure]) -> list[tuple[str, str]]:
+    """Name and C++ type of every field; pointers without a type of their own are to int32."""
+    return [
+        (name, NUMBER_TYPES.get(kind) or POINTER_TYPES.get(name, "const int32_t*"))
+        for name, kind, *_ in structure._fields_
+    ]
+
+
+class AttentionArguments(ctypes.Structure):
+    """A call of `sparse_attention`; the index's tensors as in SparseIndex."""
+
+    _fields_: ClassVar = [
+        *fields(ctypes.c_void_p, "query key value out key_mask sinks block_count block_index"),
+        *fields(ctypes.c_void_p, "diagonal_count diagonal_index column_count column_index"),
+        *fields(ctypes.c_void_p, "head_slots"),
+        *fields(ctypes.c_int64, "batch heads kv_heads num_queries num_keys num_blocks"),
+        *strided("query", "key", "value", "out"),
+        *fields(ctypes.c_int64, "num_lists max_blocks num_diagonals max_diagonals max_columns"),
+        *fields(ctypes.c_int64, "longest_columns query_offset window causal threads"),
+        *fields(ctypes.c_float, "scale softcap"),
+    ]
+
+
+class EstimateArguments(ctypes.Structure):
+    """A call of an estimator.
+
+    heads: the query heads, int32 [num_heads]. first and second are what a pattern looks for:
+    vertical-slash columns and block diagonals (sizes: budgets); block top-k blocks and nothing
+    (first_sizes: top_k, second_sizes: positions per pooled block).
+    """
+
+    _fields_: ClassVar = [
+        *fields(ctypes.c_void_p, "query key key_mask heads first_sizes second_sizes"),
+        *fields(ctypes.c_void_p, "first_count first_index second_count second_index"),
+        *fields(ctypes.c_int64, "batch num_heads group kv_heads num_queries num_keys num_blocks"),
+        *strided("query", "key"),
+        *fields(ctypes.c_int64, "first_width second_width query_offset window causal threads"),
+        *fields(ctypes.c_float, "scale"),
+    ]
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def strides(name: str, tensor: Tensor) -> dict[str, int]:
+    """The stride fields of a tensor [B, H, N, D]."""
+    batch, head, row, _ = tensor.stride()
+    return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row}
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
