@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import sympy
+from mpass.lowering.cpu import pooled
+from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.estimate import LAST_QUERIES
 from mpass.lowering.estimate_union import UnionRule, union_index, union_width
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
@@ -44,8 +46,8 @@ class Union(ListPattern):
     sink_blocks: int = 1
     local_blocks: int = 2
     last_blocks: int = 0
-    rows: int = 64
-    pool: int = 64
+    rows: int = 16
+    pool: int = 16
     max_blocks: int = 256
 
     name: ClassVar[str] = "union"
@@ -70,6 +72,22 @@ class Union(ListPattern):
         return union_index(query, key, mask, heads, [p.rule() for p in patterns], scale=scale)
 
     @classmethod
+    def estimate(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        heads: Sequence[int],
+        patterns: Sequence[Self],
+        *,
+        scale: float,
+    ) -> SparseIndex:
+        rules = [p.rule() for p in patterns]
+        if choose_lowering(query, key, key).name == "cpu":
+            return pooled.union_index(query, key, mask, heads, rules, scale=scale)
+        return union_index(query, key, mask, heads, rules, scale=scale)
+
+    @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
         return union_width([p.rule() for p in patterns])
 
@@ -80,6 +98,6 @@ class Union(ListPattern):
     def cost(self) -> sympy.Expr:
         """An upper bound: how many blocks hold `mass` of the attention is the prompt's matter."""
         looked_at = LENGTH * sympy.Rational(self.rows, BLOCK)
-        pooled = LENGTH * HEAD_DIM + looked_at * LENGTH / (2 * self.pool) * HEAD_DIM
+        means = LENGTH * HEAD_DIM + looked_at * LENGTH / (2 * self.pool) * HEAD_DIM
         vertical = LAST_QUERIES * LENGTH * HEAD_DIM if self.columns else 0
-        return pooled + vertical + attention_cost(self.max_blocks, self.columns)
+        return means + vertical + attention_cost(self.max_blocks, self.columns)
