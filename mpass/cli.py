@@ -1,4 +1,4 @@
-"""The command line: demo, eval and patterns. torch is imported inside of the commands."""
+"""The command line. torch is imported inside of the commands, which start at once without it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mpass import __version__
+from mpass.commands.coverage import coverage
 from mpass.errors import MpassError, OptionValueError
 from mpass.texts import TEXTS
 
@@ -211,6 +212,9 @@ def patterns() -> None:
         fields = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(cls))
         table.add_row(name, fields, escape((cls.__doc__ or "").strip().split("\n")[0]))
     Console().print(table)
+
+
+app.command()(coverage)
 
 
 def progress_console() -> Console:
