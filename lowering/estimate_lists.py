@@ -162,14 +162,17 @@ def query_mask(mask: AttentionMask, num_queries: int) -> Tensor | None:
     return mask.key_mask[:, mask.query_offset : stop]
 
 
-def keep_mass(candidates: Candidates, mass: float) -> Tensor:
+def keep_mass(candidates: Candidates, mass: float, first: Tensor | None = None) -> Tensor:
     """The smallest set that holds the forced blocks and `mass` of the scores: bool [B, C, J].
 
-    A mass of 1 keeps every allowed block, also those that score 0.
+    first: blocks (bool [B, C, J]) that are kept too, right after the forced ones. A mass of 1 keeps
+    every allowed block, also those that score 0.
     """
-    order, value = rank_blocks(candidates)
+    order, value = rank_blocks(candidates, first)
     before = value.cumsum(-1) - value
     wanted = before < mass * value.sum(-1, keepdim=True)
+    if first is not None:
+        wanted |= first.gather(-1, order)
     return keep(candidates, order, wanted if mass < 1 else torch.ones_like(wanted))
 
 

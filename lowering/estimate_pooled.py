@@ -45,13 +45,14 @@ def row_scores(
     scale: float,
     rows: int,
     pool: int,
-) -> Tensor:
-    """Attention that each key block gets from sampled rows of query blocks: fp32 [B, C, J].
+) -> tuple[Tensor, Tensor]:
+    """Attention that key blocks get from sampled rows of query blocks: sum and greatest, [B, C, J].
 
     query [B, Nq, D]; means [B, S, D] and counts [B, S] of `pooled_keys`; blocks: query blocks [C];
     rows: how many of each are looked at, see `sampled_rows`. Per row the softmax over all runs that
-    it sees, summed over rows and over the runs of a block. A run is seen by a row that sees its
-    first key (causal) and its last (window). Padding rows do not count.
+    it sees, summed over the runs of a block. A run is seen by a row that sees its
+    first key (causal) and its last (window). Padding rows do not count. The second result is the
+    largest share that one row gives to the block; both are fp32.
     """
     local, counted = sampled_rows(mask, blocks, query.shape[1], rows)
     start = torch.arange(means.shape[1], device=query.device) * pool
@@ -63,8 +64,8 @@ def row_scores(
         visible &= distance - (pool - 1) < mask.window
     logits = run_logits(query, means, local, scale) + counts.log()[:, None, None, :]
     weights = masked_softmax(logits, visible & (counts > 0)[:, None, None, :])
-    weights = (weights * counted[..., None]).sum(2)
-    return weights.unflatten(-1, (-1, BLOCK // pool)).sum(-1)
+    weights = (weights * counted[..., None]).unflatten(-1, (-1, BLOCK // pool)).sum(-1)
+    return weights.sum(2), weights.amax(2)
 
 
 def tile_scores(

@@ -21,6 +21,7 @@ class UnionRule:
     """What one head keeps; see mpass.patterns.union for the meaning of each number."""
 
     mass: float
+    row_share: float
     columns: int
     sink_blocks: int
     local_blocks: int
@@ -51,7 +52,7 @@ def union_index(
 
     def kept_blocks(i: int, blocks: Tensor) -> Tensor:
         rule = rules[i]
-        scores = row_scores(
+        scores, greatest = row_scores(
             query[:, heads[i]], *runs[i], mask, blocks, scale=scale, rows=rule.rows, pool=rule.pool
         )
         choice = candidates(
@@ -65,7 +66,7 @@ def union_index(
             last_blocks=rule.last_blocks,
             max_blocks=rule.max_blocks,
         )
-        return keep_mass(choice, rule.mass)
+        return keep_mass(choice, rule.mass, greatest >= rule.row_share)
 
     width = union_width(rules)
     columns = None

@@ -33,6 +33,7 @@ class Union(ListPattern):
     """Keep blocks up to a share of the estimated attention, and the strongest single keys.
 
     mass: share of the estimated attention of a query block that its kept blocks hold; 1 keeps all.
+    row_share: a block that one row gives this share of its attention is kept too; 1 for none.
     columns: single keys per head, those with the most attention of the last 64 queries.
     sink_blocks, local_blocks: first blocks and nearest blocks (the own included), always kept.
     last_blocks: query blocks at the end of the prompt that keep every block.
@@ -41,7 +42,8 @@ class Union(ListPattern):
     memory of the index: 4 * max_blocks bytes per 64 queries and head.
     """
 
-    mass: float = 0.95
+    mass: float = 0.8
+    row_share: float = 0.05
     columns: int = 256
     sink_blocks: int = 1
     local_blocks: int = 2
@@ -54,7 +56,7 @@ class Union(ListPattern):
 
     def __post_init__(self) -> None:
         check_positive(self, columns=True, sink_blocks=True, last_blocks=True)
-        check_share(self, "mass")
+        check_share(self, "mass", "row_share")
         check_divisor(self, "rows", "pool")
         check_room(self, self.sink_blocks + self.local_blocks, self.max_blocks)
 

@@ -25,7 +25,7 @@ SMALL = {
     "vertical_slash": [mpass.VerticalSlash(40, 110), mpass.VerticalSlash(1, 1)],
     "block_sparse": [mpass.BlockSparse(top_k=2), mpass.BlockSparse(1, 128)],
     "dense": [mpass.Dense()],
-    "union": [Union(0.5, columns=20), Union(0.8, 5, 0, 1, rows=16, pool=16, max_blocks=3)],
+    "union": [Union(0.5, 0.3, 20), Union(0.8, 1.0, 5, 0, 1, rows=64, pool=64, max_blocks=3)],
     "block_max": [BlockMax(0.5, 64, 1, 1, 1), BlockMax(0.9, 128, 1, 1, 0, 4)],
     "flex_prefill": [FlexPrefill(0.5, 1.0, 1, block_size=64), FlexPrefill(0.6, 0.0, 64, 128)],
     "sample_attention": [SampleAttention(0.5, 0.1, 0.1), SampleAttention(0.9, 1.0, 0.01, 9, 7)],

@@ -37,7 +37,7 @@ WHOLE_NUMBERS = "columns sink_blocks local_blocks last_blocks rows pool max_bloc
 
 
 POINTER_TYPES = {
-    "mass": "const float*",
+    **dict.fromkeys(("mass", "row_share"), "const float*"),
     **dict.fromkeys(("block_count", "block_index", "column_count", "column_index"), "int32_t*"),
 }
 
@@ -46,7 +46,7 @@ class PooledArguments(ctypes.Structure):
     """A call of `union_index`: parameters are arrays with one entry per head of `heads`."""
 
     _fields_: ClassVar = [
-        *fields(ctypes.c_void_p, f"query key key_mask heads mass {WHOLE_NUMBERS}"),
+        *fields(ctypes.c_void_p, f"query key key_mask heads mass row_share {WHOLE_NUMBERS}"),
         *fields(ctypes.c_void_p, "block_count block_index column_count column_index"),
         *fields(ctypes.c_int64, "batch num_heads group num_queries num_keys num_blocks"),
         *strided("query", "key"),
@@ -79,7 +79,7 @@ def union_index(
         [list(heads), *([getattr(rule, name) for rule in rules] for name in names)],
         dtype=torch.int32,
     )
-    mass = torch.tensor([rule.mass for rule in rules], dtype=torch.float32)
+    shares = torch.tensor([[r.mass for r in rules], [r.row_share for r in rules]])
     if query.shape[0] == 0 or not heads or 0 in (query.shape[2], key.shape[2]):
         return index
     arguments = PooledArguments(
@@ -87,7 +87,8 @@ def union_index(
         key=pointer(key),
         key_mask=pointer(key_mask),
         heads=pointer(numbers[0]),
-        mass=pointer(mass),
+        mass=pointer(shares[0]),
+        row_share=pointer(shares[1]),
         block_count=pointer(index.block_count),
         block_index=pointer(index.block_index),
         column_count=pointer(index.column_count),
