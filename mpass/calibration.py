@@ -59,8 +59,8 @@ class Settings:
     budget: float | None = 0.25
     max_loss: float | None = None
     retrieval_weight: float = 0.1
-    query_blocks: int = 16
-    sensitivity_length: int = 2048
+    query_blocks: int = 12
+    sensitivity_length: int = 1024
     objective: str = "divergence"
 
 

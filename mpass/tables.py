@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def render_report(report: Report) -> str:
     """A table of the sites of a report, one row each, with the summary below."""
     table = Table(title=None)
-    for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason"):
+    for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason", "from"):
         table.add_column(column)
     for site in report.sites:
         table.add_row(
@@ -28,6 +28,7 @@ def render_report(report: Report) -> str:
             str(site.head_dim),
             site.status,
             site.reason or count_patterns(site.patterns),
+            site.config_source or "-",
         )
     return render(table) + report.summary()
 

@@ -41,7 +41,7 @@ def calibrate(
     retrieval_weight: Annotated[
         float, typer.Option(help="Weight of retrieval answers beside texts; 0 for none.")
     ] = 0.1,
-    retrieval_length: Annotated[int, typer.Option(help="Tokens of retrieval prompts.")] = 2048,
+    retrieval_length: Annotated[int, typer.Option(help="Tokens of retrieval prompts.")] = 1024,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     state: Annotated[
