@@ -164,14 +164,16 @@ def join_indexes(parts: Sequence[SparseIndex], heads: Sequence[Sequence[int]]) -
 
     joined_heads = [head for part_heads in heads for head in part_heads]
     order = sorted(range(len(joined_heads)), key=joined_heads.__getitem__)
-    columns = concatenate([part.column_index for part in parts])
+    columns = concatenate([part.column_index for part in parts]).unbind(1)
+    counts = torch.cat([part.column_count for part in parts], dim=1).unbind(1)
     return SparseIndex(
         block_count=torch.cat([part.block_count for part in parts], dim=1),
         block_index=concatenate([part.block_index for part in parts]),
         diagonal_count=torch.cat([part.diagonal_count for part in parts], dim=1),
         diagonal_index=concatenate([part.diagonal_index for part in parts]),
-        column_count=torch.cat([part.column_count for part in parts], dim=1)[:, order],
-        column_index=columns[:, order],
+        # Stacked, not indexed by a list: that would copy from the host, which no graph captures.
+        column_count=torch.stack([counts[i] for i in order], dim=1),
+        column_index=torch.stack([columns[i] for i in order], dim=1),
         head_slots=join_slots([part.head_slots for part in parts], heads),
     )
 

@@ -5,14 +5,23 @@ MInference 1.0, section 3.1; StreamingLLM's mask. Nothing is estimated.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
-from mpass.lowering.estimate import diagonal_index, first_keys
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, num_query_blocks
+from mpass.lowering.estimate import first_keys
+from mpass.lowering.index import (
+    BLOCK,
+    AttentionMask,
+    IndexWidth,
+    SparseIndex,
+    diagonal_slots,
+    empty_index,
+    num_query_blocks,
+)
 from mpass.lowering.reference import allowed_cells
 from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
 from torch import Tensor
@@ -46,15 +55,23 @@ class AShape(Pattern):
         *,
         scale: float,
     ) -> SparseIndex:
-        keys = torch.arange(key.shape[2], device=key.device)
-        after_start = keys - first_keys(mask, query.shape[0], key.device)[:, None, None]
-        sinks = torch.tensor([p.sink_size for p in patterns], device=key.device)[:, None]
-        columns = (after_start >= 0) & (after_start < sinks)
-        distances = torch.arange(cls.width(patterns).max_diagonals, device=key.device)
-        reach = torch.tensor([window_diagonals(p.window_size) for p in patterns], device=key.device)
-        diagonals = (distances < reach[:, None]).expand(query.shape[0], -1, -1)
+        width = cls.width(patterns)
         rows = num_query_blocks(query.shape[2], mask.query_offset)
-        return diagonal_index(query, rows, columns, diagonals, cls.width(patterns))
+        index = empty_index(query, rows, width, diagonal_slots(len(heads)))
+        start = first_keys(mask, query.shape[0], key.device)[:, None]
+        distances = torch.arange(width.max_diagonals, dtype=torch.int32, device=key.device)
+        offsets = torch.arange(width.max_columns, dtype=torch.int32, device=key.device)
+        first = 0
+        for pattern, run in itertools.groupby(patterns):
+            own = slice(first, first := first + len(list(run)))
+            reach = window_diagonals(pattern.window_size)
+            index.diagonal_count[:, own] = reach
+            index.diagonal_index[:, own] = torch.where(distances < reach, distances, 0)
+            sinks = (key.shape[2] - start).clamp(max=pattern.sink_size)
+            index.column_count[:, own] = sinks
+            columns = torch.where(offsets < sinks, start + offsets, 0)
+            index.column_index[:, own] = columns[:, None]
+        return index
 
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
