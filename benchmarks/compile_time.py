@@ -1,0 +1,105 @@
+"""What reading and rewriting a graph adds to a cold compile.
+
+    python benchmarks/compile_time.py --layers 32
+
+A small-width Llama with as many layers as asked, its mask built in the graph and padding given, is
+compiled by `backend="inductor"` and by `backend="minference"`, each in a process of its own with
+empty caches; the passes are timed inside of the second. Prints seconds and their share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+LENGTH = 4096
+
+
+def compile_once(backend: str, layers: int) -> dict[str, float]:
+    """Cold seconds of the first call, and the seconds of our passes in it."""
+    import time
+
+    import transformers
+
+    import mpass.backend
+
+    seconds = {"passes": 0.0}
+    apply_passes = mpass.backend.apply_passes
+
+    def timed(*arguments: object) -> object:
+        start = time.perf_counter()
+        report = apply_passes(*arguments)  # type: ignore[arg-type]
+        seconds["passes"] += time.perf_counter() - start
+        return report
+
+    mpass.backend.apply_passes = timed  # type: ignore[assignment]
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=LENGTH,
+    )
+    model = transformers.AutoModel.from_config(config).eval()
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        start = time.perf_counter()
+        compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        seconds["compile"] = time.perf_counter() - start
+        start = time.perf_counter()
+        compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        seconds["compile"] -= time.perf_counter() - start
+    return seconds
+
+
+def cold(backend: str, layers: int) -> dict[str, float]:
+    """`compile_once` in a process with empty caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, __file__, "--backend", backend, "--layers", str(layers)],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--backend", choices=["inductor", "minference"])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    if options.backend:
+        print(json.dumps(compile_once(options.backend, options.layers)))
+        return
+    plain = cold("inductor", options.layers)
+    ours = cold("minference", options.layers)
+    figures = {
+        "layers": options.layers,
+        "torch": torch.__version__,
+        "inductor_seconds": plain["compile"],
+        "minference_seconds": ours["compile"],
+        "passes_seconds": ours["passes"],
+        "passes_share": ours["passes"] / plain["compile"],
+    }
+    for name, value in figures.items():
+        print(f"{name:20} {value:.3f}" if isinstance(value, float) else f"{name:20} {value}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
