@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mpass.lowering.cpu.spec import KernelSpec, generate_source
+from mpass.lowering.sources import KernelSource, announce_source
 
 PROGRESS_AFTER = 3.0
 """Seconds of compiling after which a line on stderr says so."""
@@ -23,7 +25,19 @@ EXTRA_FLAGS = ("-fno-strict-aliasing",)  # packed bf16 are read as 32-bit pairs
 @functools.cache
 def load_library(spec: KernelSpec) -> ctypes.CDLL:
     """The compiled library of a spec: from memory, Inductor's disk cache, or the compiler."""
-    return compile_source(generate_source(spec), label=str(spec))
+    source = generate_source(spec)
+    library = compile_source(source, label=str(spec))
+    announce_source(describe_source(spec, source, library._name))
+    return library
+
+
+def describe_source(spec: KernelSpec, source: str, path: str) -> KernelSource:
+    """The generated source as debug folders and pages show it."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    name = f"cpu_{spec.kernel}_{spec.input}_{spec.head_dim}_{digest}"
+    flags = " ".join(EXTRA_FLAGS)
+    details = (("made for", str(spec)), ("flags beside Inductor's", flags), ("library", path))
+    return KernelSource(name, "cpp", source, details)
 
 
 def compile_source(source: str, *, label: str, extra_flags: Sequence[str] = ()) -> ctypes.CDLL:

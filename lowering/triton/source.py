@@ -18,6 +18,7 @@ from types import ModuleType
 import jinja2
 from mpass.lowering.estimate import LAST_QUERIES
 from mpass.lowering.index import ALL_DIAGONALS, BLOCK
+from mpass.lowering.sources import KernelSource, announce_source
 from mpass.lowering.triton.spec import SPLITS, KernelSpec, parts, power_of_two
 
 from mpass.cache import cache_dir
@@ -99,4 +100,12 @@ def load(spec: KernelSpec, *, interpret: bool = False) -> ModuleType:
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = interpret
         found.loader.exec_module(module)
+    warps, stages = str(spec.num_warps), str(spec.num_stages)
+    details = (
+        ("made for", legend(spec)),
+        ("warps", warps),
+        ("stages", stages),
+        ("file", str(path)),
+    )
+    announce_source(KernelSource(path.stem, "python", render(spec), details))
     return module
