@@ -21,12 +21,19 @@ PROGRESS_AFTER = 3.0
 
 EXTRA_FLAGS = ("-fno-strict-aliasing",)  # packed bf16 are read as 32-bit pairs
 
+INSTRUCTION_FLAGS = {
+    "amx": ("-mamx-tile", "-mamx-bf16", "-mavx512bf16"),
+    "avx512_bf16": ("-mavx512bf16",),
+}
+"""On top of -march=native, for compilers that do not know the machine."""
+
 
 @functools.cache
 def load_library(spec: KernelSpec) -> ctypes.CDLL:
     """The compiled library of a spec: from memory, Inductor's disk cache, or the compiler."""
+    flags = INSTRUCTION_FLAGS.get(spec.instruction_set, ())
     source = generate_source(spec)
-    library = compile_source(source, label=str(spec))
+    library = compile_source(source, label=str(spec), extra_flags=flags)
     announce_source(describe_source(spec, source, library._name))
     return library
 
@@ -35,7 +42,7 @@ def describe_source(spec: KernelSpec, source: str, path: str) -> KernelSource:
     """The generated source as debug folders and pages show it."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     name = f"cpu_{spec.kernel}_{spec.input}_{spec.head_dim}_{digest}"
-    flags = " ".join(EXTRA_FLAGS)
+    flags = " ".join((*EXTRA_FLAGS, *INSTRUCTION_FLAGS.get(spec.instruction_set, ())))
     details = (("made for", str(spec)), ("flags beside Inductor's", flags), ("library", path))
     return KernelSource(name, "cpp", source, details)
 
