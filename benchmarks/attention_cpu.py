@@ -1,0 +1,302 @@
+"""Sparse attention on the CPU against torch's dense attention, FlexAttention and plain torch.
+
+All runs of one case take turns in one process, and what is compared is process CPU time: on a
+shared machine wall time measures the neighbours. `OMP_WAIT_POLICY=PASSIVE` (set here before torch
+is loaded) keeps threads that wait from counting as work.
+
+    python benchmarks/attention_cpu.py --lengths 8192,16384 --dtypes float32,bfloat16
+    python benchmarks/attention_cpu.py --flex --plain --patterns blocks
+
+speed-up: dense CPU time / sparse CPU time, estimation included for vertical-slash
+efficiency: speed-up of the attention alone x share of the causal cells computed; 1.0 is dense
+attention's own rate
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import typer
+from mpass.lowering import cpu, reference
+from mpass.lowering.density import density
+from mpass.lowering.index import (
+    BLOCK,
+    AttentionMask,
+    IndexWidth,
+    SparseIndex,
+    empty_index,
+    list_slots,
+)
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+RESULTS = Path(__file__).parent / "results"
+BUDGETS = {8192: (512, 24 * BLOCK), 16384: (768, 24 * BLOCK), 32768: (1000, 32 * BLOCK)}
+"""Columns and token diagonals of vertical-slash; the nearest length's for others."""
+
+Runs = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case; seconds are medians of CPU time, all threads together."""
+
+    pattern: str
+    dtype: str
+    length: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    density: float
+    seconds: dict[str, float]
+    speedup: float
+    efficiency: float
+    estimation_share: float
+    index_bytes: int
+    index_share_of_kv: float
+
+
+def random_blocks(query: Tensor, share: float, generator: torch.Generator) -> SparseIndex:
+    """Lists of random key blocks, the diagonal one included, about `share` of the causal blocks."""
+    rows = query.shape[2] // BLOCK
+    width = rows if share >= 1 else max(2, round(rows * (1 - (1 - share) ** 0.5)))
+    index = empty_index(query, rows, IndexWidth(max_blocks=width), list_slots(query.shape[1]))
+    for head in range(query.shape[1]):
+        for i in range(rows):
+            count = min(i + 1, width)
+            others = torch.randperm(i, generator=generator)[: count - 1]
+            entries = torch.cat([others, torch.tensor([i])]).sort().values
+            index.block_count[:, head, i] = count
+            index.block_index[:, head, i, :count] = entries
+    return index
+
+
+def cpu_seconds(runs: Runs, repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each run; they take turns."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            samples[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def flex_run(query: Tensor, key: Tensor, value: Tensor, index: SparseIndex) -> Callable[[], object]:
+    """FlexAttention over the same blocks: the diagonal ones masked, the others full."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    rows = query.shape[2] // BLOCK
+    count = index.block_count
+    full = torch.nn.functional.pad(index.block_index, (0, rows - index.block_index.shape[-1]))
+    diagonal = torch.zeros_like(full)
+    diagonal[..., 0] = torch.arange(rows)
+    mask = BlockMask.from_kv_blocks(
+        torch.ones_like(count),
+        diagonal,
+        count - 1,
+        full,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=lambda b, h, q, k: q >= k,
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=False,
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(query, key, value, block_mask=mask, enable_gqa=True)
+
+
+def measure(
+    pattern: str,
+    dtype: torch.dtype,
+    length: int,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    share: float,
+    *,
+    repeats: int,
+    flex: bool,
+    plain: bool,
+) -> Result:
+    """Time one case."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, heads, length, head_dim)
+    query = torch.randn(shape, generator=generator).to(dtype)
+    key, value = (
+        torch.randn(1, kv_heads, length, head_dim, generator=generator).to(dtype) for _ in "kv"
+    )
+    mask, scale = AttentionMask(), head_dim**-0.5
+    runs: Runs = {
+        "dense": lambda: F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+    }
+    if pattern == "vertical_slash":
+        columns, diagonals = BUDGETS[min(BUDGETS, key=lambda known: abs(known - length))]
+        index = vertical_slash(query, key, mask, columns, diagonals)
+        runs["estimate"] = lambda: vertical_slash(query, key, mask, columns, diagonals)
+    else:
+        index = random_blocks(query, share, generator)
+    runs["sparse"] = lambda: cpu.sparse_attention(query, key, value, index, mask, scale=scale)
+    if flex and pattern == "blocks":
+        runs["flex"] = flex_run(query, key, value, index)
+    if plain:
+        runs["plain"] = lambda: reference.sparse_attention(
+            query, key, value, index, mask, scale=scale
+        )
+    seconds = cpu_seconds(runs, repeats)
+    computed = density(index, mask, batch=1, num_queries=length, num_keys=length).mean().item()
+    total = seconds["sparse"] + seconds.get("estimate", 0.0)
+    return Result(
+        pattern=pattern,
+        dtype=str(dtype).removeprefix("torch."),
+        length=length,
+        head_dim=head_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        density=computed,
+        seconds=seconds,
+        speedup=seconds["dense"] / total,
+        efficiency=seconds["dense"] / seconds["sparse"] * computed,
+        estimation_share=seconds.get("estimate", 0.0) / total,
+        index_bytes=index.num_bytes(),
+        index_share_of_kv=index.num_bytes() / (2 * key.numel() * key.element_size()),
+    )
+
+
+def vertical_slash(
+    query: Tensor, key: Tensor, mask: AttentionMask, columns: int, diagonals: int
+) -> SparseIndex:
+    """Estimate with budgets of which random data makes the most: whole runs of near diagonals.
+
+    Diagonals of random inputs lie anywhere, so a budget of d token diagonals would select far more
+    than d / BLOCK block diagonals; the nearest ones are kept after estimation instead, as many as
+    the budget has in blocks.
+    """
+    heads = list(range(query.shape[1]))
+    index = cpu.vertical_slash_index(
+        query,
+        key,
+        mask,
+        heads,
+        scale=query.shape[-1] ** -0.5,
+        vertical_sizes=[columns] * len(heads),
+        slash_sizes=[diagonals] * len(heads),
+    )
+    index.diagonal_count.clamp_(max=diagonals // BLOCK)
+    return index
+
+
+def table_of(results: list[Result]) -> Table:
+    table = Table(title=f"CPU attention, {torch.get_num_threads()} threads, ratios of CPU time")
+    for name in ("pattern", "dtype", "tokens", "D", "density", "speed-up", "efficiency"):
+        table.add_column(name, justify="right")
+    for name in ("x flex", "x plain", "estimation", "index / KV"):
+        table.add_column(name, justify="right")
+    for result in results:
+        sparse = result.seconds["sparse"]
+
+        def ratio(name: str, result: Result = result, sparse: float = sparse) -> str:
+            return f"{result.seconds[name] / sparse:.1f}" if name in result.seconds else "-"
+
+        table.add_row(
+            result.pattern,
+            result.dtype,
+            str(result.length),
+            str(result.head_dim),
+            f"{result.density:.1%}",
+            f"{result.speedup:.2f}",
+            f"{result.efficiency:.2f}",
+            ratio("flex"),
+            ratio("plain"),
+            f"{result.estimation_share:.1%}",
+            f"{result.index_share_of_kv:.2%}",
+        )
+    return table
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Speed-up over density, one line per dtype, length and head_dim."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        Console().print("no plot: `pip install matplotlib` draws one")
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    lines: dict[tuple[object, ...], list[Result]] = {}
+    for result in results:
+        key = (result.pattern, result.dtype, result.length, result.head_dim)
+        lines.setdefault(key[:2] if result.pattern == "vertical_slash" else key, []).append(result)
+    for key, members in lines.items():
+        members.sort(key=lambda result: result.density)
+        x, y = [m.density for m in members], [m.speedup for m in members]
+        axes.plot(x, y, marker="o", label=", ".join(map(str, key)))
+    axes.set(xscale="log", yscale="log", xlabel="share of causal cells", ylabel="dense / sparse")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(
+    lengths: Annotated[str, typer.Option(help="tokens")] = "8192,16384",
+    densities: Annotated[str, typer.Option(help="share of causal blocks")] = "0.05,0.1,0.3,1.0",
+    dtypes: Annotated[str, typer.Option()] = "float32,bfloat16",
+    head_dims: Annotated[str, typer.Option()] = "64,128",
+    patterns: Annotated[str, typer.Option(help="blocks, vertical_slash")] = "blocks,vertical_slash",
+    heads: Annotated[int, typer.Option()] = 4,
+    kv_heads: Annotated[int, typer.Option()] = 1,
+    repeats: Annotated[int, typer.Option()] = 5,
+    flex: Annotated[bool, typer.Option(help="time FlexAttention on the same blocks")] = False,
+    plain: Annotated[bool, typer.Option(help="time the plain-torch op")] = False,
+    name: Annotated[str, typer.Option(help="file name under results/")] = "attention_cpu",
+) -> None:
+    """Measure, print a table, and save JSON and a plot under benchmarks/results/."""
+    console, results = Console(), []
+    for pattern in patterns.split(","):
+        for dtype in (getattr(torch, dtype) for dtype in dtypes.split(",")):
+            for length in map(int, lengths.split(",")):
+                for head_dim in map(int, head_dims.split(",")):
+                    shares = densities.split(",") if pattern == "blocks" else ["1"]
+                    for share in map(float, shares):
+                        result = measure(
+                            pattern,
+                            dtype,
+                            length,
+                            head_dim,
+                            heads,
+                            kv_heads,
+                            share,
+                            repeats=repeats,
+                            flex=flex,
+                            plain=plain,
+                        )
+                        results.append(result)
+    console.print(table_of(results))
+    RESULTS.mkdir(exist_ok=True)
+    payload = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "results": [asdict(result) for result in results],
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(payload, indent=2) + "\n")
+    plot(results, RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
