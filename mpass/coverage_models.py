@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 GQA: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
+WITH_FLEX = ("sdpa", "eager", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def decoder(name: str, config: str, sizes: dict[str, Any] | None = None, **more:
 
 
 FAMILIES: tuple[Family, ...] = (
-    decoder("llama", "LlamaConfig"),
+    decoder("llama", "LlamaConfig", implementations=WITH_FLEX),
     decoder("yi", "LlamaConfig", rope_theta=5e6, num_key_value_heads=1),
     decoder(
         "llama4",
@@ -69,7 +70,7 @@ FAMILIES: tuple[Family, ...] = (
         layer_types=["chunked_attention", "full_attention"],
         no_rope_layers=[1, 0],
     ),
-    decoder("qwen2", "Qwen2Config"),
+    decoder("qwen2", "Qwen2Config", implementations=WITH_FLEX),
     decoder("qwen3", "Qwen3Config", head_dim=16),
     decoder(
         "qwen3_moe", "Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2,
@@ -98,7 +99,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     decoder("mistral", "MistralConfig", sliding_window=WINDOW),
     decoder("mixtral", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
-    decoder("phi3", "Phi3Config"),
+    decoder("phi3", "Phi3Config", implementations=WITH_FLEX),
     decoder("glm4", "Glm4Config", head_dim=16),
     decoder(
         "gemma2", "Gemma2Config", head_dim=16, sliding_window=WINDOW, implementations=("eager",)
