@@ -42,14 +42,14 @@ class Union(ListPattern):
     memory of the index: 4 * max_blocks bytes per 64 queries and head.
     """
 
-    mass: float = 0.8
-    row_share: float = 0.05
+    mass: float = 0.7
+    row_share: float = 0.02
     columns: int = 256
     sink_blocks: int = 1
     local_blocks: int = 2
     last_blocks: int = 0
     rows: int = 16
-    pool: int = 16
+    pool: int = 8
     max_blocks: int = 256
 
     name: ClassVar[str] = "union"
@@ -103,3 +103,14 @@ class Union(ListPattern):
         means = LENGTH * HEAD_DIM + looked_at * LENGTH / (2 * self.pool) * HEAD_DIM
         vertical = LAST_QUERIES * LENGTH * HEAD_DIM if self.columns else 0
         return means + vertical + attention_cost(self.max_blocks, self.columns)
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(Union())
+
+
+if __name__ == "__main__":
+    main()

@@ -141,7 +141,7 @@ def test_limit_keeps_forced_blocks_and_then_the_best():
     query, key, _ = random_attention(heads=1, kv_heads=1, num_queries=LENGTH, head_dim=DIM)
     cells = Union(1.0, 1.0, 0, 1, 1, max_blocks=3).dense_mask(query, key, scale=SCALE)[0, 0]
     for block in range(4, 7):
-        scores, _ = block_scores(query[0, 0], key[0, 0], block, rows=16, pool=16)
+        scores, _ = block_scores(query[0, 0], key[0, 0], block, rows=16, pool=8)
         best = max(range(1, block), key=lambda j: float(scores[j]))
         row = cells[block * 64 + 63].view(-1, 64).any(-1)
         assert set(row.nonzero()[:, 0].tolist()) == {0, best, block}
