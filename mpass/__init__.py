@@ -20,6 +20,8 @@ _EXPORTS = {
     "calibrate": "mpass.calibration",
     "configure": "mpass.decorators",
     "MpassError": "mpass.errors",
+    "explain": "mpass.explanation",
+    "profile": "mpass.profiling",
     "computed_mask": "mpass.functional",
     "density": "mpass.functional",
     "rewrite_exported": "mpass.exported",

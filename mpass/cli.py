@@ -17,6 +17,9 @@ from rich.markup import escape
 
 from mpass import __version__
 from mpass.commands.coverage import coverage
+from mpass.commands.draw import draw
+from mpass.commands.explain import explain
+from mpass.commands.profile import profile
 from mpass.errors import MpassError, OptionValueError
 from mpass.texts import TEXTS
 
@@ -214,7 +217,8 @@ def patterns() -> None:
     Console().print(table)
 
 
-app.command()(coverage)
+for command in (coverage, draw, explain, profile):
+    app.command()(command)
 
 
 def progress_console() -> Console:

@@ -109,3 +109,14 @@ class AShape(Pattern):
 def window_diagonals(window_size: int) -> int:
     """Block diagonals that hold the token distances 0 .. window_size - 1."""
     return (window_size - 1 + BLOCK - 1) // BLOCK + 1
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(AShape())
+
+
+if __name__ == "__main__":
+    main()

@@ -80,3 +80,14 @@ class BlockMax(ListPattern):
         """An upper bound: how many blocks come near the best one is the prompt's matter."""
         pooled = LENGTH * HEAD_DIM + LENGTH**2 / (2 * self.block_size) * HEAD_DIM
         return pooled + attention_cost(self.max_blocks)
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(BlockMax())
+
+
+if __name__ == "__main__":
+    main()

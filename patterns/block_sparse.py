@@ -98,3 +98,14 @@ class BlockSparse(Pattern):
         estimation = blocks**2 * HEAD_DIM / 2 + 2 * LENGTH * HEAD_DIM
         kept = sympy.Min(LENGTH / 2, self.top_k * self.block_size)
         return estimation + 2 * LENGTH * kept * HEAD_DIM
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(BlockSparse())
+
+
+if __name__ == "__main__":
+    main()

@@ -71,3 +71,14 @@ class BlockTopP(ListPattern):
         """An upper bound: how many blocks hold `mass` of the scores is the prompt's matter."""
         pooled = LENGTH * HEAD_DIM + LENGTH**2 / (2 * self.block_size) * HEAD_DIM
         return pooled + attention_cost(self.max_blocks)
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(BlockTopP())
+
+
+if __name__ == "__main__":
+    main()

@@ -68,3 +68,14 @@ class Dense(Pattern):
 
     def cost(self) -> sympy.Expr:
         return LENGTH**2 * HEAD_DIM
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(Dense())
+
+
+if __name__ == "__main__":
+    main()

@@ -85,3 +85,14 @@ class FlexPrefill(ListPattern):
         last = self.block_size * LENGTH * HEAD_DIM
         pooled = 2 * LENGTH * HEAD_DIM + (LENGTH / self.block_size) ** 2 / 2 * HEAD_DIM
         return last + pooled + attention_cost(self.max_blocks)
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(FlexPrefill())
+
+
+if __name__ == "__main__":
+    main()

@@ -105,3 +105,14 @@ class SampleAttention(Pattern):
         window = sympy.Min(self.window_share * LENGTH, self.max_window) + BLOCK
         kept = sympy.Min(LENGTH / 2, window + self.max_columns)
         return estimation + 2 * LENGTH * kept * HEAD_DIM
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(SampleAttention())
+
+
+if __name__ == "__main__":
+    main()

@@ -110,3 +110,14 @@ class Strided(Pattern):
         window = self.sink_size + self.window_size + BLOCK
         behind = sympy.Min(LENGTH / 2, self.reach) / self.stride * BLOCK
         return 2 * LENGTH * sympy.Min(LENGTH / 2, window + behind) * HEAD_DIM
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(Strided())
+
+
+if __name__ == "__main__":
+    main()

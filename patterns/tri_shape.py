@@ -104,3 +104,14 @@ class TriShape(Pattern):
         kept = sympy.Min(LENGTH / 2, self.sink_size + self.window_size + BLOCK)
         last = sympy.Min(LENGTH, self.max_blocks * BLOCK)
         return 2 * LENGTH * kept * HEAD_DIM + 2 * self.last_size * last * HEAD_DIM
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(TriShape())
+
+
+if __name__ == "__main__":
+    main()

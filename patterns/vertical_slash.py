@@ -98,3 +98,14 @@ class VerticalSlash(Pattern):
         estimation = estimate.LAST_QUERIES * LENGTH * HEAD_DIM
         kept = sympy.Min(LENGTH / 2, self.vertical_size + BLOCK * diagonals)
         return estimation + 2 * LENGTH * kept * HEAD_DIM
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(VerticalSlash())
+
+
+if __name__ == "__main__":
+    main()

@@ -87,3 +87,14 @@ class XAttention(ListPattern):
         """An upper bound: how many blocks hold `threshold` of the mass is the prompt's matter."""
         estimation = LENGTH**2 / (2 * self.stride) * HEAD_DIM
         return estimation + attention_cost(self.max_blocks)
+
+
+def main() -> None:
+    """Draw the pattern, in the terminal or into the SVG that is named."""
+    from mpass.draw import draw_main
+
+    draw_main(XAttention())
+
+
+if __name__ == "__main__":
+    main()

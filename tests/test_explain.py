@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpass
-from mpass.explain import explain
+from mpass.explanation import explain
 from tests.toys import Attention, Decoder
 
 N = 192

@@ -15,10 +15,10 @@ import torch
 from mpass.lowering.sources import KernelSource
 
 import mpass
-from mpass.explain import explain
+from mpass.explanation import explain
 from mpass.page import build_page
 from mpass.page.build import page_data
-from mpass.profile import Profile, profile
+from mpass.profiling import Profile, profile
 from tests.browser import Browser, missing, open_browser
 from tests.toys import Decoder
 

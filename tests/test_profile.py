@@ -14,7 +14,7 @@ from mpass.patterns.block_sparse import BlockSparse
 
 import mpass
 from mpass.advice import advise
-from mpass.profile import profile
+from mpass.profiling import profile
 from mpass.recall import LEVELS, measure_recall
 from tests.toys import Decoder
 

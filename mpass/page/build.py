@@ -16,12 +16,12 @@ from typing import Any
 import jinja2
 from torch import Tensor
 
-from mpass.explain import Explanation, GraphExplanation, SiteCost
-from mpass.explain_tables import in_bytes, span
+from mpass.explanation import Explanation, GraphExplanation, SiteCost
+from mpass.explanation_tables import in_bytes, span
 from mpass.graph_text import op_changes
 from mpass.lowering.sources import KernelSource
 from mpass.outline import Outline
-from mpass.profile import LayerProfile, Profile
+from mpass.profiling import LayerProfile, Profile
 from mpass.report import SiteReport
 from mpass.tables import count_patterns
 

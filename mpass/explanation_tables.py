@@ -10,8 +10,8 @@ from rich.table import Table
 from mpass.tables import count_patterns, render
 
 if TYPE_CHECKING:
-    from mpass.explain import Explanation
-    from mpass.profile import Profile
+    from mpass.explanation import Explanation
+    from mpass.profiling import Profile
 
 
 def render_explanation(explanation: Explanation) -> str:

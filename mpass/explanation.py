@@ -136,7 +136,7 @@ class Explanation:
             write_whole(target, json.dumps(self.as_dict(), indent=1, default=str) + "\n")
 
     def __str__(self) -> str:
-        from mpass.explain_tables import render_explanation
+        from mpass.explanation_tables import render_explanation
 
         return render_explanation(self)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mpass.advice import advise
 from mpass.cache import write_whole
-from mpass.explain import Explanation, finish_explanation, run_captured
+from mpass.explanation import Explanation, finish_explanation, run_captured
 from mpass.lowering.density import density as count_density
 from mpass.lowering.record import Call, Operands
 from mpass.lowering.sources import KernelSource, generated_sources
@@ -117,7 +117,7 @@ class Profile:
             write_whole(target, json.dumps(self.as_dict(), indent=1, default=str) + "\n")
 
     def __str__(self) -> str:
-        from mpass.explain_tables import render_profile
+        from mpass.explanation_tables import render_profile
 
         return render_profile(self)
 
