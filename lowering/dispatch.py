@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mpass.lowering import dense, estimate, reference
 from torch import Tensor
-
-from mpass.lowering import estimate, reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class Lowering:
             own: Callable[..., Any] | None = getattr(module, name, None)
             if own is not None:
                 return own
-        plain = reference if name == "sparse_attention" else estimate
+        plain = next(m for m in (reference, estimate, dense) if name in vars(m))
         found: Callable[..., Any] = getattr(plain, name)
         return found
 

@@ -61,8 +61,8 @@ def sparse_attention(
 
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
     [B, Nq, H, Dv]. dense_above: run dense attention where more than this share of the work is
-    selected (CPU only: elsewhere reading the index would make the host wait); 1.0 or more for
-    never. min_seq_len: run dense below this number of keys (where no guard could decide it).
+    selected, or where dense is faster as measured (CPU only: elsewhere reading the index would make
+    the host wait); 1.0 or more for never. min_seq_len: run dense below this number of keys (where no guard could decide it).
     layer: for records only.
     """
     index = SparseIndex(
@@ -80,7 +80,8 @@ def sparse_attention(
     dense = num_keys < min_seq_len or (
         dense_above < 1.0
         and query.device.type == "cpu"
-        and work_share(index, mask, num_queries, num_keys) > dense_above
+        and work_share(index, mask, num_queries, num_keys)
+        > min(dense_above, lowering.function("highest_density")(query, key, value))
     )
     log = active_log()
     if log is not None:
@@ -97,11 +98,15 @@ def sparse_attention(
         log.calls.append(call)
         if log.inspect is not None:
             log.inspect(call, Operands(query, key, index, mask, scale, softcap, sinks))
+    out: Tensor
     if dense:
-        return dense_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
-    out: Tensor = lowering.function("sparse_attention")(
-        query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
-    )
+        out = lowering.function("dense_attention")(
+            query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks
+        )
+    else:
+        out = lowering.function("sparse_attention")(
+            query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
+        )
     return out
 
 

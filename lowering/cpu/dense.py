@@ -1,0 +1,83 @@
+"""Dense attention on a CPU: torch's own or the generated kernel over every tile, what is faster here.
+
+Which one that is, and up to which density sparse is faster than both, comes from the measured
+constants of cost.py.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from mpass.lowering import dense
+from mpass.lowering.cpu.attention import sparse_attention
+from mpass.lowering.cpu.cost import crossover_density, machine_constants, predict
+from mpass.lowering.index import (
+    ALL_DIAGONALS,
+    AttentionMask,
+    IndexWidth,
+    diagonal_slots,
+    empty_index,
+    num_query_blocks,
+)
+from torch import Tensor
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention over all keys that `mask` allows; as mpass.lowering.dense has it."""
+    plain = mask.window == 0 and mask.key_mask is None and softcap == 0 and sinks is None
+    if not mask.causal or (plain and not kernel_is_faster(*sizes(query, key, value))):
+        return dense.dense_attention(
+            query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks
+        )
+    rows = num_query_blocks(query.shape[2], mask.query_offset)
+    index = empty_index(query, rows, IndexWidth(), diagonal_slots(query.shape[1]))
+    index.diagonal_count.fill_(ALL_DIAGONALS)
+    return sparse_attention(
+        query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
+    )
+
+
+def highest_density(query: Tensor, key: Tensor, value: Tensor) -> float:
+    """Share of the dense work up to which the sparse kernel is no slower than torch's own."""
+    return highest_density_of(*sizes(query, key, value))
+
+
+def sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.dtype, int, int, int, int, int]:
+    """What the costs depend on: dtype, head_dim, value dim, heads, kv heads, keys."""
+    return (
+        query.dtype,
+        query.shape[3],
+        value.shape[3],
+        query.shape[1],
+        key.shape[1],
+        key.shape[2],
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_is_faster(
+    dtype: torch.dtype, head_dim: int, value_dim: int, heads: int, kv_heads: int, length: int
+) -> bool:
+    """Whether the generated kernel beats torch's attention at torch's own work."""
+    constants = machine_constants(dtype, head_dim, value_dim)
+    cost = predict(constants, length=length, heads=heads, kv_heads=kv_heads, density=1.0)
+    return cost.sparse < cost.dense
+
+
+@functools.lru_cache(maxsize=4096)
+def highest_density_of(
+    dtype: torch.dtype, head_dim: int, value_dim: int, heads: int, kv_heads: int, length: int
+) -> float:
+    """`crossover_density` of this machine, once per size."""
+    constants = machine_constants(dtype, head_dim, value_dim)
+    return crossover_density(constants, length=length, heads=heads, kv_heads=kv_heads)
