@@ -5,9 +5,13 @@ queries look for wherever it stands, which a block's mean would hide. Either alo
 other is strong: blocks lose retrieval, columns lose fluency. Both come from softmax weights of real
 query rows, so the number of blocks adapts to each head, prompt and query block.
 
-Block scores: for some rows q of a query block, the softmax over runs of keys of
-`q . mean(run) * scale + log(size of run)`, summed over the rows and over the runs of a key block.
-Columns: the vertical scores of MInference 1.0, section 3.2.
+For some rows of a query block: softmax over runs of keys of
+`q . mean(run) * scale + log(size of run)`, summed over the runs of a key block, is the attention
+that the row would give to the block. A query block keeps its forced blocks; the blocks to which one
+row gives `row_share` or more (what one token looks for must not be averaged away); and then the
+best ones by the sum over rows, until `mass` of it is held. Columns: the vertical scores of
+MInference 1.0, section 3.2. For prompts from 4K tokens on when loss matters more than
+the last bit of speed: estimation is dearer than that of block_max.
 """
 
 from __future__ import annotations
