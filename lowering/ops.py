@@ -62,8 +62,8 @@ def sparse_attention(
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
     [B, Nq, H, Dv]. dense_above: run dense attention where more than this share of the work is
     selected, or where dense is faster as measured (CPU only: elsewhere reading the index would make
-    the host wait); 1.0 or more for never. min_seq_len: run dense below this number of keys (where no guard could decide it).
-    layer: for records only.
+    the host wait); 1.0 or more for never. min_seq_len: run dense below this number of keys (where
+    no guard could decide it). layer: for records only.
     """
     index = SparseIndex(
         block_count,

@@ -16,8 +16,12 @@ from typing import Any, TypeAlias
 from mpass.errors import ConfigMismatchError, OptionValueError
 from mpass.patterns.base import Pattern, find_pattern
 
-DEFAULT_PATTERN = "vertical_slash"
-"""What a head gets that nothing configures."""
+DEFAULT_PATTERNS = {"cpu": "union", "cuda": "vertical_slash"}
+"""What a head gets that nothing configures: of the patterns that have a fused estimator on that
+device, the one that loses least (docs/patterns/union.md)."""
+
+EXACT_WINDOW = 4096
+"""Sliding windows up to this many tokens are computed whole where nothing is configured."""
 
 MAX_COUNT = 4096
 """Layers, and heads per layer, that a config may name: far above any model, far below a typo."""
@@ -273,9 +277,13 @@ def first(entry: tuple[Span, LayerConfig]) -> int:
     return entry[0].first
 
 
-def builtin_default() -> Pattern:
-    """The pattern of a head that nothing configures."""
-    return find_pattern(DEFAULT_PATTERN)()
+def builtin_default(device: str = "cpu", window: int = 0) -> Pattern:
+    """The pattern of a head that nothing configures.
+
+    device: type of the device; window: sliding window of the attention in tokens, 0 for none.
+    """
+    name = DEFAULT_PATTERNS.get(device, "vertical_slash")
+    return find_pattern("dense" if 0 < window <= EXACT_WINDOW else name)()
 
 
 def as_pattern(value: object) -> Pattern:

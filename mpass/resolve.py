@@ -23,7 +23,7 @@ from mpass.decorators import overrides_of
 from mpass.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
 from mpass.options import DEFAULT_MIN_SEQ_LEN, Options
 from mpass.patterns.base import Pattern
-from mpass.site import AttentionSite
+from mpass.site import AttentionSite, example
 
 SHIPPED = "minference.json"
 """File beside a model's config.json that brings its SparseConfig along."""
@@ -71,9 +71,9 @@ def resolve_site(site: AttentionSite, options: Options) -> Choice:
     levels.append((options.config_source or "options", given.effective(layer)))
     if shipped is not None:
         levels.append((str(shipped[1]), shipped[0].effective(layer)))
-    levels.append(
-        ("built-in default", LayerConfig(builtin_default(), min_seq_len=DEFAULT_MIN_SEQ_LEN))
-    )
+    window = site.mask.window if site.mask else 0
+    default = builtin_default(example(site.query).device.type, window)
+    levels.append(("built-in default", LayerConfig(default, min_seq_len=DEFAULT_MIN_SEQ_LEN)))
     return choose(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 
 

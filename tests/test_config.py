@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mpass
-from mpass.config import LayerConfig, Span
+from mpass.config import LayerConfig, Span, builtin_default
 from mpass.errors import ConfigMismatchError, MpassError, OptionValueError, UnknownPatternError
 from mpass.options import parse_options
 from tests.toys import Attention, Decoder, compile_toy
@@ -45,7 +45,7 @@ def test_spans_lists_and_heads_say_what_each_head_uses():
     assert config.patterns(2000, 1) == (mpass.Dense(),)
     assert config.patterns(-1, 1) == (mpass.AShape(),)
     assert mpass.SparseConfig(layers={range(2, 4): "dense"}).layers[0][0] == Span(2, 3)
-    assert mpass.SparseConfig().patterns(0, 1) == (mpass.VerticalSlash(),)
+    assert mpass.SparseConfig().patterns(0, 1) == (builtin_default(),)
 
 
 def test_equal_configs_have_equal_hashes_and_provenance_decides_nothing():
@@ -155,7 +155,7 @@ def test_every_level_of_the_precedence(tmp_path):
     torch._dynamo.reset()
     compiled(Plain())
     assert sites()[0].config_source == "built-in default"
-    assert sites()[0].patterns == (str(mpass.VerticalSlash()),) * 4
+    assert sites()[0].patterns == (str(builtin_default()),) * 4
 
 
 def test_the_shortest_prompt_follows_the_precedence():
@@ -198,7 +198,7 @@ def test_models_from_two_folders_do_not_share_a_graph(tmp_path):
     for model in models:
         compiled(model)
         seen.append(sites()[0].patterns[0])
-    assert seen == ["a_shape(1, 9)", "a_shape(2, 9)", str(mpass.VerticalSlash())]
+    assert seen == ["a_shape(1, 9)", "a_shape(2, 9)", str(builtin_default())]
 
 
 def test_presets_name_whole_configs(tmp_path):
@@ -225,3 +225,10 @@ def test_options_take_the_path_of_a_file(tmp_path):
     assert [site.status for site in sites()] == ["sparse", "dense"]
     assert sites()[0].patterns == ("a_shape(5, 9)",) * 4
     assert sites()[0].config_source == "options['config']"
+
+
+def test_builtin_default_computes_short_windows_whole():
+    assert builtin_default("cpu", window=512) == mpass.Dense()
+    assert builtin_default("cpu").name == "union"
+    assert builtin_default("cuda").name == "vertical_slash"
+    assert builtin_default("cpu", window=100_000).name == "union"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpass
+from mpass.config import builtin_default
 from mpass.errors import MpassError, OptionValueError
 from tests.toys import OPTIONS, Attention, Decoder, compile_toy
 
@@ -45,7 +46,7 @@ def four(sink: int) -> tuple[str, ...]:
     return (str(shape(sink)),) * 4
 
 
-DEFAULT = (str(mpass.VerticalSlash()),) * 4
+DEFAULT = (str(builtin_default()),) * 4
 
 
 @mpass.configure(pattern=mpass.AShape(1, 9))

@@ -1,4 +1,4 @@
-"""Dense attention on a CPU: torch's own or the generated kernel over every tile, what is faster here.
+"""Dense attention on a CPU: torch's own, or the generated kernel on every tile if that is faster.
 
 Which one that is, and up to which density sparse is faster than both, comes from the measured
 constants of cost.py.
