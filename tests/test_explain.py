@@ -81,7 +81,7 @@ REASONS = {
     "dropout": (with_dropout, {}, {}, "dropout p=0.25"),
     "dtype": (causal, {"dtype": torch.float64}, {}, "dtype torch.float64 is not served"),
     "head_dim": (causal, {"dim": 320}, {}, "head_dim 320 is over 256"),
-    "not causal": (bidirectional, {}, {}, "not causal: vertical_slash is defined for causal"),
+    "not causal": (bidirectional, {}, {}, "is defined for causal attention only"),
     "mask from data": (with_random_mask, {}, {}, "mask"),
     "bias": (with_bias, {}, {}, "bias"),
     "batch": (grouped_without_gqa, {"kv_heads": 1}, {}, "batch is broadcast"),

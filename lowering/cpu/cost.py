@@ -107,6 +107,9 @@ def predict(
 def crossover_density(constants: CostConstants, *, length: int, heads: int, kv_heads: int) -> float:
     """Density up to which sparse is no slower than dense, clamped to [0, 1]."""
     (solution,) = sympy.solve(DENSE_SECONDS - SPARSE_SECONDS, DENSITY)
+    if constants.tile <= 0:  # timed on a busy machine: tiles cost less than the clock could see
+        cost = predict(constants, length=length, heads=heads, kv_heads=kv_heads, density=1.0)
+        return 1.0 if cost.speedup >= 1 else 0.0
     values = constants.substitutions() | {LENGTH: length, HEADS: heads, KV_HEADS: kv_heads}
     return min(1.0, max(0.0, float(solution.subs(values))))
 
