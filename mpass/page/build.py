@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import zlib
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def build_page(explanation: Explanation, profile: Profile | None = None) -> str:
     template = environment.from_string((folder / "page.html.jinja").read_text("utf-8"))
     payload = json.dumps(page_data(explanation, profile), separators=(",", ":"))
     return template.render(
-        title=escape(f"{explanation.model} through mpass"),
+        title=html.escape(f"{explanation.model} through mpass"),
         style=(folder / "style.css").read_text("utf-8"),
         highlight_style=highlight_style(),
         library=(folder / "vendor" / "d3.min.js").read_text("utf-8"),
@@ -190,9 +191,9 @@ def kernel_data(kernel: KernelSource) -> dict[str, Any]:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import get_lexer_by_name
 
-    html = highlight(kernel.source, get_lexer_by_name(kernel.language), HtmlFormatter())
+    code = highlight(kernel.source, get_lexer_by_name(kernel.language), HtmlFormatter())
     details: Sequence[tuple[str, str]] = kernel.details
-    return {"name": kernel.name, "html": html, "details": details}
+    return {"name": kernel.name, "html": code, "details": details}
 
 
 def highlight_style() -> str:
@@ -203,8 +204,3 @@ def highlight_style() -> str:
     dark = HtmlFormatter(style="monokai").get_style_defs('[data-theme="dark"] .highlight')
     clear = ".highlight, [data-theme] .highlight { background: none; }"
     return f"{light}\n{dark}\n{clear}"
-
-
-def escape(text: str) -> str:
-    """Text as HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
