@@ -181,11 +181,10 @@ def measure(
 def vertical_slash(
     query: Tensor, key: Tensor, mask: AttentionMask, columns: int, diagonals: int
 ) -> SparseIndex:
-    """Estimate with budgets of which random data makes the most: whole runs of near diagonals.
+    """Estimate; keep diagonals / BLOCK of the block diagonals found, spread over all distances.
 
-    Diagonals of random inputs lie anywhere, so a budget of d token diagonals would select far more
-    than d / BLOCK block diagonals; the nearest ones are kept after estimation instead, as many as
-    the budget has in blocks.
+    Trained heads have their diagonals side by side, so that a budget of d token diagonals makes
+    about d / BLOCK block diagonals; those of random inputs lie anywhere and would make many more.
     """
     heads = list(range(query.shape[1]))
     index = cpu.vertical_slash_index(
@@ -197,7 +196,13 @@ def vertical_slash(
         vertical_sizes=[columns] * len(heads),
         slash_sizes=[diagonals] * len(heads),
     )
-    index.diagonal_count.clamp_(max=diagonals // BLOCK)
+    kept = diagonals // BLOCK
+    found = int(index.diagonal_count.min())
+    if kept < found:
+        chosen = torch.linspace(0, found - 1, kept).long()
+        index.diagonal_index[..., :kept] = index.diagonal_index[..., chosen]
+        index.diagonal_index[..., kept:] = 0
+        index.diagonal_count.fill_(kept)
     return index
 
 

@@ -71,11 +71,12 @@ def describe_mask(
         if attention_mask is None:
             return None
         return attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    start: Any = q_offset  # static caches give a tensor, against sdpa_mask's own annotation
     built: Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=start,
         kv_offset=kv_offset,
         attention_mask=attention_mask,
         **settings,

