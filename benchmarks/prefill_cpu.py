@@ -1,0 +1,120 @@
+"""Prefill of a whole decoder on the CPU: `backend="minference"` against `backend="inductor"`.
+
+    python benchmarks/prefill_cpu.py --layers 1 --lengths 8192 16384 --dtype bf16
+
+The decoder has the shape of Llama-3.1-8B (hidden 4096, 32 heads over 8 kv heads, head_dim 128,
+intermediate 14336) with random weights, so the pattern's budgets are fixed ones. Interleaved in one
+process, medians. Beside the two the attention alone is timed, because the rest of the layer
+(linear in the length) bounds what any attention can give. Real text on a real model: `mpass demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mpass.parse import parse_dtype, parse_pattern
+
+
+def build(layers: int, dtype: torch.dtype) -> torch.nn.Module:
+    """The decoder's body: [1, N] token ids -> [1, N, 4096]."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=256,
+        max_position_embeddings=1 << 20,
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModel.from_config(config, dtype=dtype).eval()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(layers: int, length: int, dtype: torch.dtype, pattern: str, repeats: int) -> dict:
+    """Median seconds of dense and sparse prefill, and of dense attention alone."""
+    model = build(layers, dtype)
+    ids = torch.randint(0, 256, (1, length))
+    options = {"pattern": parse_pattern(pattern)}
+    dense = torch.compile(model, backend="inductor", dynamic=False)
+    sparse = torch.compile(model, backend="minference", dynamic=False, options=options)
+    query = torch.randn(1, 32, length, 128, dtype=dtype)
+    key = torch.randn(1, 8, length, 128, dtype=dtype)
+
+    def attention() -> None:
+        for _ in range(layers):
+            torch.nn.functional.scaled_dot_product_attention(
+                query, key, key, is_causal=True, enable_gqa=True
+            )
+
+    runs: dict[str, Callable[[], object]] = {
+        "dense": lambda: dense(ids, use_cache=False),
+        "sparse": lambda: sparse(ids, use_cache=False),
+        "attention": attention,
+    }
+    with torch.no_grad():
+        for run in runs.values():
+            run()
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                times[name].append(seconds(run))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "layers": layers,
+        "length": length,
+        "dtype": str(dtype),
+        "pattern": pattern,
+        **{f"{name}_seconds": value for name, value in median.items()},
+        "speedup": median["dense"] / median["sparse"],
+        "bound": median["dense"] / max(1e-9, median["dense"] - median["attention"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--pattern", default="vertical_slash(1000, 512)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    table = Table("tokens", "dense s", "sparse s", "speed-up", "dense attention s", "bound")
+    records = []
+    for length in options.lengths:
+        record = measure(
+            options.layers, length, parse_dtype(options.dtype), options.pattern, options.repeats
+        )
+        records.append(record)
+        table.add_row(
+            str(length),
+            *(f"{record[name]:.2f}" for name in ("dense_seconds", "sparse_seconds", "speedup")),
+            f"{record['attention_seconds']:.2f}",
+            f"{record['bound']:.2f}",
+        )
+    Console().print(table)
+    Console().print("bound: the speed-up if attention took no time at all")
+    if options.json:
+        figures = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        options.json.write_text(json.dumps({**figures, "results": records}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
