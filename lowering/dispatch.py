@@ -48,7 +48,5 @@ def choose_lowering(
     if name is None:
         return Lowering("reference", f"no kernels are generated for device {device!r}")
     module = importlib.import_module(f"mpass.lowering.{name}")
-    if not hasattr(module, "unsupported"):
-        return Lowering("reference", "not built yet")
     reason = module.unsupported(query, key, value, softcap=softcap, sinks=sinks)
     return Lowering("reference", reason) if reason else Lowering(name)
