@@ -32,12 +32,18 @@ from mpass.calibration_probe import Input, Probe, as_input, shorten
 from mpass.calibration_state import State
 from mpass.config import SparseConfig
 from mpass.errors import CalibrationError, OptionValueError
+from mpass.lowering.index import BLOCK
 from mpass.patterns.a_shape import AShape
 from mpass.patterns.base import Pattern, registered_patterns
 from mpass.patterns.block_sparse import BlockSparse
 from mpass.patterns.dense import Dense
 from mpass.patterns.union import Union
 from mpass.patterns.vertical_slash import VerticalSlash
+
+DISTURBANCE = AShape(16, BLOCK)
+"""What a layer is made sparse with to see how much it matters. It must lose something in every head
+at any length: a pattern that adapts may keep everything of a short text, and the quotient of
+divergence and error would be one of rounding errors."""
 
 Announce = Callable[[str, int, int], None]
 """Told (what is being done, steps done, steps in all)."""
@@ -103,8 +109,8 @@ def default_candidates() -> tuple[Pattern, ...]:
     listed += [VerticalSlash(*sizes) for sizes in (*table, *released)]
     listed += [BlockSparse(count) for count in (8, 16, 32)]
     listed += [
-        Union(mass=mass, columns=columns, rows=16)
-        for mass in (0.75, 0.85, 0.92, 0.97)
+        Union(row_share=share, columns=columns)
+        for share in (0.02, 0.05, 0.1, 0.25)
         for columns in (64, 512)
     ]
     known = {type(pattern) for pattern in listed}
@@ -273,7 +279,6 @@ def measure_slopes(
     """
     if settings.objective != "divergence":
         return {}
-    reference = harsh_candidate(candidates)
     slopes = {}
     for kind in dict.fromkeys(item.kind for item in items):
         item = shorten(next(i for i in items if i.kind == kind), settings.sensitivity_length)
@@ -288,7 +293,7 @@ def measure_slopes(
                 out = attend_dense(operands)
                 if operands.layer != layer:
                     return out
-                sparse = attend_sparse(operands, [reference] * operands.num_heads)
+                sparse = attend_sparse(operands, [DISTURBANCE] * operands.num_heads)
                 rows = item.rows.to(out.device)
                 gap = (sparse - out)[:, :, rows].double()
                 error = float(gap.square().sum((1, 3)).mean())
@@ -302,11 +307,6 @@ def measure_slopes(
             [kept[f"slope {kind} {layer}"] for layer in layers], dtype=torch.float64
         )
     return slopes
-
-
-def harsh_candidate(candidates: Sequence[Pattern]) -> Pattern:
-    """What a layer is disturbed with: a pattern that loses something at any length."""
-    return Union(mass=0.7, columns=64, rows=16)
 
 
 def head_costs(
