@@ -232,3 +232,30 @@ def test_builtin_default_computes_short_windows_whole():
     assert builtin_default("cpu").name == "union"
     assert builtin_default("cuda").name == "vertical_slash"
     assert builtin_default("cpu", window=100_000).name == "union"
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "layer by layer"])
+def test_a_config_shipped_in_a_transformers_folder_is_used(tmp_path, regional):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=32,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    mpass.SparseConfig(
+        layers={0: mpass.AShape(1, 9), 1: mpass.AShape(2, 9)}, num_layers=2, num_heads=4
+    ).save(tmp_path / "minference.json")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    options = {"inner_backend": "eager", "min_seq_len": 128}
+    before = len(mpass.reports())
+    for module in model.model.layers if regional else [model]:
+        module.compile(backend="minference", fullgraph=True, options=options)
+    with torch.no_grad():
+        model(torch.arange(200)[None] % 32)
+    found = [site for report in mpass.reports()[before:] for site in report.sites]
+    assert [site.patterns[0] for site in found] == ["a_shape(1, 9)", "a_shape(2, 9)"]
+    assert {site.config_source for site in found} == {str(tmp_path / "minference.json")}
