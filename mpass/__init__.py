@@ -14,6 +14,7 @@ _EXPORTS = {
     "AShape": "mpass.patterns.a_shape",
     "BlockSparse": "mpass.patterns.block_sparse",
     "Dense": "mpass.patterns.dense",
+    "Union": "mpass.patterns.union",
     "VerticalSlash": "mpass.patterns.vertical_slash",
     "LayerConfig": "mpass.config",
     "SparseConfig": "mpass.config",

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mpass import __version__
+from mpass.commands.calibrate import calibrate
 from mpass.commands.coverage import coverage
 from mpass.commands.draw import draw
 from mpass.commands.explain import explain
@@ -217,7 +218,7 @@ def patterns() -> None:
     Console().print(table)
 
 
-for command in (coverage, draw, explain, profile):
+for command in (calibrate, coverage, draw, explain, profile):
     app.command()(command)
 
 
