@@ -14,14 +14,16 @@ from dataclasses import dataclass
 class KernelSource:
     """One generated kernel.
 
-    name: unique, fit for a file name; language: "cpp" or "python"; details: what the compiler was
-    told and what it said (flags, registers, spills), as pairs of names and values.
+    name: unique, fit for a file name; language: "cpp" or "python"; details: what it was made for,
+    as pairs of names and values; spec: what it was generated from, for those who ask the compiler
+    about it (mpass.kernel_text).
     """
 
     name: str
     language: str
     source: str
     details: tuple[tuple[str, str], ...] = ()
+    spec: object = None
 
     @property
     def file_name(self) -> str:

@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from mpass.cache import write_whole
+from mpass.errors import in_one_line
 from mpass.graph_text import count_ops, op_difference, readable
 from mpass.lowering.sources import KernelSource, watch_sources
 from mpass.options import Options
@@ -89,7 +90,7 @@ def open_trace(gm: fx.GraphModule, options: Options) -> Trace:
     try:
         return Trace(root, readable(gm), count_ops(gm))
     except Exception as error:
-        warn_once(root, describe(error))
+        warn_once(root, in_one_line(error))
         return Trace(None)
 
 
@@ -124,7 +125,7 @@ def close_trace(
         )
         watch_kernels(trace.root)
     except Exception as error:
-        warn_once(trace.root, describe(error))
+        warn_once(trace.root, in_one_line(error))
     trace.mark("debug")
 
 
@@ -135,7 +136,7 @@ def finish_trace(trace: Trace) -> None:
     try:
         write_whole(trace.folder / "timings.json", as_json(trace.seconds))
     except OSError as error:
-        warn_once(trace.root, describe(error))
+        warn_once(trace.root, in_one_line(error))
 
 
 def emit_graph(stage: str, gm: fx.GraphModule) -> None:
@@ -145,7 +146,7 @@ def emit_graph(stage: str, gm: fx.GraphModule) -> None:
         try:
             return readable(gm)
         except Exception as error:  # logs must not take the user's compile along
-            return f"cannot be printed: {describe(error)}"
+            return f"cannot be printed: {in_one_line(error)}"
 
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s graph\n%s", stage, text())
@@ -188,15 +189,17 @@ def write_numbered(root: Path, files: Mapping[str, str]) -> Path:
 def watch_kernels(root: Path) -> None:
     """Write every kernel of this process into `root/kernels`, now or when it is first built."""
 
+    from mpass.kernel_text import kernel_details  # knows the compilers: only when asked
+
     def write(kernel: KernelSource) -> None:
         try:
             folder = root / "kernels"
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / kernel.file_name, kernel.source)
-            details = "".join(f"{name}: {value}\n" for name, value in kernel.details)
+            details = "".join(f"{name}: {value}\n" for name, value in kernel_details(kernel))
             write_whole(folder / f"{kernel.name}.txt", details)
         except OSError as error:
-            warn_once(root, describe(error))
+            warn_once(root, in_one_line(error))
 
     watch_sources(write)
 
@@ -216,11 +219,6 @@ def options_as_dict(options: Options) -> dict[str, object]:
 def as_json(value: object) -> str:
     """JSON text; objects without a JSON form become their text."""
     return json.dumps(value, indent=1, default=str) + "\n"
-
-
-def describe(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @functools.cache

@@ -138,6 +138,11 @@ class TextTooShortError(MpassError):
         )
 
 
+def in_one_line(error: BaseException) -> str:
+    """`TypeError: what it says first`."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known word, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

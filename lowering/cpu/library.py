@@ -42,9 +42,21 @@ def describe_source(spec: KernelSpec, source: str, path: str) -> KernelSource:
     """The generated source as debug folders and pages show it."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     name = f"cpu_{spec.kernel}_{spec.input}_{spec.head_dim}_{digest}"
-    flags = " ".join((*EXTRA_FLAGS, *INSTRUCTION_FLAGS.get(spec.instruction_set, ())))
-    details = (("made for", str(spec)), ("flags beside Inductor's", flags), ("library", path))
-    return KernelSource(name, "cpp", source, details)
+    return KernelSource(name, "cpp", source, (("made for", str(spec)), ("library", path)), spec)
+
+
+def compile_command(spec: KernelSpec) -> str:
+    """The compiler and its flags for a spec, without include and library folders."""
+    from torch._inductor.cpp_builder import CppTorchDeviceOptions, get_cpp_compiler
+    from torch._inductor.cpu_vec_isa import invalid_vec_isa
+
+    flags = (*EXTRA_FLAGS, *INSTRUCTION_FLAGS.get(spec.instruction_set, ()))
+    options = CppTorchDeviceOptions(
+        vec_isa=invalid_vec_isa, device_type="cpu", extra_flags=list(flags)
+    )
+    given = dict.fromkeys(f"-{flag}" for flag in options.get_cflags())
+    passed = dict.fromkeys(options.get_passthrough_args())
+    return " ".join([get_cpp_compiler(), *given, *passed])
 
 
 def compile_source(source: str, *, label: str, extra_flags: Sequence[str] = ()) -> ctypes.CDLL:

@@ -152,6 +152,26 @@ def report_amd(spec: KernelSpec, kernel: str, assembly: str, shared: int) -> Rep
     )
 
 
+def entry_points(spec: KernelSpec) -> list[str]:
+    """The kernels of a spec's module that are launched: those that no other one calls."""
+    from triton.runtime.jit import JITFunction
+
+    functions = {
+        name: function
+        for name, function in vars(load(spec)).items()
+        if isinstance(function, JITFunction)
+    }
+    return [
+        name
+        for name in functions
+        if not any(
+            re.search(rf"\b{name}\(", function.src)
+            for other, function in functions.items()
+            if other != name
+        )
+    ]
+
+
 @functools.cache
 def attention_report(spec: KernelSpec) -> Report:
     """The report of an attention kernel."""

@@ -107,5 +107,5 @@ def load(spec: KernelSpec, *, interpret: bool = False) -> ModuleType:
         ("stages", stages),
         ("file", str(path)),
     )
-    announce_source(KernelSource(path.stem, "python", render(spec), details))
+    announce_source(KernelSource(path.stem, "python", render(spec), details, spec))
     return module

@@ -10,7 +10,6 @@ import dataclasses
 import html
 import json
 import zlib
-from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from mpass.explanation import Explanation, GraphExplanation, SiteCost
 from mpass.explanation_tables import in_bytes, span
 from mpass.graph_text import op_changes
+from mpass.kernel_text import kernel_details
 from mpass.lowering.sources import KernelSource
 from mpass.outline import Outline
 from mpass.profiling import LayerProfile, Profile
@@ -192,8 +192,7 @@ def kernel_data(kernel: KernelSource) -> dict[str, Any]:
     from pygments.lexers import get_lexer_by_name
 
     code = highlight(kernel.source, get_lexer_by_name(kernel.language), HtmlFormatter())
-    details: Sequence[tuple[str, str]] = kernel.details
-    return {"name": kernel.name, "html": code, "details": details}
+    return {"name": kernel.name, "html": code, "details": kernel_details(kernel)}
 
 
 def highlight_style() -> str:
