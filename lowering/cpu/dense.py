@@ -11,7 +11,8 @@ import functools
 import torch
 from mpass.lowering import dense
 from mpass.lowering.cpu.attention import sparse_attention
-from mpass.lowering.cpu.cost import crossover_density, machine_constants, predict
+from mpass.lowering.cpu.constants import machine_constants
+from mpass.lowering.cpu.cost import crossover_density, predict
 from mpass.lowering.index import (
     ALL_DIAGONALS,
     AttentionMask,
