@@ -228,7 +228,7 @@ def finish_explanation(model: Callable[..., Any], capture: Capture, log: Log) ->
             costs.append(cost)
         graphs.append(dataclasses.replace(graph, costs=tuple(costs)))
     original = getattr(model, "_orig_mod", model)
-    name = type(original).__name__ if isinstance(original, torch.nn.Module) else original.__name__
+    name = getattr(original, "__name__", type(original).__name__)
     return Explanation(name, tuple(graphs), tuple(capture.breaks), capture.options.shortest)
 
 

@@ -5,6 +5,7 @@ Nothing here edits a graph.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ import torch
 from torch import fx
 
 Length = int | torch.SymInt
+
+TORCH = os.path.dirname(torch.__file__) + os.sep
+"""Where torch's own Python files lie."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,11 @@ def layer_index(path: str) -> int:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost line of the user's model that a node came from: `file:line, in name`."""
+    """The innermost line of the user's model that a node came from: `file:line, in name`.
+
+    Lines inside of torch (flex_attention is one of its Python functions) say nothing to a user.
+    """
     trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return ""
-    match = re.match(r'File "(.*)", line (\d+), in (\S+)', lines[-1])
-    return f"{match[1]}:{match[2]}, in {match[3]}" if match else lines[-1]
+    frames: list[tuple[str, str, str]] = re.findall(r'File "(.*)", line (\d+), in (\S+)', trace)
+    own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
+    return "{}:{}, in {}".format(*own[-1]) if own else ""

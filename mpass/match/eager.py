@@ -257,8 +257,7 @@ def leads_to_product(node: fx.Node, depth: int) -> bool:
     known = CASTS | FACTORS | MASKS | RESHAPES | {"tanh", "cat"}
     if depth == 0 or node.op not in ("call_function", "call_method") or op_name(node) not in known:
         return False
-    first = [arg for arg in node.args if isinstance(arg, fx.Node) and is_tensor(arg)]
-    return any(leads_to_product(arg, depth - 1) for arg in first)
+    return any(leads_to_product(arg, depth - 1) for arg in node.all_input_nodes if is_tensor(arg))
 
 
 def own_maximum(sub: fx.Node) -> set[fx.Node]:

@@ -1,0 +1,390 @@
+"""Attentions that stay dense whatever their mask, one per reason, with words of the reason.
+
+Every program has one attention: the call, or the softmax of a chain, is its line `# here`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from mpass import SparseConfig
+
+N = 192
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program of query, key and value, and the reason for which it stays dense.
+
+    shapes: settings of `tensors`; options: of the compile; dynamic: (argument, dimension) pairs
+    whose size is not known when compiling; all_dynamic: no size is; grad: gradients are recorded.
+    """
+
+    program: Callable[..., Any]
+    words: str
+    shapes: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    dynamic: tuple[tuple[int, int], ...] = ()
+    all_dynamic: bool = False
+    grad: bool = False
+
+
+def tensors(
+    *,
+    batch: int = 1,
+    heads: int = 4,
+    kv_heads: int = 4,
+    value_heads: int | None = None,
+    queries: int = N,
+    keys: int = N,
+    dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [B, H, Nq, D], key [B, Hk, Nk, D] and value [B, Hv, Nk, D]."""
+    shapes = [(heads, queries), (kv_heads, keys), (value_heads or kv_heads, keys)]
+    query, key, value = (
+        torch.randn(batch, *shape, dim, dtype=dtype, device=device) for shape in shapes
+    )
+    return query, key, value
+
+
+def causal() -> Tensor:
+    return torch.arange(N)[:, None] >= torch.arange(N)
+
+
+# -- scaled_dot_product_attention -------------------------------------------------------------
+
+
+def plain(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # here
+
+
+def bidirectional(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)  # here
+
+
+def dropped(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.25)  # here
+
+
+def without_batch(q, k, v):
+    return F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True)  # here
+
+
+def broadcast_batch(q, k, v):
+    q = q.flatten(0, 1)[:, None]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # here
+
+
+def scaled_by_length(q, k, v):
+    scale = q.shape[2] ** -0.5
+    return F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale)  # here
+
+
+def opaque(q, k, v):
+    x = q.transpose(1, 2).flatten(2).transpose(0, 1)
+    weight, bias = torch.eye(64).repeat(3, 1), torch.zeros(192)
+    return F.multi_head_attention_forward(  # here
+        *(x, x, x, 64, 4, weight, bias, None, None, False, 0.0, torch.eye(64), torch.zeros(64)),
+        need_weights=False,
+    )
+
+
+def dropped_by_length(q, k, v):
+    p = 1.0 / q.shape[2]
+    return F.scaled_dot_product_attention(q, q, q, is_causal=True, dropout_p=p)  # here
+
+
+def offset_by_half(q, k, v):
+    rows, columns = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    mask = columns <= rows[:, None] + k.shape[2] // 2
+    return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)  # here
+
+
+class Encoder(nn.Module):
+    """torch's own layer, whose attention is inside of one op in inference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(64, 4, batch_first=True).eval()
+
+    def forward(self, q, k, v):
+        return self.layer(q.transpose(1, 2).flatten(2))  # here
+
+
+def checkpointed(q, k, v):
+    def inner(q, k, v):
+        k = k.clone()
+        k.add_(1.0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # here
+
+    return checkpoint(inner, q, k, v, use_reentrant=False)
+
+
+def checkpointed_after_a_write(q, k, v):
+    k.add_(1.0)
+
+    def inner(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # here
+
+    return checkpoint(inner, q, k, v, use_reentrant=False)
+
+
+# -- written out ------------------------------------------------------------------------------
+
+
+def matmul_of_three_dimensions(q, k, v):
+    scores = (q[0] @ k[0].mT).masked_fill(~causal(), -torch.inf)
+    return scores.softmax(-1) @ v[0]  # here
+
+
+def sinks_per_query(q, k, v):
+    scores = torch.cat([(q @ k.mT).masked_fill(~causal(), -torch.inf), q[..., :1]], -1)
+    return scores.softmax(-1)[..., :-1] @ v  # here
+
+
+def sinks_scaled(q, k, v):
+    sinks = q[0, :, 0, 0].reshape(1, -1, 1, 1).expand(1, 4, N, 1)
+    scores = torch.cat([(q @ k.mT).masked_fill(~causal(), -torch.inf), sinks], -1) * 0.5
+    return scores.softmax(-1)[..., :-1] @ v  # here
+
+
+def sinks_kept(q, k, v):
+    sinks = q[0, :, 0, 0].reshape(1, -1, 1, 1).expand(1, 4, N, 1)
+    scores = torch.cat([(q @ k.mT).masked_fill(~causal(), -torch.inf), sinks], -1)
+    return scores.softmax(-1) @ F.pad(v, (0, 0, 0, 1))  # here
+
+
+def rectified(q, k, v):
+    return (q @ k.mT).relu().softmax(-1) @ v  # here
+
+
+def viewed(q, k, v):
+    return (q @ k.mT).view(4, 1, N, N).softmax(-1) @ v.view(4, 1, N, -1)  # here
+
+
+def added_twice(q, k, v):
+    scores = q @ k.mT
+    return (scores + scores).softmax(-1) @ v  # here
+
+
+def subtracted(q, k, v):
+    return (causal().float() - q @ k.mT).softmax(-1) @ v  # here
+
+
+def added_with_alpha(q, k, v):
+    bias = torch.where(causal(), 0.0, -torch.inf)
+    return torch.add(q @ k.mT, bias, alpha=2.0).softmax(-1) @ v  # here
+
+
+def rounded(q, k, v):
+    return (q @ k.mT).to(torch.int32).float().softmax(-1) @ v  # here
+
+
+def broadcast_scores(q, k, v):
+    scores = (q @ k.mT).masked_fill(~causal().expand(2, 1, N, N), -torch.inf)
+    return scores.softmax(-1) @ v  # here
+
+
+def written_in_part(q, k, v):
+    scores = q @ k.mT
+    scores[..., 0] = 0.0
+    return scores.softmax(-1) @ v  # here
+
+
+def alibi(q, k, v):
+    bias = torch.arange(N).float().expand(4, N, N)
+    scores = torch.baddbmm(bias, q[0], k[0].mT).view(1, 4, N, N)
+    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
+def scaled_after_mask(q, k, v):
+    scores = (q @ k.mT).masked_fill(~causal(), -torch.inf) * 2.0
+    return scores.softmax(-1) @ v  # here
+
+
+def capped_twice(q, k, v):
+    return (q @ k.mT).tanh().tanh().masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
+def scaled_by_tensor(q, k, v):
+    scores = (q @ k.mT) * q[0, 0, 0, 0]
+    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
+def negative_cap(q, k, v):
+    scores = (q @ k.mT).tanh() * -3.0
+    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
+def scores_returned(q, k, v):
+    scores = q @ k.mT * 0.25
+    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v, scores.sum()  # here
+
+
+def value_written(q, k, v):
+    scores = (q @ k.mT).masked_fill(~causal(), -torch.inf)
+    weights = scores.softmax(-1)
+    v.add_(1.0)
+    return weights @ v  # here
+
+
+def weights_returned(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(), -torch.inf).softmax(-1)
+    return weights @ v, weights  # here
+
+
+def weights_changed(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(), -torch.inf).softmax(-1)
+    return weights.clamp(max=0.5) @ v  # here
+
+
+def weights_dropped(q, k, v):
+    weights = (q @ k.mT).masked_fill(~causal(), -torch.inf).softmax(-1)
+    return F.dropout(weights, 0.1) @ v  # here
+
+
+def biased(q, k, v):
+    bias = torch.arange(N)
+    return (q @ k.mT + bias).softmax(-1) @ v  # here
+
+
+def nan_added(q, k, v):
+    scores = (q @ k.mT).masked_fill(~causal(), torch.nan)
+    return scores.softmax(-1) @ v  # here
+
+
+# -- flex_attention ---------------------------------------------------------------------------
+
+
+def flex_scaled(q, k, v):
+    return flex_attention(q, q, q, scale=q.shape[2] ** -0.5)  # here
+
+
+def flex_biased(q, k, v):
+    return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + (j - i))  # here
+
+
+def flex_with_sums(q, k, v):
+    return flex_attention(q, k, v, return_lse=True)  # here
+
+
+def seen(b, h, i, j):
+    return i >= j
+
+
+def blocks_of(length: int) -> BlockMask:
+    return create_block_mask(seen, None, None, length, length, device="cpu")
+
+
+def flex_with(block_mask: BlockMask) -> Callable[..., Any]:
+    def program(q, k, v):
+        return flex_attention(q, k, v, block_mask=block_mask)  # here
+
+    return program
+
+
+def other_blocks() -> BlockMask:
+    blocks = blocks_of(N)
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(blocks.kv_num_blocks), blocks.kv_indices, mask_mod=seen, seq_lengths=(N, N)
+    )
+
+
+def everything(b, h, i, j):
+    return torch.ones_like(i, dtype=torch.bool)
+
+
+def half_the_keys(b, h, i, j):
+    return (i >= j) & (j < N // 2)
+
+
+def flex_made_inside(q, k, v):
+    blocks = create_block_mask(seen, None, None, N, N, device="cpu")
+    return flex_attention(q, k, v, block_mask=blocks)  # here
+
+
+class Heads(nn.Module):
+    """One attention, so that it has a layer and a path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity()])
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)  # here
+
+
+PROGRAMS: dict[str, Case] = {
+    "gradients": Case(plain, "gradients are recorded", grad=True),
+    "dropout": Case(dropped, "dropout p=0.25"),
+    "dtype": Case(plain, "dtype torch.float64 is not served", {"dtype": torch.float64}),
+    "device": Case(plain, "no kernels are generated for device 'meta'", {"device": "meta"}),
+    "head_dim": Case(plain, "head_dim 320 is over 256", {"dim": 320}),
+    "not causal": Case(bidirectional, "is defined for causal attention only"),
+    "other model's config": Case(
+        Heads(), "not causal, and", options={"config": SparseConfig("a_shape", num_heads=7)}
+    ),
+    "batch": Case(broadcast_batch, "batch is broadcast", {"kv_heads": 1}),
+    "dimensions": Case(without_batch, "3, 3, 3 dimensions"),
+    "value heads": Case(plain, "differ in heads or length", {"value_heads": 1}),
+    "dynamic heads": Case(plain, "number of heads or head_dim is dynamic", all_dynamic=True),
+    "dropout by length": Case(
+        dropped_by_length, "dropout probability is not a constant", dynamic=((0, 2),)
+    ),
+    "half the length": Case(offset_by_half, "is no sum of products", dynamic=((0, 2), (1, 2))),
+    "encoder layer": Case(Encoder(), "nn.TransformerEncoderLayer's fast path"),
+    "checkpoint that writes": Case(checkpointed, "the sub-graph writes in place"),
+    "checkpoint after a write": Case(
+        checkpointed_after_a_write, "an argument of the sub-graph is written in place"
+    ),
+    "scale": Case(scaled_by_length, "scale is not a constant", dynamic=((0, 2),)),
+    "queries past keys": Case(plain, "after the last key", {"keys": N - 40}),
+    "short": Case(plain, "100 keys, sparse from 128 on", {"queries": 100, "keys": 100}),
+    "few queries": Case(plain, "60 queries, sparse from 128 on", {"queries": 60}),
+    "decoding": Case(plain, "decoding: one query", {"queries": 1}),
+    "config": Case(plain, "the config keeps every head", options={"pattern": "dense"}),
+    "opaque": Case(opaque, "projects query, key and value inside of one op"),
+    "bmm": Case(matmul_of_three_dimensions, "the products are not of [B, H, N, D] tensors"),
+    "sinks per query": Case(sinks_per_query, "sinks are not one number per head"),
+    "sinks scaled": Case(sinks_scaled, "scores are changed by mul beside attention sinks"),
+    "sinks kept": Case(sinks_kept, "attention sinks are not cut off the weights"),
+    "relu": Case(rectified, "scores are changed by relu before the softmax"),
+    "reshaped scores": Case(viewed, "scores are reshaped by view before the softmax"),
+    "added twice": Case(added_twice, "scores are used twice by add"),
+    "subtracted": Case(subtracted, "scores are not the operand that sub masks"),
+    "alpha": Case(added_with_alpha, "scores are scaled by add"),
+    "rounded": Case(rounded, "scores are rounded to torch.int32"),
+    "broadcast": Case(broadcast_scores, "scores are broadcast by masked_fill"),
+    "written in part": Case(written_in_part, "scores are written in place"),
+    "baddbmm": Case(alibi, "baddbmm adds a bias (ALiBi)"),
+    "scaled after the mask": Case(scaled_after_mask, "scores are changed by mul after the mask"),
+    "capped twice": Case(capped_twice, "two tanh on the scores"),
+    "scaled by a tensor": Case(scaled_by_tensor, "scores are scaled by what is not a constant"),
+    "negative cap": Case(negative_cap, "softcap of -3.0"),
+    "scores read": Case(scores_returned, "attention scores are also read by"),
+    "value written": Case(value_written, "is written in place before the output"),
+    "weights returned": Case(weights_returned, "attention weights are read more than once"),
+    "weights changed": Case(weights_changed, "attention weights are changed by clamp"),
+    "weights dropped": Case(weights_dropped, "dropout p=0.1 on attention weights"),
+    "bias on scores": Case(biased, "additive bias, no mask"),
+    "nan on scores": Case(nan_added, "masked_fill on the scores: nan"),
+    "flex scale": Case(flex_scaled, "scale is not a constant", dynamic=((0, 2),)),
+    "score_mod": Case(flex_biased, "score_mod is neither the identity nor a softcap"),
+    "log-sum-exp": Case(flex_with_sums, "flex_attention returns its log-sum-exp"),
+    "blocks made inside": Case(flex_made_inside, "blocks of the BlockMask are not known"),
+    "fewer keys": Case(
+        flex_with(create_block_mask(half_the_keys, None, None, N, N, device="cpu")),
+        "a BlockMask over fewer keys than there are",
+    ),
+    "other blocks": Case(flex_with(other_blocks()), "blocks of the BlockMask are not those of"),
+}
