@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpass.lowering.dense import dense_attention
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.match import find_attention
@@ -126,16 +125,19 @@ def replace_site(graph: fx.Graph, site: AttentionSite, call: Callable[..., Tenso
 
 
 def attend_dense(operands: Operands) -> Tensor:
-    """The attention as the model has it."""
-    return dense_attention(
-        operands.query,
-        operands.key,
-        operands.value,
+    """The attention as the model has it, by the fastest dense kernel that the backend has."""
+    query, key, value = operands.query, operands.key, operands.value
+    lowering = choose_lowering(query, key, value, softcap=operands.softcap, sinks=operands.sinks)
+    out: Tensor = lowering.function("dense_attention")(
+        query,
+        key,
+        value,
         operands.mask,
         scale=operands.scale,
         softcap=operands.softcap,
         sinks=operands.sinks,
     )
+    return out
 
 
 def attend_sparse(operands: Operands, patterns: Sequence[Pattern]) -> Tensor:

@@ -6,7 +6,6 @@ Letters: C candidates, H query heads, Nk keys, Dv value dim.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpass.calibration_cost import count_work, synchronize
+from mpass.calibration_cost import count_work, read_clock
 from mpass.calibration_graph import Operands, estimate_heads
 from mpass.lowering import reference
 from mpass.lowering.index import (
@@ -69,10 +68,9 @@ def measure_layer(
     indexes, estimation = [], []
     device = operands.query.device
     for candidate in candidates:
-        start = time.perf_counter()
+        start = read_clock(device)
         indexes.append(estimate_heads(operands, [candidate] * operands.num_heads))
-        synchronize(device)
-        estimation.append(time.perf_counter() - start)
+        estimation.append(read_clock(device) - start)
     work = [count_work(index, operands) for index in indexes]
 
     first = first_query_block(operands.mask.query_offset)

@@ -7,7 +7,7 @@ from html import escape
 
 from rich.table import Table
 
-from mpass.calibration import Calibration
+from mpass.calibration_outcome import Calibration
 
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#9c755f", "#edc948")
 """Of patterns, in the order of their names."""
@@ -44,16 +44,21 @@ def choice_table(outcome: Calibration) -> Table:
 
 
 def check_table(outcome: Calibration) -> Table:
-    """The held-out inputs, one row each, longer ones below; increases are over dense."""
-    table = Table("input", "tokens", "with", "loss", "increase", "divergence", "found")
+    """The held-out inputs, longer ones below; increases and times are beside those of dense.
+
+    Lengths that no text of the search had are marked.
+    """
+    names = ("input", "tokens", "with", "attention", "loss", "increase", "divergence", "found")
+    table = Table(*names, title="held-out inputs (+: longer than any text of the search)")
     for check in sorted(outcome.checks, key=lambda check: check["length"]):
         for name, run in check.items():
             if not isinstance(run, dict):
                 continue
             table.add_row(
                 check["kind"],
-                str(check["length"]),
+                f"{check['length']}{'+' if check['longer'] else ''}",
                 name,
+                f"{run['seconds'] / max(1e-9, check['dense']['seconds']):.1%}",
                 f"{run['loss']:.4f}",
                 "" if name == "dense" else f"{run['loss'] - check['dense']['loss']:+.4f}",
                 f"{run['divergence']:.4f}" if "divergence" in run else "",

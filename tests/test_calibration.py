@@ -13,12 +13,14 @@ from mpass.patterns.base import registered_patterns
 from torch import Tensor, nn
 
 import mpass
-from mpass.calibration import Settings, default_candidates, run_calibration
+from mpass.calibration import run_calibration
+from mpass.calibration_candidates import TABLE_7, default_candidates
 from mpass.calibration_choose import choose_under_budget, choose_under_loss
 from mpass.calibration_cost import count_work
 from mpass.calibration_graph import Instrument, Operands, attend_dense, estimate_heads
 from mpass.calibration_measure import measure_layer
 from mpass.calibration_report import check_table, choice_table, heatmap
+from mpass.calibration_settings import Settings
 from mpass.errors import BudgetError, CalibrationError, OptionValueError
 from mpass.evaluate.samples import Sample
 from tests.toys import Decoder

@@ -45,7 +45,12 @@ def calibrate(
     retrieval_weight: Annotated[
         float, typer.Option(help="Weight of retrieval answers beside texts; 0 for none.")
     ] = 0.1,
-    retrieval_length: Annotated[int, typer.Option(help="Tokens of retrieval prompts.")] = 1024,
+    retrieval_lengths: Annotated[
+        str,
+        typer.Option(
+            help="Tokens of retrieval prompts; those of 1024 and less are also run layer by layer."
+        ),
+    ] = "1024,4096",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     state: Annotated[
@@ -58,8 +63,9 @@ def calibrate(
     Measures every pattern on every head, how much each layer matters, and what the kernels cost
     here; checks the choice on text that the search did not see. Can be stopped and started again.
     """
-    from mpass.calibration import Settings, run_calibration
+    from mpass.calibration import run_calibration
     from mpass.calibration_report import check_table, choice_table, heatmap
+    from mpass.calibration_settings import Settings
     from mpass.models import load_model
     from mpass.parse import parse_dtype, parse_pattern
 
@@ -72,7 +78,7 @@ def calibrate(
         held_out,
         parse_lengths("lengths", lengths),
         parse_lengths("check_lengths", check_lengths or lengths),
-        retrieval_length if retrieval_weight > 0 else 0,
+        parse_lengths("retrieval_lengths", retrieval_lengths) if retrieval_weight > 0 else [],
     )
     settings = Settings(
         budget=None if max_loss is not None else budget,
@@ -129,7 +135,7 @@ def make_inputs(
     held_out: list[str] | None,
     lengths: list[int],
     check_lengths: list[int],
-    retrieval_length: int,
+    retrieval_lengths: list[int],
 ) -> tuple[list[Any], list[Any]]:
     """Inputs to search on and to check on. No text is in both: without held-out texts the checks
     take what follows in the searched ones."""
@@ -151,12 +157,16 @@ def make_inputs(
     for name in held_out or ():
         content = find_text(name).read()
         checked += [load_tokens(content, tokenizer, length) for length in check_lengths]
-    if retrieval_length:
+    if retrieval_lengths:
         content = find_text(texts[0]).read()
         hay = make_haystack(texts[0], content)
-        for into, first in ((searched, 1000), (checked, 2000)):
+        for into, first, wanted in (
+            (searched, 1000, retrieval_lengths),
+            (checked, 2000, [max(retrieval_lengths)]),
+        ):
             into += [
-                make_sample(task, retrieval_length, first + i, None, content, hay, tokenizer)
+                make_sample(task, length, first + i, None, content, hay, tokenizer)
+                for length in wanted
                 for i, task in enumerate(RETRIEVAL_TASKS)
             ]
     return searched, checked
