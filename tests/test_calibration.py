@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 
 import pytest
 import torch
@@ -11,16 +12,22 @@ from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference import computed_mask, repeat_kv
 from mpass.patterns.base import registered_patterns
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpass
 from mpass.calibration import run_calibration
-from mpass.calibration_candidates import TABLE_7, default_candidates
+from mpass.calibration_candidates import default_candidates
+from mpass.calibration_check import attend_with
 from mpass.calibration_choose import choose_under_budget, choose_under_loss
-from mpass.calibration_cost import count_work
+from mpass.calibration_cost import count_work, read_clock
 from mpass.calibration_graph import Instrument, Operands, attend_dense, estimate_heads
 from mpass.calibration_measure import measure_layer
+from mpass.calibration_predict import input_weights
+from mpass.calibration_probe import Probe, as_input
 from mpass.calibration_report import check_table, choice_table, heatmap
+from mpass.calibration_sensitivity import disturbed_inputs, measure_slopes
 from mpass.calibration_settings import Settings
+from mpass.calibration_state import State
 from mpass.errors import BudgetError, CalibrationError, OptionValueError
 from mpass.evaluate.samples import Sample
 from tests.toys import Decoder
@@ -245,9 +252,110 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
         mpass.calibrate(model, inputs(5), candidates=CANDIDATES, settings=settings, state=state)
 
 
-def test_every_registered_pattern_is_offered():
-    names = {candidate.name for candidate in default_candidates()}
-    assert names == set(registered_patterns())
+def test_every_registered_pattern_and_the_papers_search_space_are_offered():
+    offered = default_candidates()
+    assert {candidate.name for candidate in offered} == set(registered_patterns())
+    paper = [mpass.AShape(1024, 4096), mpass.BlockSparse(100)]
+    paper += [mpass.VerticalSlash(*s) for s in ((30, 2048), (100, 1800), (500, 1500), (3000, 200))]
+    assert set(paper) <= set(offered)
+    assert len(set(offered)) == len(offered)
+
+
+def test_one_thread_is_timed_by_its_own_work(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    start = read_clock(torch.device("cpu"))
+    time.sleep(0.2)
+    assert read_clock(torch.device("cpu")) - start < 0.1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    start = read_clock(torch.device("cpu"))
+    time.sleep(0.2)
+    assert read_clock(torch.device("cpu")) - start >= 0.2
+
+
+def test_memory_of_the_measures_grows_with_the_length_not_its_square():
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(value, Tensor):
+                    self.elements = max(self.elements, value.numel())
+            return out
+
+    peaks = []
+    for length in (2048, 4096):
+        with Largest() as seen:
+            measure_layer(operands(length), CANDIDATES, max_query_blocks=2)
+        peaks.append(seen.elements)
+    assert peaks[1] <= 2.1 * peaks[0]
+    assert peaks[1] < 4096 * 4096
+
+
+def test_long_prompts_weigh_more_and_retrieval_by_its_weight():
+    text, short = inputs(1, 600)
+    long = Sample(torch.zeros(1, 1200, dtype=torch.int64), ("x",), ((1196, 1200),))
+    items = [as_input(value) for value in (text, short, long)]
+    assert input_weights(items, Settings(retrieval_weight=0.4)) == pytest.approx([1.0, 0.1, 0.3])
+
+
+def test_only_short_prompts_are_run_once_per_layer():
+    text, short = inputs(1, 600)
+    long = Sample(torch.zeros(1, 1200, dtype=torch.int64), ("x",), ((1196, 1200),))
+    items = [as_input(value) for value in (text, long, short)]
+    for limit, lengths in ((500, [400]), (1200, [1200, 400]), (300, [400])):
+        settings = Settings(sensitivity_length=limit)
+        picked = disturbed_inputs(items, "retrieval", settings)
+        assert [item.length for item in picked] == lengths
+        (cut,) = disturbed_inputs(items, "text", settings)
+        assert cut.length == min(600, limit)
+
+
+def test_a_layer_that_nothing_reads_has_no_slope():
+    model = ToyLanguageModel(3).eval()
+    with torch.no_grad():
+        model.decoder.layers[1].out.weight.zero_()
+        model.decoder.layers[1].out.bias.zero_()
+    items = [as_input(value) for value in inputs(1)]
+    settings = Settings(sensitivity_length=300)
+    kept = State(None, "")
+    slopes = measure_slopes(Probe(model), items, [0, 1, 2], settings, kept, lambda *_: None)
+    assert set(slopes) == {"text", "retrieval"}
+    for slope in slopes.values():
+        assert slope[1] < 1e-9
+        assert slope[0] > 1e-7
+        assert slope[2] > 1e-7
+
+
+def test_the_cheapest_choice_under_a_loss_is_taken():
+    def search(most: float):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        settings = Settings(budget=None, max_loss=most, query_blocks=4, sensitivity_length=300)
+        model = ToyLanguageModel().eval()
+        return run_calibration(model, inputs(1), candidates=CANDIDATES, settings=settings)
+
+    found = [search(most) for most in (1e-12, 1e-4, 100.0)]
+    for outcome, most in zip(found, (1e-12, 1e-4, 100.0), strict=True):
+        assert float(outcome.losses.gather(2, outcome.chosen[..., None]).sum()) <= most
+    free = found[-1]
+    assert torch.equal(free.chosen, free.costs.argmin(-1))
+
+
+def test_the_backend_serves_what_the_checks_ran(outcome):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, tokens = ToyLanguageModel().eval(), inputs(3)[0]
+    patterns = [[mpass.AShape(16, 64)] * 2 + [mpass.BlockSparse(2)] * 2, [mpass.Dense()] * 4]
+    config = mpass.SparseConfig(layers=dict(enumerate(patterns)))
+    probed = Probe(model).run(tokens, attend_with(config))
+    options = {"config": config, "min_seq_len": 0, "inner_backend": "eager", "dense_above": 1.0}
+    compiled = torch.compile(model, backend="minference", options=options)
+    with torch.no_grad():
+        served = compiled(tokens)[0]
+        dense = model(tokens)[0]
+    assert torch.allclose(served, probed, atol=1e-5)
+    assert not torch.allclose(served, dense, atol=1e-3)
 
 
 @pytest.mark.parametrize(
