@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from mpass.evaluate.run import PERPLEXITY, Plan, evaluate, summarize
+from mpass.evaluate.plan import PERPLEXITY, Plan
+from mpass.evaluate.run import evaluate
+from mpass.evaluate.summary import summarize
 
 NEEDLES = ("niah_single_1", "niah_single_2", "passkey")
 

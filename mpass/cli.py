@@ -6,8 +6,6 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +17,10 @@ from mpass import __version__
 from mpass.commands.calibrate import calibrate
 from mpass.commands.coverage import coverage
 from mpass.commands.draw import draw
+from mpass.commands.evaluate import evaluate
 from mpass.commands.explain import explain
 from mpass.commands.profile import profile
+from mpass.commands.progress import steps, waiting
 from mpass.errors import MpassError, OptionValueError
 from mpass.texts import TEXTS
 
@@ -131,79 +131,6 @@ def demo(
         typer.echo(f"Saved to {json_file}")
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(help="smollm2, gemma3, a folder in transformers' format, or a GGUF file."),
-    ] = "smollm2",
-    tasks: Annotated[
-        str,
-        typer.Option(help="Retrieval tasks, needle_grid and perplexity, separated by commas."),
-    ] = "niah_single_1,niah_single_2,passkey,perplexity",
-    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "4096",
-    patterns: Annotated[
-        str,
-        typer.Option(help="Patterns as in `mpass demo`, separated by semicolons."),
-    ] = "vertical_slash",
-    samples: Annotated[int, typer.Option(help="Seeds of each task and length.")] = 5,
-    text: Annotated[str, typer.Option(help=TEXT_HELP)] = next(iter(TEXTS)),
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    min_seq_len: Annotated[int, typer.Option(help="Prompts shorter than this stay dense.")] = 0,
-    inner_backend: Annotated[
-        str,
-        typer.Option(help="What compiles the rest of the graph: inductor, aot_eager or eager."),
-    ] = "eager",
-    output: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="JSON lines; what is in there is not measured again."),
-    ] = Path("eval.jsonl"),
-) -> None:
-    """Measure what sparse prefill costs in accuracy: retrieval, scored strictly, and perplexity.
-
-    The answer of a retrieval task stands inside the sparse prefill, and each of its tokens must be
-    the most likely one. Perplexity is compared with dense attention on the same windows of text.
-    """
-    if output.is_dir() or not output.parent.is_dir():
-        raise OptionValueError("output", str(output), "a file in a folder that exists")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with waiting("Starting"):
-        from mpass.evaluate.run import Plan, check_plan, list_inputs, summarize
-        from mpass.evaluate.run import evaluate as run_plan
-        from mpass.evaluate.tables import render_summaries
-
-        plan = Plan(
-            model=model,
-            tasks=split_list(tasks, ","),
-            lengths=tuple(parse_int("lengths", item) for item in split_list(lengths, ",")),
-            patterns=split_list(patterns, ";"),
-            samples=samples,
-            text=text,
-            dtype=dtype,
-            device=device,
-            min_seq_len=min_seq_len,
-            inner_backend=inner_backend,
-        )
-        check_plan(plan)
-    with steps(len(list(list_inputs(plan)))) as announce:
-        lines = run_plan(plan, output, announce)
-    Console().print(render_summaries(summarize(lines)))
-
-
-def split_list(text: str, separator: str) -> tuple[str, ...]:
-    """The parts of an option that holds several values."""
-    return tuple(part.strip() for part in text.split(separator) if part.strip())
-
-
-def parse_int(name: str, text: str) -> int:
-    """A whole number given to an option; raises OptionValueError."""
-    try:
-        return int(text)
-    except ValueError:
-        raise OptionValueError(name, text, "whole numbers, separated by commas") from None
-
-
 @app.command()
 def patterns() -> None:
     """List the sparse patterns with their parameters."""
@@ -218,51 +145,9 @@ def patterns() -> None:
     Console().print(table)
 
 
+app.command("eval")(evaluate)
 for command in (calibrate, coverage, draw, explain, profile):
     app.command()(command)
-
-
-def progress_console() -> Console:
-    """Where progress is drawn: beside the results, never in them."""
-    return Console(file=sys.stderr)
-
-
-@contextmanager
-def waiting(message: str) -> Iterator[None]:
-    """A spinner while the block runs, if someone is watching."""
-    console = progress_console()
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(message):
-        yield
-
-
-@contextmanager
-def steps(total: int) -> Iterator[Callable[[str], None]]:
-    """A function that starts the next of `total` steps; a bar on a terminal, else a line each."""
-    console = progress_console()
-    if not console.is_terminal:
-        yield lambda message: console.print(message, soft_wrap=True, markup=False, highlight=False)
-        return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        started = 0
-
-        def announce(message: str) -> None:
-            nonlocal started
-            progress.update(task, description=message, completed=started)
-            started += 1
-
-        yield announce
 
 
 def user_error(error: BaseException) -> MpassError | None:

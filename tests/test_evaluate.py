@@ -7,25 +7,29 @@ import json
 import random
 import re
 from typing import ClassVar
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from mpass.errors import OptionValueError, UnknownPatternError
 from mpass.evaluate import run
-from mpass.evaluate.run import (
+from mpass.evaluate.plan import (
     DENSE,
     GRID,
     PERPLEXITY,
+    SLIDING,
     Plan,
     check_plan,
-    evaluate,
     list_inputs,
     read_lines,
-    summarize,
 )
+from mpass.evaluate.plots import write_plots
+from mpass.evaluate.questions import read_documents
+from mpass.evaluate.run import evaluate, make_sample
 from mpass.evaluate.samples import Puzzle, fit
-from mpass.evaluate.score import compare_losses, strict_score
+from mpass.evaluate.score import compare_losses, loose_score, strict_score
+from mpass.evaluate.summary import judge, summarize
 from mpass.evaluate.tasks import TASKS, grid_puzzle, make_haystack, make_puzzle
 
 needs_smollm2 = pytest.mark.skipif(
@@ -85,6 +89,8 @@ def test_the_needles_are_in_the_haystack(task, haystack):
         (hidden,) = re.findall(rf"for (\S+) is: {answer}\.", prompt)
         assert hidden in question
     assert len(set(sample.answers)) == len(sample.answers)
+    places = [depth for depth, _ in make_puzzle(task, 0, haystack).inserts]
+    assert len(set(places)) == len(places), "two needles in one place"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +143,37 @@ def test_frequent_words_are_the_three_most_frequent_after_the_dots(haystack):
     assert most[0] == "...." and tuple(most[1:4]) == sample.answers
 
 
+@pytest.mark.parametrize(("task", "needed"), [("qa_1", 1), ("qa_2", 2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_question_quotes_one_document_and_the_answer_is_in_one(task, needed, seed, haystack):
+    puzzle = make_puzzle(task, seed, haystack)
+    text = text_of(fit(puzzle, CharTokenizer(), 12_000))
+    context = " ".join(text[: text.rindex("Question:")].split())
+    quoted = re.search(r'words "(.*)"', puzzle.tail)[1]
+    assert context.count(quoted) == 1
+    assert len(puzzle.inserts) == needed
+    holding = [passage for _, passage in puzzle.inserts if puzzle.answers[0] in passage]
+    assert holding and all(" ".join(passage.split()) in context for passage in holding)
+
+
+def test_two_hops_need_both_documents(haystack):
+    for seed in range(20):
+        puzzle = make_puzzle("qa_2", seed, haystack)
+        quoted = re.search(r'words "(.*)"', puzzle.tail)[1]
+        (method,) = (p for _, p in puzzle.inserts if p.startswith("Document: method"))
+        (owner,) = (p for _, p in puzzle.inserts if p.startswith("Document: class"))
+        assert quoted in " ".join(method.split())
+        name = re.search(r"of the class (\w+)", method)[1]
+        assert f"class {name} of" in owner and f"derived from {puzzle.answers[0]}\n" in owner
+        assert "derived from" not in method
+
+
+def test_documents_of_one_sentence_are_left_out():
+    documents = read_documents()
+    sentences = [document.sentence for document in documents]
+    assert len(set(sentences)) == len(sentences) > 1000
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_the_grid_puts_the_needle_at_its_depth(depth, haystack):
     sample = fit(grid_puzzle(depth, 0, haystack), CharTokenizer(), 8000)
@@ -186,6 +223,13 @@ def test_strict_score_counts_an_answer_only_if_every_token_is_right(haystack):
     assert strict_score(TableModel(), torch.zeros_like(hidden), sample) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("generated", "score"), [("They are ALPHA, and beta.", 1.0), ("alpha beth", 0.5), ("", 0.0)]
+)
+def test_the_looser_score_looks_for_the_answers_anywhere(generated, score):
+    assert loose_score(generated, ("Alpha", "beta")) == score
+
+
 @pytest.mark.parametrize("length", [5, 513, 1300])
 def test_losses_are_those_of_all_logits_at_once(length):
     generator = torch.Generator().manual_seed(length)
@@ -204,6 +248,25 @@ def test_losses_are_those_of_all_logits_at_once(length):
     assert got.sparse_quarters[3] == pytest.approx(
         float(nll(b[-last:], tokens[0, 1:][-last:])), rel=1e-5
     )
+    count = min(16, length - 1)
+    parts = zip(a.tensor_split(count), tokens[0, 1:].tensor_split(count), strict=True)
+    expected = [float(nll(*part)) for part in parts]
+    assert got.dense_positions == pytest.approx(expected, rel=1e-5)
+
+
+class WordTokenizer:
+    """A token per word: its number."""
+
+    def __call__(self, text, *, add_special_tokens, verbose):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def test_windows_of_a_text_follow_each_other_and_sliding_ones_overlap():
+    text = " ".join(map(str, range(5000)))
+    for task, step in ((PERPLEXITY, 400), (SLIDING, 100)):
+        for seed in range(3):
+            sample = make_sample(task, 400, seed, None, text, None, WordTokenizer())
+            assert sample.tokens.tolist() == [list(range(seed * step, seed * step + 400))]
 
 
 @pytest.mark.parametrize(
@@ -232,22 +295,92 @@ def test_inputs_are_listed_length_by_length_and_the_grid_by_depth():
 
 
 def line(task, pattern, **figures):
-    return {"task": task, "length": 512, "pattern": pattern, "density": 0.5, **figures}
+    return {
+        "task": task,
+        "text": "code",
+        "length": 512,
+        "pattern": pattern,
+        "density": 0.5,
+        **figures,
+    }
+
+
+def losses(pattern, sparse, last):
+    quarters = {"dense_quarters": (2.0, 2.0, 2.0, 1.5), "sparse_quarters": (2.0, 2.0, 2.0, last)}
+    return line(
+        PERPLEXITY, pattern, dense=2.0, sparse=sparse, divergence=0.1, agreement=0.9, **quarters
+    )
 
 
 def test_a_task_that_dense_cannot_do_is_shown_but_not_counted():
     lines = [
-        line("number", DENSE, score=0.0),
-        line("number", "a_shape", score=0.0),
-        line("passkey", DENSE, score=1.0),
-        line("passkey", "a_shape", score=0.5),
-        line(PERPLEXITY, DENSE, dense=2.0, sparse=2.0),
-        line(PERPLEXITY, "a_shape", dense=2.0, sparse=2.25),
+        line("number", DENSE, score=0.0, loose=0.0),
+        line("number", "a_shape", score=0.0, loose=1.0),
+        line("passkey", DENSE, score=1.0, loose=1.0),
+        line("passkey", "a_shape", score=0.5, loose=1.0),
+        losses(DENSE, 2.0, 1.5),
+        losses("a_shape", 2.25, 1.75),
     ]
     summaries = {item.task: item for item in summarize(lines)}
     assert not summaries["number"].counted and summaries["passkey"].counted
-    assert summaries["passkey"].score == 0.5
+    assert (summaries["passkey"].score, summaries["passkey"].loose) == (0.5, 1.0)
     assert summaries[PERPLEXITY].score == pytest.approx(0.25)
+    assert summaries[PERPLEXITY].last_quarter == pytest.approx(0.25)
+    (verdict,) = judge(summaries.values())
+    assert verdict.retention == 0.5 and not verdict.passes
+
+
+def test_of_sliding_windows_the_last_quarter_is_scored():
+    lines = [losses(name, 2.25, 1.75) | {"task": SLIDING} for name in (DENSE, "a_shape")]
+    (summary,) = summarize(lines)
+    assert (summary.dense, summary.score) == (1.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("loss", "last", "found", "passes"),
+    [
+        (0.009, 0.009, 1.0, True),
+        (0.011, 0.009, 1.0, False),
+        (0.009, 0.011, 1.0, False),
+        (0.009, 0.009, 0.9, False),
+    ],
+)
+def test_a_default_must_pass_both_gates(loss, last, found, passes):
+    lines = [
+        line("passkey", DENSE, score=1.0),
+        line("passkey", "union", score=found),
+        line("niah_single_1", DENSE, score=0.5),
+        line("niah_single_1", "union", score=1.0),  # does not make up for another task
+        losses(DENSE, 2.0, 1.5),
+        losses("union", 2.0 + loss, 1.5 + last),
+    ]
+    (verdict,) = judge(summarize(lines))
+    assert verdict.passes is passes
+
+
+def test_what_was_not_measured_does_not_pass():
+    lines = [losses(DENSE, 2.0, 1.5), losses("union", 2.0, 1.5)]
+    (verdict,) = judge(summarize(lines))
+    assert verdict.retention is None and not verdict.passes
+
+
+def test_plots_are_written_of_what_there_is(tmp_path):
+    lines = [losses(DENSE, 2.0, 1.5), losses("union", 2.02, 1.5)]
+    assert [path.name for path in write_plots(tmp_path, lines, summarize(lines))] == [
+        "density_loss.svg"
+    ]
+    for depth in (0.0, 0.5, 1.0):
+        for length in (512, 1024):
+            for name, score in ((DENSE, 1.0), ("union", depth)):
+                lines.append(line(GRID, name, score=score, depth=depth) | {"length": length})
+    paths = write_plots(tmp_path, lines, summarize(lines))
+    assert len(paths) == 3
+    for path in paths:
+        ElementTree.parse(path)  # well-formed
+    grid = ElementTree.parse(tmp_path / "needle_grid.svg").getroot()
+    texts = [element.text for element in grid.iter() if element.tag.endswith("text")]
+    assert texts.count("100%") == 6 + 2 and texts.count("50%") == 2 and texts.count("0%") == 2
+    assert {"depth 0%", "depth 50%", "depth 100%", "512", "1024"} <= set(texts)
 
 
 class CountingRunner:
@@ -255,7 +388,7 @@ class CountingRunner:
 
     asked: ClassVar[list[str]] = []
 
-    def __init__(self, model, plan):
+    def __init__(self, model, tokenizer, plan):
         pass
 
     def measure(self, sample, names):

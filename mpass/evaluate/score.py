@@ -12,6 +12,8 @@ from mpass.evaluate.samples import Sample
 from mpass.prefill import CHUNK, logits
 
 QUARTERS = 4
+POSITIONS = 16
+"""Parts of a text of which losses are given: a curve by position."""
 
 
 @torch.no_grad()
@@ -27,19 +29,31 @@ def strict_score(model: Any, hidden: Tensor, sample: Sample) -> float:
     return found / len(sample.spans)
 
 
+def loose_score(generated: str, answers: tuple[str, ...]) -> float:
+    """Share of the answers that stand somewhere in a text, upper and lower case alike.
+
+    RULER's own score (`string_match_all`). After a sparse prefill it hides damage: dense decoding
+    finds what the prefill lost.
+    """
+    text = generated.lower()
+    return sum(answer.lower() in text for answer in answers) / len(answers)
+
+
 @dataclass(frozen=True)
 class Losses:
     """A text's prediction by two prefills. Nats per token, mean over the text's positions.
 
-    dense, sparse: negative log likelihood; dense_quarters, sparse_quarters: the same by quarter of
-    the text; divergence: Kullback-Leibler, of the sparse from the dense distribution; agreement:
-    share of positions with the same most likely token.
+    dense, sparse: negative log likelihood; *_quarters, *_positions: the same by quarter and by
+    sixteenth of the text; divergence: Kullback-Leibler, of the sparse from the dense distribution;
+    agreement: share of positions with the same most likely token.
     """
 
     dense: float
     sparse: float
     dense_quarters: tuple[float, ...]
     sparse_quarters: tuple[float, ...]
+    dense_positions: tuple[float, ...]
+    sparse_positions: tuple[float, ...]
     divergence: float
     agreement: float
 
@@ -60,15 +74,18 @@ def compare_losses(model: Any, dense: Tensor, sparse: Tensor, tokens: Tensor) ->
         divergences.append((scores["dense"].exp() * gap).sum(-1).double())
         same.append(scores["dense"].argmax(-1) == scores["sparse"].argmax(-1))
     whole = {name: torch.cat(values) for name, values in losses.items()}
-    quarters = {
-        name: tuple(float(part.mean()) for part in values.tensor_split(QUARTERS))
-        for name, values in whole.items()
-    }
     return Losses(
         dense=float(whole["dense"].mean()),
         sparse=float(whole["sparse"].mean()),
-        dense_quarters=quarters["dense"],
-        sparse_quarters=quarters["sparse"],
+        dense_quarters=means_of_parts(whole["dense"], QUARTERS),
+        sparse_quarters=means_of_parts(whole["sparse"], QUARTERS),
+        dense_positions=means_of_parts(whole["dense"], POSITIONS),
+        sparse_positions=means_of_parts(whole["sparse"], POSITIONS),
         divergence=float(torch.cat(divergences).mean()),
         agreement=float(torch.cat(same).double().mean()),
     )
+
+
+def means_of_parts(values: Tensor, count: int) -> tuple[float, ...]:
+    """Mean of each of `count` equal parts of [N] in order; of fewer parts if N is less."""
+    return tuple(float(part.mean()) for part in values.tensor_split(min(count, len(values))))

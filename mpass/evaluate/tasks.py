@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mpass.evaluate.questions import one_document, two_documents
 from mpass.evaluate.samples import Puzzle
 
 NOISE = (
@@ -83,7 +84,12 @@ def different_keys(rng: random.Random, kind: str, count: int) -> list[str]:
 
 def random_depth(rng: random.Random) -> float:
     """One of the `DEPTHS` evenly spaced places."""
-    return rng.randrange(DEPTHS) / (DEPTHS - 1)
+    return random_depths(rng, 1)[0]
+
+
+def random_depths(rng: random.Random, count: int) -> list[float]:
+    """Different ones of the `DEPTHS` evenly spaced places, in any order."""
+    return [step / (DEPTHS - 1) for step in rng.sample(range(DEPTHS), count)]
 
 
 def needle(
@@ -111,11 +117,9 @@ def needle(
     def hide(name: str, value: str) -> str:
         return f"One of the special magic {value_kind} for {name} is: {value}."
 
-    inserts = tuple(
-        (random_depth(rng) if depth is None else depth, hide(name, value))
-        for name, all_values in found.items()
-        for value in all_values
-    )
+    needles = [hide(name, value) for name, all_values in found.items() for value in all_values]
+    depths = random_depths(rng, len(needles)) if depth is None else [depth] * len(needles)
+    inserts = tuple(zip(depths, needles, strict=True))
     asked = names[:queries]
     # Values are asked for in the order in which the text gives them.
     order = sorted(range(len(inserts)), key=lambda i: inserts[i][0])
@@ -170,7 +174,7 @@ def variable_tracking(rng: random.Random, haystack: Haystack) -> Puzzle:
     chain, value = list(names), str(rng.randint(10_000, 99_999))
     steps = [f"VAR {chain[0]} = {value}"]
     steps += [f"VAR {b} = VAR {a}" for a, b in itertools.pairwise(chain)]
-    depths = sorted(random_depth(rng) for _ in steps)
+    depths = sorted(random_depths(rng, len(steps)))
     return Puzzle(
         head="Memorize and track the chain(s) of variable assignment hidden in the following "
         "text.\n",
@@ -313,6 +317,8 @@ TASKS: dict[str, Task] = {
     "variable_tracking": variable_tracking,
     "common_words": common_words,
     "frequent_words": frequent_words,
+    "qa_1": lambda rng, haystack: one_document(rng),
+    "qa_2": lambda rng, haystack: two_documents(rng),
     "passkey": passkey,
     "number": number,
     "key_value": key_value,
