@@ -185,24 +185,29 @@ def explain(
     args, kwargs: what the model is called with; options, dynamic: as of torch.compile. Runs the
     model once, in the caller's gradient mode. Raises what the options raise.
     """
-    capture, log = run_captured(model, args, kwargs, options, dynamic)
+    capture = make_capture(options)
+    log = run_captured(capture, model, args, kwargs, dynamic)
     return finish_explanation(model, capture, log)
 
 
+def make_capture(options: Mapping[str, Any] | None) -> Capture:
+    """A capture that runs graphs in plain torch unless the options name an inner backend."""
+    return Capture(parse_options(None, {"inner_backend": "eager", **(options or {})}))
+
+
 def run_captured(
+    capture: Capture,
     model: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    options: Mapping[str, Any] | None,
     dynamic: bool | None,
     inspect: Callable[..., None] | None = None,
-) -> tuple[Capture, Log]:
-    """Run a model once through the passes, without Inductor unless the options ask for it."""
-    capture = Capture(parse_options(None, {"inner_backend": "eager", **(options or {})}))
+) -> Log:
+    """Compile a model by a capture and run it once; `inspect` sees every sparse attention."""
     original = getattr(model, "_orig_mod", model)
     with record(inspect) as log:
         torch.compile(original, backend=capture, dynamic=dynamic)(*args, **kwargs)
-    return capture, log
+    return log
 
 
 def finish_explanation(model: Callable[..., Any], capture: Capture, log: Log) -> Explanation:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mpass.advice import advise
 from mpass.cache import write_whole
-from mpass.explanation import Explanation, finish_explanation, run_captured
+from mpass.explanation import Explanation, finish_explanation, make_capture, run_captured
 from mpass.lowering.density import density as count_density
 from mpass.lowering.record import Call, Operands
 from mpass.lowering.sources import KernelSource, generated_sources
@@ -139,17 +139,20 @@ def profile(
     dynamic: bool | None = None,
     max_query_blocks: int = 64,
     resolution: int = 128,
+    progress: Callable[[str], object] | None = None,
 ) -> Profile:
     """Run a model on a prompt and compare its sparse attention with the exact one.
 
     inputs: a tensor, positional arguments or keyword arguments; options, dynamic: as of
     torch.compile, "inner_backend" is "eager" unless they say otherwise; max_query_blocks: blocks of
     64 queries per layer whose exact attention is computed, evenly spread over the prompt (0 for
-    all); resolution: rows and columns of the maps. Runs the model three times, in the caller's
-    gradient mode. Raises what the options raise.
+    all); resolution: rows and columns of the maps; progress: told in words what is done. Runs the
+    model three times, in the caller's gradient mode. Raises what the options raise.
     """
     args, kwargs = split_inputs(inputs)
     measured: list[Measured] = []
+    capture = make_capture(options)
+    tell = progress or (lambda text: None)
 
     def inspect(call: Call, operands: Operands) -> None:
         sizes = {"batch": operands.query.shape[0], "num_queries": call.num_queries}
@@ -158,8 +161,12 @@ def profile(
             operands, max_query_blocks=max_query_blocks or 1 << 30, resolution=resolution
         )
         measured.append(Measured(call, share.mean(0).cpu(), recall))
+        total = sum(site.status == "sparse" for graph in capture.graphs for site in graph.sites)
+        tell(f"measured {len(measured)} of {total} attentions")
 
-    capture, log = run_captured(model, args, kwargs, options, dynamic, inspect)
+    tell("capturing the model")
+    log = run_captured(capture, model, args, kwargs, dynamic, inspect)
+    tell("timing two runs")
     explanation = finish_explanation(model, capture, log)
     compiled = torch.compile(getattr(model, "_orig_mod", model), backend=capture, dynamic=dynamic)
     steps, seconds = time_ops(lambda: compiled(*args, **kwargs))

@@ -36,8 +36,12 @@ def profile(
 
     body, inputs = prompt.load_prompt(model, text, length, dtype, device)
     options = prompt.pass_options(pattern, config, min_seq_len)
+    tell = prompt.tell_progress()
     with torch.inference_mode():
-        done = profile_model(body, inputs, options=options, max_query_blocks=query_blocks)
+        done = profile_model(
+            body, inputs, options=options, max_query_blocks=query_blocks, progress=tell
+        )
+    tell("")
     typer.echo(str(done))
     if output is not None:
         done.save(output)

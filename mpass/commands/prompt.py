@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +60,25 @@ def pass_options(
     if min_seq_len is not None:
         options["min_seq_len"] = min_seq_len
     return options
+
+
+def tell_progress(every: float = 10.0) -> Callable[[str], None]:
+    """A function that shows on stderr what is done: one line on a terminal, else now and then.
+
+    every: seconds between the lines of a log. An empty text clears the line.
+    """
+    last = float("-inf")
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{text}")
+        elif text and time.monotonic() - last >= every:
+            sys.stderr.write(f"{text}\n")
+            last = time.monotonic()
+        sys.stderr.flush()
+
+    return tell
 
 
 def check_output(output: Path | None) -> None:

@@ -52,7 +52,8 @@ def page_data(explanation: Explanation, profile: Profile | None = None) -> dict[
     rows = head_rows(explanation, profile)
     names = {head["pattern"].split("(")[0] for row in rows for head in row["heads"]}
     return {
-        "summary": summary(explanation, profile),
+        "tiles": tiles(explanation, profile),
+        "summary": summary(explanation),
         "patterns": sorted(names - {""}),
         "profiled": profile is not None and bool(profile.layers),
         "rows": rows,
@@ -63,24 +64,36 @@ def page_data(explanation: Explanation, profile: Profile | None = None) -> dict[
     }
 
 
-def summary(explanation: Explanation, profile: Profile | None) -> str:
-    """What the page says first."""
+def tiles(explanation: Explanation, profile: Profile | None) -> list[tuple[str, str]]:
+    """What the page says first: figures, and what they are of."""
     sites = explanation.sites
     sparse = sum(site.status == "sparse" for site in sites)
-    text = (
-        f"{sparse} of {len(sites)} attentions sparse in {len(explanation.graphs)} graphs, "
-        f"from {explanation.min_seq_len} tokens on. "
-    )
-    if explanation.mask_bytes:
-        text += f"Masks no longer made: {in_bytes(explanation.mask_bytes)}. "
+    graphs = len(explanation.graphs)
+    shown = [
+        (f"{sparse} of {len(sites)}", f"attentions sparse in {graphs} graph{'s' * (graphs != 1)}")
+    ]
     heads = [head for layer in profile.layers for head in layer.heads] if profile else []
     if profile and heads:
         density = sum(head.density for head in heads) / len(heads)
         recall = sum(head.recall for head in heads) / len(heads)
-        text += (
-            f"{profile.layers[0].num_keys} keys: mean density {density:.1%}, "
-            f"mean recall {recall:.1%}. "
-        )
+        shown += [
+            (f"{profile.layers[0].num_keys:,}", "keys"),
+            (f"{density:.1%}", "density, mean over heads"),
+            (f"{recall:.1%}", "recall, mean over heads"),
+        ]
+    if profile and (total := sum(profile.seconds.values())):
+        ours = profile.seconds["index"] + profile.seconds["attention"]
+        shown.append((f"{ours / total:.0%}", "of time in sparse attention"))
+    if explanation.index_bytes:
+        shown.append((in_bytes(explanation.index_bytes), "index of one layer"))
+    if explanation.mask_bytes:
+        shown.append((in_bytes(explanation.mask_bytes), "mask no longer made"))
+    return shown
+
+
+def summary(explanation: Explanation) -> str:
+    """From which length on attention is sparse, and the most frequent reasons why not."""
+    text = f"Prompts of {explanation.min_seq_len} tokens and more are sparse. "
     for reason, count in explanation.reasons.most_common(3):
         text += f"Dense, {count} x: {reason}. "
     return text

@@ -43,9 +43,26 @@ function describe(pairs) {
   const list = element("dl");
   for (const [name, value] of pairs) {
     if (value === "" || value === undefined || value === null) continue;
-    list.append(element("dt", name), element("dd", value));
+    const text = String(value);
+    list.append(element("dt", name), element("dd", shortPath(text), { title: text }));
   }
   return list;
+}
+
+// A path without the folder that packages are installed in.
+function shortPath(text) {
+  return text.replace(/\S*\/(?:site|dist)-packages\//, "");
+}
+
+function count(number) {
+  return number >= 1024 && number % 1024 === 0 ? `${number / 1024}K` : String(number);
+}
+
+// A scale of colors with its ends named.
+function scaleBar(low, high) {
+  const bar = element("span", undefined, { class: "scale" });
+  bar.append(element("span", low), element("i"), element("span", high));
+  return bar;
 }
 
 function fillTable(table, heads, rows) {

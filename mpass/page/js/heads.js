@@ -2,8 +2,10 @@
 
 const LEVELS = 15; // of mpass.recall
 const DECADES = 4;
+const LEAST = `${100 * 10 ** -DECADES}%`;
 const MAP_SIDE = 360;
 const LABEL = 34;
+const AXIS = { left: 46, bottom: 34 };
 const chosen = { row: 0, head: 0 };
 let cell = { width: 16, height: 16 };
 
@@ -62,7 +64,7 @@ function drawMap() {
   context.fillStyle = color("--soft");
   const every = Math.ceil(24 / cell.width);
   for (let h = 0; h < most; h += every) context.fillText(h, LABEL + h * cell.width + 1, 8);
-  context.strokeStyle = color("--bad");
+  context.strokeStyle = color("--mark");
   context.lineWidth = 2;
   context.strokeRect(LABEL + chosen.head * cell.width - 1, 18 + chosen.row * cell.height - 1, cell.width + 1, cell.height + 1);
   drawLegend(metric);
@@ -84,13 +86,10 @@ function drawLegend(metric) {
       legend.append(item);
     }
   } else {
-    const [low, high] = metricRange(metric);
-    const bar = element("span", "", {
-      style: "display:inline-block;width:8rem;height:.7rem;margin:0 .4rem;background:linear-gradient(90deg,var(--low),var(--middle),var(--high))",
-    });
-    legend.append(element("span", percent(low)), bar, element("span", percent(high)));
+    legend.append(scaleBar(...metricRange(metric).map(percent)));
   }
-  const none = element("span", "  ");
+  if (data.rows.every((row) => row.measured)) return;
+  const none = element("span");
   none.append(element("span", "■", { style: "color:var(--none)" }), element("span", " dense, not measured"));
   legend.append(none);
 }
@@ -127,7 +126,7 @@ async function chooseHead(row, head) {
     ["ran", layer.lowering],
     ["recall", layer.measured ? percent(facts.recall) + (layer.all_queries ? "" : ` of ${layer.looked} query blocks`) : ""],
     ["density", layer.measured ? percent(facts.density) : ""],
-    ["predicted cost", facts.predicted === null ? "" : `${percent(facts.predicted)} of dense`],
+    ["predicted cost", facts.predicted === null ? "" : `at most ${percent(facts.predicted)} of dense`],
     ["worst loss", layer.measured && facts.worst[2] > 0 ? `${percent(facts.worst[2])} of query block ${facts.worst[0]} lies on key block ${facts.worst[1]}` : ""],
     ["advice", facts.advice],
     ["index", layer.measured ? bytes(layer.index_bytes) : ""],
@@ -141,8 +140,8 @@ async function chooseHead(row, head) {
   if (wanted !== `${chosen.row}/${chosen.head}`) return; // another head was chosen meanwhile
   const figures = element("div", undefined, { class: "columns" });
   figures.append(
-    blockFigure(layer, maps, "computed", "what it computes: share of keys"),
-    blockFigure(layer, maps, "exact", "exact attention: mass, log scale"),
+    blockFigure(layer, maps, "computed", "What it computes", ["no key", "every key of the block"]),
+    blockFigure(layer, maps, "exact", "Exact attention", [`under ${LEAST}`, "all of it, log scale"]),
   );
   place.replaceChildren(title, list, figures);
 }
@@ -157,7 +156,7 @@ async function unpackMaps(layer) {
   return layer.unpacked;
 }
 
-function blockFigure(layer, maps, kind, caption) {
+function blockFigure(layer, maps, kind, caption, ends) {
   const side = layer.side;
   const start = chosen.head * side * side;
   const level = (y, x) => {
@@ -190,11 +189,31 @@ function blockFigure(layer, maps, kind, caption) {
     const words =
       kind === "computed"
         ? `${percent(value / LEVELS)} of the keys`
-        : value ? `about ${percent(10 ** ((value / LEVELS - 1) * DECADES))} of the attention` : `under ${percent(10 ** -DECADES)}`;
+        : value ? `about ${percent(10 ** ((value / LEVELS - 1) * DECADES))} of the attention` : `under ${LEAST} of the attention`;
     showTip(event, `queries from ${at(y, layer.num_queries)}, keys from ${at(x, layer.num_keys)}\n${words}`);
   });
   canvas.addEventListener("mouseleave", (event) => showTip(event, ""));
   const figure = element("figure");
-  figure.append(canvas, element("figcaption", `${caption} (queries down, keys across)`));
+  const heading = element("figcaption", caption);
+  heading.append(scaleBar(...ends));
+  figure.append(heading, withAxes(canvas, layer));
   return figure;
+}
+
+// A map with the positions of its keys below and of its queries beside it.
+function withAxes(canvas, layer) {
+  const frame = element("div", undefined, { class: "axes" });
+  frame.append(canvas);
+  const svg = d3.select(frame).append("svg").attr("width", MAP_SIDE + AXIS.left + 12).attr("height", MAP_SIDE + AXIS.bottom);
+  const draw = (total, make, x, y) => {
+    const scale = d3.scaleLinear([0, total], [0, MAP_SIDE]);
+    const step = 2 ** Math.ceil(Math.log2(total / 6));
+    const ticks = Array.from({ length: Math.floor(total / step) + 1 }, (_, i) => i * step);
+    svg.append("g").attr("transform", `translate(${x} ${y})`).call(make(scale).tickValues(ticks).tickFormat(count));
+  };
+  draw(layer.num_keys, d3.axisBottom, AXIS.left, MAP_SIDE + 1);
+  draw(layer.num_queries, d3.axisLeft, AXIS.left - 1, 0);
+  svg.append("text").attr("x", AXIS.left + MAP_SIDE / 2).attr("y", MAP_SIDE + AXIS.bottom - 2).text("key");
+  svg.append("text").attr("transform", `translate(10 ${MAP_SIDE / 2}) rotate(-90)`).text("query");
+  return frame;
 }

@@ -4,11 +4,11 @@ function drawBars() {
   const place = document.getElementById("bars");
   place.replaceChildren();
   const parts = Object.entries(data.seconds);
-  if (parts.length) place.append(element("h3", "One run"), barChart(parts.map(([name, value]) => [name, [value]]), ["--pattern-1"]));
+  if (parts.length) place.append(element("h3", "One run"), barChart(parts.filter(([, value]) => value > 0).map(([name, value]) => [name, [value]]), ["--pattern-1"]));
   const layers = data.rows.filter((row) => row.measured && row.index_seconds + row.attention_seconds > 0);
   if (layers.length) {
-    place.append(element("h3", "Per layer"), element("p", "■ index estimation", { style: "color:var(--pattern-3);margin:0" }),
-      element("p", "■ attention", { style: "color:var(--pattern-1);margin:0" }),
+    place.append(element("h3", "Per layer"), element("span", "■ index estimation", { class: "key", style: "color:var(--pattern-3)" }),
+      element("span", "■ attention", { class: "key", style: "color:var(--pattern-1)" }),
       barChart(layers.map((row) => [row.label, [row.index_seconds, row.attention_seconds]]), ["--pattern-3", "--pattern-1"]));
   }
   const passes = data.graphs.flatMap((graph, i) => Object.entries(graph.seconds).map(([name, value]) => [`graph ${i}: ${name}`, [value]]));
@@ -60,6 +60,11 @@ function startTables() {
   }
 }
 
+for (const [value, label] of data.tiles) {
+  const tile = element("div", undefined, { class: "tile" });
+  tile.append(element("b", value), element("span", label));
+  document.getElementById("tiles").append(tile);
+}
 document.getElementById("summary").textContent = data.summary;
 startHeads();
 startGraphs();
