@@ -40,7 +40,8 @@ from mpass.calibration_settings import Settings
 from mpass.commands.calibrate import make_inputs
 from mpass.config import SparseConfig
 from mpass.demo import environment
-from mpass.evaluate.run import make_sample, read_lines
+from mpass.evaluate.plan import read_lines
+from mpass.evaluate.run import make_sample
 from mpass.evaluate.score import strict_score
 from mpass.evaluate.tasks import make_haystack
 from mpass.models import load_model

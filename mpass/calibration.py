@@ -34,6 +34,8 @@ from mpass.errors import CalibrationError
 from mpass.patterns.base import Pattern
 from mpass.patterns.dense import Dense
 
+__all__ = ["Calibration", "Settings", "calibrate", "run_calibration"]
+
 
 def calibrate(
     model: Any,

@@ -63,9 +63,8 @@ def calibrate(
     Measures every pattern on every head, how much each layer matters, and what the kernels cost
     here; checks the choice on text that the search did not see. Can be stopped and started again.
     """
-    from mpass.calibration import run_calibration
+    from mpass.calibration import Settings, run_calibration
     from mpass.calibration_report import check_table, choice_table, heatmap
-    from mpass.calibration_settings import Settings
     from mpass.models import load_model
     from mpass.parse import parse_dtype, parse_pattern
 
