@@ -1,4 +1,8 @@
-"""A headless Chromium driven through chromedriver's WebDriver protocol, with urllib alone."""
+"""A headless Chromium driven through chromedriver's WebDriver protocol, with urllib alone.
+
+`python -m tests.browser PAGE.html PICTURE.png LAYER HEAD` takes the picture in README: the top of
+the page of a profile, with a head chosen.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -131,3 +137,18 @@ def open_browser(folder: Path) -> Iterator[Browser]:
     finally:
         driver.terminate()
         driver.wait(timeout=20)
+
+
+def main() -> None:
+    page, picture, row, head = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder, open_browser(Path(folder)) as browser:
+        browser.open(Path(page))
+        browser.wait("return document.querySelectorAll('#head canvas').length == 2")
+        begin = "window.shown = false; chooseHead(arguments[0], arguments[1])"
+        browser.run(f"{begin}.then(() => {{ window.shown = true; }})", int(row), int(head))
+        browser.wait("return window.shown")
+        browser.screenshot(Path(picture))
+
+
+if __name__ == "__main__":
+    main()
