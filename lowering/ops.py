@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from mpass.lowering.block_lists import BlockLists, attend_as_listed, lists_agree, warn_of_lists
 from mpass.lowering.dense import dense_attention
 from mpass.lowering.density import density, work_share
 from mpass.lowering.dispatch import choose_lowering
@@ -145,6 +146,50 @@ def attention(
 @attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return empty_output(query, value)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::check_block_lists",
+    mutates_args=("out",),
+    schema="(Tensor(a!) out, Tensor query, Tensor key, Tensor value, Tensor kv_num_blocks, "
+    "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int query_block, "
+    "int key_block, Tensor? key_mask, SymInt query_offset, int window, bool causal, float scale, "
+    "float softcap, int layer) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def check_block_lists(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor | None,
+    full_kv_indices: Tensor | None,
+    query_block: int,
+    key_block: int,
+    key_mask: Tensor | None,
+    query_offset: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    layer: int,
+) -> None:
+    """Overwrite `out` where a flex_attention's lists of blocks are not those of its mask.
+
+    out [B, H, Nq, Dv]: sparse attention under the mask that mask_mod was proven to mean. The lists
+    are tensors that each call may change, hence this check in each call; on a GPU the host waits
+    for its answer, so it stays out of CUDA graphs. See lowering.block_lists.
+    """
+    lists = BlockLists(
+        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, query_block, key_block
+    )
+    mask = AttentionMask(causal, query_offset, window, key_mask)
+    if bool(lists_agree(lists, mask, query.shape[2], key.shape[2])):
+        return
+    warn_of_lists(layer)
+    attend_as_listed(out, query, key, value, lists, mask, scale=scale, softcap=softcap)
 
 
 @torch.library.custom_op(

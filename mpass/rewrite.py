@@ -6,6 +6,7 @@ one sparse attention. Masks and repeated kv heads that nothing else reads are dr
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 
@@ -53,13 +54,29 @@ def replace_site(graph: fx.Graph, plan: AttentionPlan) -> None:
                 site.layer,
             ),
         )
-        created = [output]
+        created = [output, *insert_check(graph, site, output, visible)]
         if site.output_transposed:
             output = graph.call_method("transpose", (output, 1, 2))
             created.append(output)
     for node in created:
         copy_meta(site.output, node)
     site.output.replace_all_uses_with(output)
+
+
+def insert_check(
+    graph: fx.Graph,
+    site: AttentionSite,
+    output: fx.Node,
+    visible: tuple[fx.Node | None, int | fx.Node, int, bool],
+) -> list[fx.Node]:
+    """The op that holds flex_attention's lists against the mask in each call, where it has some."""
+    if site.listed is None:
+        return []
+    lists = [getattr(site.listed, field.name) for field in dataclasses.fields(site.listed)]
+    arguments = (output, site.query, site.key, site.value, *lists, *visible)
+    options = (site.scale, site.softcap, site.layer)
+    check = torch.ops.minference.check_block_lists.default
+    return [graph.call_function(check, (*arguments, *options))]
 
 
 def insert_keys(
@@ -106,7 +123,8 @@ def insert_index(
         fields = plan.patterns[heads[0]].parameters()
         parameters = [[plan.patterns[head].parameters()[name] for head in heads] for name in fields]
         arguments = (site.query, key, key_mask, heads, offset, window, causal, site.scale)
-        estimate = graph.call_function(index_op(cls), (*arguments, *parameters))
+        limits = (plan.dense_above, plan.min_seq_len)
+        estimate = graph.call_function(index_op(cls), (*arguments, *limits, *parameters))
         copy_meta(site.output, estimate)
         parts += unpack(graph, estimate, site.output)
     slots = [head_slots(cls, len(heads)) for cls, heads in groups.items()]

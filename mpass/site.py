@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -38,6 +38,21 @@ class MaskMeaning:
 
 
 @dataclass(frozen=True)
+class ListedBlocks:
+    """Nodes of a BlockMask's lists, to be checked against the mask in every call.
+
+    As in mpass.lowering.block_lists.BlockLists; query_block, key_block: tokens in a block.
+    """
+
+    kv_num_blocks: fx.Node
+    kv_indices: fx.Node
+    full_kv_num_blocks: fx.Node | None
+    full_kv_indices: fx.Node | None
+    query_block: int
+    key_block: int
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One matched attention. Nodes are those of the captured graph.
 
@@ -46,6 +61,7 @@ class AttentionSite:
     `output_transposed` tells that it is [B, Nq, H, Dv] instead of [B, H, Nq, Dv].
     mask: what the mask means, or None with `unproven` telling why.
     dense_reason: why the site must stay dense whatever the mask (dropout, weights returned, ...).
+    listed: flex_attention's lists of blocks, if they may say something else than the mask.
     """
 
     output: fx.Node
@@ -63,7 +79,7 @@ class AttentionSite:
     unproven: str = ""
     dense_reason: str = ""
     source: str = ""
-    extra: dict[str, object] = field(default_factory=dict, compare=False)
+    listed: ListedBlocks | None = None
 
     @property
     def num_heads(self) -> int:

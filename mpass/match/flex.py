@@ -1,27 +1,31 @@
 """flex_attention: the higher-order op, whose mask is a small graph of (b, h, q, k).
 
-The mask's meaning is read from mask_mod. The op also skips the blocks that its BlockMask leaves
-out; `create_block_mask` makes these from the same mask_mod, but a BlockMask can be built of other
-blocks, so the blocks of the call that is being compiled are counted against the proven meaning.
+The mask's meaning is read from mask_mod. The op also skips the blocks that its BlockMask does not
+list; `create_block_mask` makes the lists from the same mask_mod, but a BlockMask can be built of
+other blocks, and each call may bring another one. So the lists of the call that is being compiled
+are held against the proven meaning here, and those of every call by the op `check_block_lists`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from mpass.lowering.block_lists import BlockLists, lists_agree
+from mpass.lowering.index import AttentionMask
 from mpass.mask import MaskProof, MaskProver, mask_sizes
 from mpass.mask_expr import BATCH, HEAD, KEY, QUERY, Expr
 from mpass.mask_reader import op_name
 from mpass.match.common import constant_scale, gradient_reason, is_tensor, make_site, shape_reason
 from mpass.match.eager import CASTS, FACTORS, constant_factor
-from mpass.site import AttentionSite, Length, MaskMeaning, shape_of
+from mpass.site import AttentionSite, Length, ListedBlocks, MaskMeaning, shape_of
 
-BLOCK_COUNTS = (2, 4)
-"""Places of kv_num_blocks and full_kv_num_blocks in a BlockMask's tuple."""
+LISTS = slice(2, 6)
+"""Places of kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices in a BlockMask."""
 
 
 def match_flex(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
@@ -42,9 +46,9 @@ def match_flex(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         or result_reason(node)
         or gradient_reason(output)
     )
-    proof = MaskProof(None, "not read: the site stays dense")
+    proof, listed = MaskProof(None, "not read: the site stays dense"), None
     if not reason:
-        proof = prove_blocks(node, block_mask, query, key, prover)
+        proof, listed = prove_blocks(node, block_mask, query, key, prover)
     return make_site(
         output,
         "flex",
@@ -56,6 +60,7 @@ def match_flex(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         mask=proof.meaning,
         unproven=proof.reason,
         dense_reason=reason,
+        listed=listed,
     )
 
 
@@ -117,11 +122,11 @@ def read_score_mod(module: fx.GraphModule | None) -> float | None:
 
 def prove_blocks(
     node: fx.Node, block_mask: Any, query: fx.Node, key: fx.Node, prover: MaskProver
-) -> MaskProof:
-    """The meaning of a BlockMask: that of its mask_mod, if its blocks are those of it."""
+) -> tuple[MaskProof, ListedBlocks | None]:
+    """The meaning of a BlockMask, that of its mask_mod, and the lists that calls must check."""
     mask_mod = sub_graph(node, block_mask[-1])
     if mask_mod is None:
-        return MaskProof(None, "mask_mod is not in the graph")
+        return MaskProof(None, "mask_mod is not in the graph"), None
     buffers = node.args[8] if len(node.args) > 8 else ()
     placeholders = [item for item in mask_mod.graph.nodes if item.op == "placeholder"]
     arguments: dict[fx.Node, Expr] = dict(
@@ -133,70 +138,86 @@ def prove_blocks(
     sizes = mask_sizes(query, key)
     proof = prover.prove_mask_mod(mask_mod.graph, arguments, sizes, key, node)
     if proof.meaning is None:
-        return proof
-    problem = block_problem(node, block_mask, proof.meaning, query, key, prover)
-    return MaskProof(None, problem, proof.condition) if problem else proof
+        return proof, None
+    query_block, key_block = int(block_mask[-3]), int(block_mask[-2])
+    counts, entries, full_counts, full_entries = block_mask[LISTS]
+    listed = ListedBlocks(counts, entries, full_counts, full_entries, query_block, key_block)
+    values = list_values(listed, node, prover)
+    problem = block_problem(values, proof.meaning, query, key)
+    if problem:
+        return MaskProof(None, problem, proof.condition), None
+    if is_one_block(listed, node, prover):
+        return proof, None
+    checked = (
+        *proof.meaning.proof,
+        "lists of blocks: those of mask_mod here, checked in each call",
+    )
+    return dataclasses.replace(
+        proof, meaning=dataclasses.replace(proof.meaning, proof=checked)
+    ), listed
 
 
 def block_problem(
-    node: fx.Node,
-    block_mask: Any,
-    meaning: MaskMeaning,
-    query: fx.Node,
-    key: fx.Node,
-    prover: MaskProver,
+    lists: BlockLists | None, meaning: MaskMeaning, query: fx.Node, key: fx.Node
 ) -> str:
-    """Why the blocks of a BlockMask are not those of its mask_mod; "" if they are."""
-    if all(block_mask[place] is None for place in BLOCK_COUNTS):
-        return ""
-    given = [block_mask[place] for place in BLOCK_COUNTS if block_mask[place] is not None]
-    counts = [
-        count
-        for count_node in given
-        if (count := block_count(count_node, node, prover)) is not None
-    ]
-    if len(counts) != len(given):
+    """Why the lists of the call being compiled are not those of the mask; "" if they are."""
+    if lists is None:
         return "blocks of the BlockMask are not known when compiling"
-    found = torch.stack([count.long() for count in counts]).sum(0)
+    if meaning.valid_keys is not None:
+        return "a BlockMask over fewer keys than there are is not served"
     num_queries, num_keys = hint(shape_of(query)[2]), hint(shape_of(key)[2])
-    rows, columns = int(block_mask[-3]), int(block_mask[-2])
-    expected = count_blocks(meaning, num_queries, num_keys, rows, columns)
-    if found.shape[-1] != len(expected):
+    if lists.kv_num_blocks.shape[-1] != -(-num_queries // lists.query_block):
         return "the BlockMask is for another length"
-    expected = expected.to(found.device)
-    agree = found <= expected if meaning.key_mask is not None else found == expected
-    if not bool(agree.all()):
+    offset = meaning.query_offset
+    if isinstance(offset, fx.Node):
+        return ""  # Stays dense for another reason, which plan_attention gives.
+    key_mask = None
+    if meaning.key_mask is not None:
+        key_mask = real_value(meaning.key_mask)
+        if key_mask is None:
+            return ""  # Computed in the graph: left to the check in the calls.
+    mask = AttentionMask(meaning.causal, hint(offset), meaning.window, key_mask)
+    if not bool(lists_agree(lists, mask, num_queries, num_keys)):
         return "blocks of the BlockMask are not those of its mask_mod"
     return ""
 
 
-def count_blocks(
-    meaning: MaskMeaning, num_queries: int, num_keys: int, rows: int, columns: int
-) -> torch.Tensor:
-    """Key blocks that each block of `rows` queries sees some key of: int64 [query blocks]."""
-    num_rows, num_columns = -(-num_queries // rows), -(-num_keys // columns)
-    offset = hint(meaning.query_offset)  # type: ignore[arg-type]
-    first = torch.arange(num_rows) * rows + offset
-    last = torch.clamp(first + rows, max=num_queries + offset) - 1
-    starts = torch.arange(num_columns) * columns
-    seen = torch.ones(num_rows, num_columns, dtype=torch.bool)
-    if meaning.causal:
-        seen &= starts[None] <= last[:, None]
-    if meaning.window:
-        seen &= starts[None] + columns - 1 > first[:, None] - meaning.window
-    if meaning.valid_keys is not None:
-        seen &= starts[None] < hint(meaning.valid_keys)
-    return seen.sum(-1)
+def list_values(listed: ListedBlocks, node: fx.Node, prover: MaskProver) -> BlockLists | None:
+    """The lists of the call that is being compiled; None if one of them is not known."""
+    nodes = [getattr(listed, field.name) for field in dataclasses.fields(listed)][:4]
+    values = [None if item is None else known_value(item, node, prover) for item in nodes]
+    if any((item is None) != (value is None) for item, value in zip(nodes, values, strict=True)):
+        return None
+    counts, entries, full_counts, full_entries = values
+    if counts is None or entries is None:
+        return None
+    return BlockLists(
+        counts, entries, full_counts, full_entries, listed.query_block, listed.key_block
+    )
 
 
-def block_count(count: Any, node: fx.Node, prover: MaskProver) -> torch.Tensor | None:
-    """Blocks per block of queries: of the call being compiled, or a constant of the graph."""
-    if isinstance(count, fx.Node) and count.op != "placeholder":
-        expr = prover.reader.read(count, node)
-        if not isinstance(expr, sympy.Integer):
-            return None
-        return torch.full([hint(size) for size in shape_of(count)], int(expr))
-    return real_value(count)
+def known_value(item: fx.Node, node: fx.Node, prover: MaskProver) -> torch.Tensor | None:
+    """A tensor of the call being compiled, or one that the graph fills with a constant."""
+    if item.op == "placeholder":
+        return real_value(item)
+    number = constant_of(item, node, prover)
+    return None if number is None else torch.full([hint(n) for n in shape_of(item)], number)
+
+
+def constant_of(item: fx.Node, node: fx.Node, prover: MaskProver) -> int | None:
+    """The number that every entry of a tensor made in the graph has."""
+    expression = prover.reader.read(item, node)
+    return int(expression) if isinstance(expression, sympy.Integer) else None
+
+
+def is_one_block(listed: ListedBlocks, node: fx.Node, prover: MaskProver) -> bool:
+    """Whether the lists are constants that name one block for everything, as without BlockMask."""
+    nodes = (listed.kv_num_blocks, listed.kv_indices)
+    return (
+        listed.full_kv_num_blocks is None
+        and all(item.op != "placeholder" and shape_of(item)[-1] == 1 for item in nodes)
+        and [constant_of(item, node, prover) for item in nodes] == [1, 0]
+    )
 
 
 def real_value(node: Any) -> torch.Tensor | None:
