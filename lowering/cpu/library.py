@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import inspect
 import sys
 import threading
 from collections.abc import Sequence
@@ -63,12 +64,15 @@ def compile_source(source: str, *, label: str, extra_flags: Sequence[str] = ()) 
     """Compile and load one translation unit with OpenMP, through Inductor's cache."""
     from torch._inductor.codecache import CppCodeCache
 
+    # Before torch 2.13 Inductor always adds its own vector flags; they do no harm, but cost a probe.
+    known = inspect.signature(CppCodeCache.load_async).parameters
+    options = {"needs_vec_isa": False} if "needs_vec_isa" in known else {}
     timer = threading.Timer(PROGRESS_AFTER, report_progress, [label])
     timer.daemon = True
     timer.start()
     try:
         library: ctypes.CDLL = CppCodeCache.load(
-            source, needs_vec_isa=False, extra_flags=(*EXTRA_FLAGS, *extra_flags)
+            source, extra_flags=(*EXTRA_FLAGS, *extra_flags), **options
         )
     finally:
         timer.cancel()
