@@ -14,7 +14,13 @@ from mpass.lowering.triton.compile import (
     compile_kernel,
     table_spec,
 )
-from mpass.lowering.triton.spec import SHARED_MEMORY, KernelSpec, parts
+from mpass.lowering.triton.spec import (
+    SHARED_MEMORY,
+    KernelSpec,
+    parts,
+    score_warps,
+    select_warps,
+)
 
 MAX_SPILL = 16
 """Bytes of spilled registers that a kernel of the table may have."""
@@ -46,6 +52,19 @@ FLAGS = {
     },
 }
 
+
+def block_spec(rule: str, width: int, **flags) -> KernelSpec:
+    """The listing kernel of rows of `width` scores."""
+    return KernelSpec("blocks", tile=width, rule=rule, num_warps=select_warps(width), **flags)
+
+
+def score_spec(template: str, head_dim: int, **values) -> KernelSpec:
+    """A kernel of estimation that multiplies query rows with means."""
+    return KernelSpec(
+        template, head_dim=head_dim, num_warps=score_warps(head_dim), num_stages=2, **values
+    )
+
+
 SMALL_KERNELS = [
     (KernelSpec("ints", num_warps=1), "write_ints"),
     (KernelSpec("rows", num_warps=1), "plan_rows"),
@@ -66,8 +85,13 @@ SMALL_KERNELS = [
     (KernelSpec("select", tile=1024, window=True), "mark_distances"),
     (KernelSpec("select", tile=1024), "list_columns"),
     (KernelSpec("select", tile=1024), "list_diagonals"),
-    (KernelSpec("pool", head_dim=128, padding=True), "pool_blocks"),
-    (KernelSpec("blocks", tile=2048, num_warps=8, window=True), "list_blocks"),
+    (KernelSpec("pool", head_dim=128, pool=64, padding=True), "pool_runs"),
+    (KernelSpec("pool", head_dim=256, pool=8, padding=True), "pool_runs"),
+    (block_spec("top_k", 2048, window=True), "list_blocks"),
+    (block_spec("share", 2048, target="sm_80"), "list_blocks"),
+    (block_spec("row_mass", 16384, window=True, padding=True), "list_blocks"),
+    (score_spec("tile_scores", 128), "score_tiles"),
+    (score_spec("row_scores", 128, rows=16, pool=8, target="sm_80"), "score_rows"),
 ]
 
 
@@ -155,10 +179,34 @@ def test_small_kernels_compile_for_every_target(target, spec, kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [4096, 8192, 16384])
-def test_block_selection_of_the_longest_prompts_spills_a_named_amount(width):
-    # A row of 16384 scores (a million keys) in registers: 112 bytes per thread go to the cache.
-    report = compile_kernel(
-        KernelSpec("blocks", tile=width, num_warps=min(32, width // 256)), "list_blocks"
-    )
-    assert report.spill_bytes <= (160 if width == 16384 else MAX_SPILL)
+@pytest.mark.parametrize("width", [256, 1024, 4096, 8192, 16384])
+@pytest.mark.parametrize("rule", ["top_k", "share", "mass", "row_mass"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_lists_of_every_length_of_prompt_do_not_spill(target, rule, width):
+    flags = {} if rule == "top_k" else {"window": True, "padding": True}
+    for spec in (block_spec(rule, width), block_spec(rule, width, **flags)):
+        report = compile_kernel(dataclasses.replace(spec, target=target), "list_blocks")
+        assert report.spill_bytes <= MAX_SPILL
+
+
+SCORES = {
+    "score_tiles": ("tile_scores", {}),
+    "score_rows": ("row_scores", {"rows": 16, "pool": 8}),
+    "score_rows of whole blocks": ("row_scores", {"rows": 64, "pool": 64}),
+    "score_rows of single keys": ("row_scores", {"rows": 8, "pool": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_matrix_of_block_scores_does_not_spill(target, head_dim, name, dtype):
+    template, values = SCORES[name]
+    for flags in ({}, {"window": True, "padding": True}):
+        spec = score_spec(template, head_dim, target=target, dtype=dtype, **values, **flags)
+        report = compile_kernel(spec, name.split()[0])
+        assert report.spill_bytes <= MAX_SPILL
+        assert report.shared_bytes <= SHARED_MEMORY[target]
+        assert report.matrix_ops[MATRIX_UNIT[target]] > 0

@@ -6,11 +6,11 @@ import pytest
 import torch
 from mpass.lowering import estimate as reference
 from mpass.lowering.index import AttentionMask, num_query_blocks
-from mpass.lowering.triton import block_top_k_index, vertical_slash_index
 from mpass.lowering.triton import estimate as generated
+from mpass.lowering.triton import vertical_slash_index
 from mpass.lowering.triton.launch import device_ints
 
-from tests.triton_cases import padding, poisoned_memory
+from tests.triton_cases import assert_same, padding, poisoned_memory
 from tests.truth import random_attention
 
 MASKS = {
@@ -36,13 +36,6 @@ def tensors(mask: AttentionMask, *, head_dim: int = 32, dtype: torch.dtype = tor
         seed=1,
     )
     return query, key
-
-
-def assert_same(index, expected):
-    assert index.head_slots == expected.head_slots
-    for tensor, truth in zip(index.tensors(), expected.tensors(), strict=True):
-        assert tensor.dtype == torch.int32 and tensor.is_contiguous()
-        assert torch.equal(tensor, truth)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -92,42 +85,6 @@ def test_ties_go_to_the_smaller_position():
     options = {"scale": 0.3, "vertical_sizes": [50], "slash_sizes": [110]}
     index = vertical_slash_index(query, key, mask, [0], **options)
     assert index.column_index[0, 0].tolist() == list(range(50))
-    blocks = block_top_k_index(query * 0, key, mask, [0], top_k=[2], block_sizes=[64])
-    assert blocks.block_index[0, 0, :, :2].tolist() == [[0, 1]] * 4
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_block_top_k_selects_what_the_reference_selects(mask):
-    query, key = tensors(mask)
-    options = {"top_k": [1, 2, 50], "block_sizes": [64, 128, 64]}
-    with poisoned_memory():
-        index = block_top_k_index(query, key, mask, HEADS, **options)
-    assert_same(index, reference.block_top_k_index(query, key, mask, HEADS, **options))
-
-
-def test_block_scores_taken_in_turns_select_the_same(monkeypatch):
-    query, key, _ = random_attention(num_queries=500, num_keys=577, seed=3)
-    mask = AttentionMask(query_offset=77)
-    options = {"top_k": [2, 1], "block_sizes": [128, 64]}
-    expected = reference.block_top_k_index(query, key, mask, [0, 3], **options)
-    monkeypatch.setattr(generated, "SCORE_BYTES", 1)
-    assert_same(block_top_k_index(query, key, mask, [0, 3], **options), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("offset", [0, 70])
-def test_block_means_equal_reference(dtype, offset):
-    query, _, _ = random_attention(2, num_queries=190, head_dim=48, dtype=dtype)
-    mask = AttentionMask(key_mask=padding(2, 190 + offset))
-    heads = [2, 1]
-    rows = query.float() if dtype == torch.bfloat16 else query
-    with poisoned_memory():
-        means = generated.pooled_means(
-            rows, device_ints(heads, rows.device), 128, mask, offset=offset
-        )
-    for place, head in enumerate(heads):
-        truth = reference.pooled_means(query[:, head], 128, mask, offset=offset)
-        assert (means[:, place] - truth).abs().max() < 1e-5
 
 
 def test_index_does_not_depend_on_the_sizes_of_other_heads():

@@ -58,8 +58,29 @@ SPECS = {
         "last_queries", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
     ),
     "select": KernelSpec("select", tile=1024),
-    "pool": KernelSpec("pool", head_dim=128),
-    "blocks": KernelSpec("blocks", tile=2048, num_warps=8),
+    "pool": KernelSpec("pool", head_dim=128, pool=64),
+    "pool_masked": KernelSpec("pool", head_dim=80, pool=8, padding=True),
+    "tile_scores": KernelSpec("tile_scores", head_dim=128, num_stages=2),
+    "tile_scores_masked": KernelSpec(
+        "tile_scores", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
+    ),
+    "row_scores": KernelSpec("row_scores", head_dim=128, rows=16, pool=8, num_stages=2),
+    "row_scores_masked": KernelSpec(
+        "row_scores",
+        dtype="fp16",
+        head_dim=80,
+        rows=64,
+        pool=64,
+        window=True,
+        padding=True,
+        num_stages=2,
+    ),
+    "blocks_top_k": KernelSpec("blocks", tile=2048, num_warps=8),
+    "blocks_share": KernelSpec("blocks", tile=2048, rule="share", num_warps=8),
+    "blocks_mass": KernelSpec("blocks", tile=2048, rule="mass", num_warps=8),
+    "blocks_row_mass": KernelSpec(
+        "blocks", tile=16384, rule="row_mass", window=True, padding=True, num_warps=16
+    ),
     "ints": KernelSpec("ints", num_warps=1),
 }
 
@@ -97,15 +118,16 @@ def test_interpreted_and_compiled_modules_live_in_one_process():
     from triton.runtime.jit import JITFunction
 
     spec = SPECS["pool"]
-    assert isinstance(source.load(spec, interpret=True).pool_blocks, InterpretedFunction)
-    assert isinstance(source.load(spec).pool_blocks, JITFunction)
+    assert isinstance(source.load(spec, interpret=True).pool_runs, InterpretedFunction)
+    assert isinstance(source.load(spec).pool_runs, JITFunction)
     assert source.load(spec) is source.load(dataclasses.replace(spec))
 
 
 def test_importing_the_lowering_does_not_import_triton():
     code = (
         "import sys, mpass, mpass.lowering.triton, mpass.lowering.triton.attention, "
-        "mpass.lowering.triton.estimate; sys.exit('triton' in sys.modules)"
+        "mpass.lowering.triton.estimate, mpass.lowering.triton.blocks; "
+        "sys.exit('triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -5,11 +5,15 @@ Seen without a GPU in the torch ops around the launches; the launches themselves
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from mpass.lowering import triton as lowering
+from mpass.lowering.estimate_tiles import TileRule
+from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, IndexWidth
-from mpass.lowering.triton import attention, estimate, launch
+from mpass.lowering.triton import attention, blocks, estimate, launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.triton_cases import SLOTS, padding, random_index
@@ -17,6 +21,10 @@ from tests.truth import random_attention
 
 READS_THE_DEVICE = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
+
+
+TILES = TileRule(0.5, None, 128, 1, 1, 1, 9)
+UNION = UnionRule(0.5, 0.5, 20, 1, 1, 1, 16, 8, 9)
 
 
 class OpNames(TorchDispatchMode):
@@ -41,7 +49,7 @@ def launches(monkeypatch):
         if kernel == "write_ints":
             arguments[0].zero_()  # torch indexes with these
 
-    for module in (launch, attention, estimate):
+    for module in (launch, attention, estimate, blocks):
         monkeypatch.setattr(module, "launch", enqueue)
     return seen
 
@@ -88,6 +96,9 @@ def test_estimation_has_no_host_sync_and_no_launch_per_head(mask, launches):
             lowering.block_top_k_index(
                 query, key, mask, heads, top_k=sizes, block_sizes=[64] * len(heads)
             )
+            for rule in (TILES, dataclasses.replace(TILES, share=None, mass=0.5)):
+                lowering.tile_index(query, key, mask, heads, [rule] * len(heads), scale=0.2)
+            lowering.union_index(query, key, mask, heads, [UNION] * len(heads), scale=0.2)
         assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
-        counts.append(len(launches))
+        counts.append(sum(kernel != "write_ints" for kernel, _ in launches))
     assert counts[0] == counts[1]

@@ -97,6 +97,14 @@ def padding(batch: int, num_keys: int) -> torch.Tensor:
     return mask
 
 
+def assert_same(index: SparseIndex, expected: SparseIndex) -> None:
+    """Both indexes are equal entry by entry, and in the format's dtype and layout."""
+    assert index.head_slots == expected.head_slots
+    for tensor, truth in zip(index.tensors(), expected.tensors(), strict=True):
+        assert tensor.dtype == torch.int32 and tensor.is_contiguous()
+        assert torch.equal(tensor, truth)
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN and the largest integers: what a kernel forgets to write shows."""

@@ -64,7 +64,7 @@ def compile_source(source: str, *, label: str, extra_flags: Sequence[str] = ()) 
     """Compile and load one translation unit with OpenMP, through Inductor's cache."""
     from torch._inductor.codecache import CppCodeCache
 
-    # Before torch 2.13 Inductor always adds its own vector flags; they do no harm, but cost a probe.
+    # torch 2.11 has no such option: it adds vector flags of its own, which only cost a probe.
     known = inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if "needs_vec_isa" in known else {}
     timer = threading.Timer(PROGRESS_AFTER, report_progress, [label])

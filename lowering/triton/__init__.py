@@ -10,6 +10,8 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
+from mpass.lowering.estimate_tiles import TileRule
+from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, SparseIndex
 from torch import Tensor
 
@@ -105,9 +107,46 @@ def block_top_k_index(
     block_sizes: Sequence[int],
 ) -> SparseIndex:
     """As mpass.lowering.estimate.block_top_k_index, by generated kernels."""
-    from mpass.lowering.triton import estimate
+    from mpass.lowering.triton import blocks
 
-    return estimate.block_top_k_index(query, key, mask, heads, top_k=top_k, block_sizes=block_sizes)
+    return blocks.block_top_k_index(query, key, mask, heads, top_k=top_k, block_sizes=block_sizes)
 
 
-__all__ = ["block_top_k_index", "sparse_attention", "unsupported", "vertical_slash_index"]
+def tile_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[TileRule],
+    *,
+    scale: float,
+) -> SparseIndex:
+    """As mpass.lowering.estimate_tiles.tile_index, by generated kernels."""
+    from mpass.lowering.triton import blocks
+
+    return blocks.tile_index(query, key, mask, heads, rules, scale=scale)
+
+
+def union_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[UnionRule],
+    *,
+    scale: float,
+) -> SparseIndex:
+    """As mpass.lowering.estimate_union.union_index, by generated kernels."""
+    from mpass.lowering.triton import blocks
+
+    return blocks.union_index(query, key, mask, heads, rules, scale=scale)
+
+
+__all__ = [
+    "block_top_k_index",
+    "sparse_attention",
+    "tile_index",
+    "union_index",
+    "unsupported",
+    "vertical_slash_index",
+]

@@ -24,7 +24,7 @@ POINTERS = {
     "*u8": ("key_mask", "table"),
     "*i64": ("last",),
     "*fp32": (
-        *("sinks", "scores", "largest", "pooled", "maxima", "sums"),
+        *("sinks", "scores", "largest", "weights", "maxima", "sums"),
         *("column_sums", "near_sums", "far_sums"),
     ),
 }
@@ -33,7 +33,7 @@ POINTERS = {
 FEATURES = ("columns", "window", "padding", "softcap")
 """Flags of a KernelSpec that take registers of the attention kernel."""
 
-SPEC_DTYPE = ("query", "key", "value", "out", "column_key", "column_value", "rows")
+SPEC_DTYPE = ("query", "key", "value", "out", "column_key", "column_value", "rows", "means")
 """Pointer arguments of the spec's dtype."""
 
 

@@ -13,6 +13,7 @@ from mpass.lowering.index import BLOCK
 
 Form = Literal["lists", "diagonals", "mixed"]
 Target = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
+Rule = Literal["top_k", "share", "mass", "row_mass"]
 
 TARGETS: tuple[Target, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 """Chips that kernels are compiled for; others take the tile of the nearest older one."""
@@ -43,8 +44,10 @@ class KernelSpec:
 
     template: file of templates/ without its suffixes; dtype: "bf16", "fp16" or, interpreted only,
     "fp32"; tile: keys per step; pack: query heads per program; form: how heads select blocks;
-    the flags say which parts of the mask and of the index exist at all. What varies from call to
-    call (lengths, the query offset, strides, the scale) is an argument of the kernel instead.
+    rows, pool: query rows sampled per block and keys per mean, of estimation; rule: which blocks
+    estimation keeps, see blocks.py.jinja; the flags say which parts of the mask and of the index
+    exist at all. What varies from call to call (lengths, the query offset, strides, the scale) is
+    an argument of the kernel instead.
     """
 
     template: str
@@ -54,6 +57,9 @@ class KernelSpec:
     tile: int = BLOCK
     pack: int = 1
     form: Form = "lists"
+    rows: int = 0
+    pool: int = 0
+    rule: Rule = "top_k"
     columns: bool = False
     causal: bool = True
     window: bool = False
@@ -97,6 +103,16 @@ def query_heads_per_program(head_slots: tuple[int, ...], group: int, limit: int)
             return pack
         pack //= 2
     return 1
+
+
+def score_warps(head_dim: int) -> int:
+    """Warps of a program of estimation that multiplies 64 query rows with 64 keys or means."""
+    return 4 if head_dim <= 128 else 8
+
+
+def select_warps(width: int) -> int:
+    """Warps of a program that keeps `width` scores in registers, at most 32 of them per thread."""
+    return min(16, max(1, width // 256))
 
 
 def parts(dim: int, target: Target) -> list[tuple[int, int]]:
