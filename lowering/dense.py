@@ -7,6 +7,7 @@ where the mask is more than plain causal.
 from __future__ import annotations
 
 import torch
+from mpass.lowering.choice import EstimatedWork
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference import allowed_cells, empty_output, masked_softmax, repeat_kv
 from torch import Tensor
@@ -69,6 +70,11 @@ def visible_range(mask: AttentionMask, first: int, last: int, num_keys: int) -> 
     stop = min(num_keys, last + 1) if mask.causal else num_keys
     start = max(0, first - mask.window + 1) if mask.window > 0 else 0
     return min(start, stop), stop
+
+
+def estimation_pays(work: EstimatedWork) -> bool:
+    """Whether an index may save more than finding it costs: not in plain torch, see below."""
+    return False
 
 
 def highest_density(query: Tensor, key: Tensor, value: Tensor) -> float:

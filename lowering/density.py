@@ -5,6 +5,8 @@ Letters: B batch, H query heads, I query blocks, J key blocks.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from mpass.lowering import reference
 from mpass.lowering.index import (
@@ -63,10 +65,18 @@ def density(
     return computed.double() / max(1, total)
 
 
-def work_share(index: SparseIndex, mask: AttentionMask, num_queries: int, num_keys: int) -> float:
+def work_share(
+    index: SparseIndex,
+    mask: AttentionMask,
+    num_queries: int,
+    num_keys: int,
+    *,
+    enough: float = math.inf,
+) -> float:
     """Tiles that a kernel walks over tiles of dense causal attention, all heads together.
 
-    An upper estimate in O(index size): columns inside of selected blocks count too.
+    An upper estimate in O(index size): columns inside of selected blocks count too. enough: no more
+    is counted once the share is above it.
     """
     first = first_query_block(mask.query_offset)
     rows = num_query_blocks(num_queries, mask.query_offset)
@@ -82,12 +92,14 @@ def work_share(index: SparseIndex, mask: AttentionMask, num_queries: int, num_ke
     dense = float(sum(min(i + 1, reach) for i in range(first, last)))
 
     tiles = float(index.block_count.sum())
+    tiles += float((index.diagonal_count < 0).sum()) * dense
+    if tiles > enough * dense * heads:
+        return tiles / (dense * heads)
     entries = index.diagonal_index
     live = torch.arange(entries.shape[-1], device=entries.device) < index.diagonal_count[..., None]
     live &= entries < reach
     per_diagonal = (last - entries.clamp(min=first)).clamp(min=0)
     tiles += float(torch.where(live, per_diagonal, 0).sum())
-    tiles += float((index.diagonal_count < 0).sum()) * dense
 
     entries = index.column_index
     live = torch.arange(entries.shape[-1], device=entries.device) < index.column_count[..., None]

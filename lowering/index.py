@@ -150,6 +150,25 @@ def empty_index(
     )
 
 
+def whole_index(
+    query: Tensor, num_blocks: int, width: IndexWidth, head_slots: Sequence[int]
+) -> SparseIndex:
+    """An index of the given sizes that selects all that a causal mask allows, without a prefix.
+
+    Lists hold what fits: all of it where `width.max_blocks` is `num_blocks` or more.
+    query: [B, H', N, D], for batch and device only; num_blocks: I.
+    """
+    index = empty_index(query, num_blocks, width, head_slots)
+    index.diagonal_count.fill_(ALL_DIAGONALS)
+    if index.block_index.numel():
+        rows = torch.arange(num_blocks, dtype=torch.int32, device=query.device)[:, None]
+        blocks = torch.arange(width.max_blocks, dtype=torch.int32, device=query.device)
+        blocks = blocks + (rows - width.max_blocks + 1).clamp(min=0)  # the nearest, if not all fit
+        index.block_index.copy_(torch.where(blocks <= rows, blocks, 0))
+        index.block_count.copy_((rows[:, 0] + 1).clamp(max=width.max_blocks))
+    return index
+
+
 def join_indexes(parts: Sequence[SparseIndex], heads: Sequence[Sequence[int]]) -> SparseIndex:
     """One index of all heads of a layer from parts that cover some heads each.
 

@@ -20,7 +20,7 @@ class Call:
 
     layer: as in the graph, -1 if unknown; lowering: "cpu", "triton", "reference" or "dense";
     density: share of the mask's cells computed, fp64 [B, H]; num_queries, num_keys: lengths;
-    index_bytes: memory of the index.
+    index_bytes: memory of the index; reason: why dense attention ran, in words.
     """
 
     layer: int
@@ -29,6 +29,7 @@ class Call:
     num_queries: int
     num_keys: int
     index_bytes: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,9 +50,13 @@ class Operands:
 
 @dataclass(slots=True)
 class Log:
-    """Calls in the order in which they ran; `inspect` sees each with what it read, as it runs."""
+    """Calls in the order in which they ran; `inspect` sees each with what it read, as it runs.
+
+    dense_reason: why the estimation of the next call was left out, if it was.
+    """
 
     calls: list[Call] = field(default_factory=list)
+    dense_reason: str = ""
     inspect: Callable[[Call, Operands], None] | None = None
 
     def density(self) -> float:
@@ -67,6 +72,13 @@ _active: ContextVar[Log | None] = ContextVar("mpass_record", default=None)
 def active_log() -> Log | None:
     """The log that calls are to be added to, or None."""
     return _active.get()
+
+
+def note_dense(reason: str) -> None:
+    """Tell the log why an estimator leaves its work undone: dense attention will run."""
+    log = active_log()
+    if log is not None:
+        log.dense_reason = reason
 
 
 @contextmanager

@@ -23,7 +23,14 @@ from mpass.lowering.index import (
     num_query_blocks,
 )
 from mpass.lowering.reference import allowed_cells
-from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.base import (
+    HEAD_DIM,
+    LENGTH,
+    Pattern,
+    causal_keys,
+    check_positive,
+    register_pattern,
+)
 from torch import Tensor
 
 
@@ -40,6 +47,7 @@ class AShape(Pattern):
 
     name: ClassVar[str] = "a_shape"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+    budgeted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True)
@@ -101,9 +109,11 @@ class AShape(Pattern):
             per_head.append(window | sinks[:, None, :])
         return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
 
+    def fewest_keys(self) -> sympy.Expr:
+        return causal_keys(self.sink_size + self.window_size + BLOCK)
+
     def cost(self) -> sympy.Expr:
-        kept = sympy.Min(LENGTH / 2, self.sink_size + self.window_size + BLOCK)
-        return 2 * LENGTH * kept * HEAD_DIM
+        return 2 * LENGTH * self.fewest_keys() * HEAD_DIM
 
 
 def window_diagonals(window_size: int) -> int:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import sympy
 import torch
 from mpass.lowering.index import (
+    BLOCK,
     AttentionMask,
     IndexWidth,
     SparseIndex,
@@ -30,8 +31,11 @@ from mpass.lowering.index import (
     empty_index,
     list_slots,
     num_query_blocks,
+    whole_index,
 )
 from mpass.lowering.ops import NAMESPACE, IndexTensors
+from mpass.lowering.record import note_dense
+from mpass.patterns.choice import HeadPatterns, reason_for_dense
 from torch import Tensor
 
 from mpass.errors import PatternValueError, UnknownPatternError
@@ -50,12 +54,14 @@ class Pattern:
     """Base of all patterns: parameters of one head, and the class's rule for many heads at once.
 
     name: as in options and files, also the op's; form: how it selects blocks (lowering/index.py);
-    bidirectional: whether it is defined without a causal mask. Fields are int, float or bool.
+    bidirectional: whether it is defined without a causal mask; budgeted: whether the parameters
+    alone say how many keys are kept. Fields are int, float or bool.
     """
 
     name: ClassVar[str] = ""
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
     bidirectional: ClassVar[bool] = False
+    budgeted: ClassVar[bool] = False
 
     @classmethod
     def estimate(
@@ -97,6 +103,17 @@ class Pattern:
         """Multiply-adds of estimation and attention for one head, in LENGTH and HEAD_DIM."""
         raise NotImplementedError
 
+    def fewest_keys(self) -> sympy.Expr:
+        """Keys per query that are computed whatever the input, averaged over a causal prompt.
+
+        All of them if `budgeted`. In LENGTH; decides before estimation where dense is cheaper.
+        """
+        return causal_keys(BLOCK)
+
+    def least_share(self, length: int) -> float:
+        """`fewest_keys` over those of dense attention, for a prompt of `length` tokens."""
+        return min(1.0, float(self.fewest_keys().subs(LENGTH, length)) / (length / 2))
+
     def dense_mask(
         self,
         query: Tensor,
@@ -121,11 +138,18 @@ class Pattern:
 
     def parameters(self) -> dict[str, int | float | bool]:
         """Field names and values."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __str__(self) -> str:
         values = ", ".join(str(value) for value in self.parameters().values())
         return f"{self.name}({values})"
+
+
+def causal_keys(count: sympy.Expr | int) -> sympy.Expr:
+    """Keys per query, averaged over a causal prompt, if each sees `count` at most: LENGTH / 2 for
+    all of them."""
+    most = sympy.Min(LENGTH, count)
+    return most - most**2 / (2 * LENGTH)
 
 
 P = TypeVar("P", bound=Pattern)
@@ -139,14 +163,18 @@ def register_pattern(cls: type[P]) -> type[P]:
 
 
 def define_index_op(cls: type[Pattern]) -> None:
-    """Define the op that runs `cls.estimate`: the pattern's fields as one list argument each."""
+    """Define the op that runs `cls.estimate`: the pattern's fields as one list argument each.
+
+    dense_above and min_seq_len are those of `minference::sparse_attention`. Where they say before
+    anything is estimated that dense attention will run, nothing is: the index selects every key.
+    """
     kinds = {"int": "int[]", "float": "float[]", "bool": "bool[]"}
     fields = dataclasses.fields(cls)
     arguments = "".join(f", {kinds[str(field.type)]} {field.name}" for field in fields)
     schema = (
         "(Tensor query, Tensor key, Tensor? key_mask, int[] heads, SymInt query_offset, "
-        f"int window, bool causal, float scale{arguments}) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "int window, bool causal, float scale, float dense_above, "
+        f"SymInt min_seq_len{arguments}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
     def estimate(
@@ -158,13 +186,21 @@ def define_index_op(cls: type[Pattern]) -> None:
         window: int,
         causal: bool,
         scale: float,
+        dense_above: float,
+        min_seq_len: int,
         *parameters: Sequence[Any],
     ) -> IndexTensors:
-        patterns = [cls(*values) for values in zip(*parameters, strict=True)] or [cls()] * len(
-            heads
-        )
+        own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))
         mask = AttentionMask(causal, query_offset, window, key_mask)
-        return cls.estimate(query, key, mask, heads, patterns, scale=scale).tensors()
+        reason = reason_for_dense(
+            query, key, mask, own, dense_above=dense_above, min_seq_len=min_seq_len
+        )
+        if reason:
+            note_dense(reason)
+            rows = num_query_blocks(query.shape[2], query_offset)
+            slots = head_slots(cls, len(heads))
+            return whole_index(query, rows, own.width, slots).tensors()
+        return cls.estimate(query, key, mask, heads, own.patterns, scale=scale).tensors()
 
     def fake(
         query: Tensor,
@@ -175,18 +211,27 @@ def define_index_op(cls: type[Pattern]) -> None:
         window: int,
         causal: bool,
         scale: float,
+        dense_above: float,
+        min_seq_len: int,
         *parameters: Sequence[Any],
     ) -> IndexTensors:
-        patterns = [cls(*values) for values in zip(*parameters, strict=True)] or [cls()] * len(
-            heads
-        )
+        own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))
         rows = num_query_blocks(query.shape[2], query_offset)
-        return empty_index(query, rows, cls.width(patterns), head_slots(cls, len(heads))).tensors()
+        return empty_index(query, rows, own.width, head_slots(cls, len(heads))).tensors()
 
     op = torch.library.custom_op(
         f"{NAMESPACE}::{cls.name}", estimate, mutates_args=(), schema=schema
     )
     op.register_fake(fake)
+
+
+@functools.lru_cache(maxsize=4096)
+def patterns_of(
+    cls: type[Pattern], num_heads: int, parameters: tuple[tuple[Any, ...], ...]
+) -> HeadPatterns:
+    """The pattern of each head from its op's arguments: per field, one value per head."""
+    patterns = [cls(*values) for values in zip(*parameters, strict=True)] or [cls()] * num_heads
+    return HeadPatterns(tuple(patterns), cls.width(patterns))
 
 
 def index_op(cls: type[Pattern]) -> torch._ops.OpOverload:

@@ -13,7 +13,14 @@ import sympy
 from mpass.lowering import estimate, reference
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
-from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.base import (
+    HEAD_DIM,
+    LENGTH,
+    Pattern,
+    causal_keys,
+    check_positive,
+    register_pattern,
+)
 from torch import Tensor
 
 from mpass.errors import PatternValueError
@@ -29,6 +36,7 @@ class BlockSparse(Pattern):
 
     name: ClassVar[str] = "block_sparse"
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
+    budgeted: ClassVar[bool] = True
     bidirectional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -93,11 +101,13 @@ class BlockSparse(Pattern):
             num_keys=key.shape[2],
         )
 
+    def fewest_keys(self) -> sympy.Expr:
+        return causal_keys(self.top_k * self.block_size)
+
     def cost(self) -> sympy.Expr:
         blocks = LENGTH / self.block_size
         estimation = blocks**2 * HEAD_DIM / 2 + 2 * LENGTH * HEAD_DIM
-        kept = sympy.Min(LENGTH / 2, self.top_k * self.block_size)
-        return estimation + 2 * LENGTH * kept * HEAD_DIM
+        return estimation + 2 * LENGTH * self.fewest_keys() * HEAD_DIM
 
 
 def main() -> None:

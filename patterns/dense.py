@@ -30,6 +30,7 @@ class Dense(Pattern):
 
     name: ClassVar[str] = "dense"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+    budgeted: ClassVar[bool] = True
 
     @classmethod
     def estimate(
@@ -65,6 +66,9 @@ class Dense(Pattern):
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         cells = allowed_cells(mask, positions, key.shape[2])
         return cells.expand(query.shape[0], len(heads), -1, -1).to(torch.bool)
+
+    def fewest_keys(self) -> sympy.Expr:
+        return LENGTH / 2
 
     def cost(self) -> sympy.Expr:
         return LENGTH**2 * HEAD_DIM

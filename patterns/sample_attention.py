@@ -23,7 +23,14 @@ from mpass.lowering.estimate_sampled import (
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, num_query_blocks
 from mpass.lowering.reference import allowed_cells
 from mpass.patterns.a_shape import window_diagonals
-from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.base import (
+    HEAD_DIM,
+    LENGTH,
+    Pattern,
+    causal_keys,
+    check_positive,
+    register_pattern,
+)
 from mpass.patterns.lists import check_share
 from torch import Tensor
 
@@ -99,11 +106,17 @@ class SampleAttention(Pattern):
         """The parameters as the estimator takes them."""
         return SampledRule(**self.parameters())  # type: ignore[arg-type]
 
+    def fewest_keys(self) -> sympy.Expr:
+        return causal_keys(self.window())
+
+    def window(self) -> sympy.Expr:
+        """Nearest keys that are kept, in LENGTH."""
+        return sympy.Min(self.window_share * LENGTH, self.max_window) + BLOCK
+
     def cost(self) -> sympy.Expr:
         """An upper bound: how many columns hold `coverage` is the prompt's matter."""
         estimation = self.row_share * LENGTH**2 / 2 * HEAD_DIM
-        window = sympy.Min(self.window_share * LENGTH, self.max_window) + BLOCK
-        kept = sympy.Min(LENGTH / 2, window + self.max_columns)
+        kept = causal_keys(self.window() + self.max_columns)
         return estimation + 2 * LENGTH * kept * HEAD_DIM
 
 

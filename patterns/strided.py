@@ -18,7 +18,14 @@ from mpass.lowering.estimate import diagonal_index
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, num_query_blocks
 from mpass.lowering.reference import allowed_cells
 from mpass.patterns.a_shape import window_diagonals
-from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.base import (
+    HEAD_DIM,
+    LENGTH,
+    Pattern,
+    causal_keys,
+    check_positive,
+    register_pattern,
+)
 from mpass.patterns.lists import check_multiple
 from mpass.patterns.sinks import sink_columns
 from torch import Tensor
@@ -40,6 +47,7 @@ class Strided(Pattern):
 
     name: ClassVar[str] = "strided"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+    budgeted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True)
@@ -106,10 +114,13 @@ class Strided(Pattern):
         """The greatest block distance that is kept."""
         return max(window_diagonals(self.window_size) - 1, self.reach // BLOCK)
 
-    def cost(self) -> sympy.Expr:
+    def fewest_keys(self) -> sympy.Expr:
         window = self.sink_size + self.window_size + BLOCK
-        behind = sympy.Min(LENGTH / 2, self.reach) / self.stride * BLOCK
-        return 2 * LENGTH * sympy.Min(LENGTH / 2, window + behind) * HEAD_DIM
+        behind = causal_keys(self.reach) / self.stride * BLOCK
+        return sympy.Min(LENGTH / 2, causal_keys(window) + behind)
+
+    def cost(self) -> sympy.Expr:
+        return 2 * LENGTH * self.fewest_keys() * HEAD_DIM
 
 
 def main() -> None:

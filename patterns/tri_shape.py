@@ -17,7 +17,14 @@ from mpass.lowering.estimate_lists import allowed_blocks, last_query, list_index
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.reference import allowed_cells
 from mpass.patterns.a_shape import window_diagonals
-from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.base import (
+    HEAD_DIM,
+    LENGTH,
+    Pattern,
+    causal_keys,
+    check_positive,
+    register_pattern,
+)
 from mpass.patterns.lists import check_room
 from mpass.patterns.sinks import sink_columns
 from torch import Tensor
@@ -40,6 +47,7 @@ class TriShape(Pattern):
 
     name: ClassVar[str] = "tri_shape"
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
+    budgeted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True, last_size=True)
@@ -100,10 +108,13 @@ class TriShape(Pattern):
             per_head.append((distance < p.window_size) | seen | sinks[:, i, None, :])
         return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
 
+    def fewest_keys(self) -> sympy.Expr:
+        last = sympy.Min(LENGTH, self.last_size) * sympy.Min(LENGTH, self.max_blocks * BLOCK)
+        kept = causal_keys(self.sink_size + self.window_size + BLOCK) + last / LENGTH
+        return sympy.Min(LENGTH / 2, kept)
+
     def cost(self) -> sympy.Expr:
-        kept = sympy.Min(LENGTH / 2, self.sink_size + self.window_size + BLOCK)
-        last = sympy.Min(LENGTH, self.max_blocks * BLOCK)
-        return 2 * LENGTH * kept * HEAD_DIM + 2 * self.last_size * last * HEAD_DIM
+        return 2 * LENGTH * self.fewest_keys() * HEAD_DIM
 
 
 def main() -> None:

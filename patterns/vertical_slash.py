@@ -15,7 +15,14 @@ from mpass.lowering import estimate
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.reference import allowed_cells
-from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, check_positive, register_pattern
+from mpass.patterns.base import (
+    HEAD_DIM,
+    LENGTH,
+    Pattern,
+    causal_keys,
+    check_positive,
+    register_pattern,
+)
 from torch import Tensor
 
 
@@ -92,6 +99,10 @@ class VerticalSlash(Pattern):
         table = torch.nn.functional.pad(diagonals, (0, size - diagonals.shape[-1]))
         slashes = table[:, :, distance.clamp(min=0)] & (distance >= 0)
         return (columns[:, :, None, :] | slashes) & allowed_cells(mask, positions, key.shape[2])
+
+    def fewest_keys(self) -> sympy.Expr:
+        """The diagonals in as few blocks as can be: side by side."""
+        return causal_keys(max(self.slash_size, estimate.LOCAL_DIAGONALS) + BLOCK)
 
     def cost(self) -> sympy.Expr:
         diagonals = sympy.Min(LENGTH / BLOCK, 2 * self.slash_size)

@@ -25,7 +25,7 @@ def test_estimation_op_passes_opcheck(name, dtype):
     cls = registered_patterns()[name]
     query, key, _ = random_attention(num_queries=130, dtype=dtype)
     parameters = [[value] * 2 for value in cls().parameters().values()]
-    arguments = (query, key, None, [0, 2], 0, 0, True, 0.2, *parameters)
+    arguments = (query, key, None, [0, 2], 0, 0, True, 0.2, 1.0, 0, *parameters)
     torch.library.opcheck(index_op(cls), arguments)
 
 

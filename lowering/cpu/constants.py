@@ -162,7 +162,9 @@ def save_constants(path: Path, machine: dict[str, str], constants: dict[str, flo
         log.info("%s is not kept: %s", path, error)
 
 
+@functools.cache
 def cpu_model() -> str:
+    """The processor's name as the system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -255,7 +257,6 @@ def timings(spec: KernelSpec, dtype: torch.dtype, length: int) -> list[float]:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def estimator_constants(
     name: str,
     dtype: torch.dtype,

@@ -10,8 +10,9 @@ import functools
 
 import torch
 from mpass.lowering import dense
+from mpass.lowering.choice import EstimatedWork
 from mpass.lowering.cpu.attention import sparse_attention
-from mpass.lowering.cpu.constants import machine_constants
+from mpass.lowering.cpu.constants import estimator_constants, machine_constants
 from mpass.lowering.cpu.cost import crossover_density, predict
 from mpass.lowering.index import (
     ALL_DIAGONALS,
@@ -51,6 +52,38 @@ def dense_attention(
 def highest_density(query: Tensor, key: Tensor, value: Tensor) -> float:
     """Share of the dense work up to which the sparse kernel is no slower than torch's own."""
     return highest_density_of(*sizes(query, key, value))
+
+
+LEAST_RATIO = 0.97
+"""Of dense over sparse time: what an estimation that turns out to be useless may cost at most,"""
+
+GAIN_RATIO = 8
+"""unless what it saves at best is that many times its cost."""
+
+
+def estimation_pays(work: EstimatedWork) -> bool:
+    """Whether estimating an index and using it can be faster than dense attention.
+
+    At best the index is no larger than `work.fewest`. What it will be is known only after paying
+    for it, so that the price must be small besides: a share of dense attention that nobody misses,
+    or of what there is to gain.
+    """
+    constants = machine_constants(work.dtype, work.head_dim, work.value_dim)
+    size = {"length": work.length, "heads": work.heads, "kv_heads": work.kv_heads}
+    whole = predict(constants, density=1.0, **size)
+    dense = min(whole.dense, whole.sparse)
+    attention = predict(constants, density=work.fewest, **size).sparse
+    gain = dense - attention
+    if gain <= 0:
+        return False
+    estimation = estimator_constants(
+        work.name, work.dtype, work.head_dim, work.heads // work.kv_heads, work.estimate
+    ).seconds(work.length, work.heads)
+    if work.exact:
+        return estimation < gain
+    return estimation < gain and estimation <= max(
+        whole.dense / LEAST_RATIO - dense, gain / GAIN_RATIO
+    )
 
 
 def sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.dtype, int, int, int, int, int]:
