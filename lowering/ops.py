@@ -78,12 +78,15 @@ def sparse_attention(
     mask = AttentionMask(causal, query_offset, window, key_mask)
     lowering = choose_lowering(query, key, value, softcap=softcap, sinks=sinks)
     num_queries, num_keys = query.shape[2], key.shape[2]
-    dense = num_keys < min_seq_len or (
-        dense_above < 1.0
-        and query.device.type == "cpu"
-        and work_share(index, mask, num_queries, num_keys)
-        > min(dense_above, lowering.function("highest_density")(query, key, value))
-    )
+    reason = ""
+    if num_keys < min_seq_len:
+        reason = f"{num_keys} keys, sparse from {min_seq_len} on"
+    elif dense_above < 1.0 and query.device.type == "cpu":
+        limit = min(dense_above, lowering.function("highest_density")(query, key, value))
+        share = work_share(index, mask, num_queries, num_keys, enough=limit)
+        if share > limit:
+            reason = f"{share:.0%} of the work or more is selected, sparse pays up to {limit:.0%}"
+    dense = bool(reason)
     log = active_log()
     if log is not None:
         sizes = {"batch": query.shape[0], "num_queries": num_queries, "num_keys": num_keys}
@@ -95,7 +98,9 @@ def sparse_attention(
             num_queries=num_queries,
             num_keys=num_keys,
             index_bytes=index.num_bytes(),
+            reason=(log.dense_reason or reason) if dense else "",
         )
+        log.dense_reason = ""
         log.calls.append(call)
         if log.inspect is not None:
             log.inspect(call, Operands(query, key, index, mask, scale, softcap, sinks))

@@ -116,8 +116,8 @@ class Strided(Pattern):
 
     def fewest_keys(self) -> sympy.Expr:
         window = self.sink_size + self.window_size + BLOCK
-        behind = causal_keys(self.reach) / self.stride * BLOCK
-        return sympy.Min(LENGTH / 2, causal_keys(window) + behind)
+        behind = sympy.Max(0, causal_keys(self.reach) - causal_keys(window))
+        return sympy.Min(LENGTH / 2, causal_keys(window) + behind * BLOCK / self.stride)
 
     def cost(self) -> sympy.Expr:
         return 2 * LENGTH * self.fewest_keys() * HEAD_DIM
