@@ -1,13 +1,14 @@
 """Generated C++ for x86-64 CPUs: KernelSpec -> source -> compiled library -> call."""
 
 from mpass.lowering.cpu.attention import sparse_attention
-from mpass.lowering.cpu.dense import dense_attention, highest_density
+from mpass.lowering.cpu.dense import dense_attention, estimation_pays, highest_density
 from mpass.lowering.cpu.estimate import block_top_k_index, vertical_slash_index
 from mpass.lowering.cpu.support import unsupported
 
 __all__ = [
     "block_top_k_index",
     "dense_attention",
+    "estimation_pays",
     "highest_density",
     "sparse_attention",
     "unsupported",
