@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mpass.cache import write_whole
 from mpass.coverage_models import (
     FAMILIES,
     Family,
@@ -28,6 +29,9 @@ from mpass.coverage_models import (
     real_rows,
     scenarios,
 )
+
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+"""How a model of transformers may spell its attention."""
 
 FULL_BUDGET: dict[str, Any] = {
     "inner_backend": "eager",
@@ -69,7 +73,7 @@ class CoverageRecord:
 
 def coverage(
     families: Iterable[Family] = FAMILIES,
-    implementations: Iterable[str] = ("sdpa", "eager", "flex_attention"),
+    implementations: Iterable[str] = IMPLEMENTATIONS,
     only: Callable[[Scenario], bool] = lambda scenario: True,
 ) -> Iterator[CoverageRecord]:
     """Records of the matrix, one by one as they are made."""
@@ -154,14 +158,14 @@ def largest_difference(output: Tensor, expected: Tensor, rows: Tensor | None) ->
 def save(records: Iterable[CoverageRecord], path: str | os.PathLike[str]) -> None:
     """Write records as JSON, one object each."""
     text = json.dumps([asdict(record) for record in records], indent=1)
-    Path(path).write_text(text + "\n")
+    write_whole(Path(path), text + "\n")
 
 
 def summary(records: Iterable[CoverageRecord]) -> str:
     """The matrix in lines of text: per model and scenario, what was rewritten and how near."""
     lines = []
     for record in records:
-        name = f"{record.family:16} {record.implementation:6} {record.scenario:22}"
+        name = f"{record.family:16} {record.implementation:14} {record.scenario:22}"
         if record.error:
             lines.append(f"{name} {record.error}")
             continue

@@ -17,6 +17,9 @@ def coverage(
     family: Annotated[
         list[str] | None, typer.Option(help="Only these families, by name; all if not given.")
     ] = None,
+    spelling: Annotated[
+        list[str] | None, typer.Option(help="Only these: sdpa, eager, flex_attention.")
+    ] = None,
     scenario: Annotated[
         list[str] | None, typer.Option(help="Only these scenarios, by name; all if not given.")
     ] = None,
@@ -26,9 +29,9 @@ def coverage(
     One line each: attentions found and made sparse, reasons of the rest, graphs, breaks, largest
     difference. Ends with status 1 if any output differs by more than 1e-4 or any run fails.
     """
-    from mpass.coverage import CoverageRecord, save, summary
+    from mpass.coverage import IMPLEMENTATIONS, CoverageRecord, save, summary
     from mpass.coverage import coverage as records_of
-    from mpass.coverage_models import FAMILIES, SCENARIOS
+    from mpass.coverage_models import FAMILIES, SCENARIOS, Scenario
 
     families = [f for f in FAMILIES if family is None or f.name in family]
     for name in set(family or ()) - {f.name for f in families}:
@@ -36,8 +39,14 @@ def coverage(
     for name in set(scenario or ()) - {s.name for s in SCENARIOS}:
         raise OptionValueError("scenario", name, ", ".join(s.name for s in SCENARIOS))
 
+    for name in set(spelling or ()) - set(IMPLEMENTATIONS):
+        raise OptionValueError("spelling", name, ", ".join(IMPLEMENTATIONS))
+
+    def wanted(candidate: Scenario) -> bool:
+        return scenario is None or candidate.name in scenario
+
     records: list[CoverageRecord] = []
-    for record in records_of(families, only=lambda s: scenario is None or s.name in scenario):
+    for record in records_of(families, spelling or IMPLEMENTATIONS, wanted):
         typer.echo(summary([record]))
         records.append(record)
     if output is not None:
