@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mpass.commands.prompt import check_output
 from mpass.errors import OptionValueError
 
 
@@ -29,6 +30,7 @@ def coverage(
     One line each: attentions found and made sparse, reasons of the rest, graphs, breaks, largest
     difference. Ends with status 1 if any output differs by more than 1e-4 or any run fails.
     """
+    check_output(output)
     from mpass.coverage import IMPLEMENTATIONS, CoverageRecord, save, summary
     from mpass.coverage import coverage as records_of
     from mpass.coverage_models import FAMILIES, SCENARIOS, Scenario
