@@ -7,22 +7,22 @@ heads keep more, sharp ones less; one more sort per tile than block_max.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import sympy
 from mpass.lowering.estimate_tiles import TileRule, tile_index, tile_width
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
-from mpass.patterns.base import HEAD_DIM, LENGTH, check_positive, register_pattern
+from mpass.lowering.index import BLOCK
+from mpass.patterns.base import register_pattern
 from mpass.patterns.lists import (
+    ListEstimator,
     ListPattern,
     attention_cost,
-    check_multiple,
-    check_room,
+    check_blocks,
     check_share,
+    tile_cost,
 )
-from torch import Tensor
 
 
 @register_pattern
@@ -38,39 +38,17 @@ class BlockTopP(ListPattern):
     max_blocks: int = 512
 
     name: ClassVar[str] = "block_top_p"
+    estimator: ClassVar[ListEstimator] = ListEstimator(
+        tile_index, tile_width, functools.partial(TileRule, share=None)
+    )
 
     def __post_init__(self) -> None:
-        check_positive(self, sink_blocks=True, last_blocks=True)
         check_share(self, "mass")
-        check_multiple(self, "block_size")
-        forced = (self.sink_blocks + self.local_blocks) * self.block_size // BLOCK
-        check_room(self, forced, self.max_blocks)
-
-    @classmethod
-    def index(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        return tile_index(query, key, mask, heads, [p.rule() for p in patterns], scale=scale)
-
-    @classmethod
-    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return tile_width([p.rule() for p in patterns])
-
-    def rule(self) -> TileRule:
-        """The parameters as the estimator takes them."""
-        return TileRule(share=None, **self.parameters())  # type: ignore[arg-type]
+        check_blocks(self)
 
     def cost(self) -> sympy.Expr:
         """An upper bound: how many blocks hold `mass` of the scores is the prompt's matter."""
-        pooled = LENGTH * HEAD_DIM + LENGTH**2 / (2 * self.block_size) * HEAD_DIM
-        return pooled + attention_cost(self.max_blocks)
+        return tile_cost(self.block_size) + attention_cost(self.max_blocks)
 
 
 def main() -> None:

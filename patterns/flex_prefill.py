@@ -9,22 +9,21 @@ query blocks together, that hold `gamma` of the attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import sympy
 from mpass.lowering.estimate_flex import FlexRule, flex_index, flex_width
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
-from mpass.patterns.base import HEAD_DIM, LENGTH, check_positive, register_pattern
+from mpass.lowering.index import BLOCK
+from mpass.patterns.base import HEAD_DIM, LENGTH, causal_keys, check_positive, register_pattern
 from mpass.patterns.lists import (
+    ListEstimator,
     ListPattern,
     attention_cost,
     check_multiple,
     check_room,
     check_share,
 )
-from torch import Tensor
 
 from mpass.errors import PatternValueError
 
@@ -47,6 +46,7 @@ class FlexPrefill(ListPattern):
     max_blocks: int = 512
 
     name: ClassVar[str] = "flex_prefill"
+    estimator: ClassVar[ListEstimator] = ListEstimator(flex_index, flex_width, FlexRule)
 
     def __post_init__(self) -> None:
         check_positive(self)
@@ -59,26 +59,8 @@ class FlexPrefill(ListPattern):
         check_multiple(self, "block_size")
         check_room(self, 2 * self.block_size // BLOCK, self.max_blocks)
 
-    @classmethod
-    def index(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        return flex_index(query, key, mask, heads, [p.rule() for p in patterns], scale=scale)
-
-    @classmethod
-    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return flex_width([p.rule() for p in patterns])
-
-    def rule(self) -> FlexRule:
-        """The parameters as the estimator takes them."""
-        return FlexRule(**self.parameters())  # type: ignore[arg-type]
+    def fewest_keys(self) -> sympy.Expr:
+        return causal_keys(self.min_budget)
 
     def cost(self) -> sympy.Expr:
         """An upper bound: how many blocks cover `gamma` of the attention is the prompt's matter."""

@@ -16,19 +16,22 @@ the last bit of speed: estimation is dearer than that of block_max.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import sympy
-from mpass.lowering.cpu import pooled
-from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.estimate import LAST_QUERIES
 from mpass.lowering.estimate_union import UnionRule, union_index, union_width
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
-from mpass.patterns.base import HEAD_DIM, LENGTH, check_positive, register_pattern
-from mpass.patterns.lists import ListPattern, attention_cost, check_divisor, check_room, check_share
-from torch import Tensor
+from mpass.lowering.index import BLOCK
+from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
+from mpass.patterns.lists import (
+    ListEstimator,
+    ListPattern,
+    attention_cost,
+    check_blocks,
+    check_divisor,
+    check_share,
+)
 
 
 @register_pattern
@@ -57,49 +60,12 @@ class Union(ListPattern):
     max_blocks: int = 256
 
     name: ClassVar[str] = "union"
+    estimator: ClassVar[ListEstimator] = ListEstimator(union_index, union_width, UnionRule)
 
     def __post_init__(self) -> None:
-        check_positive(self, columns=True, sink_blocks=True, last_blocks=True)
         check_share(self, "mass", "row_share")
+        check_blocks(self)
         check_divisor(self, "rows", "pool")
-        check_room(self, self.sink_blocks + self.local_blocks, self.max_blocks)
-
-    @classmethod
-    def index(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        return union_index(query, key, mask, heads, [p.rule() for p in patterns], scale=scale)
-
-    @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        rules = [p.rule() for p in patterns]
-        if choose_lowering(query, key, key).name == "cpu":
-            return pooled.union_index(query, key, mask, heads, rules, scale=scale)
-        return union_index(query, key, mask, heads, rules, scale=scale)
-
-    @classmethod
-    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return union_width([p.rule() for p in patterns])
-
-    def rule(self) -> UnionRule:
-        """The parameters as the estimator takes them."""
-        return UnionRule(**self.parameters())  # type: ignore[arg-type]
 
     def cost(self) -> sympy.Expr:
         """An upper bound: how many blocks hold `mass` of the attention is the prompt's matter."""

@@ -9,9 +9,8 @@ Finer than pooled means and dearer: estimation alone takes 1 / (2 * stride) of d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import sympy
 from mpass.lowering.estimate_antidiagonal import (
@@ -19,17 +18,16 @@ from mpass.lowering.estimate_antidiagonal import (
     antidiagonal_index,
     antidiagonal_width,
 )
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
-from mpass.patterns.base import HEAD_DIM, LENGTH, check_positive, register_pattern
+from mpass.lowering.index import BLOCK
+from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
 from mpass.patterns.lists import (
+    ListEstimator,
     ListPattern,
     attention_cost,
+    check_blocks,
     check_divisor,
-    check_multiple,
-    check_room,
     check_share,
 )
-from torch import Tensor
 
 
 @register_pattern
@@ -52,36 +50,14 @@ class XAttention(ListPattern):
     max_blocks: int = 512
 
     name: ClassVar[str] = "x_attention"
+    estimator: ClassVar[ListEstimator] = ListEstimator(
+        antidiagonal_index, antidiagonal_width, AntidiagonalRule
+    )
 
     def __post_init__(self) -> None:
-        check_positive(self, sink_blocks=True, last_blocks=True)
         check_share(self, "threshold")
+        check_blocks(self)
         check_divisor(self, "stride")
-        check_multiple(self, "block_size")
-        forced = (self.sink_blocks + self.local_blocks) * self.block_size // BLOCK
-        check_room(self, forced, self.max_blocks)
-
-    @classmethod
-    def index(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        rules = [p.rule() for p in patterns]
-        return antidiagonal_index(query, key, mask, heads, rules, scale=scale)
-
-    @classmethod
-    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return antidiagonal_width([p.rule() for p in patterns])
-
-    def rule(self) -> AntidiagonalRule:
-        """The parameters as the estimator takes them."""
-        return AntidiagonalRule(**self.parameters())  # type: ignore[arg-type]
 
     def cost(self) -> sympy.Expr:
         """An upper bound: how many blocks hold `threshold` of the mass is the prompt's matter."""

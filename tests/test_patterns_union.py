@@ -6,9 +6,6 @@ import math
 
 import pytest
 import torch
-from mpass.lowering.cpu import pooled
-from mpass.lowering.cpu.support import machine_reason
-from mpass.lowering.estimate_union import union_index
 from mpass.lowering.index import AttentionMask
 from mpass.patterns.union import Union
 
@@ -68,56 +65,6 @@ def test_union_keeps_mass_and_columns_by_its_rule(rows, pool):
             expected = {j for j in range(row + 1) if j // 64 in blocks or j in columns}
             assert set(cells[row].nonzero()[:, 0].tolist()) == expected
     assert 3 < max(sizes) < LENGTH // 64, "the rule had nothing to choose"
-
-
-RULES = [
-    Union(0.6, 1.0, 33).rule(),
-    Union(0.6, 0.1, 0, 2, 1, rows=64, pool=64).rule(),
-    Union(0.5, 0.2, 17, 0, 1, 1, rows=8, pool=4, max_blocks=5).rule(),
-]
-
-
-@pytest.mark.skipif(machine_reason() is not None, reason="no C++ kernels on this machine")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("offset", [0, 63, 100])
-@pytest.mark.parametrize("window", [0, 1, 200])
-@pytest.mark.parametrize("padded", [False, True])
-def test_generated_code_selects_what_plain_torch_selects(dtype, offset, window, padded):
-    query, key, _ = random_attention(
-        batch=2, num_queries=900 - offset, num_keys=900, head_dim=40, dtype=dtype
-    )
-    key_mask = None
-    if padded:
-        key_mask = torch.ones(2, 900, dtype=torch.bool)
-        key_mask[0, :100] = False
-        key_mask[1, -90:] = False
-    mask = AttentionMask(query_offset=offset, window=window, key_mask=key_mask)
-    arguments = (query * 2, key, mask, [3, 0, 2], RULES)
-    expected = union_index(*arguments, scale=SCALE)
-    index = pooled.union_index(*arguments, scale=SCALE)
-    # Means are rounded to the input's dtype, so near-equal scores may change places.
-    least = 1.0 if dtype == torch.float32 else 0.98
-    for ours, theirs in zip(index.tensors(), expected.tensors(), strict=True):
-        assert ours.shape == theirs.shape
-        rows = (ours == theirs).flatten(1).float() if ours.numel() else torch.ones(1)
-        assert rows.mean() >= least
-
-
-@pytest.mark.skipif(machine_reason() is not None, reason="no C++ kernels on this machine")
-def test_generated_code_does_not_depend_on_the_number_of_threads():
-    query, key, _ = random_attention(num_queries=1500)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            rules = [RULES[0]] * 4
-            results.append(
-                pooled.union_index(query, key, AttentionMask(), range(4), rules, scale=SCALE)
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for one, three in zip(results[0].tensors(), results[1].tensors(), strict=True):
-        assert torch.equal(one, three)
 
 
 def test_whole_mass_computes_every_causal_key():

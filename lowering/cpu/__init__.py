@@ -3,14 +3,18 @@
 from mpass.lowering.cpu.attention import sparse_attention
 from mpass.lowering.cpu.dense import dense_attention, estimation_pays, highest_density
 from mpass.lowering.cpu.estimate import block_top_k_index, vertical_slash_index
+from mpass.lowering.cpu.lists import antidiagonal_index, tile_index, union_index
 from mpass.lowering.cpu.support import unsupported
 
 __all__ = [
+    "antidiagonal_index",
     "block_top_k_index",
     "dense_attention",
     "estimation_pays",
     "highest_density",
     "sparse_attention",
+    "tile_index",
+    "union_index",
     "unsupported",
     "vertical_slash_index",
 ]

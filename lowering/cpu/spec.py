@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import jinja2
 from mpass.lowering import estimate
 from mpass.lowering.cpu.arguments import AttentionArguments, EstimateArguments, c_fields
+from mpass.lowering.cpu.list_arguments import LIST_KERNELS, list_c_fields
 from mpass.lowering.index import BLOCK
 
 STRIP = 4
@@ -52,7 +53,8 @@ EXP2_FP32 = Exp2(
 class KernelSpec:
     """One library of generated kernels.
 
-    kernel: "attention", or "estimate" for the estimators (value_dim is then head_dim);
+    kernel: "attention"; for estimators (value_dim is then head_dim) "estimate" or one of
+    LIST_KERNELS;
     input: dtype of q, k, v and out, without `torch.`.
     """
 
@@ -128,15 +130,20 @@ def environment() -> jinja2.Environment:
 
 def generate_source(spec: KernelSpec) -> str:
     """The C++ translation unit of a spec; its text keys the cache of compiled libraries."""
-    structure = AttentionArguments if spec.kernel == "attention" else EstimateArguments
+    if spec.kernel in LIST_KERNELS:
+        arguments = list_c_fields(spec.kernel)
+    else:
+        arguments = c_fields(
+            AttentionArguments if spec.kernel == "attention" else EstimateArguments
+        )
     return (
         environment()
         .get_template("kernel.cpp.jinja")
         .render(
             spec=spec,
             block=BLOCK,
-            exp2=EXP2_BF16 if spec.bf16 and spec.kernel == "attention" else EXP2_FP32,
-            arguments=c_fields(structure),
+            exp2=EXP2_BF16 if spec.bf16 and spec.kernel != "estimate" else EXP2_FP32,
+            arguments=arguments,
             constants=estimate,
         )
     )

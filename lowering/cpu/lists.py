@@ -1,0 +1,140 @@
+"""Lists of key blocks by generated C++; the meaning is lowering.estimate_union and its like.
+
+One call of a generated library per index, whatever the rules of its heads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mpass.lowering.cpu.arguments import pointer, rows_contiguous, strides
+from mpass.lowering.cpu.library import load_library
+from mpass.lowering.cpu.list_arguments import list_arguments, rule_fields
+from mpass.lowering.cpu.spec import KernelSpec
+from mpass.lowering.cpu.support import estimate_spec
+from mpass.lowering.estimate_antidiagonal import AntidiagonalRule, antidiagonal_width
+from mpass.lowering.estimate_tiles import TileRule, tile_width
+from mpass.lowering.estimate_union import UnionRule, union_width
+from mpass.lowering.index import (
+    AttentionMask,
+    IndexWidth,
+    SparseIndex,
+    empty_index,
+    list_slots,
+    num_query_blocks,
+)
+from torch import Tensor
+
+
+def union_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[UnionRule],
+    *,
+    scale: float,
+    spec: KernelSpec | None = None,
+) -> SparseIndex:
+    """As `mpass.lowering.estimate_union.union_index`; query [B, H, Nq, D], key [B, Hk, Nk, D].
+
+    spec: a specialisation to use. Raises MemoryError if the means do not fit.
+    """
+    return run_estimator(
+        "union", query, key, mask, heads, rules, union_width(rules), scale=scale, spec=spec
+    )
+
+
+def tile_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[TileRule],
+    *,
+    scale: float,
+    spec: KernelSpec | None = None,
+) -> SparseIndex:
+    """As `mpass.lowering.estimate_tiles.tile_index`; arguments as of `union_index`."""
+    return run_estimator(
+        "tiles", query, key, mask, heads, rules, tile_width(rules), scale=scale, spec=spec
+    )
+
+
+def antidiagonal_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[AntidiagonalRule],
+    *,
+    scale: float,
+    spec: KernelSpec | None = None,
+) -> SparseIndex:
+    """As `mpass.lowering.estimate_antidiagonal.antidiagonal_index`; arguments as `union_index`."""
+    width = antidiagonal_width(rules)
+    return run_estimator(
+        "antidiagonal", query, key, mask, heads, rules, width, scale=scale, spec=spec
+    )
+
+
+def run_estimator(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[Any],
+    width: IndexWidth,
+    *,
+    scale: float,
+    spec: KernelSpec | None,
+) -> SparseIndex:
+    """The index of `rules`, one per head, by the kernel of that name."""
+    num_blocks = num_query_blocks(query.shape[2], mask.query_offset)
+    index = empty_index(query, num_blocks, width, list_slots(len(heads)))
+    if query.shape[0] == 0 or not heads or 0 in (query.shape[2], key.shape[2]):
+        return index
+    query, key = rows_contiguous(query), rows_contiguous(key)
+    key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
+    parameters = {
+        name: torch.tensor(
+            [getattr(rule, name) or 0 for rule in rules],
+            dtype=torch.float32 if kind == "float" else torch.int32,
+        )
+        for name, kind in rule_fields(kernel).items()
+    }
+    parameters["heads"] = torch.tensor(list(heads), dtype=torch.int32)
+    arguments = list_arguments(kernel)(
+        query=pointer(query),
+        key=pointer(key),
+        key_mask=pointer(key_mask),
+        block_count=pointer(index.block_count),
+        block_index=pointer(index.block_index),
+        column_count=pointer(index.column_count),
+        column_index=pointer(index.column_index),
+        batch=query.shape[0],
+        num_heads=len(heads),
+        group=query.shape[1] // key.shape[1],
+        num_queries=query.shape[2],
+        num_keys=key.shape[2],
+        num_blocks=num_blocks,
+        list_width=width.max_blocks,
+        column_width=width.max_columns,
+        query_offset=mask.query_offset,
+        window=mask.window,
+        causal=mask.causal,
+        threads=torch.get_num_threads(),
+        scale=scale,
+        **{name: pointer(values) for name, values in parameters.items()},
+        **strides("query", query),
+        **strides("key", key),
+    )
+    library = load_library(replace(spec or estimate_spec(query), kernel=kernel))
+    if library[f"{kernel}_index"](ctypes.byref(arguments)) != 0:
+        raise MemoryError(f"no memory to estimate an index over keys {tuple(key.shape)}")
+    return index

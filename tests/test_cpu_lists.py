@@ -1,0 +1,193 @@
+"""Generated C++ estimators of lists against the plain-torch ones: the same index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mpass.lowering import estimate_antidiagonal, estimate_tiles, estimate_union
+from mpass.lowering.cpu import library, lists
+from mpass.lowering.cpu.list_arguments import LIST_KERNELS
+from mpass.lowering.cpu.spec import KernelSpec, generate_source
+from mpass.lowering.cpu.support import dtype_name
+from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.patterns.block_max import BlockMax
+from mpass.patterns.block_top_p import BlockTopP
+from mpass.patterns.union import Union
+from mpass.patterns.x_attention import XAttention
+
+from tests.cpu_cases import CASES, needs_kernels
+from tests.test_cpu_source import EMULATED_TILES, GOLDEN
+
+pytestmark = needs_kernels
+
+DIM, SCALE = 40, 0.25
+
+# kernel: generated function, plain function, rules that differ in what they bind
+ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseIndex], list[Any]]] = {
+    "union": (
+        lists.union_index,
+        estimate_union.union_index,
+        [
+            Union(0.6, 1.0, 33).rule(),
+            Union(0.6, 0.1, 0, 2, 1, rows=64, pool=64).rule(),
+            Union(0.5, 0.2, 17, 0, 1, 1, rows=8, pool=4, max_blocks=5).rule(),
+            Union(0.7, 0.05, 200, rows=1, pool=1).rule(),
+        ],
+    ),
+    "tiles": (
+        lists.tile_index,
+        estimate_tiles.tile_index,
+        [
+            BlockMax(0.5, 64, 1, 1, 1).rule(),
+            BlockMax(0.9, 192, 1, 1, 0, 9).rule(),
+            BlockTopP(0.4, 128, 2, 4, 2).rule(),
+            BlockTopP(0.3, 64, 0, 1, 0, 4).rule(),
+        ],
+    ),
+    "antidiagonal": (
+        lists.antidiagonal_index,
+        estimate_antidiagonal.antidiagonal_index,
+        [
+            XAttention(0.6, 8, 128).rule(),
+            XAttention(0.5, 16, 192, 0, 1, 1).rule(),
+            XAttention(0.9, 4, 64, max_blocks=5).rule(),
+            XAttention(0.5, 1, 128).rule(),
+        ],
+    ),
+}
+HEADS = [3, 0, 2, 5]
+
+
+def inputs(
+    dtype: torch.dtype, *, batch: int, num_queries: int, num_keys: int, kv_heads: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Six query heads, laid out as projections give them."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, num_queries, 6, DIM, generator=generator).transpose(1, 2)
+    key = torch.randn(batch, kv_heads, num_keys, DIM, generator=generator)
+    return (query * 2).to(dtype), key.to(dtype)
+
+
+def share_of_equal_lists(found: SparseIndex, expected: SparseIndex) -> float:
+    """Share of the lists (of blocks, of columns) that are the same to the last entry."""
+    same = []
+    for ours, theirs in zip(found.tensors(), expected.tensors(), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        equal = ours == theirs
+        same.append((equal if ours is found.block_count else equal.all(-1)).flatten())
+    return float(torch.cat(same).float().mean())
+
+
+@pytest.mark.parametrize(("dtype", "instruction_set"), CASES)
+@pytest.mark.parametrize("kernel", ESTIMATORS)
+@pytest.mark.parametrize("window", [0, 1, 200])
+@pytest.mark.parametrize(("offset", "padded"), [(0, False), (63, True), (100, False)])
+def test_generated_code_selects_what_plain_torch_selects(
+    kernel: str, dtype: torch.dtype, instruction_set: str, window: int, offset: int, padded: bool
+) -> None:
+    generated, plain, rules = ESTIMATORS[kernel]
+    sizes = {"num_queries": 901 - offset, "num_keys": 901}
+    query, key = inputs(dtype, batch=2, kv_heads=2, seed=1, **sizes)
+    key_mask = None
+    if padded:
+        key_mask = torch.ones(2, 901, dtype=torch.bool)
+        key_mask[0, :100] = False
+        key_mask[1, -90:] = False
+    mask = AttentionMask(query_offset=offset, window=window, key_mask=key_mask)
+    spec = KernelSpec(dtype_name(dtype), DIM, DIM, instruction_set)
+    found = generated(query, key, mask, HEADS, rules, scale=SCALE, spec=spec)
+    expected = plain(query, key, mask, HEADS, rules, scale=SCALE)
+    # With bf16 products, near-equal scores may change places.
+    exact = "bf16" not in instruction_set and instruction_set != "amx"
+    assert share_of_equal_lists(found, expected) >= (1.0 if exact else 0.9)
+
+
+@pytest.mark.parametrize("kernel", ESTIMATORS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape_selects_what_plain_torch_selects(kernel: str, data: st.DataObject) -> None:
+    generated, plain, rules = ESTIMATORS[kernel]
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    num_queries = data.draw(st.integers(1, 700))
+    offset = data.draw(st.sampled_from([0, 0, 1, 64, 100, 333]))
+    batch = data.draw(st.integers(1, 2))
+    query, key = inputs(
+        dtype,
+        batch=batch,
+        num_queries=num_queries,
+        num_keys=num_queries + offset,
+        kv_heads=data.draw(st.sampled_from([1, 2, 3, 6])),
+        seed=data.draw(st.integers(0, 10**6)),
+    )
+    key_mask = None
+    kept = data.draw(st.sampled_from([1.0, 0.9, 0.1, 0.0]))
+    if kept < 1:
+        key_mask = torch.rand(batch, num_queries + offset) < kept
+    window = data.draw(st.sampled_from([0, 0, 65, 130]))
+    mask = AttentionMask(query_offset=offset, window=window, key_mask=key_mask)
+    scale = data.draw(st.sampled_from([SCALE, SCALE, -SCALE]))
+    found = generated(query, key, mask, HEADS, rules, scale=scale)
+    expected = plain(query, key, mask, HEADS, rules, scale=scale)
+    # A score may lie within a rounding of a threshold; over so many lists one now and then does.
+    assert share_of_equal_lists(found, expected) >= (0.99 if dtype == torch.float32 else 0.85)
+
+
+@pytest.mark.parametrize("kernel", ESTIMATORS)
+def test_a_scale_of_zero_makes_all_keys_equal(kernel: str) -> None:
+    generated, plain, rules = ESTIMATORS[kernel]
+    query, key = inputs(torch.float32, batch=1, num_queries=640, num_keys=640, kv_heads=2, seed=3)
+    found = generated(query, key, AttentionMask(), HEADS[:2], rules[:2], scale=0.0)
+    expected = plain(query * 0, key, AttentionMask(), HEADS[:2], rules[:2], scale=1.0)
+    assert torch.equal(found.block_count[:, :, :2], expected.block_count[:, :, :2])
+    assert (found.block_count > 0).all()
+
+
+@pytest.mark.parametrize("kernel", ESTIMATORS)
+def test_lists_do_not_depend_on_the_number_of_threads(kernel: str) -> None:
+    generated, _, rules = ESTIMATORS[kernel]
+    query, key = inputs(
+        torch.bfloat16, batch=2, num_queries=1500, num_keys=1500, kv_heads=3, seed=2
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(generated(query, key, AttentionMask(), HEADS, rules, scale=SCALE))
+    finally:
+        torch.set_num_threads(before)
+    assert share_of_equal_lists(*found) == 1.0
+
+
+@pytest.mark.parametrize("kernel", ESTIMATORS)
+def test_amx_source_selects_the_same_with_emulated_tiles(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    generated, plain, rules = ESTIMATORS[kernel]
+    header = tmp_path / "tiles.h"
+    header.write_text(EMULATED_TILES)
+    monkeypatch.setattr(library, "EXTRA_FLAGS", (*library.EXTRA_FLAGS, "-include", str(header)))
+    monkeypatch.setattr(lists, "load_library", library.load_library.__wrapped__)
+    query, key = inputs(torch.bfloat16, batch=1, num_queries=203, num_keys=250, kv_heads=2, seed=4)
+    mask = AttentionMask(query_offset=47)
+    spec = KernelSpec("bfloat16", DIM, DIM, "amx")
+    found = generated(query, key, mask, HEADS, rules, scale=SCALE, spec=spec)
+    expected = plain(query, key, mask, HEADS, rules, scale=SCALE)
+    assert share_of_equal_lists(found, expected) >= 0.9
+
+
+@pytest.mark.parametrize("kernel", LIST_KERNELS)
+def test_generated_source_is_the_accepted_one(kernel: str) -> None:
+    """MPASS_ACCEPT_GOLDEN=1 accepts a change of the templates."""
+    spec = KernelSpec("bfloat16", 64, 64, "avx512_bf16", kernel=kernel)
+    source = generate_source(spec)
+    path = GOLDEN / f"{kernel}_bf16_avx512.cpp"
+    if os.environ.get("MPASS_ACCEPT_GOLDEN") == "1":
+        path.write_text(source)
+    assert source == path.read_text(), "MPASS_ACCEPT_GOLDEN=1 accepts the new source"
+    assert library.describe_source(spec, source, "x").name.startswith(f"cpu_{kernel}_bfloat16")
