@@ -1,10 +1,11 @@
-"""What reading and rewriting a graph adds to a cold compile.
+"""What reading and rewriting a graph adds to a cold compile, and the debug mode while it is off.
 
     python benchmarks/compile_time.py --layers 32
 
 A small-width Llama with as many layers as asked, its mask built in the graph and padding given, is
 compiled by `backend="inductor"` and by `backend="minference"`, each in a process of its own with
-empty caches; the passes are timed inside of the second. Prints seconds and their share.
+empty caches; the passes, and the hooks of the debug mode among them, are timed inside of the
+second. Prints seconds and their share.
 """
 
 from __future__ import annotations
@@ -15,31 +16,43 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 LENGTH = 4096
 
 
+DEBUG_HOOKS = ("open_trace", "close_trace", "finish_trace")
+"""Functions of mpass.debug that every compile calls."""
+
+
+def timed(function: Callable[..., Any], seconds: dict[str, float], name: str) -> Callable[..., Any]:
+    """The function, with its time added up under a name."""
+
+    def run(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*arguments)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+    return run
+
+
 def compile_once(backend: str, layers: int) -> dict[str, float]:
     """Cold seconds of the first call, and the seconds of our passes in it."""
-    import time
-
     import transformers
 
     import mpass.backend
 
-    seconds = {"passes": 0.0}
-    apply_passes = mpass.backend.apply_passes
-
-    def timed(*arguments: object) -> object:
-        start = time.perf_counter()
-        report = apply_passes(*arguments)  # type: ignore[arg-type]
-        seconds["passes"] += time.perf_counter() - start
-        return report
-
-    mpass.backend.apply_passes = timed  # type: ignore[assignment]
+    seconds: dict[str, float] = {}
+    for name in ("apply_passes", *DEBUG_HOOKS):
+        label = "passes" if name == "apply_passes" else "debug"
+        original = getattr(mpass.backend, name)
+        setattr(mpass.backend, name, timed(original, seconds, label))
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -94,9 +107,11 @@ def main() -> None:
         "minference_seconds": ours["compile"],
         "passes_seconds": ours["passes"],
         "passes_share": ours["passes"] / plain["compile"],
+        "debug_off_seconds": ours["debug"],
+        "debug_off_share": ours["debug"] / ours["compile"],
     }
     for name, value in figures.items():
-        print(f"{name:20} {value:.3f}" if isinstance(value, float) else f"{name:20} {value}")
+        print(f"{name:20} {value:.6f}" if isinstance(value, float) else f"{name:20} {value}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

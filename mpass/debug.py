@@ -41,6 +41,9 @@ VARIABLE = "MPASS_DEBUG"
 DEFAULT_FOLDER = "mpass_debug"
 """Where `debug=True` writes, in the current folder."""
 
+SCRATCH = ".writing-"
+"""Folders being written begin so, with the number of the process next."""
+
 
 class DebugFolderWarning(UserWarning):
     """A debug folder that could not be written; the compile went on without it."""
@@ -166,7 +169,8 @@ def emit(name: str, encoding: str, payload: Callable[[], str]) -> None:
 def write_numbered(root: Path, files: Mapping[str, str]) -> Path:
     """Write files into the next free `root/NNN`, all of them or none."""
     root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=root))
+    remove_abandoned(root)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=root))
     try:
         for name, content in files.items():
             (scratch / name).write_text(content, encoding="utf-8")
@@ -183,6 +187,25 @@ def write_numbered(root: Path, files: Mapping[str, str]) -> Path:
                 number += 1
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_abandoned(root: Path) -> None:
+    """Remove what runs that were killed while they wrote have left."""
+    for path in root.glob(f"{SCRATCH}*"):
+        owner = path.name.removeprefix(SCRATCH).partition("-")[0]
+        if owner.isdecimal() and not is_running(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # it is another user's
+    return True
 
 
 @functools.cache
