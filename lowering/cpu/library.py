@@ -12,7 +12,6 @@ import inspect
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from mpass.lowering.cpu.spec import KernelSpec, generate_source
 from mpass.lowering.sources import KernelSource, announce_source
@@ -21,6 +20,18 @@ PROGRESS_AFTER = 3.0
 """Seconds of compiling after which a line on stderr says so."""
 
 EXTRA_FLAGS = ("-fno-strict-aliasing",)  # packed bf16 are read as 32-bit pairs
+
+PROBE_SOURCE = """#include <immintrin.h>
+#include <omp.h>
+#include <cstdint>
+extern "C" int32_t mpass_probe() {
+  int32_t threads = 0;
+#pragma omp parallel reduction(+ : threads)
+  threads += 1;
+  return threads;
+}
+"""
+"""What every generated source needs of a compiler."""
 
 INSTRUCTION_FLAGS = {
     "amx": ("-mamx-tile", "-mamx-bf16", "-mavx512bf16"),
@@ -34,9 +45,37 @@ def load_library(spec: KernelSpec) -> ctypes.CDLL:
     """The compiled library of a spec: from memory, Inductor's disk cache, or the compiler."""
     flags = INSTRUCTION_FLAGS.get(spec.instruction_set, ())
     source = generate_source(spec)
-    library = compile_source(source, label=str(spec), extra_flags=flags)
+    with build_lock(spec):  # a warm-up may be at it: then the compiler is not started again
+        library = compile_source(source, label=str(spec), extra_flags=flags)
     announce_source(describe_source(spec, source, library._name))
     return library
+
+
+@functools.cache
+def build_lock(spec: KernelSpec) -> threading.Lock:
+    """Held while a spec is compiled."""
+    return threading.Lock()
+
+
+@functools.cache
+def compiler_fault(instruction_set: str) -> str:
+    """Why the C++ compiler here makes no library for an instruction set; "" if it does.
+
+    Compiles a few lines once per machine: whether a compiler is there, knows the instructions,
+    finds OpenMP and gives a library that loads shows in no other way.
+    """
+    flags = INSTRUCTION_FLAGS.get(instruction_set, ())
+    try:
+        library = compile_source(PROBE_SOURCE, label="a probe", extra_flags=flags)
+        return (
+            "" if library.mpass_probe() > 0 else "no C++ compiler with a working OpenMP was found"
+        )
+    except Exception as error:
+        if type(error).__name__ == "InvalidCxxCompiler":
+            return "no C++ compiler was found"
+        lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
+        detail = lines[-1] if lines else type(error).__name__
+        return f"the C++ compiler failed ({detail[:200]})"
 
 
 def describe_source(spec: KernelSpec, source: str, path: str) -> KernelSource:
@@ -81,10 +120,3 @@ def compile_source(source: str, *, label: str, extra_flags: Sequence[str] = ()) 
 
 def report_progress(label: str) -> None:
     print(f"mpass: compiling CPU kernels ({label})", file=sys.stderr, flush=True)
-
-
-def warm_up(specs: Sequence[KernelSpec]) -> None:
-    """Compile several libraries at once: the compiler is a process, so threads are enough."""
-    if specs:
-        with ThreadPoolExecutor(max_workers=len(specs)) as pool:
-            list(pool.map(load_library, specs))

@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import torch
+from mpass.lowering.cpu.library import compiler_fault
 from mpass.lowering.cpu.spec import INPUT_TYPES, MAX_HEAD_DIM, KernelSpec
 from torch import Tensor
 
@@ -54,15 +55,9 @@ def machine_reason() -> str | None:
         return f"C++ kernels are generated for x86-64, not {machine}"
     if sys.platform != "linux":
         return f"C++ kernels are built on Linux, not {sys.platform}"
-    if not torch.cpu._is_avx2_supported():
+    if not has("avx2"):
         return "the CPU has no AVX2"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception as error:
-        return f"no C++ compiler was found ({type(error).__name__})"
-    return None
+    return compiler_fault("avx2") or None
 
 
 @functools.cache
@@ -84,14 +79,20 @@ def warn_once(reason: str) -> None:
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets that this machine can run, the fastest first."""
     found = []
-    if torch.cpu._is_avx512_supported():
-        if torch.cpu._is_avx512_bf16_supported():
+    if has("avx512"):
+        if has("avx512_bf16"):
             # The kernel must let the process use the tile registers, or using them is fatal.
-            if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+            if has("amx_tile") and torch.cpu._init_amx():
                 found.append("amx")
             found.append("avx512_bf16")
         found.append("avx512")
     return (*found, "avx2")
+
+
+def has(instructions: str) -> bool:
+    """Whether torch finds these instructions here; not if this torch cannot tell."""
+    probe = getattr(torch.cpu, f"_is_{instructions}_supported", None)
+    return probe is not None and bool(probe())
 
 
 def kernel_spec(query: Tensor, value: Tensor, *, softcap: float = 0.0) -> KernelSpec:
@@ -112,9 +113,13 @@ def estimate_spec(query: Tensor) -> KernelSpec:
     return KernelSpec(dtype_name(query.dtype), size, size, chosen, kernel="estimate")
 
 
+@functools.cache
 def best_instruction_set(dtype: torch.dtype) -> str:
-    """Only bf16 has products in hardware; the rest is fp32 arithmetic."""
+    """The fastest set that the compiler knows as well.
+
+    Only bf16 has products in hardware; the rest is fp32 arithmetic.
+    """
     sets = instruction_sets()
     if dtype != torch.bfloat16:
         sets = tuple(name for name in sets if name in ("avx512", "avx2"))
-    return sets[0]
+    return next((name for name in sets if not compiler_fault(name)), "avx2")
