@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,10 +11,12 @@ from mpass.lowering import reference
 from mpass.lowering.density import density as count_density
 from mpass.lowering.index import BLOCK, AttentionMask, join_indexes
 from mpass.lowering.record import Operands, record
+from mpass.patterns.base import registered_patterns
 from mpass.patterns.block_sparse import BlockSparse
 
 import mpass
 from mpass.advice import advise
+from mpass.functional import estimate_index
 from mpass.profiling import profile
 from mpass.recall import LEVELS, measure_recall
 from tests.toys import Decoder
@@ -174,6 +177,56 @@ def test_profile_of_a_model_counts_exactly():
     assert list(done.seconds) == ["index", "attention", "dense attention", "rest"]
     assert done.seconds["dense attention"] > 0
     assert str(BlockSparse(2)) in str(done)
+
+
+SMALL = {
+    "a_shape": {"sink_size": 8, "window_size": 100},
+    "block_max": {
+        "share": 0.95,
+        "block_size": 64,
+        "sink_blocks": 1,
+        "local_blocks": 1,
+        "last_blocks": 0,
+    },
+    "block_sparse": {"top_k": 2},
+    "block_top_p": {"mass": 0.5, "sink_blocks": 1, "local_blocks": 1, "last_blocks": 0},
+    "flex_prefill": {"gamma": 0.5, "min_budget": 128},
+    "sample_attention": {"coverage": 0.5, "row_share": 0.1},
+    "strided": {"sink_size": 8, "window_size": 64, "stride": 128},
+    "tri_shape": {"window_size": 64, "last_size": 64},
+    "union": {"mass": 0.1, "row_share": 0.9, "columns": 16, "local_blocks": 1},
+    "vertical_slash": {"vertical_size": 20, "slash_size": 64},
+    "x_attention": {"threshold": 0.5},
+}
+"""Parameters by which patterns leave something out of prompts as short as those below."""
+
+SHAPES = {
+    "square": {"queries": 450, "keys": 450},
+    "batch with padding": {"batch": 2, "mask": AttentionMask(key_mask=PADDED)},
+    "fewer queries than keys": {"queries": 150, "keys": 433},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", sorted(registered_patterns()))
+def test_recall_and_density_of_every_pattern_are_those_of_brute_force(name, shape):
+    """Four query heads over two kv heads, the index by the pattern's own estimation."""
+    made = make_operands(**SHAPES[shape])
+    pattern = registered_patterns()[name](**SMALL.get(name, {}))
+    index = estimate_index(made.query, made.key, made.mask, pattern, 0.5)
+    operands = dataclasses.replace(made, index=index)
+    recall, weights, _, _ = brute_force(operands)
+    assert torch.allclose(measure_recall(operands).recall, recall, atol=1e-3)
+
+    batch, _, num_queries, num_keys = weights.shape
+    sizes = {"batch": batch, "num_queries": num_queries, "num_keys": num_keys}
+    positions = torch.arange(num_queries) + operands.mask.query_offset
+    allowed = reference.allowed_cells(operands.mask, positions, num_keys).expand_as(weights)
+    computed = reference.computed_mask(index, operands.mask, **sizes) & allowed
+    counted = computed.sum((2, 3)).double() / allowed.sum((2, 3)).double()
+    density = count_density(index, operands.mask, **sizes)
+    assert torch.equal(density, counted)
+    assert (density < 1).any() == (name != "dense")
 
 
 @torch.no_grad()
