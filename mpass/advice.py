@@ -16,6 +16,18 @@ MORE = 8
 """Key blocks or block diagonals whose gain is quoted."""
 
 
+BUDGETS = {
+    "block_sparse": "a larger top_k",
+    "block_top_p": "a larger mass",
+    "union": "a larger mass",
+    "block_max": "a smaller share",
+    "x_attention": "a larger threshold",
+    "flex_prefill": "a larger gamma",
+    "sample_attention": "a larger coverage",
+}
+"""What makes a pattern that chooses blocks or keys by weight keep more of them."""
+
+
 def advise(
     pattern: str,
     recall: float,
@@ -48,17 +60,17 @@ def advise(
     kind, best = far if diagonals >= columns else near
     lost = 1.0 - recall
     if best < 0.25 * lost:
-        hint = "the lost mass is spread out: block_sparse fits such a head better, or dense"
-        if name == "block_sparse":
-            hint = "the lost mass is spread out: a larger top_k, or dense"
-    elif name == "vertical_slash":
-        hint = f"a larger {kind} budget: the {MORE} best {places(kind)} hold {best:.1%}"
+        other = "block_sparse fits such a head better"
+        hint = f"the lost mass is spread out: {BUDGETS.get(name, other)}, or dense"
     elif name == "a_shape":
         hint = f"vertical_slash would find the {MORE} {places(kind)} that hold {best:.1%}"
-    elif name == "block_sparse":
-        hint = f"a larger top_k: the {MORE} best {places(kind)} hold {best:.1%}"
     else:
-        hint = f"a larger budget: the {MORE} best {places(kind)} hold {best:.1%}"
+        budget = BUDGETS.get(name, "a larger budget")
+        if name == "vertical_slash":
+            budget = f"a larger {kind} budget"
+        elif name == "union" and kind == "vertical":
+            budget = "more columns"
+        hint = f"{budget}: the {MORE} best {places(kind)} hold {best:.1%}"
     return f"loses {lost:.1%} of the attention; {hint}"
 
 

@@ -278,6 +278,9 @@ FLAT = torch.full((400,), 0.2 / 400, dtype=torch.float64)
         ("a_shape(1, 2)", FLAT, SPIKE, "vertical_slash would find"),
         ("block_sparse(1, 64)", FLAT, SPIKE, "larger top_k"),
         ("vertical_slash(1, 2)", FLAT, FLAT, "spread out: block_sparse"),
+        ("union(0.7, 0.02)", FLAT, SPIKE, "more columns"),
+        ("union(0.7, 0.02)", SPIKE, FLAT, "a larger mass"),
+        ("union(0.7, 0.02)", FLAT, FLAT, "spread out: a larger mass, or dense"),
     ],
 )
 def test_advice_follows_where_mass_was_lost(pattern, by_distance, by_block, words):
