@@ -10,6 +10,7 @@ import math
 import torch
 from mpass.lowering import reference
 from mpass.lowering.index import (
+    ALL_BLOCKS,
     BLOCK,
     AttentionMask,
     SparseIndex,
@@ -84,14 +85,17 @@ def work_share(
     heads = len(index.head_slots) * index.column_count.shape[0]
     if not mask.causal:
         dense = float(rows * blocks)
-        tiles = float(index.block_count.sum())
+        in_lists = index.block_count
+        tiles = float(in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks).sum())
         columns = float(index.column_count.sum()) / BLOCK * rows
         return (tiles + columns) / (dense * heads)
     last = first + rows  # query blocks first .. last - 1, block i has i + 1 causal tiles
     reach = last if mask.window == 0 else min(last, (mask.window + BLOCK - 2) // BLOCK + 1)
     dense = float(sum(min(i + 1, reach) for i in range(first, last)))
 
-    tiles = float(index.block_count.sum())
+    in_lists = index.block_count
+    causal = torch.arange(first + 1, last + 1, device=in_lists.device).clamp(max=reach)
+    tiles = float(torch.where(in_lists == ALL_BLOCKS, causal, in_lists).sum())
     tiles += float((index.diagonal_count < 0).sum()) * dense
     if tiles > enough * dense * heads:
         return tiles / (dense * heads)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from mpass.lowering.estimate import first_keys, table_to_list
 from mpass.lowering.index import (
+    ALL_BLOCKS,
     BLOCK,
     AttentionMask,
     IndexWidth,
@@ -22,6 +23,7 @@ from mpass.lowering.index import (
     list_slots,
     num_key_blocks,
     num_query_blocks,
+    reads_all_blocks,
 )
 from torch import Tensor
 
@@ -38,8 +40,8 @@ class Candidates:
 
     scores: fp32 [B, C, J], 0 or more; forced: bool [B, C, J], kept whatever they score; allowed:
     bool [C, J]; whole: bool [B, C], query blocks that keep every allowed block; max_blocks: at most
-    this many are kept: the forced ones first, then those of largest score, ties to the smaller
-    index.
+    this many are kept by the others: the forced ones first, then those of largest score, ties to
+    the smaller index.
     """
 
     scores: Tensor
@@ -59,7 +61,8 @@ def list_index(
 ) -> SparseIndex:
     """The index of a rule that keeps key blocks, and of single keys (bool [B, h, Nk]) if given.
 
-    query [B, H, Nq, D]. The rule must not keep more than `width.max_blocks` per query block.
+    query [B, H, Nq, D]. The rule must not keep more than `width.max_blocks` per query block, or
+    else every block: that is written as ALL_BLOCKS.
     """
     first = first_query_block(mask.query_offset)
     rows = num_query_blocks(query.shape[2], mask.query_offset)
@@ -69,8 +72,9 @@ def list_index(
             stop = min(rows, start + CHUNK_BLOCKS)
             blocks = torch.arange(first + start, first + stop, device=query.device)
             counts, entries = table_to_list(rule(head, blocks), width.max_blocks)
-            index.block_count[:, head, start:stop] = counts
-            index.block_index[:, head, start:stop] = entries
+            full = counts > width.max_blocks
+            index.block_count[:, head, start:stop] = counts.masked_fill(full, ALL_BLOCKS)
+            index.block_index[:, head, start:stop] = entries.masked_fill(full[..., None], 0)
     if columns is not None:
         counts, entries = table_to_list(columns, width.max_columns)
         index.column_count.copy_(counts)
@@ -200,5 +204,9 @@ def keep(candidates: Candidates, order: Tensor, wanted: Tensor) -> Tensor:
     """The wanted blocks (bool, in `order`), the forced and whole ones, within the limit."""
     wanted = wanted | candidates.forced.gather(-1, order) | candidates.whole[..., None]
     wanted &= candidates.allowed.expand_as(order).gather(-1, order)
-    wanted[..., candidates.max_blocks :] = False
+    limit = candidates.max_blocks
+    if reads_all_blocks(wanted.device):
+        wanted[..., limit:] &= candidates.whole[..., None]
+    else:
+        wanted[..., limit:] = False
     return torch.zeros_like(candidates.forced).scatter_(-1, order, wanted)

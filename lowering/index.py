@@ -6,7 +6,8 @@ whose offset is no multiple of `BLOCK` only has a partial first query block.
 
 A head selects whole key blocks in one of two forms, and single keys ("columns") on top:
 
-- *lists*: per query block, a count and up to `max_blocks` key blocks (block-sparse kinds);
+- *lists*: per query block, a count and up to `max_blocks` key blocks (block-sparse kinds); a count
+  of `ALL_BLOCKS` means every one, whatever the lists hold;
 - *diagonals*: block distances `query block - key block`, the same for all query blocks (A-shape,
   vertical-slash: O(diagonals) per head at any length); a count of `ALL_DIAGONALS` means every one;
 - *columns*: single keys, seen by every query block that lies after them and does not already select
@@ -27,6 +28,9 @@ from torch import Tensor
 
 BLOCK = 64
 """Positions per block of queries and of keys."""
+
+ALL_BLOCKS = -1
+"""A `block_count` of this value selects every key block that the mask allows (dense last rows)."""
 
 ALL_DIAGONALS = -1
 """A `diagonal_count` of this value selects every block diagonal (dense, or all of a window)."""
@@ -64,7 +68,7 @@ class IndexWidth:
 class SparseIndex:
     """What each query block of each head looks at; int32, contiguous, on the query's device.
 
-    block_count     [B, L, I]              selected key blocks of a query block, <= max_blocks
+    block_count     [B, L, I]              key blocks of a query block, <= max_blocks; or ALL_BLOCKS
     block_index     [B, L, I, max_blocks]  ascending, without duplicates; beyond the count: 0
     diagonal_count  [B, G]                 or ALL_DIAGONALS
     diagonal_index  [B, G, max_diagonals]  ascending block distances; beyond the count: 0
@@ -98,6 +102,11 @@ class SparseIndex:
     def num_bytes(self) -> int:
         """Memory that the index takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+def reads_all_blocks(device: torch.device) -> bool:
+    """Whether the kernels of a device read ALL_BLOCKS; where not, lists hold what fits."""
+    return device.type == "cpu"
 
 
 def first_query_block(query_offset: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from mpass.lowering.index import (
+    ALL_BLOCKS,
     ALL_DIAGONALS,
     BLOCK,
     AttentionMask,
@@ -122,6 +123,7 @@ def allowed_cells(mask: AttentionMask, positions: Tensor, num_keys: int) -> Tens
 def selected_blocks(index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
     """Key blocks that the query blocks select: bool [B, H, rows, num_blocks].
 
+    Every one, also those that a mask will hide, where an index says so in one word.
     rows: rows of the lists; blocks: the same query blocks on the absolute grid.
     """
     device = blocks.device
@@ -133,6 +135,7 @@ def selected_blocks(index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks
             table = torch.zeros(*counts.shape, num_blocks + 1, dtype=torch.bool, device=device)
             live = torch.arange(entries.shape[-1], device=device) < counts[..., None]
             table.scatter_(-1, torch.where(live, entries, num_blocks), True)
+            table |= (counts == ALL_BLOCKS)[..., None]
             per_head.append(table[..., :num_blocks])
             continue
         counts = index.diagonal_count[:, -1 - slot]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mpass.calibration_graph import Operands, attend_dense, attend_index
 from mpass.lowering.index import (
+    ALL_BLOCKS,
     ALL_DIAGONALS,
     BLOCK,
     IndexWidth,
@@ -119,7 +120,9 @@ def count_work(index: SparseIndex, operands: Operands) -> tuple[Tensor, Tensor]:
         rows = from_distance[entries.long().clamp(max=last)]
         return torch.where(live, rows, 0).sum(-1).double().sum(0)
 
-    in_lists = index.block_count.sum((0, 2)).double()
+    whole = torch.arange(first + 1, last + 1, device=device)
+    counts = torch.where(index.block_count == ALL_BLOCKS, whole, index.block_count)
+    in_lists = counts.sum((0, 2)).double()
     on_diagonals = looked_up(index.diagonal_index, index.diagonal_count)
     every = (index.diagonal_count == ALL_DIAGONALS).sum(0).double() * causal
     on_diagonals = on_diagonals + every

@@ -14,7 +14,13 @@ from typing import ClassVar, Literal, Self
 import sympy
 import torch
 from mpass.lowering.estimate_lists import allowed_blocks, last_query, list_index
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.index import (
+    BLOCK,
+    AttentionMask,
+    IndexWidth,
+    SparseIndex,
+    reads_all_blocks,
+)
 from mpass.lowering.reference import allowed_cells
 from mpass.patterns.a_shape import window_diagonals
 from mpass.patterns.base import (
@@ -29,15 +35,18 @@ from mpass.patterns.lists import check_room
 from mpass.patterns.sinks import sink_columns
 from torch import Tensor
 
+EVERY_BLOCK = 1 << 31
+"""More blocks than any prompt has."""
+
 
 @register_pattern
 @dataclass(frozen=True)
 class TriShape(Pattern):
     """Keep the first `sink_size` keys and the nearest `window_size`; the last queries keep all.
 
-    last_size: queries at the prompt's end that keep all keys up to max_blocks * 64 tokens back
-    (that bounds the index: 4 * max_blocks bytes per 64 queries and head); sizes are in tokens.
-    Defaults as published by TriangleMix.
+    last_size: queries at the prompt's end that keep all keys; sizes are in tokens. max_blocks:
+    blocks that a list holds; on devices whose kernel reads no ALL_BLOCKS yet, the last queries
+    see as far back as that. Defaults as published by TriangleMix.
     """
 
     sink_size: int = 8
@@ -73,7 +82,7 @@ class TriShape(Pattern):
             starts = blocks * BLOCK
             whole = (starts + BLOCK > last[:, None] + 1 - p.last_size) & (starts <= last[:, None])
             near = distance < window_diagonals(p.window_size)
-            return (near | (whole[..., None] & (distance < p.max_blocks))) & allowed
+            return (near | (whole[..., None] & (distance < p.reach(key.device)))) & allowed
 
         columns = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
         return list_index(query, mask, len(heads), cls.width(patterns), kept_blocks, columns)
@@ -103,15 +112,18 @@ class TriShape(Pattern):
         per_head = []
         for i, p in enumerate(patterns):
             at_end = (positions > last - p.last_size) & (positions <= last)
-            reach = positions // BLOCK * BLOCK - (p.max_blocks - 1) * BLOCK
-            seen = at_end[..., None] & (positions[:, None] - distance >= reach[:, None])
+            first = positions // BLOCK * BLOCK - (p.reach(key.device) - 1) * BLOCK
+            seen = at_end[..., None] & (positions[:, None] - distance >= first[:, None])
             per_head.append((distance < p.window_size) | seen | sinks[:, i, None, :])
         return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
 
     def fewest_keys(self) -> sympy.Expr:
-        last = sympy.Min(LENGTH, self.last_size) * sympy.Min(LENGTH, self.max_blocks * BLOCK)
-        kept = causal_keys(self.sink_size + self.window_size + BLOCK) + last / LENGTH
+        kept = causal_keys(self.sink_size + self.window_size + BLOCK) + self.last_size
         return sympy.Min(LENGTH / 2, kept)
+
+    def reach(self, device: torch.device) -> int:
+        """Key blocks that the last queries see, their own included."""
+        return EVERY_BLOCK if reads_all_blocks(device) else self.max_blocks
 
     def cost(self) -> sympy.Expr:
         return 2 * LENGTH * self.fewest_keys() * HEAD_DIM

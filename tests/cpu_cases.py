@@ -10,6 +10,7 @@ from mpass.lowering.cpu.attention import run_attention
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import best_instruction_set, dtype_name, instruction_sets
 from mpass.lowering.index import (
+    ALL_BLOCKS,
     ALL_DIAGONALS,
     AttentionMask,
     IndexWidth,
@@ -66,6 +67,8 @@ def random_index(
                     chosen[first + i + 1 :] = False
                     chosen[min(first + i, key_blocks - 1)] = True
                 fill(index.block_count[b, row, i], index.block_index[b, row, i], chosen)
+                if chance(1).item() < 0.1:
+                    index.block_count[b, row, i] = ALL_BLOCKS
         for row in range(index.diagonal_count.shape[1]):
             chosen = chance(first + blocks) < density
             chosen[0] = True

@@ -45,7 +45,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
         estimate_tiles.tile_index,
         [
             BlockMax(0.5, 64, 1, 1, 1).rule(),
-            BlockMax(0.9, 192, 1, 1, 0, 9).rule(),
+            BlockMax(0.9, 192, 1, 1, 3, 9).rule(),
             BlockTopP(0.4, 128, 2, 4, 2).rule(),
             BlockTopP(0.3, 64, 0, 1, 0, 4).rule(),
         ],

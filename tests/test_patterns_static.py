@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mpass.lowering.density import density, work_share
+from mpass.lowering.index import ALL_BLOCKS, AttentionMask
+from mpass.lowering.reference import computed_mask
+from mpass.patterns.block_max import BlockMax
+from mpass.patterns.block_top_p import BlockTopP
 from mpass.patterns.strided import Strided
 from mpass.patterns.tri_shape import TriShape
+from mpass.patterns.union import Union
+from mpass.patterns.x_attention import XAttention
 
 import mpass
 from mpass.errors import PatternValueError
-from tests.truth import random_attention
+from tests.truth import TOLERANCE, dense_attention, random_attention
 
 
 def positions(length):
@@ -40,11 +47,46 @@ def test_tri_shape_counts_last_rows_from_the_last_real_query():
     assert (cells[200:256].sum(-1) <= 2 * 64).all()
 
 
-def test_tri_shape_reaches_as_far_back_as_its_lists_hold():
-    query, key, _ = random_attention(num_queries=640)
-    cells = TriShape(0, 1, 64, max_blocks=4).dense_mask(query, key)[0, 0]
-    assert cells[-1, 384:].all()
-    assert not cells[-1, :384].any()
+def test_tri_shape_makes_the_last_rows_dense_however_short_its_lists_are():
+    query, key, value = random_attention(num_queries=640)
+    pattern = TriShape(0, 1, 64, max_blocks=4)
+    assert pattern.dense_mask(query, key)[0, 0, -64:].sum() == sum(range(577, 641))
+    cells = mpass.computed_mask(query, key, pattern=pattern)
+    assert torch.equal(
+        cells[:, :, -64:], torch.ones(640, 640).tril().bool()[-64:].expand_as(cells[:, :, -64:])
+    )
+    out = mpass.sparse_attention(query, key, value, pattern=pattern, enable_gqa=True)
+    truth = dense_attention(query, key, value, cells, query.shape[-1] ** -0.5)
+    assert (out - truth).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Union(0.1, 1.0, 0, 0, 1, last_blocks=3, max_blocks=2),
+        BlockMax(1.0, 128, 0, 1, 2, max_blocks=2),
+        BlockTopP(0.01, 128, 0, 1, 2, max_blocks=2),
+        XAttention(0.01, 8, 128, 0, 1, 2, max_blocks=2),
+        TriShape(0, 1, 130, max_blocks=2),
+    ],
+    ids=str,
+)
+def test_last_rows_are_dense_at_any_length_in_every_count_of_the_work(pattern):
+    query, key, _ = random_attention(num_queries=1000)
+    mask = AttentionMask()
+    heads = range(query.shape[1])
+    index = type(pattern).estimate(query, key, mask, heads, [pattern] * len(heads), scale=0.2)
+    assert (index.block_count[:, :, -1] == ALL_BLOCKS).all()
+    assert (index.block_index[:, :, -1] == 0).all()
+    sizes = {"batch": query.shape[0], "num_queries": 1000, "num_keys": 1000}
+    cells = computed_mask(index, mask, **sizes)
+    causal = torch.ones(1000, 1000).tril().bool()
+    assert torch.equal(cells[:, :, -100:], causal[-100:].expand_as(cells[:, :, -100:]))
+    assert (cells[:, :, 300:700].float().mean() < 0.25).all()
+    share = density(index, mask, **sizes)
+    assert torch.allclose(share, cells.sum((2, 3)).double() / causal.sum())
+    tiles = float(work_share(index, mask, 1000, 1000))
+    assert abs(tiles - float(share.mean())) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import jinja2
 from mpass.lowering import estimate
 from mpass.lowering.cpu.arguments import AttentionArguments, EstimateArguments, c_fields
 from mpass.lowering.cpu.list_arguments import LIST_KERNELS, list_c_fields
-from mpass.lowering.index import BLOCK
+from mpass.lowering.index import ALL_BLOCKS, BLOCK
 
 STRIP = 4
 """Tiles of 64 keys per softmax update: the scores of a strip (64 KiB) stay in the second cache."""
@@ -142,6 +142,7 @@ def generate_source(spec: KernelSpec) -> str:
         .render(
             spec=spec,
             block=BLOCK,
+            all_blocks=ALL_BLOCKS,
             exp2=EXP2_BF16 if spec.bf16 and spec.kernel != "estimate" else EXP2_FP32,
             arguments=arguments,
             constants=estimate,

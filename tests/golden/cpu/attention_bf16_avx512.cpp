@@ -4,6 +4,7 @@
 // output row with padding. BLOCK positions per block of queries and of keys; a word is a float, or
 // for bf16 arithmetic a pair of bf16.
 #include <immintrin.h>
+#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <new>
@@ -94,6 +96,26 @@ inline vec exp2_vec(vec x) {
 }
 constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDTH;  // of one block
 
+// The keys of a tile that a row sees: those of the first `keys`, and row r at most `first + r`.
+struct Reach {
+  int keys = BLOCK, first = BLOCK;
+  int of_row(int r) const { return std::min(keys, first + r); }
+};
+
+// Panels of a tile that is read soon. Which one that is, is the index's choice and no stream that
+// the hardware could see, so each step of a product fetches one line of them.
+struct Ahead {
+  const word* keys;    // KEY_WORDS, read next
+  const word* values;  // VALUE_WORDS, read after that
+  // The DEPTH lines that the given group of rows fetches.
+  const word* lines(int group) const {
+    constexpr int LINE = 64 / sizeof(word), KEY_GROUPS = KEY_WORDS / (DEPTH * LINE);
+    if (group < KEY_GROUPS) return keys + group * DEPTH * LINE;
+    return values + std::max(0, std::min((group - KEY_GROUPS) * DEPTH * LINE,
+                                         VALUE_WORDS - DEPTH * LINE));
+  }
+};
+
 constexpr int ROW_STEP = 2;
 constexpr int ROWS = 6;  // 6 x 4 accumulators, 4 of B, 1 of A
 constexpr int VECTORS = 4;
@@ -106,30 +128,44 @@ inline vec dot(vec acc, word a, __m512i b) {
 }
 inline __m512i load_words(const word* b) { return _mm512_loadu_si512(b); }
 
-template <int R, int V, bool ACCUMULATE>
+// R rows from `row` on, V vectors from `column` on.
+template <int R, int V, bool ACCUMULATE, bool FETCH>
 inline void multiply_tile(const word* a, int lda, const word* const* panels, int num_panels,
-                          int steps, int column, int ldb, float* c, int ldc,
-                          const float* row_scale) {
+                          int steps, int row, int column, int ldb, float* c, int ldc,
+                          const float* row_scale, const Reach* reach, const Ahead& ahead) {
+  if constexpr (!ACCUMULATE && V > 1) {
+    if (reach && reach->of_row(row + R - 1) <= column + (V - 1) * LANES)
+      return multiply_tile<R, V - 1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, row,
+                                                        column, ldb, c, ldc, row_scale, reach,
+                                                        ahead);
+  }
+  a += row * lda;
+  c += row * ldc + column;
+  const word* line = FETCH ? ahead.lines(row / ROWS) : nullptr;
   vec acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
-      acc[r][v] = ACCUMULATE ? mul(load(c + r * ldc + v * LANES), set1(row_scale[r])) : set1(0.0f);
+      acc[r][v] = ACCUMULATE ? mul(load(c + r * ldc + v * LANES), set1(row_scale[row + r])) : set1(0.0f);
   }
   for (int p = 0; p < num_panels; ++p) {
     const word* b = panels[p] + column;
-    for (int k = 0; k < steps; ++k, ++a, b += ldb) {
-      decltype(load_words(b)) row[V];
+    const int seen =
+        ACCUMULATE && reach ? (reach[p].of_row(row + R - 1) + PAIR - 1) / PAIR : steps;
+    for (int k = 0; k < seen; ++k, b += ldb) {
+      if constexpr (FETCH) _mm_prefetch(line + k * (64 / sizeof(word)), _MM_HINT_T1);
+      decltype(load_words(b)) factor[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) row[v] = load_words(b + v * LANES);
+      for (int v = 0; v < V; ++v) factor[v] = load_words(b + v * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const word broadcast = a[r * lda];
+        const word broadcast = a[r * lda + k];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], broadcast, row[v]);
+        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], broadcast, factor[v]);
       }
     }
+    a += steps;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -138,32 +174,36 @@ inline void multiply_tile(const word* a, int lda, const word* const* panels, int
   }
 }
 
-template <int V, bool ACCUMULATE>
+template <int V, bool ACCUMULATE, bool FETCH>
 inline void multiply_columns(const word* a, int lda, const word* const* panels, int num_panels,
                              int steps, int column, int ldb, float* c, int ldc, int rows,
-                             const float* row_scale) {
+                             const float* row_scale, const Reach* reach, const Ahead& ahead) {
   int r = 0;
+  if constexpr (!ACCUMULATE) {
+    while (reach && r + ROWS <= rows && reach->of_row(r + ROWS - 1) <= column) r += ROWS;
+  }
   for (; r + ROWS <= rows; r += ROWS)
-    multiply_tile<ROWS, V, ACCUMULATE>(a + r * lda, lda, panels, num_panels, steps, column, ldb,
-                                       c + r * ldc, ldc, row_scale + r);
+    multiply_tile<ROWS, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                              ldc, row_scale, reach, ahead);
   for (; r + 4 <= rows; r += 4)
-    multiply_tile<4, V, ACCUMULATE>(a + r * lda, lda, panels, num_panels, steps, column, ldb,
-                                    c + r * ldc, ldc, row_scale + r);
+    multiply_tile<4, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                           ldc, row_scale, reach, ahead);
   for (; r < rows; r += 2)
-    multiply_tile<2, V, ACCUMULATE>(a + r * lda, lda, panels, num_panels, steps, column, ldb,
-                                    c + r * ldc, ldc, row_scale + r);
+    multiply_tile<2, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                           ldc, row_scale, reach, ahead);
 }
 
-template <bool ACCUMULATE>
+template <bool ACCUMULATE, bool FETCH = false>
 void multiply(const word* a, int lda, const word* const* panels, int num_panels, int steps,
-              int ldb, float* c, int ldc, int rows, int columns, const float* row_scale) {
+              int ldb, float* c, int ldc, int rows, int columns, const float* row_scale,
+              const Reach* reach = nullptr, const Ahead& ahead = {}) {
   int n = 0;
   for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES)
-    multiply_columns<VECTORS, ACCUMULATE>(a, lda, panels, num_panels, steps, n, ldb, c + n, ldc,
-                                          rows, row_scale);
+    multiply_columns<VECTORS, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc,
+                                                 rows, row_scale, reach, ahead);
   for (; n < columns; n += LANES)
-    multiply_columns<1, ACCUMULATE>(a, lda, panels, num_panels, steps, n, ldb, c + n, ldc, rows,
-                                    row_scale);
+    multiply_columns<1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc, rows,
+                                           row_scale, reach, ahead);
 }
 // One row of `dim` inputs to `padded` packed elements, zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
@@ -251,8 +291,17 @@ void pack_values(word* out, packed* rows, const Row& row) {
   }
 }
 
-// Scratch memory of one call. Large buffers ask for huge pages: faulting them in 4 KiB at a time
-// costs several percent of a short prompt's attention.
+// Asks for huge pages for memory that will be written first now: faulting it in 4 KiB at a time
+// costs a tenth of a sparse call.
+inline void advise_huge_pages(void* data, size_t bytes) {
+  constexpr uintptr_t PAGE = 4096, HUGE_PAGE = uintptr_t(1) << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t stop = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
+  if (stop >= first + 2 * HUGE_PAGE)
+    madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
+}
+
+// Scratch memory of one call.
 template <typename T>
 class Buffer {
  public:
@@ -263,7 +312,7 @@ class Buffer {
     const size_t rounded = std::max((bytes + alignment - 1) / alignment, size_t(1)) * alignment;
     data_ = static_cast<T*>(std::aligned_alloc(alignment, rounded));
     if (!data_) throw std::bad_alloc();
-    if (alignment == HUGE_PAGE) madvise(data_, rounded, MADV_HUGEPAGE);
+    advise_huge_pages(data_, rounded);
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
@@ -355,6 +404,7 @@ struct Scratch {
   std::vector<uint8_t> selected;  // per key block
   alignas(64) uint64_t row_bits[STRIP][BLOCK];
   bool masked[STRIP];
+  Reach reach[STRIP];
   const word* keys[STRIP];
   const word* values[STRIP];
   int tiles = 0;
@@ -435,9 +485,12 @@ void flush_strip(Scratch& s, int rows, float scale, float cap_exponent, float ca
   const int computed = (rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
   float* scores = s.scores.get();
   packed* probabilities = s.probabilities.get();
-  for (int t = 0; t < s.tiles; ++t)
-    multiply<false>(reinterpret_cast<const word*>(s.query.get()), DEPTH, &s.keys[t], 1, DEPTH,
-                    BLOCK, scores + t * BLOCK, STRIP * BLOCK, computed, BLOCK, nullptr);
+  for (int t = 0; t < s.tiles; ++t) {
+    const Ahead ahead{s.keys[std::min(t + 1, s.tiles - 1)], s.values[t]};
+    multiply<false, true>(reinterpret_cast<const word*>(s.query.get()), DEPTH, &s.keys[t], 1,
+                          DEPTH, BLOCK, scores + t * BLOCK, STRIP * BLOCK, computed, BLOCK,
+                          nullptr, &s.reach[t], ahead);
+  }
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * STRIP * BLOCK;
     vec highest = set1(NEGATIVE_INFINITY);
@@ -460,7 +513,7 @@ void flush_strip(Scratch& s, int rows, float scale, float cap_exponent, float ca
   }
   multiply<true>(reinterpret_cast<const word*>(probabilities), STRIP * BLOCK / PAIR, s.values,
                  s.tiles, BLOCK / PAIR, VALUE_WIDTH, s.out.get(), VALUE_WIDTH, computed,
-                 VALUE_WIDTH, s.scale);
+                 VALUE_WIDTH, s.scale, s.reach);
   s.tiles = 0;
 }
 
@@ -493,10 +546,11 @@ void attend(const Arguments& a, const Packed& packed_inputs, Scratch& s, int64_t
   std::fill_n(s.scale, BLOCK, 1.0f);
   std::memset(s.out.get(), 0, BLOCK * VALUE_WIDTH * sizeof(float));
 
-  const auto push = [&](const word* keys, const word* values, bool masked) {
+  const auto push = [&](const word* keys, const word* values, bool masked, Reach reach) {
     s.keys[s.tiles] = keys;
     s.values[s.tiles] = values;
     s.masked[s.tiles] = masked;
+    s.reach[s.tiles] = reach;
     if (++s.tiles == STRIP) flush_strip(s, rows, scale, cap_exponent, cap);
   };
 
@@ -517,13 +571,18 @@ void attend(const Arguments& a, const Packed& packed_inputs, Scratch& s, int64_t
       }
     }
     const int64_t slot = (b * a.kv_heads + g) * in.key_blocks + kb;
-    push(in.keys.get() + slot * KEY_WORDS, in.values.get() + slot * VALUE_WORDS, !full);
+    Reach reach{64 - __builtin_clzll(valid[kb])};
+    if (a.causal) reach.first = static_cast<int>(std::min<int64_t>(first - low + 1, BLOCK));
+    push(in.keys.get() + slot * KEY_WORDS, in.values.get() + slot * VALUE_WORDS, !full, reach);
   };
 
   const int32_t head_slot = a.head_slots[h];
   if (head_slot >= 0) {
     const int64_t list = (b * a.num_lists + head_slot) * a.num_blocks + i;
-    for (int32_t n = 0; n < a.block_count[list]; ++n)
+    const int32_t count = a.block_count[list];
+    if (count < 0)
+      for (int64_t kb = 0; kb < in.key_blocks; ++kb) visit_block(kb);
+    for (int32_t n = 0; n < count; ++n)
       visit_block(a.block_index[list * a.max_blocks + n]);
   } else {
     const int64_t list = b * a.num_diagonals + (-1 - head_slot);
@@ -562,7 +621,7 @@ void attend(const Arguments& a, const Packed& packed_inputs, Scratch& s, int64_t
     }
     const int64_t slot = (b * a.heads + h) * in.chunks + c;
     push(in.column_keys.get() + slot * KEY_WORDS, in.column_values.get() + slot * VALUE_WORDS,
-         masked);
+         masked, Reach{64 - __builtin_clzll(bits)});
   }
   flush_strip(s, rows, scale, cap_exponent, cap);
   std::fill(s.selected.begin(), s.selected.end(), 0);
@@ -586,9 +645,15 @@ extern "C" int sparse_attention(const Arguments* arguments) {
     const int64_t blocks = a.batch * a.kv_heads * in.key_blocks;
     const int64_t chunks = a.batch * a.heads * in.chunks;
     const int64_t tasks = a.batch * a.heads * a.num_blocks;
+    const int64_t out_items = (a.batch - 1) * a.out_batch + (a.heads - 1) * a.out_head +
+        (a.num_queries - 1) * a.out_row + VALUE_DIM;
+    advise_huge_pages(a.out, out_items * sizeof(input));
+    // Allocated here, because an exception must not leave a thread of the parallel region.
+    std::deque<Scratch> scratches;
+    for (int64_t t = 0; t < a.threads; ++t) scratches.emplace_back(in.key_blocks);
 #pragma omp parallel num_threads(a.threads)
     {
-      Scratch scratch(in.key_blocks);
+      Scratch& scratch = scratches[omp_get_thread_num()];
 #pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < chunks; ++t)
         pack_columns(a, in, scratch.staging.get(), t / in.chunks / a.heads, t / in.chunks % a.heads,

@@ -4,6 +4,7 @@
 // output row with padding. BLOCK positions per block of queries and of keys; a word is a float, or
 // for bf16 arithmetic a pair of bf16.
 #include <immintrin.h>
+#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <new>
@@ -94,6 +96,26 @@ inline vec exp2_vec(vec x) {
 }
 constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDTH;  // of one block
 
+// The keys of a tile that a row sees: those of the first `keys`, and row r at most `first + r`.
+struct Reach {
+  int keys = BLOCK, first = BLOCK;
+  int of_row(int r) const { return std::min(keys, first + r); }
+};
+
+// Panels of a tile that is read soon. Which one that is, is the index's choice and no stream that
+// the hardware could see, so each step of a product fetches one line of them.
+struct Ahead {
+  const word* keys;    // KEY_WORDS, read next
+  const word* values;  // VALUE_WORDS, read after that
+  // The DEPTH lines that the given group of rows fetches.
+  const word* lines(int group) const {
+    constexpr int LINE = 64 / sizeof(word), KEY_GROUPS = KEY_WORDS / (DEPTH * LINE);
+    if (group < KEY_GROUPS) return keys + group * DEPTH * LINE;
+    return values + std::max(0, std::min((group - KEY_GROUPS) * DEPTH * LINE,
+                                         VALUE_WORDS - DEPTH * LINE));
+  }
+};
+
 constexpr int ROW_STEP = 2;
 constexpr int ROWS = 6;  // 6 x 4 accumulators, 4 of B, 1 of A
 constexpr int VECTORS = 4;
@@ -106,30 +128,44 @@ inline vec dot(vec acc, word a, __m512i b) {
 }
 inline __m512i load_words(const word* b) { return _mm512_loadu_si512(b); }
 
-template <int R, int V, bool ACCUMULATE>
+// R rows from `row` on, V vectors from `column` on.
+template <int R, int V, bool ACCUMULATE, bool FETCH>
 inline void multiply_tile(const word* a, int lda, const word* const* panels, int num_panels,
-                          int steps, int column, int ldb, float* c, int ldc,
-                          const float* row_scale) {
+                          int steps, int row, int column, int ldb, float* c, int ldc,
+                          const float* row_scale, const Reach* reach, const Ahead& ahead) {
+  if constexpr (!ACCUMULATE && V > 1) {
+    if (reach && reach->of_row(row + R - 1) <= column + (V - 1) * LANES)
+      return multiply_tile<R, V - 1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, row,
+                                                        column, ldb, c, ldc, row_scale, reach,
+                                                        ahead);
+  }
+  a += row * lda;
+  c += row * ldc + column;
+  const word* line = FETCH ? ahead.lines(row / ROWS) : nullptr;
   vec acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
-      acc[r][v] = ACCUMULATE ? mul(load(c + r * ldc + v * LANES), set1(row_scale[r])) : set1(0.0f);
+      acc[r][v] = ACCUMULATE ? mul(load(c + r * ldc + v * LANES), set1(row_scale[row + r])) : set1(0.0f);
   }
   for (int p = 0; p < num_panels; ++p) {
     const word* b = panels[p] + column;
-    for (int k = 0; k < steps; ++k, ++a, b += ldb) {
-      decltype(load_words(b)) row[V];
+    const int seen =
+        ACCUMULATE && reach ? (reach[p].of_row(row + R - 1) + PAIR - 1) / PAIR : steps;
+    for (int k = 0; k < seen; ++k, b += ldb) {
+      if constexpr (FETCH) _mm_prefetch(line + k * (64 / sizeof(word)), _MM_HINT_T1);
+      decltype(load_words(b)) factor[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) row[v] = load_words(b + v * LANES);
+      for (int v = 0; v < V; ++v) factor[v] = load_words(b + v * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const word broadcast = a[r * lda];
+        const word broadcast = a[r * lda + k];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], broadcast, row[v]);
+        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], broadcast, factor[v]);
       }
     }
+    a += steps;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -138,32 +174,36 @@ inline void multiply_tile(const word* a, int lda, const word* const* panels, int
   }
 }
 
-template <int V, bool ACCUMULATE>
+template <int V, bool ACCUMULATE, bool FETCH>
 inline void multiply_columns(const word* a, int lda, const word* const* panels, int num_panels,
                              int steps, int column, int ldb, float* c, int ldc, int rows,
-                             const float* row_scale) {
+                             const float* row_scale, const Reach* reach, const Ahead& ahead) {
   int r = 0;
+  if constexpr (!ACCUMULATE) {
+    while (reach && r + ROWS <= rows && reach->of_row(r + ROWS - 1) <= column) r += ROWS;
+  }
   for (; r + ROWS <= rows; r += ROWS)
-    multiply_tile<ROWS, V, ACCUMULATE>(a + r * lda, lda, panels, num_panels, steps, column, ldb,
-                                       c + r * ldc, ldc, row_scale + r);
+    multiply_tile<ROWS, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                              ldc, row_scale, reach, ahead);
   for (; r + 4 <= rows; r += 4)
-    multiply_tile<4, V, ACCUMULATE>(a + r * lda, lda, panels, num_panels, steps, column, ldb,
-                                    c + r * ldc, ldc, row_scale + r);
+    multiply_tile<4, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                           ldc, row_scale, reach, ahead);
   for (; r < rows; r += 2)
-    multiply_tile<2, V, ACCUMULATE>(a + r * lda, lda, panels, num_panels, steps, column, ldb,
-                                    c + r * ldc, ldc, row_scale + r);
+    multiply_tile<2, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                           ldc, row_scale, reach, ahead);
 }
 
-template <bool ACCUMULATE>
+template <bool ACCUMULATE, bool FETCH = false>
 void multiply(const word* a, int lda, const word* const* panels, int num_panels, int steps,
-              int ldb, float* c, int ldc, int rows, int columns, const float* row_scale) {
+              int ldb, float* c, int ldc, int rows, int columns, const float* row_scale,
+              const Reach* reach = nullptr, const Ahead& ahead = {}) {
   int n = 0;
   for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES)
-    multiply_columns<VECTORS, ACCUMULATE>(a, lda, panels, num_panels, steps, n, ldb, c + n, ldc,
-                                          rows, row_scale);
+    multiply_columns<VECTORS, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc,
+                                                 rows, row_scale, reach, ahead);
   for (; n < columns; n += LANES)
-    multiply_columns<1, ACCUMULATE>(a, lda, panels, num_panels, steps, n, ldb, c + n, ldc, rows,
-                                    row_scale);
+    multiply_columns<1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc, rows,
+                                           row_scale, reach, ahead);
 }
 // One row of `dim` inputs to `padded` packed elements, zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
@@ -251,8 +291,17 @@ void pack_values(word* out, packed* rows, const Row& row) {
   }
 }
 
-// Scratch memory of one call. Large buffers ask for huge pages: faulting them in 4 KiB at a time
-// costs several percent of a short prompt's attention.
+// Asks for huge pages for memory that will be written first now: faulting it in 4 KiB at a time
+// costs a tenth of a sparse call.
+inline void advise_huge_pages(void* data, size_t bytes) {
+  constexpr uintptr_t PAGE = 4096, HUGE_PAGE = uintptr_t(1) << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t stop = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
+  if (stop >= first + 2 * HUGE_PAGE)
+    madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
+}
+
+// Scratch memory of one call.
 template <typename T>
 class Buffer {
  public:
@@ -263,7 +312,7 @@ class Buffer {
     const size_t rounded = std::max((bytes + alignment - 1) / alignment, size_t(1)) * alignment;
     data_ = static_cast<T*>(std::aligned_alloc(alignment, rounded));
     if (!data_) throw std::bad_alloc();
-    if (alignment == HUGE_PAGE) madvise(data_, rounded, MADV_HUGEPAGE);
+    advise_huge_pages(data_, rounded);
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
@@ -317,6 +366,8 @@ struct Rows {  // one tensor [B, H, N, D], strides in elements, the last one 1
     return data + b * batch + h * head + n * row;
   }
 };
+
+constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -402,14 +453,14 @@ struct Selection {
   template <typename Iterator>
   void take_mass(Iterator begin, float mass) {
     const float enough = mass * total;
-    take(begin, rest.end(), [&] { return everything || mass >= 1.0f || held < enough; });
+    take(begin, rest.end(), [&] { return mass >= 1.0f || held < enough; });
   }
 
   // Keeps the others that score at least `share` of the best.
   void take_above(float share) {
     const float least = share * best;
     const auto end = std::partition(rest.begin(), rest.end(), [&](const Entry& entry) {
-      return everything || (entry.first >= least && entry.first > 0.0f);
+      return entry.first >= least && entry.first > 0.0f;
     });
     if (end - rest.begin() > room)
       std::nth_element(rest.begin(), rest.begin() + room, end, std::greater<Entry>());
@@ -427,10 +478,15 @@ struct Selection {
       const int64_t list = (b * a.num_heads + h) * a.num_blocks + i;
       int32_t* entries = a.block_index + list * a.list_width;
       const int64_t end = a.causal ? std::min(key_blocks, fine + 1) : key_blocks;
-      const int64_t reach = a.window > 0 ? fine - (a.window - 2 + BLOCK) / BLOCK : 0;
+      const int64_t reach = 
+          a.window > 0 ? std::max<int64_t>(0, fine - (a.window - 2 + BLOCK) / BLOCK) : 0;
+      if (everything && end - reach > a.list_width) {
+        a.block_count[list] = ALL_BLOCKS;
+        continue;
+      }
       int64_t written = 0;
       for (int64_t kb = low; kb < high; ++kb) {
-        if (!kept[kb]) continue;
+        if (!kept[kb] && !everything) continue;
         const int64_t stop = std::min(end, (kb + 1) * repeat);
         for (int64_t n = std::max(reach, kb * repeat); n < stop; ++n)
           entries[written++] = static_cast<int32_t>(n);
