@@ -35,20 +35,17 @@ def advise(
     lost_by_distance: Tensor,
     lost_by_block: Tensor,
     *,
-    ran_dense: bool = False,
+    dense_reason: str = "",
 ) -> str:
     """A suggestion for one head, "" if there is nothing to improve.
 
     pattern: as text; recall and density: of the selected keys; lost_by_distance, lost_by_block:
-    fp64 [J], mass lost per query by block distance and by key block; ran_dense: the op found that
-    dense attention is cheaper than this much of it.
+    fp64 [J], mass lost per query by block distance and by key block; dense_reason: why
+    dense attention ran instead, "" where it did not.
     """
     name = pattern.split("(")[0]
-    if ran_dense:
-        return (
-            f"it selects {density:.0%} of the keys, so dense attention ran: smaller budgets, or "
-            "make this layer dense in the config"
-        )
+    if dense_reason:
+        return f"dense attention ran: {dense_reason}"
     if recall >= LOW_RECALL:
         if name != "dense" and density > 0.98:
             return "it selects nearly every key: a smaller budget, or dense in the config"

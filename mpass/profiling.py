@@ -209,7 +209,7 @@ def describe_layer(
                 float(item.density[head]),
                 recall.lost_by_distance[head],
                 recall.lost_by_block[head],
-                ran_dense=call.lowering == "dense",
+                dense_reason=call.reason,
             ),
         )
         for head in range(len(recall.recall))
