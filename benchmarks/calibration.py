@@ -36,6 +36,7 @@ from mpass.calibration_check import attend_with, check_input
 from mpass.calibration_cost import KernelCost, count_work, read_clock
 from mpass.calibration_graph import Operands, attend_dense, estimate_heads
 from mpass.calibration_probe import Input, Probe, as_input
+from mpass.calibration_report import heatmap
 from mpass.calibration_settings import Settings
 from mpass.commands.calibrate import make_inputs
 from mpass.config import SparseConfig
@@ -72,6 +73,9 @@ def knobs(length: int) -> dict[str, Callable[[float], Pattern]]:
 
     return {
         "union": make("union", row_share=lambda x: 0.5 * 0.002**x),
+        "union, 512 columns": make(
+            "union", row_share=lambda x: 0.5 * 0.002**x, columns=lambda x: 512
+        ),
         "union by mass": make("union", mass=lambda x: 0.1 + 0.895 * x, row_share=lambda x: 0.1),
         "block_top_p": make("block_top_p", mass=lambda x: 0.05 + 0.945 * x),
         "block_max": make("block_max", share=lambda x: 0.9 * 0.001**x),
@@ -142,6 +146,7 @@ def search(work: Work, model: Any, tokenizer: Any, arguments: argparse.Namespace
             model, inputs, settings=settings, state=work.state, announce=announce
         )
         outcome.config.save(work.config(budget))
+        work.config(budget).with_suffix(".svg").write_text(heatmap(outcome), "utf-8")
         if fresh:
             fresh = False
             figures = {
@@ -230,7 +235,7 @@ def quality(work: Work, model: Any, tokenizer: Any, arguments: argparse.Namespac
         run = TextRun(work, Probe(model), text, as_input(tokens))
         run(everyone, searched)
         if text == first:
-            run(everyone, {name for name in everyone if name.endswith(f" @ {largest:g}")})
+            run(everyone, {f"{name} @ {largest:g}" for name in arguments.rivals} & set(everyone))
             best = {name.split(" @ ")[0] for name in best_rivals(work, first, largest, 3)}
             run(everyone, {f"{name} @ {b:g}" for name in best for b in COMPARED} & set(everyone))
         else:
@@ -275,8 +280,9 @@ def best_rivals(work: Work, text: str, budget: float, count: int) -> set[str]:
 
 def needles(work: Work, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """Strict retrieval: whether every token of the answer is the most likely one."""
-    names = {f"searched @ {b:g}" for b in COMPARED}
-    names |= {n for b in COMPARED for n in best_rivals(work, arguments.texts[0], b, 1)}
+    budgets = arguments.needle_budgets
+    names = {f"searched @ {budget:g}" for budget in budgets}
+    names |= {name for b in budgets for name in best_rivals(work, arguments.texts[0], b, 1)}
     everyone = contestants(work)
     chosen = {"dense": None, **{name: everyone[name] for name in sorted(names)}}
     content = find_text(arguments.needle_text).read()
@@ -312,7 +318,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--search-text", default="alice")
     parser.add_argument("--retrieval-weight", type=float, default=Settings().retrieval_weight)
     parser.add_argument("--texts", nargs="+", default=["paradise", "code"])
+    parser.add_argument("--rivals", nargs="+", default=list(knobs(1)), help="those to run")
     parser.add_argument("--needle-text", default="code", help="haystack of niah_single_2")
+    parser.add_argument("--needle-budgets", type=float, nargs="+", default=[max(COMPARED)])
     parser.add_argument("--samples", type=int, default=3, help="per needle task and length")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("calibration"))
