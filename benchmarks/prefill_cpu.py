@@ -56,6 +56,7 @@ def seconds(name: str, run: Callable[[], object]) -> float:
 
 def measure(layers: int, length: int, dtype: torch.dtype, pattern: str, repeats: int) -> dict:
     """Median seconds of dense and sparse prefill, and of dense attention alone."""
+    print(f"{length} tokens: making {layers} layers of weights", file=sys.stderr, flush=True)
     model = build(layers, dtype)
     ids = torch.randint(0, 256, (1, length))
     options = {"pattern": parse_pattern(pattern)}

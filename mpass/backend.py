@@ -18,6 +18,7 @@ from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, plan_attention
 from mpass.report import Report, keep_report, make_report
 from mpass.rewrite import rewrite_attention
+from mpass.warm_up import start_kernels
 
 
 def minference(
@@ -51,7 +52,9 @@ def apply_passes(gm: fx.GraphModule, options: Options, trace: Trace) -> Report:
     trace.mark("match")
     decisions = [plan_attention(site, options) for site in sites]
     trace.mark("plan")
-    rewrite_attention(gm, [plan for plan in decisions if isinstance(plan, AttentionPlan)])
+    plans = [plan for plan in decisions if isinstance(plan, AttentionPlan)]
+    start_kernels(plans)
+    rewrite_attention(gm, plans)
     trace.mark("rewrite")
     report = make_report(decisions, options.shortest)
     close_trace(trace, gm, decisions, report, options)
