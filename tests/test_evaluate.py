@@ -11,9 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from rich.console import Console
 
 from mpass.errors import OptionValueError, UnknownPatternError
 from mpass.evaluate import run
+from mpass.evaluate import runner as runner_module
 from mpass.evaluate.plan import (
     DENSE,
     GRID,
@@ -27,9 +29,11 @@ from mpass.evaluate.plan import (
 from mpass.evaluate.plots import write_plots
 from mpass.evaluate.questions import read_documents
 from mpass.evaluate.run import evaluate, make_sample
+from mpass.evaluate.runner import Runner, mean_density, window_layers
 from mpass.evaluate.samples import Puzzle, fit
 from mpass.evaluate.score import compare_losses, loose_score, strict_score
 from mpass.evaluate.summary import judge, summarize
+from mpass.evaluate.tables import render_summaries
 from mpass.evaluate.tasks import TASKS, grid_puzzle, make_haystack, make_puzzle
 
 needs_smollm2 = pytest.mark.skipif(
@@ -358,6 +362,23 @@ def test_a_default_must_pass_both_gates(loss, last, found, passes):
     assert verdict.passes is passes
 
 
+def test_tables_show_strict_and_decoded_scores_and_bracket_what_is_not_counted():
+    lines = [
+        line("number", DENSE, score=0.0, loose=0.0),
+        line("number", "union", score=0.0, loose=0.0),
+        line("passkey", DENSE, score=1.0, loose=1.0),
+        line("passkey", "union", score=0.0, loose=1.0),
+        losses(DENSE, 2.0, 1.5),
+        losses("union", 2.01, 1.5),
+    ]
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(render_summaries(summarize(lines)))
+    shown = captured.get()
+    assert "100% -> 0%" in shown and "100% -> 100%" in shown and "(0% -> 0%)" in shown
+    assert "+0.0100" in shown and "fails" in shown and "…" not in shown
+
+
 def test_what_was_not_measured_does_not_pass():
     lines = [losses(DENSE, 2.0, 1.5), losses("union", 2.0, 1.5)]
     (verdict,) = judge(summarize(lines))
@@ -420,6 +441,67 @@ def test_a_stopped_run_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     assert evaluate(plan, file) == first and CountingRunner.asked == ["a_shape"]
     CountingRunner.asked.clear()
     assert evaluate(plan, file) == first and CountingRunner.asked == []
+
+
+@pytest.fixture(scope="module")
+def windowed_model():
+    """Layers 0, 1 and 3 see 128 tokens, layer 2 sees everything."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    kinds = ["sliding_attention"] * 4
+    kinds[2] = "full_attention"
+    config = transformers.Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=128,
+        layer_types=kinds,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+class TextTokenizer(CharTokenizer):
+    def decode(self, tokens):
+        return "".join(map(chr, tokens.tolist()))
+
+
+def test_windows_stay_windows_and_density_is_that_of_the_other_layers(windowed_model, monkeypatch):
+    name = "a_shape(64, 64)"
+    runner = Runner(windowed_model, TextTokenizer(), Plan(patterns=(name,)))
+    tokens = torch.randint(128, (1, 1024), generator=torch.Generator().manual_seed(0))
+    calls = []
+    monkeypatch.setattr(
+        runner_module,
+        "mean_density",
+        lambda model, log: calls.extend(log) or mean_density(model, log),
+    )
+    _, density = runner.prefill(name, tokens)
+    assert window_layers(windowed_model) == (0, 1, 3)
+    assert [float(call.density.min()) for call in calls if call.layer != 2] == [1.0] * 3
+    (full,) = (call for call in calls if call.layer == 2)
+    assert density == pytest.approx(float(full.density.mean())) and density < 0.3
+
+
+def test_all_lengths_share_a_graph_and_decoding_is_dense(windowed_model, haystack):
+    name = "a_shape(64, 64)"
+    runner = Runner(windowed_model, TextTokenizer(), Plan(patterns=(name,)))
+    sample = fit(make_puzzle("passkey", 0, haystack), CharTokenizer(), 900)
+    figures = dict(runner.measure(sample, (DENSE, name)))
+    with torch.no_grad():
+        expected = windowed_model.generate(
+            sample.tokens[:, : sample.spans[0][0]], max_new_tokens=6 + 16, do_sample=False
+        )
+    written = TextTokenizer().decode(expected[0, sample.spans[0][0] :])
+    assert figures[DENSE]["generated"] == written
+    assert figures[DENSE]["density"] == 1.0 and 0.1 < figures[name]["density"] < 0.4
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    runner.prefill(name, sample.tokens[:, :700])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @needs_smollm2

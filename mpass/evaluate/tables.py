@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 
+from mpass.evaluate.plan import SLIDING
 from mpass.evaluate.summary import Summary, judge
 
 
@@ -23,49 +25,41 @@ def render_summaries(summaries: Sequence[Summary]) -> Group:
     return Group(*tables, verdict_table(ordered))
 
 
+def make_table(title: str, *columns: str) -> Table:
+    """A table of 80 characters in which only patterns are broken into lines."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in columns:
+        if column == "pattern":
+            table.add_column(column, min_width=14, overflow="fold")
+        else:
+            table.add_column(column, no_wrap=True)
+    return table
+
+
 def retrieval_table(summaries: Sequence[Summary]) -> Table:
     """Tasks that the dense model cannot do are in brackets, and do not count."""
-    table = Table(
-        "task",
-        "length",
-        "pattern",
-        "density",
-        "strict: dense",
-        "sparse",
-        "after dense decoding: dense",
-        "sparse",
-        title="retrieval",
-        title_justify="left",
+    table = make_table(
+        "Answers found, dense -> sparse: strictly, and after dense decoding",
+        *("task", "tokens", "pattern", "density", "strict", "decoded"),
     )
     for item in summaries:
-        shares = (item.dense, item.score, item.dense_loose, item.loose)
-        cells = ["" if share is None else f"{share:.0%}" for share in shares]
-        if not item.counted:
-            cells = [f"({cell})" if cell else "" for cell in cells]
+        cells = []
+        for dense, sparse in ((item.dense, item.score), (item.dense_loose, item.loose)):
+            cell = "" if dense is None else f"{dense:.0%} -> {sparse:.0%}"
+            cells.append(cell if item.counted or not cell else f"({cell})")
         table.add_row(item.task, str(item.length), item.pattern, f"{item.density:.1%}", *cells)
     return table
 
 
 def loss_table(summaries: Sequence[Summary]) -> Table:
     """Increase of the loss over dense, and how far the predictions moved."""
-    table = Table(
-        "text",
-        "task",
-        "length",
-        "pattern",
-        "density",
-        "dense, nats",
-        "sparse",
-        "last quarter",
-        "divergence",
-        "agreement",
-        title="nats per token",
-        title_justify="left",
+    table = make_table(
+        "Nats per token: dense, and what sparse adds; predictions beside dense",
+        *("text", "tokens", "pattern", "density", "dense", "sparse", "last 1/4", "KL", "agree"),
     )
     for item in summaries:
         table.add_row(
-            item.text,
-            item.task,
+            f"{item.text}, sliding" if item.task == SLIDING else item.text,
             str(item.length),
             item.pattern,
             f"{item.density:.1%}",
@@ -80,15 +74,8 @@ def loss_table(summaries: Sequence[Summary]) -> Table:
 
 def verdict_table(summaries: Sequence[Summary]) -> Table:
     """The gates of a default; a cell is empty where nothing was measured."""
-    table = Table(
-        "pattern",
-        "density",
-        "worst loss",
-        "worst last quarter",
-        "least retention",
-        "both gates",
-        title="all of it",
-        title_justify="left",
+    table = make_table(
+        "The worst of it", "pattern", "density", "loss", "last 1/4", "retention", "both gates"
     )
     for verdict in judge(summaries):
         measured = None not in (verdict.loss, verdict.retention)
