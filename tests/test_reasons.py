@@ -45,6 +45,7 @@ NO_REASONS = {
     "{} ({} now)",
     " at {}",
     "told by attn_implementation='minference'",
+    "lists of blocks: those of mask_mod here, checked in each call",
 }
 """Texts of those files that are proofs or parts of reasons."""
 
