@@ -69,9 +69,12 @@ class Result:
 
 
 def random_blocks(query: Tensor, share: float, generator: torch.Generator) -> SparseIndex:
-    """Lists of random key blocks, the diagonal one included, about `share` of the causal blocks."""
+    """Lists of random key blocks, the diagonal one included: about `share` of the causal cells.
+
+    Half of the diagonal block's cells are not causal, so a list of w blocks counts as w - 1/2.
+    """
     rows = query.shape[2] // BLOCK
-    width = rows if share >= 1 else max(2, round(rows * (1 - (1 - share) ** 0.5)))
+    width = rows if share >= 1 else max(2, round(rows * (1 - (1 - share) ** 0.5) + 0.5))
     index = empty_index(query, rows, IndexWidth(max_blocks=width), list_slots(query.shape[1]))
     for head in range(query.shape[1]):
         for i in range(rows):
@@ -235,26 +238,39 @@ def table_of(results: list[Result]) -> Table:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Speed-up over density, one line per dtype, length and head_dim."""
+    """Speed-up over density, one panel per dtype, one line per pattern, length and head_dim."""
     try:
         from matplotlib import pyplot
     except ImportError:
         Console().print("no plot: `pip install matplotlib` draws one")
         return
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    lines: dict[tuple[object, ...], list[Result]] = {}
-    for result in results:
-        key = (result.pattern, result.dtype, result.length, result.head_dim)
-        lines.setdefault(key[:2] if result.pattern == "vertical_slash" else key, []).append(result)
-    for key, members in lines.items():
-        members.sort(key=lambda result: result.density)
-        x, y = [m.density for m in members], [m.speedup for m in members]
-        axes.plot(x, y, marker="o", label=", ".join(map(str, key)))
-    axes.set(xscale="log", yscale="log", xlabel="share of causal cells", ylabel="dense / sparse")
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.legend(fontsize=7)
+    dtypes = sorted({result.dtype for result in results}, reverse=True)
+    figure, panels = pyplot.subplots(
+        1, len(dtypes), figsize=(5.5 * len(dtypes), 4.5), sharey=True, squeeze=False
+    )
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        lines: dict[tuple[object, ...], list[Result]] = {}
+        for result in results:
+            if result.dtype == dtype:
+                name = (result.pattern, "" if result.pattern == "vertical_slash" else result.length)
+                lines.setdefault((*name, result.head_dim), []).append(result)
+        for (pattern, length, head_dim), members in lines.items():
+            members.sort(key=lambda result: result.density)
+            tokens = f"{length} tokens" if length else "with its estimate"
+            axes.plot(
+                [member.density for member in members],
+                [member.speedup for member in members],
+                marker="o" if length else "s",
+                label=f"{str(pattern).replace('_', '-')}, {tokens}, head_dim {head_dim}",
+            )
+        ideal = [min(result.density for result in results), 1.0]
+        axes.plot(ideal, [1 / x for x in ideal], "--", color="grey", label="ideal = 1 / density")
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", title=dtype, xlabel="share of causal cells computed")
+        axes.legend(fontsize=8)
+    panels[0][0].set_ylabel("speed-up over torch SDPA")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=120)
 
 
 def main(
