@@ -64,11 +64,12 @@ class ListPattern(Pattern):
     ) -> SparseIndex:
         rules = [p.rule() for p in patterns]
         plain = cls.estimator.index
-        lowering = choose_lowering(query, key, key)
-        module = importlib.import_module(f"mpass.lowering.{lowering.name}")
-        index: SparseIndex = getattr(module, plain.__name__, plain)(
-            query, key, mask, heads, rules, scale=scale
-        )
+        own = plain
+        if plain.__module__.startswith("mpass.lowering."):  # others' functions are their own
+            lowering = choose_lowering(query, key, key)
+            module = importlib.import_module(f"mpass.lowering.{lowering.name}")
+            own = getattr(module, plain.__name__, plain)
+        index: SparseIndex = own(query, key, mask, heads, rules, scale=scale)
         return index
 
     @classmethod
