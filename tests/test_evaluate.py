@@ -147,6 +147,13 @@ def test_frequent_words_are_the_three_most_frequent_after_the_dots(haystack):
     assert most[0] == "...." and tuple(most[1:4]) == sample.answers
 
 
+def test_a_number_is_five_digits_of_which_five_are_repeated(haystack):
+    for seed in range(20):
+        (digits,) = make_puzzle("number", seed, haystack).answers
+        runs = re.findall(r"(\d)\1*", digits)
+        assert len(digits) == 10 and len(runs) <= 5
+
+
 @pytest.mark.parametrize(("task", "needed"), [("qa_1", 1), ("qa_2", 2)])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_question_quotes_one_document_and_the_answer_is_in_one(task, needed, seed, haystack):

@@ -249,7 +249,7 @@ def passkey(rng: random.Random, haystack: Haystack) -> Puzzle:
     hidden = f"The pass key is {key}. Remember it. {key} is the pass key."
     return Puzzle(
         head="There is an important info hidden inside a lot of irrelevant text. Find it and "
-        "memorize it. I will quiz you about the important information there.",
+        "memorize them. I will quiz you about the important information there.",
         filler=cycle_from(NOISE, 0),
         inserts=((random_depth(rng), hidden),),
         tail="\nWhat is the pass key? The pass key is",
@@ -259,10 +259,14 @@ def passkey(rng: random.Random, haystack: Haystack) -> Puzzle:
 
 
 def number(rng: random.Random, haystack: Haystack) -> Puzzle:
-    """As passkey, with ten digits of which runs repeat."""
-    digits = "".join(rng.choice(string.digits) * rng.choice((1, 2)) for _ in range(10))[:10]
+    """As passkey, with ten digits: five at random, then five times one of them again beside it."""
+    digits = "".join(rng.choices(string.digits, k=5))
+    while len(digits) < 10:
+        place = rng.randrange(len(digits))
+        digits = digits[: place + 1] + digits[place:]
     return Puzzle(
-        head="There is an important info hidden inside a lot of irrelevant text. Find it.",
+        head="There is an important info hidden inside a lot of irrelevant text. Find it. "
+        "I will quiz you about the important information there.",
         filler=cycle_from(NOISE, 0),
         inserts=(
             (
