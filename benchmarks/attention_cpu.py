@@ -8,6 +8,9 @@ is loaded) keeps threads that wait from counting as work.
     python benchmarks/attention_cpu.py --flex --plain --patterns blocks
 
 speed-up: dense CPU time / sparse CPU time, estimation included for vertical-slash
+pattern "default": the custom ops of a rewritten graph with the default config, as a whole; it may
+choose dense attention, so its density and efficiency are those of all blocks
+
 efficiency: speed-up of the attention alone x share of the causal cells computed; 1.0 is dense
 attention's own rate
 """
@@ -19,7 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -37,10 +40,14 @@ from mpass.lowering.index import (
     empty_index,
     list_slots,
 )
+from mpass.patterns.base import find_pattern, head_slots, index_op
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
+
+from mpass.config import DEFAULT_PATTERNS
+from mpass.options import Options
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = {8192: (512, 24 * BLOCK), 16384: (768, 24 * BLOCK), 32768: (1000, 32 * BLOCK)}
@@ -122,6 +129,26 @@ def flex_run(query: Tensor, key: Tensor, value: Tensor, index: SparseIndex) -> C
     return lambda: compiled(query, key, value, block_mask=mask, enable_gqa=True)
 
 
+def op_run(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], object]:
+    """The ops that a rewritten graph calls with the default config, estimation included."""
+    options = Options()
+    cls = find_pattern(DEFAULT_PATTERNS["cpu"])
+    heads = list(range(query.shape[1]))
+    values = [[getattr(cls(), field.name)] * len(heads) for field in fields(cls)]
+    limits = (options.dense_above, options.shortest)
+    scale = query.shape[-1] ** -0.5
+    slots = list(head_slots(cls, len(heads)))
+
+    def run() -> Tensor:
+        index = index_op(cls)(query, key, None, heads, 0, 0, True, scale, *limits, *values)
+        out: Tensor = torch.ops.minference.sparse_attention(
+            query, key, value, *index, slots, None, None, 0, 0, True, scale, 0.0, *limits, 0
+        )
+        return out
+
+    return run
+
+
 def measure(
     pattern: str,
     dtype: torch.dtype,
@@ -153,8 +180,10 @@ def measure(
         index = vertical_slash(query, key, mask, columns, diagonals)
         runs["estimate"] = lambda: vertical_slash(query, key, mask, columns, diagonals)
     else:
-        index = random_blocks(query, share, generator)
+        index = random_blocks(query, 1.0 if pattern == "default" else share, generator)
     runs["sparse"] = lambda: cpu.sparse_attention(query, key, value, index, mask, scale=scale)
+    if pattern == "default":
+        runs["sparse"] = op_run(query, key, value)
     if flex and pattern == "blocks":
         runs["flex"] = flex_run(query, key, value, index)
     if plain:
@@ -278,7 +307,9 @@ def main(
     densities: Annotated[str, typer.Option(help="share of causal blocks")] = "0.05,0.1,0.3,1.0",
     dtypes: Annotated[str, typer.Option()] = "float32,bfloat16",
     head_dims: Annotated[str, typer.Option()] = "64,128",
-    patterns: Annotated[str, typer.Option(help="blocks, vertical_slash")] = "blocks,vertical_slash",
+    patterns: Annotated[
+        str, typer.Option(help="blocks, vertical_slash, default")
+    ] = "blocks,vertical_slash",
     heads: Annotated[int, typer.Option()] = 4,
     kv_heads: Annotated[int, typer.Option()] = 1,
     repeats: Annotated[int, typer.Option()] = 5,
