@@ -38,7 +38,7 @@ from mpass.calibration_graph import Operands, attend_dense, estimate_heads
 from mpass.calibration_probe import Input, Probe, as_input
 from mpass.calibration_report import heatmap
 from mpass.calibration_settings import Settings
-from mpass.commands.calibrate import make_inputs
+from mpass.commands.calibrate import retrieval_prompts
 from mpass.config import SparseConfig
 from mpass.demo import environment
 from mpass.evaluate.plan import read_lines
@@ -50,9 +50,15 @@ from mpass.parse import parse_dtype, parse_pattern
 from mpass.texts import find_text, load_tokens
 
 RESULTS = Path(__file__).parent / "results"
-BUDGETS = (0.1, 0.15, 0.25)
+BUDGETS = (0.1, 0.15, 0.2, 0.25)
+SEARCHED = (("alice", 0), ("code", 1 << 17))
+"""Texts of the search and where they start, tokens; those of the comparison start at 0."""
+
 COMPARED = (0.15, 0.25)
 """Budgets at which rivals are tuned."""
+
+OBJECTIVES = {"searched": "divergence", "least error": "error", "most recall": "recall"}
+"""What the heads are chosen by; all but the first are there to be compared with."""
 
 NEEDLES = ("niah_single_1", "niah_single_2", "passkey")
 TUNED_LAYERS = 6
@@ -120,8 +126,8 @@ class Work:
     def needles(self) -> Path:
         return self.folder / "needles.jsonl"
 
-    def config(self, budget: float) -> Path:
-        return self.folder / f"searched-{budget:g}.json"
+    def config(self, name: str, budget: float) -> Path:
+        return self.folder / f"{name}-{budget:g}.json"
 
     def append(self, path: Path, line: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
@@ -140,13 +146,19 @@ def search(work: Work, model: Any, tokenizer: Any, arguments: argparse.Namespace
 
     figures = json.loads(work.search.read_text()) if work.search.is_file() else {}
     shares = {}
-    for budget in BUDGETS:
-        settings = Settings(budget=budget, retrieval_weight=arguments.retrieval_weight)
+    wanted = [("searched", budget) for budget in BUDGETS]
+    wanted += [(name, max(COMPARED)) for name in OBJECTIVES if name != "searched"]
+    for name, budget in wanted:
+        settings = Settings(
+            budget=budget,
+            retrieval_weight=arguments.retrieval_weight,
+            objective=OBJECTIVES[name],
+        )
         outcome = run_calibration(
             model, inputs, settings=settings, state=work.state, announce=announce
         )
-        outcome.config.save(work.config(budget))
-        work.config(budget).with_suffix(".svg").write_text(heatmap(outcome), "utf-8")
+        outcome.config.save(work.config(name, budget))
+        work.config(name, budget).with_suffix(".svg").write_text(heatmap(outcome), "utf-8")
         if fresh:
             fresh = False
             figures = {
@@ -159,18 +171,20 @@ def search(work: Work, model: Any, tokenizer: Any, arguments: argparse.Namespace
                 "dtype": arguments.dtype,
                 "versions": environment(),
             }
-        shares[budget] = outcome.chosen_seconds / outcome.dense_seconds
+        shares[f"{name} @ {budget:g}"] = outcome.chosen_seconds / outcome.dense_seconds
         figures |= {"kernel": outcome.kernel.as_dict()}
     figures["shares"] = shares
     work.search.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def search_inputs(tokenizer: Any, arguments: argparse.Namespace) -> list[Any]:
-    """A text and retrieval prompts, short and long."""
+    """Two texts, and retrieval prompts, short and long."""
+    texts = [
+        load_tokens(find_text(text).read(), tokenizer, arguments.length, skip=first)
+        for text, first in SEARCHED
+    ]
     lengths = [1024, arguments.length // 2]
-    return make_inputs(
-        tokenizer, [arguments.search_text], [], [arguments.length], [arguments.length], lengths
-    )[0]
+    return [*texts, *retrieval_prompts(tokenizer, SEARCHED[0][0], lengths, first_seed=1000)]
 
 
 def tune_rivals(work: Work, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
@@ -217,8 +231,12 @@ def tune_rivals(work: Work, model: Any, tokenizer: Any, arguments: argparse.Name
 
 def contestants(work: Work) -> dict[str, SparseConfig]:
     """The searched configs and all rivals, by `name @ budget`."""
-    paths = {f"searched @ {budget:g}": work.config(budget) for budget in BUDGETS}
-    found = {name: SparseConfig.load(path) for name, path in paths.items() if path.is_file()}
+    found = {
+        f"{name} @ {budget:g}": SparseConfig.load(work.config(name, budget))
+        for name in OBJECTIVES
+        for budget in BUDGETS
+        if work.config(name, budget).is_file()
+    }
     for budget, rivals in json.loads(work.rivals.read_text()).items():
         for name, text in rivals.items():
             found[f"{name} @ {budget}"] = SparseConfig(parse_pattern(text))
@@ -228,12 +246,12 @@ def contestants(work: Work) -> dict[str, SparseConfig]:
 def quality(work: Work, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """Loss, divergence and attention time of every contestant, one line per text and contestant."""
     everyone = contestants(work)
-    searched = {name for name in everyone if name.startswith("searched")}
+    ours = {name for name in everyone if name.split(" @ ")[0] in OBJECTIVES}
     first, largest = arguments.texts[0], max(COMPARED)
     for text in arguments.texts:
         tokens = load_tokens(find_text(text).read(), tokenizer, arguments.length)
         run = TextRun(work, Probe(model), text, as_input(tokens))
-        run(everyone, searched)
+        run(everyone, ours)
         if text == first:
             run(everyone, {f"{name} @ {largest:g}" for name in arguments.rivals} & set(everyone))
             best = {name.split(" @ ")[0] for name in best_rivals(work, first, largest, 3)}
@@ -272,7 +290,7 @@ def best_rivals(work: Work, text: str, budget: float, count: int) -> set[str]:
         for line in read_lines(work.quality)
         if line["text"] == text
         and line["name"].endswith(f" @ {budget:g}")
-        and not line["name"].startswith("searched")
+        and line["name"].split(" @ ")[0] not in OBJECTIVES
     ]
     ranked = [line["name"] for line in sorted(rivals, key=lambda line: line["loss"])]
     return {*ranked[:count], f"vertical_slash @ {budget:g}"}
@@ -315,7 +333,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--search-text", default="alice")
     parser.add_argument("--retrieval-weight", type=float, default=Settings().retrieval_weight)
     parser.add_argument("--texts", nargs="+", default=["paradise", "code"])
     parser.add_argument("--rivals", nargs="+", default=list(knobs(1)), help="those to run")

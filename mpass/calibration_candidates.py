@@ -34,6 +34,9 @@ UNION_SHARES = (
 )
 """`mass` and `row_share` of `union`, from the cheapest to nearly everything."""
 
+UNION_ROWS = ((0.05, 256), (0.03, 256), (0.03, 512), (0.015, 512))
+"""`row_share` and `columns` of `union` between them, where single rows decide more than the sum."""
+
 
 def default_candidates() -> tuple[Pattern, ...]:
     """MInference's, sizes between them, and every other pattern as it is by default."""
@@ -45,6 +48,7 @@ def default_candidates() -> tuple[Pattern, ...]:
         for mass, share in UNION_SHARES
         for columns in (64, 512)
     ]
+    listed += [Union(row_share=share, columns=columns) for share, columns in UNION_ROWS]
     known = {type(pattern) for pattern in listed}
     others = [cls() for cls in registered_patterns().values() if cls not in known]
     return tuple(listed + others)

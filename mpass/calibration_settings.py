@@ -26,7 +26,7 @@ class Settings:
 
     budget: float | None = 0.25
     max_loss: float | None = None
-    retrieval_weight: float = 0.1
+    retrieval_weight: float = 0.3
     query_blocks: int = 12
     sensitivity_length: int = 1024
     objective: str = "divergence"

@@ -44,7 +44,7 @@ def calibrate(
     ] = None,
     retrieval_weight: Annotated[
         float, typer.Option(help="Weight of retrieval answers beside texts; 0 for none.")
-    ] = 0.1,
+    ] = 0.3,
     retrieval_lengths: Annotated[
         str,
         typer.Option(
@@ -138,8 +138,6 @@ def make_inputs(
 ) -> tuple[list[Any], list[Any]]:
     """Inputs to search on and to check on. No text is in both: without held-out texts the checks
     take what follows in the searched ones."""
-    from mpass.evaluate.run import make_sample
-    from mpass.evaluate.tasks import make_haystack
     from mpass.texts import find_text, load_tokens
 
     searched: list[Any] = []
@@ -157,15 +155,23 @@ def make_inputs(
         content = find_text(name).read()
         checked += [load_tokens(content, tokenizer, length) for length in check_lengths]
     if retrieval_lengths:
-        content = find_text(texts[0]).read()
-        hay = make_haystack(texts[0], content)
-        for into, first, wanted in (
-            (searched, 1000, retrieval_lengths),
-            (checked, 2000, [max(retrieval_lengths)]),
-        ):
-            into += [
-                make_sample(task, length, first + i, None, content, hay, tokenizer)
-                for length in wanted
-                for i, task in enumerate(RETRIEVAL_TASKS)
-            ]
+        searched += retrieval_prompts(tokenizer, texts[0], retrieval_lengths, first_seed=1000)
+        checked += retrieval_prompts(tokenizer, texts[0], [max(retrieval_lengths)], first_seed=2000)
     return searched, checked
+
+
+def retrieval_prompts(
+    tokenizer: Any, text: str, lengths: list[int], *, first_seed: int
+) -> list[Any]:
+    """A prompt of each retrieval task and length, hidden in a text."""
+    from mpass.evaluate.run import make_sample
+    from mpass.evaluate.tasks import make_haystack
+    from mpass.texts import find_text
+
+    content = find_text(text).read()
+    hay = make_haystack(text, content)
+    return [
+        make_sample(task, length, first_seed + i, None, content, hay, tokenizer)
+        for length in lengths
+        for i, task in enumerate(RETRIEVAL_TASKS)
+    ]
