@@ -106,7 +106,7 @@ class SparseIndex:
 
 def reads_all_blocks(device: torch.device) -> bool:
     """Whether the kernels of a device read ALL_BLOCKS; where not, lists hold what fits."""
-    return device.type == "cpu"
+    return device.type in ("cpu", "cuda")
 
 
 def first_query_block(query_offset: int) -> int:

@@ -9,8 +9,10 @@ import torch
 from mpass.lowering import reference
 from mpass.lowering.index import AttentionMask
 
+from benchmarks.gpu import densities
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
+from benchmarks.gpu.summary import goals
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
@@ -42,6 +44,56 @@ def test_random_lists_have_the_density_asked_for(density):
             entries = index.block_index[0, head, row, :count].tolist()
             assert entries == sorted(set(entries)) and entries[-1] == row
             assert count == max(1, -(-int(density * 1000 * (row + 1)) // 1000))
+
+
+def test_lists_take_a_density_for_each_head():
+    index = list_index(torch.empty(1, 3, 6400, 8), [0.1, 0.5, 1.0])
+    shares = index.block_count[0].sum(-1) / (100 * 101 / 2)
+    assert (shares - torch.tensor([0.1, 0.5, 1.0])).abs().max() < 0.02
+
+
+def test_recorded_densities_are_spread_over_the_heads(tmp_path, monkeypatch):
+    rows = {"2048": {"densities": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}, "8192": {"densities": [0.05]}}
+    path = tmp_path / "densities.json"
+    monkeypatch.setattr(densities, "PATH", path)
+    assert densities.recorded() == []
+    path.write_text(json.dumps({"patterns": {"union": rows}}))
+    assert densities.load_densities("union", 1000, 3) == (0.2, 0.4, 0.6)
+    assert densities.load_densities("union", 10**6, 2) == (0.05, 0.05)
+    assert densities.recorded() == []
+    rows["2048"]["adjacent"] = 0.5
+    path.write_text(json.dumps({"patterns": {"union": rows, "a_shape": {"2048": {}}}}))
+    assert densities.recorded() == ["union"]
+
+
+def test_adjacent_entries_of_lists_are_counted():
+    index = list_index(torch.empty(1, 1, 640, 8), 1.0)
+    assert densities.adjacent_share(index) == [1.0]
+    index.block_index[0, 0, :, :4] = torch.tensor([0, 2, 4, 5])
+    index.block_count.fill_(4)
+    assert abs(densities.adjacent_share(index)[0] - 1 / 3) < 1e-6
+
+
+def test_goals_are_held_against_the_rows_that_are_there():
+    rows = {
+        "attention/density 1/131072": {"ms": 200.0, "tflops": 400.0},
+        "attention/density 0.05/131072": {"ms": 12.0, "tflops": 310.0},
+        "attention/flash/131072": {"ms": 220.0},
+        "attention/cudnn/131072": {"error": "not built"},
+        "whole/block top k 0.05/131072": {"ms": 20.0},
+        "crossover/1024": {"slowdown": 1.05},
+        "prefill/minference/131072": {"ms": 5000.0},
+        "prefill/inductor/131072": {"skipped": "too long"},
+        "capture/union/1024": {"ms": 1.0, "difference": 0.0, "ok": True},
+    }
+    found = {goal: (round(value, 3), met) for goal, value, met in goals(rows)}
+    assert found == {
+        "131072: TFLOP/s at density 0.05": (310.0, True),
+        "131072: rate at density 0.05 over that at 1": (0.775, False),
+        "131072: whole op at density 0.05 over SDPA": (11.0, True),
+        "1024: time of the compiled default over inductor's": (1.05, False),
+        "capture/union/1024: difference of the replayed graph": (0.0, True),
+    }
 
 
 def test_flops_count_the_tiles_that_are_computed():

@@ -6,14 +6,16 @@ import dataclasses
 
 import pytest
 import torch
+from mpass.lowering import dispatch, estimate_tiles, estimate_union
 from mpass.lowering import estimate as reference
-from mpass.lowering import estimate_tiles, estimate_union
 from mpass.lowering.estimate_pooled import pooled_keys
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, IndexWidth, empty_index
 from mpass.lowering.triton import block_top_k_index, blocks, tile_index, union_index
 from mpass.lowering.triton.launch import device_ints
+from mpass.patterns import lists
+from mpass.patterns.base import find_pattern
 
 from tests.triton_cases import assert_same, padding, poisoned_memory
 from tests.truth import random_attention
@@ -204,3 +206,14 @@ def test_blocks_that_a_row_asked_for_come_before_better_ones_and_count_as_held()
             rows=(0, 1), first_score_row=7, repeat=1,
         )  # fmt: skip
         assert index.block_index[0, 0, 0, : int(index.block_count)].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["union", "block_max", "block_top_p"])
+def test_a_gpu_takes_the_generated_estimator_of_the_pattern(name, monkeypatch):
+    pattern = find_pattern(name)()
+    query, key, _ = random_attention(num_queries=130)
+    monkeypatch.setattr(lists, "choose_lowering", lambda *_: dispatch.Lowering("triton"))
+    called = []
+    monkeypatch.setattr(blocks, "list_blocks", lambda *_, **__: called.append(name))
+    type(pattern).estimate(query, key, AttentionMask(), [0], [pattern], scale=1.0)
+    assert called

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from mpass.lowering.index import (
+    ALL_BLOCKS,
     ALL_DIAGONALS,
     AttentionMask,
     IndexWidth,
@@ -41,7 +42,7 @@ def random_index(
     """An index with random counts and entries that keeps the format's promises.
 
     Diagonal block always selected (causal), ascending, no duplicates; every third diagonal head
-    selects all of them.
+    and the last row of every second list select all of them.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = num_query_blocks(num_queries, mask.query_offset)
@@ -62,6 +63,9 @@ def random_index(
     for b in range(batch):
         for head in range(index.block_count.shape[1]):
             for row in range(rows):
+                if head % 2 and row == rows - 1:
+                    index.block_count[b, head, row] = ALL_BLOCKS
+                    continue
                 size = min(first + row + 1, blocks) if mask.causal else blocks
                 forced = first + row if mask.causal and first + row < blocks else None
                 fill(

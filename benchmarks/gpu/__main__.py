@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.clock import Results
-from benchmarks.gpu.sections import Setting, all_work
+from benchmarks.gpu.sections import all_work
+from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.summary import bars
 
 LENGTHS = tuple(1024 * 2**i for i in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10))
 RESULTS = Path(__file__).parent / "results"
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", help="names that contain this: check, attention/, ..."
     )
-    parser.add_argument("--minutes", type=float, default=9.5, help="stop starting work after this")
+    parser.add_argument("--minutes", type=float, default=9.5, help="end before this is over")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write and go on from")
     parser.add_argument(
@@ -62,7 +64,7 @@ def run(setting: Setting, results: Results, only: str, minutes: float) -> int:
     for name, work in all_work(setting):
         if name in results.rows or only not in name:
             continue
-        if time.monotonic() > stop:
+        if time.monotonic() + seconds_needed(name) > stop:
             left += 1
             continue
         try:
@@ -78,6 +80,11 @@ def run(setting: Setting, results: Results, only: str, minutes: float) -> int:
     return left
 
 
+def seconds_needed(name: str) -> float:
+    """Most time that a piece of work should take; a prefill builds and compiles a whole model."""
+    return 240.0 if name.startswith("prefill/") else 30.0
+
+
 def table(rows: dict[str, dict[str, Any]], only: str) -> str:
     """One line per row of the results, checks summed up in one."""
     checks = {name: row for name, row in rows.items() if name.startswith("check/")}
@@ -87,7 +94,7 @@ def table(rows: dict[str, dict[str, Any]], only: str) -> str:
     shown = {name: row for name, row in rows.items() if name not in checks and only in name}
     width = max((len(name) for name in shown), default=0)
     lines += [f"{name:<{width}}  {short(row)}" for name, row in shown.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *bars(rows)])
 
 
 def short(row: dict[str, Any]) -> str:

@@ -6,10 +6,12 @@ Letters: B batch, H query heads, Hk kv heads, N positions, D head_dim, I query b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from mpass.lowering.index import (
+    ALL_BLOCKS,
     ALL_DIAGONALS,
     BLOCK,
     IndexWidth,
@@ -49,23 +51,25 @@ class Shape:
         return 2.0 * self.length**2 * self.head_dim * self.heads
 
 
-def list_index(query: Tensor, density: float, seed: int = 0) -> SparseIndex:
-    """Random block lists: row r of each head selects `density` of its r + 1 blocks, its own always.
+def list_index(query: Tensor, density: float | Sequence[float], seed: int = 0) -> SparseIndex:
+    """Random block lists: row r of a head selects `density` of its r + 1 blocks, its own always.
 
-    Entries are one random block out of each of equal stretches, so that they ascend by themselves.
+    density: of all heads, or of each. Entries are one random block out of each of equal stretches,
+    so that they ascend by themselves.
     """
     _, heads, length, _ = query.shape
+    shares = [density] * heads if isinstance(density, float) else list(density)
     rows = num_query_blocks(length, 0)
-    width = math.ceil(density * rows) + 1
+    width = math.ceil(max(shares) * rows) + 1
     index = empty_index(query, rows, IndexWidth(max_blocks=width), list_slots(heads))
     device = query.device
     generator = torch.Generator(device).manual_seed(seed)
     seen = torch.arange(1, rows + 1, device=device)  # blocks that a row may select
-    counts = (seen * density).ceil().long().clamp(1, width)
     places = torch.arange(width, device=device)
-    first = places * seen[:, None] // counts[:, None]
-    size = (places + 1) * seen[:, None] // counts[:, None] - first
-    for head in range(heads):  # one at a time: a million tokens' lists are large
+    for head, share in enumerate(shares):  # one at a time: a million tokens' lists are large
+        counts = (seen * share).ceil().long().clamp(1, width)
+        first = places * seen[:, None] // counts[:, None]
+        size = (places + 1) * seen[:, None] // counts[:, None] - first
         jitter = torch.rand(rows, width, generator=generator, device=device)
         entries = first + (jitter * size).long()
         entries = torch.where(places == counts[:, None] - 1, (seen - 1)[:, None], entries)
@@ -90,7 +94,8 @@ def computed_flops(index: SparseIndex, length: int, head_dim: int) -> float:
     """
     rows = num_query_blocks(length, 0)
     row_numbers = torch.arange(rows, device=index.block_count.device)
-    blocks = float(index.block_count.sum())
+    listed = torch.where(index.block_count == ALL_BLOCKS, row_numbers + 1, index.block_count)
+    blocks = float(listed.sum())
     for slot in (s for s in index.head_slots if s < 0):
         count = int(index.diagonal_count[0, -1 - slot])
         if count == ALL_DIAGONALS:

@@ -7,44 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from mpass.lowering import triton as lowering
-from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
 from mpass.lowering.triton.interpret import interpreted_language
+from mpass.patterns.base import find_pattern
+from mpass.patterns.lists import ListPattern
 from torch.nn.attention import SDPBackend
 
-from benchmarks.gpu import check, rivals
+from benchmarks.gpu import check, densities, models, rivals
 from benchmarks.gpu.clock import milliseconds
-from benchmarks.gpu.inputs import Shape, computed_flops, dense_index, list_index
+from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
+from benchmarks.gpu.setting import SLASH, VERTICAL, Row, Setting, Work
 
-Row = dict[str, Any]
-Work = tuple[str, Callable[[], Row]]
+Estimator = Callable[[torch.Tensor, torch.Tensor], SparseIndex]
 
 DENSITIES = (0.01, 0.05, 0.2)
-VERTICAL, SLASH = 1000, 6096
-"""Budgets of the paper's vertical-slash heads for Llama-3-8B (MInference 1.0, table 6)."""
 TOP_K = 100
 """Blocks per query block of the paper's block-sparse heads."""
 SLOWEST = 8.0
 """Dense attention that would take longer than this many seconds at 300 TFLOP/s is left out."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where to measure and how much. smoke: a dry run on the CPU whose times mean nothing."""
-
-    device: torch.device
-    smoke: bool
-    lengths: tuple[int, ...]
-
-    def shape(self, length: int) -> Shape:
-        if self.smoke:
-            return Shape(length, heads=4, kv_heads=2, head_dim=32, dtype=torch.float32)
-        return Shape(length)
 
 
 def all_work(setting: Setting) -> Iterator[Work]:
@@ -53,9 +39,11 @@ def all_work(setting: Setting) -> Iterator[Work]:
     for length in setting.lengths:
         yield from attention(setting, length)
         yield from estimation(setting, length)
-        yield f"capture/{length}", functools.partial(capture, setting, length)
-    for length in setting.lengths:
-        yield f"prefill/{length}", functools.partial(prefill, setting, length)
+        yield from whole(setting, length)
+        for name, estimate in ESTIMATORS.items():
+            yield f"capture/{name}/{length}", functools.partial(capture, setting, length, estimate)
+    yield from models.crossover(setting)
+    yield from models.prefills(setting)
 
 
 def checks(setting: Setting) -> Iterator[Work]:
@@ -78,6 +66,11 @@ def attention(setting: Setting, length: int) -> Iterator[Work]:
         yield (
             f"attention/density {density:g}/{length}",
             functools.partial(sparse_attention, setting, length, density),
+        )
+    for name in densities.recorded():
+        yield (
+            f"attention/densities of {name}/{length}",
+            functools.partial(recorded_attention, setting, length, name),
         )
     backends = {
         "sdpa": None,
@@ -103,6 +96,14 @@ def sparse_attention(setting: Setting, length: int, density: float) -> Row:
     query, key, value = shape.tensors(setting.device)
     index = dense_index(query) if density == 1.0 else list_index(query, density)
     return time_attention(setting, query, key, value, index) | {"density": density}
+
+
+def recorded_attention(setting: Setting, length: int, pattern: str) -> Row:
+    """The attention op alone over random lists whose heads have a real prompt's densities."""
+    query, key, value = setting.shape(length).tensors(setting.device)
+    shares = densities.load_densities(pattern, length, query.shape[1])
+    row = time_attention(setting, query, key, value, list_index(query, shares))
+    return row | {"density": statistics.fmean(shares)}
 
 
 def time_attention(
@@ -188,27 +189,49 @@ def vertical_slash(query: torch.Tensor, key: torch.Tensor) -> SparseIndex:
     )
 
 
-def block_top_k(query: torch.Tensor, key: torch.Tensor) -> SparseIndex:
+def block_top_k(query: torch.Tensor, key: torch.Tensor, top_k: int = TOP_K) -> SparseIndex:
     heads = range(query.shape[1])
     return lowering.block_top_k_index(
         query,
         key,
         AttentionMask(),
         heads,
-        top_k=[TOP_K] * len(heads),
+        top_k=[top_k] * len(heads),
         block_sizes=[64] * len(heads),
     )
 
 
+def list_pattern(query: torch.Tensor, key: torch.Tensor, *, name: str) -> SparseIndex:
+    """A pattern in list form with its default parameters, by the generated kernels."""
+    pattern = find_pattern(name)()
+    assert isinstance(pattern, ListPattern)
+    estimate = getattr(lowering, pattern.estimator.index.__name__)
+    heads = range(query.shape[1])
+    rules = [pattern.rule()] * len(heads)
+    index: SparseIndex = estimate(
+        query, key, AttentionMask(), heads, rules, scale=query.shape[-1] ** -0.5
+    )
+    return index
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "vertical slash": vertical_slash,
+    "block top k": block_top_k,
+    "block max": functools.partial(list_pattern, name="block_max"),
+    "block top p": functools.partial(list_pattern, name="block_top_p"),
+    "union": functools.partial(list_pattern, name="union"),
+}
+
+
 def estimation(setting: Setting, length: int) -> Iterator[Work]:
-    for name, estimate in {"vertical slash": vertical_slash, "block top k": block_top_k}.items():
+    for name, estimate in ESTIMATORS.items():
         yield (
             f"estimation/{name}/{length}",
             functools.partial(time_estimation, setting, length, estimate),
         )
 
 
-def time_estimation(setting: Setting, length: int, estimate: Callable[..., SparseIndex]) -> Row:
+def time_estimation(setting: Setting, length: int, estimate: Estimator) -> Row:
     """Estimation with index building, and the attention over what it selects."""
     query, key, value = setting.shape(length).tensors(setting.device)
     spent = milliseconds(functools.partial(estimate, query, key), setting.device)
@@ -218,12 +241,36 @@ def time_estimation(setting: Setting, length: int, estimate: Callable[..., Spars
     }
 
 
-def capture(setting: Setting, length: int) -> Row:
+def whole(setting: Setting, length: int) -> Iterator[Work]:
+    """Estimation and attention together, at the densities that are compared with dense."""
+    for density in DENSITIES:
+        yield (
+            f"whole/block top k {density:g}/{length}",
+            functools.partial(whole_op, setting, length, density),
+        )
+
+
+def whole_op(setting: Setting, length: int, density: float) -> Row:
+    """Pooled scores, selection and attention of `density` of the causal blocks, in one go."""
+    query, key, value = setting.shape(length).tensors(setting.device)
+    blocks = num_query_blocks(length, 0)
+    # k of the r blocks of each row r, all of the first k: k * blocks - k^2 / 2 of blocks^2 / 2.
+    top_k = max(1, round(blocks * (1 - math.sqrt(1 - density))))
+
+    def run() -> torch.Tensor:
+        index = block_top_k(query, key, top_k)
+        scale = query.shape[-1] ** -0.5
+        return lowering.sparse_attention(query, key, value, index, AttentionMask(), scale=scale)
+
+    return {"ms": milliseconds(run, setting.device), "density": density, "top_k": top_k}
+
+
+def capture(setting: Setting, length: int, estimate: Estimator) -> Row:
     """Estimation and attention without a host sync, then in a CUDA graph replayed on new inputs."""
     query, key, value = setting.shape(length).tensors(setting.device)
 
     def layer() -> torch.Tensor:
-        index = vertical_slash(query, key)
+        index = estimate(query, key)
         return lowering.sparse_attention(
             query, key, value, index, AttentionMask(), scale=query.shape[-1] ** -0.5
         )
@@ -246,48 +293,3 @@ def capture(setting: Setting, length: int) -> Row:
     difference = float((captured.float() - layer().float()).abs().max())
     spent = milliseconds(graph.replay, setting.device)
     return {"ms": spent, "difference": difference, "ok": difference == 0.0}
-
-
-def prefill(setting: Setting, length: int) -> Row:
-    """A model shaped like Llama-3.1-8B, random weights: backend="minference" and "inductor"."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import mpass
-
-    tiny: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
-    full: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336}
-    full |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-    full |= {"vocab_size": 128256, "rope_theta": 5e5}
-    config = LlamaConfig(**(tiny if setting.smoke else full), max_position_embeddings=2 * length)
-    config._attn_implementation = "sdpa"
-    dtype = torch.float32 if setting.smoke else torch.bfloat16
-    with torch.device(setting.device), torch.no_grad():
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = LlamaForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(before)
-    tokens = torch.randint(0, config.vocab_size, (1, length), device=setting.device)
-    pattern = mpass.VerticalSlash(VERTICAL, SLASH)
-    backends: dict[str, dict[str, Any]] = {
-        "minference": {"backend": "minference", "options": {"pattern": pattern}},
-        "inductor": {"backend": "inductor"},
-    }
-    if setting.smoke:
-        backends["minference"]["options"] = {
-            "pattern": mpass.VerticalSlash(30, 100),
-            "min_seq_len": 0,
-            "inner_backend": "eager",
-        }
-        backends["inductor"] = {"backend": "eager"}
-    row: Row = {}
-    for name, arguments in backends.items():
-        torch._dynamo.reset()
-        run = torch.compile(model, **arguments)
-        with torch.no_grad():
-            forward = functools.partial(run, tokens, use_cache=False, logits_to_keep=1)
-            row[f"{name}_ms"] = milliseconds(forward, setting.device, most=5)
-    row["speedup"] = row["inductor_ms"] / row["minference_ms"]
-    return row

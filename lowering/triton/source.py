@@ -17,7 +17,7 @@ from types import ModuleType
 
 import jinja2
 from mpass.lowering.estimate import LAST_QUERIES
-from mpass.lowering.index import ALL_DIAGONALS, BLOCK
+from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, BLOCK
 from mpass.lowering.sources import KernelSource, announce_source
 from mpass.lowering.triton.spec import SPLITS, KernelSpec, parts, power_of_two
 
@@ -47,6 +47,7 @@ def render(spec: KernelSpec) -> str:
             spec=spec,
             legend=legend(spec),
             block=BLOCK,
+            all_blocks=ALL_BLOCKS,
             all_diagonals=ALL_DIAGONALS,
             parts=parts,
             power_of_two=power_of_two,

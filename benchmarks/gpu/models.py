@@ -1,0 +1,101 @@
+"""Compiled programs: the crossover to dense attention, and the prefill of a Llama-3.1-8B."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import mpass
+from benchmarks.gpu.clock import milliseconds
+from benchmarks.gpu.setting import SLASH, VERTICAL, Row, Setting, Work
+
+CROSSOVER_LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
+"""Around the shortest prompt that becomes sparse."""
+
+LONGEST_DENSE = 262144
+"""Longest prefill of the dense model: twice as long takes minutes."""
+
+
+def crossover(setting: Setting) -> Iterator[Work]:
+    for length in (130,) if setting.smoke else CROSSOVER_LENGTHS:
+        yield f"crossover/{length}", functools.partial(compare_attention, setting, length)
+
+
+def compare_attention(setting: Setting, length: int) -> Row:
+    """One attention as a user compiles it, with all defaults, against backend="inductor".
+
+    slowdown: above 1.03 the crossover is set too low. always_sparse_ms: without it.
+    """
+    query, key, value = setting.shape(length).tensors(setting.device)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+
+    inner = {"inner_backend": "eager"} if setting.smoke else {}
+    row: Row = {}
+    for name, arguments in {
+        "minference": {"backend": "minference", "options": inner},
+        "always_sparse": {"backend": "minference", "options": inner | {"min_seq_len": 0}},
+        "inductor": {"backend": "eager" if setting.smoke else "inductor"},
+    }.items():
+        torch._dynamo.reset()
+        run = torch.compile(attend, **arguments)
+        with torch.no_grad():
+            forward = functools.partial(run, query, key, value)
+            row[f"{name}_ms"] = milliseconds(forward, setting.device)
+    return row | {"slowdown": row["minference_ms"] / row["inductor_ms"]}
+
+
+def prefills(setting: Setting) -> Iterator[Work]:
+    for length in setting.lengths:
+        for backend in ("minference", "inductor"):
+            if backend == "minference" or length <= LONGEST_DENSE:
+                yield (
+                    f"prefill/{backend}/{length}",
+                    functools.partial(prefill, setting, length, backend),
+                )
+
+
+def prefill(setting: Setting, length: int, backend: str) -> Row:
+    """A model shaped like Llama-3.1-8B with random weights, compiled: fixed budgets, or dense."""
+    model, vocabulary = llama(setting, length)
+    tokens = torch.randint(0, vocabulary, (1, length), device=setting.device)
+    arguments: dict[str, Any] = {"backend": backend}
+    if backend == "minference":
+        arguments["options"] = {"pattern": mpass.VerticalSlash(VERTICAL, SLASH)}
+    if setting.smoke:
+        options = {"pattern": mpass.VerticalSlash(30, 100), "min_seq_len": 0}
+        options["inner_backend"] = "eager"
+        sparse = backend == "minference"
+        arguments = {"backend": backend, "options": options} if sparse else {"backend": "eager"}
+    torch._dynamo.reset()
+    run = torch.compile(model, **arguments)
+    with torch.no_grad():
+        forward = functools.partial(run, tokens, use_cache=False, logits_to_keep=1)
+        return {"ms": milliseconds(forward, setting.device, most=5)}
+
+
+def llama(setting: Setting, length: int) -> tuple[Any, int]:
+    """The model in eval mode, and the size of its vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
+    full: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336}
+    full |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    full |= {"vocab_size": 128256, "rope_theta": 5e5}
+    config = LlamaConfig(**(tiny if setting.smoke else full), max_position_embeddings=2 * length)
+    config._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    with torch.device(setting.device), torch.no_grad():
+        torch.set_default_dtype(torch.float32 if setting.smoke else torch.bfloat16)
+        try:
+            model = LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+    return model, int(config.vocab_size)
