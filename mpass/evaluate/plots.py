@@ -15,7 +15,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from mpass.cache import write_whole
-from mpass.evaluate.plan import DENSE, GRID
+from mpass.evaluate.plan import DENSE, GRID, PERPLEXITY
 from mpass.evaluate.summary import LARGEST_LOSS, Summary
 
 TEXT = "#7a7a7a"
@@ -163,12 +163,33 @@ def svg(width: float, height: float, parts: Iterable[str]) -> str:
 
 
 def density_against_loss(title: str, series: Mapping[str, Sequence[Point]]) -> str:
-    """Density against the increase of the loss; the dashed line is what a default may cost."""
-    losses = [point[1] for points in series.values() for point in points]
-    high = max(2 * LARGEST_LOSS, min(0.3, max(losses, default=0.0)))
-    low = min(0.0, min(losses, default=0.0))
-    loss = Axis("nats per token over dense", low, high, root=low == 0.0)
+    """Density against the increase of the loss; the dashed line is what a default may cost.
+
+    An increase below 0 or above 0.3 is drawn on the edge.
+    """
+    highest = max((point[1] for points in series.values() for point in points), default=0.0)
+    high = max(2 * LARGEST_LOSS, min(0.3, highest))
+    loss = Axis("nats per token over dense", 0.0, high, root=True)
     return draw_scatter(title, series, Axis("density", 0.0, 1.0), loss, LARGEST_LOSS)
+
+
+def loss_by_position(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Increase of the loss by place in the window, mean over texts and windows of a length."""
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    for line in lines:
+        if line["task"] == PERPLEXITY and line["pattern"] != DENSE:
+            pairs = zip(line["sparse_positions"], line["dense_positions"], strict=True)
+            found[f"{line['pattern']}, {line['length']}"].append([a - b for a, b in pairs])
+    series: dict[str, list[Point]] = {}
+    for name, rows in found.items():
+        means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+        series[name] = [
+            ((i + 0.5) / len(means), mean, f"{name}: {mean:+.4f}") for i, mean in enumerate(means)
+        ]
+    values = [point[1] for points in series.values() for point in points]
+    loss = Axis("nats per token over dense", min(0.0, *values), max(2 * LARGEST_LOSS, *values))
+    place = Axis("place in the window", 0.0, 1.0)
+    return draw_scatter("loss by position", series, place, loss, LARGEST_LOSS)
 
 
 def needle_grid(lines: Iterable[Mapping[str, Any]]) -> str:
@@ -211,6 +232,8 @@ def write_plots(
             words = f"{item.pattern}: {item.density:.1%}, {item.score:+.4f}"
             series[f"{item.text}, {item.length}"].append((item.density, item.score, words))
         pictures["density_loss.svg"] = density_against_loss("density against loss", series)
+    if any(line["task"] == PERPLEXITY and line["pattern"] != DENSE for line in lines):
+        pictures["loss_by_position.svg"] = loss_by_position(lines)
     if any(line["task"] == GRID for line in lines):
         pictures["needle_grid.svg"] = needle_grid(lines)
     if any(item.last_quarter is None and item.counted for item in summaries):
