@@ -264,6 +264,7 @@ def test_a_stopped_run_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "load_config", lambda *arguments, **options: Config())
     monkeypatch.setattr(run, "load_model", lambda *arguments, **options: (None, CharTokenizer()))
     file = tmp_path / "lines.jsonl"
+    file.touch()  # an empty file has no line that was cut off
     plan = Plan(tasks=("passkey",), lengths=(1024,), patterns=("a_shape",), samples=3)
     first = evaluate(plan, file)
     assert CountingRunner.asked == 3 * [DENSE, "a_shape"]

@@ -53,7 +53,8 @@ def evaluate(
     haystack = make_haystack(plan.text, text)
     runner = Runner(model, tokenizer, plan)
     wanted = []
-    cut_off = output.is_file() and not output.read_bytes().endswith(b"\n")
+    written = output.read_bytes() if output.is_file() else b""
+    cut_off = written and not written.endswith(b"\n")
     with output.open("a", encoding="utf-8") as file:
         if cut_off:
             file.write("\n")
