@@ -23,7 +23,6 @@ from mpass.lowering.index import (
     list_slots,
     num_key_blocks,
     num_query_blocks,
-    reads_all_blocks,
 )
 from torch import Tensor
 
@@ -204,9 +203,5 @@ def keep(candidates: Candidates, order: Tensor, wanted: Tensor) -> Tensor:
     """The wanted blocks (bool, in `order`), the forced and whole ones, within the limit."""
     wanted = wanted | candidates.forced.gather(-1, order) | candidates.whole[..., None]
     wanted &= candidates.allowed.expand_as(order).gather(-1, order)
-    limit = candidates.max_blocks
-    if reads_all_blocks(wanted.device):
-        wanted[..., limit:] &= candidates.whole[..., None]
-    else:
-        wanted[..., limit:] = False
+    wanted[..., candidates.max_blocks :] &= candidates.whole[..., None]
     return torch.zeros_like(candidates.forced).scatter_(-1, order, wanted)

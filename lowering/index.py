@@ -104,11 +104,6 @@ class SparseIndex:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
-def reads_all_blocks(device: torch.device) -> bool:
-    """Whether the kernels of a device read ALL_BLOCKS; where not, lists hold what fits."""
-    return device.type in ("cpu", "cuda")
-
-
 def first_query_block(query_offset: int) -> int:
     """Block (on the absolute grid) that holds the first query."""
     return query_offset // BLOCK
@@ -162,19 +157,13 @@ def empty_index(
 def whole_index(
     query: Tensor, num_blocks: int, width: IndexWidth, head_slots: Sequence[int]
 ) -> SparseIndex:
-    """An index of the given sizes that selects all that a causal mask allows, without a prefix.
+    """An index of the given sizes that selects all that the mask allows.
 
-    Lists hold what fits: all of it where `width.max_blocks` is `num_blocks` or more.
     query: [B, H', N, D], for batch and device only; num_blocks: I.
     """
     index = empty_index(query, num_blocks, width, head_slots)
+    index.block_count.fill_(ALL_BLOCKS)
     index.diagonal_count.fill_(ALL_DIAGONALS)
-    if index.block_index.numel():
-        rows = torch.arange(num_blocks, dtype=torch.int32, device=query.device)[:, None]
-        blocks = torch.arange(width.max_blocks, dtype=torch.int32, device=query.device)
-        blocks = blocks + (rows - width.max_blocks + 1).clamp(min=0)  # the nearest, if not all fit
-        index.block_index.copy_(torch.where(blocks <= rows, blocks, 0))
-        index.block_count.copy_((rows[:, 0] + 1).clamp(max=width.max_blocks))
     return index
 
 

@@ -19,7 +19,6 @@ from mpass.lowering.index import (
     AttentionMask,
     IndexWidth,
     SparseIndex,
-    reads_all_blocks,
 )
 from mpass.lowering.reference import allowed_cells
 from mpass.patterns.a_shape import window_diagonals
@@ -31,12 +30,8 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.lists import check_room
 from mpass.patterns.sinks import sink_columns
 from torch import Tensor
-
-EVERY_BLOCK = 1 << 31
-"""More blocks than any prompt has."""
 
 
 @register_pattern
@@ -44,15 +39,13 @@ EVERY_BLOCK = 1 << 31
 class TriShape(Pattern):
     """Keep the first `sink_size` keys and the nearest `window_size`; the last queries keep all.
 
-    last_size: queries at the prompt's end that keep all keys; sizes are in tokens. max_blocks:
-    blocks that a list holds; on devices whose kernel reads no ALL_BLOCKS yet, the last queries
-    see as far back as that. Defaults as published by TriangleMix.
+    last_size: queries at the prompt's end that keep all keys, at any length; sizes are in tokens.
+    Defaults as published by TriangleMix.
     """
 
     sink_size: int = 8
     window_size: int = 512
     last_size: int = 128
-    max_blocks: int = 1024
 
     name: ClassVar[str] = "tri_shape"
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
@@ -60,7 +53,6 @@ class TriShape(Pattern):
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True, last_size=True)
-        check_room(self, window_diagonals(self.window_size), self.max_blocks)
 
     @classmethod
     def estimate(
@@ -82,7 +74,7 @@ class TriShape(Pattern):
             starts = blocks * BLOCK
             whole = (starts + BLOCK > last[:, None] + 1 - p.last_size) & (starts <= last[:, None])
             near = distance < window_diagonals(p.window_size)
-            return (near | (whole[..., None] & (distance < p.reach(key.device)))) & allowed
+            return (near | whole[..., None]) & allowed
 
         columns = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
         return list_index(query, mask, len(heads), cls.width(patterns), kept_blocks, columns)
@@ -90,7 +82,7 @@ class TriShape(Pattern):
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
         return IndexWidth(
-            max_blocks=max(p.max_blocks for p in patterns),
+            max_blocks=max(window_diagonals(p.window_size) for p in patterns),
             max_columns=max(p.sink_size for p in patterns),
         )
 
@@ -112,18 +104,13 @@ class TriShape(Pattern):
         per_head = []
         for i, p in enumerate(patterns):
             at_end = (positions > last - p.last_size) & (positions <= last)
-            first = positions // BLOCK * BLOCK - (p.reach(key.device) - 1) * BLOCK
-            seen = at_end[..., None] & (positions[:, None] - distance >= first[:, None])
-            per_head.append((distance < p.window_size) | seen | sinks[:, i, None, :])
+            near = distance < p.window_size
+            per_head.append(near | at_end[..., None] | sinks[:, i, None, :])
         return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
 
     def fewest_keys(self) -> sympy.Expr:
         kept = causal_keys(self.sink_size + self.window_size + BLOCK) + self.last_size
         return sympy.Min(LENGTH / 2, kept)
-
-    def reach(self, device: torch.device) -> int:
-        """Key blocks that the last queries see, their own included."""
-        return EVERY_BLOCK if reads_all_blocks(device) else self.max_blocks
 
     def cost(self) -> sympy.Expr:
         return 2 * LENGTH * self.fewest_keys() * HEAD_DIM

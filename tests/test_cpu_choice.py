@@ -198,7 +198,7 @@ def test_whole_index_selects_all_that_is_causal(cls: type[Pattern]) -> None:
     assert torch.equal(cells, torch.ones(300, 300).tril().bool().expand(2, 3, -1, -1))
 
 
-def test_whole_index_keeps_the_nearest_blocks_where_not_all_fit() -> None:
+def test_whole_index_selects_every_block_however_short_its_lists_are() -> None:
     index = whole_index(torch.zeros(1, 1, 256, 8), 4, IndexWidth(max_blocks=2), list_slots(1))
-    assert index.block_count.flatten().tolist() == [1, 2, 2, 2]
-    assert index.block_index[0, 0].tolist() == [[0, 0], [0, 1], [1, 2], [2, 3]]
+    cells = reference.computed_mask(index, AttentionMask(), batch=1, num_queries=256, num_keys=256)
+    assert torch.equal(cells[0, 0], torch.ones(256, 256).tril().bool())

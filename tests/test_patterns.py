@@ -30,7 +30,7 @@ SMALL = {
     "flex_prefill": [FlexPrefill(0.5, 1.0, 1, block_size=64), FlexPrefill(0.6, 0.0, 64, 128)],
     "sample_attention": [SampleAttention(0.5, 0.1, 0.1), SampleAttention(0.9, 1.0, 0.01, 9, 7)],
     "strided": [Strided(3, 40, 192, 320), Strided(0, 1, 64, 128)],
-    "tri_shape": [TriShape(3, 40, 70), TriShape(0, 1, 0, 2)],
+    "tri_shape": [TriShape(3, 40, 70), TriShape(0, 1, 0)],
     "x_attention": [XAttention(0.5, block_size=64), XAttention(0.6, 16, max_blocks=6)],
     "block_top_p": [BlockTopP(0.3, 64, 0, 1, 0), BlockTopP(0.5, 128, 1, 1, 1, 4)],
 }

@@ -49,7 +49,7 @@ def test_tri_shape_counts_last_rows_from_the_last_real_query():
 
 def test_tri_shape_makes_the_last_rows_dense_however_short_its_lists_are():
     query, key, value = random_attention(num_queries=640)
-    pattern = TriShape(0, 1, 64, max_blocks=4)
+    pattern = TriShape(0, 1, 64)
     assert pattern.dense_mask(query, key)[0, 0, -64:].sum() == sum(range(577, 641))
     cells = mpass.computed_mask(query, key, pattern=pattern)
     assert torch.equal(
@@ -67,7 +67,7 @@ def test_tri_shape_makes_the_last_rows_dense_however_short_its_lists_are():
         BlockMax(1.0, 128, 0, 1, 2, max_blocks=2),
         BlockTopP(0.01, 128, 0, 1, 2, max_blocks=2),
         XAttention(0.01, 8, 128, 0, 1, 2, max_blocks=2),
-        TriShape(0, 1, 130, max_blocks=2),
+        TriShape(0, 1, 130),
     ],
     ids=str,
 )
@@ -94,7 +94,7 @@ def test_last_rows_are_dense_at_any_length_in_every_count_of_the_work(pattern):
     [
         (lambda: Strided(stride=100), "stride is 100; allowed: a multiple of 64"),
         (lambda: Strided(reach=0), "reach is 0"),
-        (lambda: TriShape(window_size=640, max_blocks=5), "max_blocks is 5; allowed: 11 or more"),
+        (lambda: TriShape(window_size=0), "window_size is 0"),
         (lambda: TriShape(last_size=-1), "last_size is -1"),
     ],
 )
