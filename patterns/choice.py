@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from mpass.lowering.choice import EstimatedWork
 from mpass.lowering.dispatch import Lowering, choose_lowering
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ def reason_for_dense(
     heads = query.shape[0] * len(own.patterns)
     if query.shape[2] != num_keys or heads * num_keys == 0:
         return ""
-    if 0 < own.width.max_blocks * BLOCK < num_keys:
-        return ""  # lists that cannot hold every block cannot say "dense" either
     return decide(
         choose_lowering(query, key, key),
         own,
