@@ -133,19 +133,29 @@ def draw_heat(
 
 def heat_cell(x: float, y: float, value: float | None) -> str:
     """A rectangle whose opacity is the value, with the value in per cent."""
-    middle = text(x + CELL / 2, y + 15, "-" if value is None else f"{value:.0%}", anchor="middle")
-    opacity = 0.0 if value is None else 0.75 * min(1.0, max(0.0, value))
+    opacity = 0.0 if value is None else 0.9 * min(1.0, max(0.0, value))
+    words = "-" if value is None else f"{value:.0%}"
+    color = "#ffffff" if opacity > 0.5 else TEXT
     return (
         f'<rect x="{x:g}" y="{y:g}" width="{CELL - 2}" height="{CELL / 2 - 2:g}" fill="{COLOR}" '
-        f'fill-opacity="{opacity:.2f}" stroke="{COLOR}" stroke-opacity=".3"/>{middle}'
+        f'fill-opacity="{opacity:.2f}" stroke="{COLOR}" stroke-opacity=".3"/>'
+        f"{text(x + CELL / 2 - 1, y + 15, words, anchor='middle', color=color)}"
     )
 
 
-def text(x: float, y: float, words: str, *, anchor: str = "start", weight: str = "normal") -> str:
+def text(
+    x: float,
+    y: float,
+    words: str,
+    *,
+    anchor: str = "start",
+    weight: str = "normal",
+    color: str = TEXT,
+) -> str:
     """A line of text whose baseline starts (or is centred, or ends) at a point."""
     return (
         f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-weight="{weight}" '
-        f'fill="{TEXT}">{escape(words)}</text>'
+        f'fill="{color}">{escape(words)}</text>'
     )
 
 
