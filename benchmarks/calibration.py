@@ -50,7 +50,7 @@ from mpass.parse import parse_dtype, parse_pattern
 from mpass.texts import find_text, load_tokens
 
 RESULTS = Path(__file__).parent / "results"
-BUDGETS = (0.1, 0.15, 0.2, 0.25)
+BUDGETS = (0.1, 0.15, 0.2, 0.22, 0.25)
 SEARCHED = (("alice", 0), ("code", 1 << 17))
 """Texts of the search and where they start, tokens; those of the comparison start at 0."""
 
