@@ -22,7 +22,8 @@ def calibrate(
         "minference.json"
     ),
     text: Annotated[
-        list[str] | None, typer.Option(help="Texts to search on: names or UTF-8 files.")
+        list[str] | None,
+        typer.Option(help="Texts to search on, best of several kinds: names or files."),
     ] = None,
     held_out: Annotated[
         list[str] | None, typer.Option(help="Texts to check on; the rest of --text if not given.")
