@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from mpass.site import AttentionSite, example, layer_index, module_path, shape_of, source_line
 
@@ -60,14 +61,32 @@ def dropout_reason(dropout: object) -> str:
     return ""
 
 
+def constant_number(value: object) -> float | None:
+    """An argument as a number; None if it is none or changes from call to call.
+
+    Under dynamic=True Dynamo reads the floats of a user's modules anew in each call. Such a number
+    is fixed here, by a guard on its value. One that depends on a length is not: that would be a
+    graph per length.
+    """
+    if isinstance(value, fx.Node):
+        value = value.meta.get("example_value", value.meta.get("val"))
+        if not isinstance(value, torch.SymFloat):
+            return None
+    if isinstance(value, torch.SymFloat):
+        expression = value.node.expr
+        fixable = symbol_is_type(expression, SymT.FLOAT) if expression.is_Symbol else False
+        return float(value) if fixable or expression.is_number else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
 def constant_scale(scale: object, query: fx.Node) -> float | None:
     """The scale of the scores as a number, 1/sqrt(D) for None; None if it is not a constant."""
     if scale is None:
         head_dim = shape_of(query)[-1]
         return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) else None
-    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
-        return float(scale)
-    return None
+    return constant_number(scale)
 
 
 def make_site(output: fx.Node, spelling: str, **fields: Any) -> AttentionSite:

@@ -17,7 +17,14 @@ from torch import fx
 from mpass.mask import MaskProof, MaskProver
 from mpass.mask_expr import axis, number
 from mpass.mask_reader import op_name, same_view
-from mpass.match.common import dropout_reason, gradient_reason, is_tensor, make_site, shape_reason
+from mpass.match.common import (
+    constant_number,
+    dropout_reason,
+    gradient_reason,
+    is_tensor,
+    make_site,
+    shape_reason,
+)
 from mpass.match.product import Product, bind_scores, bind_value, is_product, operands
 from mpass.match.repeat import original, original_pair
 from mpass.site import AttentionSite, example, shape_of
@@ -318,13 +325,13 @@ def read_scores(chain: Chain) -> Scores:
 def constant_factor(op: fx.Node, carried: fx.Node) -> float | None:
     """The number that an op multiplies the scores by."""
     left, right = op.args[0], op.args[1]
-    other = right if left is carried else left
-    if isinstance(other, bool) or not isinstance(other, (int, float)) or len(op.args) > 2:
+    other = constant_number(right if left is carried else left)
+    if other is None or len(op.args) > 2:
         return None
     if op.kwargs.get("rounding_mode") is not None:
         return None
     if op_name(op) in ("mul", "multiply"):
-        return float(other)
+        return other
     return 1.0 / other if left is carried and other else None
 
 
