@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,7 @@ def profile(
     """
     args, kwargs = split_inputs(inputs)
     measured: list[Measured] = []
+    queries: set[tuple[str, torch.dtype, int]] = set()
     capture = make_capture(options)
     tell = progress or (lambda text: None)
 
@@ -161,6 +162,8 @@ def profile(
             operands, max_query_blocks=max_query_blocks or 1 << 30, resolution=resolution
         )
         measured.append(Measured(call, share.mean(0).cpu(), recall))
+        query = operands.query
+        queries.add((query.device.type, query.dtype, query.shape[-1]))
         total = sum(site.status == "sparse" for graph in capture.graphs for site in graph.sites)
         tell(f"measured {len(measured)} of {total} attentions")
 
@@ -175,7 +178,25 @@ def profile(
     layers = tuple(
         describe_layer(item, explanation, step) for item, step in zip(measured, steps, strict=True)
     )
-    return Profile(explanation, layers, seconds, generated_sources())
+    kernels = tuple(kernel for kernel in generated_sources() if serves(kernel, queries))
+    return Profile(explanation, layers, seconds, kernels)
+
+
+def serves(kernel: KernelSource, queries: Collection[tuple[str, torch.dtype, int]]) -> bool:
+    """Whether a kernel of this process is for such queries: device type, dtype and head_dim.
+
+    The process may have run other models before, whose kernels say nothing about this one.
+    """
+    spec: Any = kernel.spec
+    for device, dtype, head_dim in queries:
+        if device == "cpu" and kernel.language == "cpp":
+            if (spec.input, spec.head_dim) == (str(dtype).removeprefix("torch."), head_dim):
+                return True
+        elif device != "cpu" and kernel.language == "python":
+            # Kernels without a head_dim of their own work on scores and indexes.
+            if spec.head_dim in (0, head_dim):
+                return True
+    return False
 
 
 def split_inputs(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:

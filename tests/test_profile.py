@@ -293,3 +293,12 @@ def test_advice_for_heads_that_do_well():
     assert advise("a_shape(1, 2)", 0.97, 0.1, FLAT, FLAT) == ""
     assert "smaller budget" in advise("a_shape(1, 2)", 0.999, 0.5, FLAT, FLAT)
     assert "nearly every key" in advise("a_shape(1, 2)", 1.0, 1.0, FLAT, FLAT)
+
+
+@torch.no_grad()
+def test_kernels_of_other_models_of_the_process_are_left_out():
+    other, mine = torch.randn(1, 2, 200, 24), torch.randn(1, 300, 32)
+    mpass.sparse_attention(other, other, other, pattern=mpass.AShape(1, 70))
+    found = profile(Decoder(depth=1).eval(), mine, options={**OPTIONS, "pattern": "a_shape"})
+    head_dims = {kernel.spec.head_dim for kernel in found.kernels}
+    assert head_dims == {Decoder(depth=1).layers[0].head_dim}

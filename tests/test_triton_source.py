@@ -123,6 +123,26 @@ def test_interpreted_and_compiled_modules_live_in_one_process():
     assert source.load(spec) is source.load(dataclasses.replace(spec))
 
 
+def test_the_language_is_as_before_after_an_interpreted_launch():
+    import triton.language as tl
+    from mpass.lowering import triton as lowering
+    from mpass.lowering.index import AttentionMask
+
+    import mpass
+    from tests.truth import random_attention
+
+    spaces = (tl, tl.core, tl.math, tl.tensor)
+    before = [dict(vars(space)) for space in spaces]
+    query, key, value = random_attention(num_queries=130)
+    index = mpass.AShape.estimate(
+        query, key, AttentionMask(), range(4), [mpass.AShape(8, 64)] * 4, scale=0.2
+    )
+    lowering.sparse_attention(query, key, value, index, AttentionMask(), scale=0.2)
+    for space, content in zip(spaces, before, strict=True):
+        changed = [name for name, value in content.items() if vars(space)[name] is not value]
+        assert not changed, (space, changed)
+
+
 def test_importing_the_lowering_does_not_import_triton():
     code = (
         "import sys, mpass, mpass.lowering.triton, mpass.lowering.triton.attention, "

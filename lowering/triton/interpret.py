@@ -2,7 +2,9 @@
 
 Triton decides when a function is decorated whether it is interpreted. That of the generated module
 is decided by `source.load`; the functions of triton.language that are kernels themselves (sum, max,
-cumsum, ...) were decorated at import, so they are swapped for the time of a launch.
+cumsum, ...) were decorated at import, so they are swapped for the time of a launch. The interpreter
+itself replaces the language's builtins while it runs and forgets some where kernels call kernels,
+after which nothing can be compiled any more; so the whole language is put back afterwards.
 Used by tests and by the benchmark's dry run; never on a user's path.
 """
 
@@ -23,13 +25,29 @@ def interpreted_language() -> Iterator[None]:
     import triton.language as tl
 
     jitted = [(space, name, fn) for space in (tl, tl.standard) for name, fn in _jitted(space)]
+    kept = [(space, dict(vars(space))) for space in _spaces()]
     try:
         for space, name, fn in jitted:
             setattr(space, name, _interpreted(fn))
         yield
     finally:
-        for space, name, fn in jitted:
-            setattr(space, name, fn)
+        for space, content in kept:
+            _restore(space, content)
+
+
+def _spaces() -> list[Any]:
+    """The modules of triton.language and the classes of its values."""
+    import triton.language as tl
+
+    modules = [tl, tl.core, tl.math, tl.standard]
+    return modules + [value for value in vars(tl.core).values() if isinstance(value, type)]
+
+
+def _restore(space: Any, content: dict[str, Any]) -> None:
+    """Give a module or class the values that it had; names that are new there harm nobody."""
+    for name, value in content.items():
+        if vars(space).get(name) is not value:
+            setattr(space, name, value)
 
 
 def _jitted(space: Any) -> list[tuple[str, Any]]:
