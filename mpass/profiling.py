@@ -22,6 +22,8 @@ from torch import Tensor
 from mpass.advice import advise
 from mpass.cache import write_whole
 from mpass.explanation import Explanation, finish_explanation, make_capture, run_captured
+from mpass.lowering.cpu.spec import STRIP
+from mpass.lowering.cpu.support import best_instruction_set, dtype_name
 from mpass.lowering.density import density as count_density
 from mpass.lowering.record import Call, Operands
 from mpass.lowering.sources import KernelSource, generated_sources
@@ -122,6 +124,16 @@ class Profile:
         return render_profile(self)
 
 
+@dataclass(frozen=True)
+class Queries:
+    """What kernels are chosen by. softcap: whether there is one."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    softcap: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """A call, the density of what it selected (fp64 [H], also where dense ran), and its recall."""
@@ -151,7 +163,7 @@ def profile(
     """
     args, kwargs = split_inputs(inputs)
     measured: list[Measured] = []
-    queries: set[tuple[str, torch.dtype, int]] = set()
+    queries: set[Queries] = set()
     capture = make_capture(options)
     tell = progress or (lambda text: None)
 
@@ -163,7 +175,8 @@ def profile(
         )
         measured.append(Measured(call, share.mean(0).cpu(), recall))
         query = operands.query
-        queries.add((query.device.type, query.dtype, query.shape[-1]))
+        softcap = operands.softcap > 0
+        queries.add(Queries(query.device.type, query.dtype, query.shape[-1], softcap))
         total = sum(site.status == "sparse" for graph in capture.graphs for site in graph.sites)
         tell(f"measured {len(measured)} of {total} attentions")
 
@@ -182,19 +195,22 @@ def profile(
     return Profile(explanation, layers, seconds, kernels)
 
 
-def serves(kernel: KernelSource, queries: Collection[tuple[str, torch.dtype, int]]) -> bool:
-    """Whether a kernel of this process is for such queries: device type, dtype and head_dim.
+def serves(kernel: KernelSource, queries: Collection[Queries]) -> bool:
+    """Whether a kernel of this process is for such queries.
 
     The process may have run other models before, whose kernels say nothing about this one.
     """
     spec: Any = kernel.spec
-    for device, dtype, head_dim in queries:
-        if device == "cpu" and kernel.language == "cpp":
-            if (spec.input, spec.head_dim) == (str(dtype).removeprefix("torch."), head_dim):
+    for seen in queries:
+        if seen.device == "cpu" and kernel.language == "cpp":
+            made_for = (spec.input, spec.head_dim, spec.instruction_set, spec.strip)
+            name, isa = dtype_name(seen.dtype), best_instruction_set(seen.dtype)
+            softcap = spec.kernel != "attention" or spec.softcap == seen.softcap
+            if made_for == (name, seen.head_dim, isa, STRIP) and softcap:
                 return True
-        elif device != "cpu" and kernel.language == "python":
+        elif seen.device != "cpu" and kernel.language == "python":
             # Kernels without a head_dim of their own work on scores and indexes.
-            if spec.head_dim in (0, head_dim):
+            if spec.head_dim in (0, seen.head_dim):
                 return True
     return False
 
