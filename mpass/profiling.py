@@ -296,6 +296,8 @@ def time_ops(run: Callable[[], object]) -> tuple[list[tuple[float, float]], dict
             parts["index"] += index
             parts["attention"] += seconds
             index = 0.0
+        elif name == "minference::check_block_lists":  # comes after its attention
+            parts["attention"] += seconds
         else:
             index += seconds
     return steps, parts | {"rest": max(0.0, total - sum(parts.values()))}

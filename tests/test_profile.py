@@ -17,7 +17,7 @@ from mpass.patterns.block_sparse import BlockSparse
 import mpass
 from mpass.advice import advise
 from mpass.functional import estimate_index
-from mpass.profiling import profile
+from mpass.profiling import profile, time_ops
 from mpass.recall import LEVELS, measure_recall
 from tests.toys import Decoder
 
@@ -302,3 +302,12 @@ def test_kernels_of_other_models_of_the_process_are_left_out():
     found = profile(Decoder(depth=1).eval(), mine, options={**OPTIONS, "pattern": "a_shape"})
     head_dims = {kernel.spec.head_dim for kernel in found.kernels}
     assert head_dims == {Decoder(depth=1).layers[0].head_dim}
+
+
+def test_checks_of_block_lists_are_no_estimation_of_the_next_layer(monkeypatch):
+    ops = ["union", "sparse_attention", "check_block_lists", "union", "sparse_attention"]
+    events = [(f"minference::{op}", 1.0) for op in ops]
+    monkeypatch.setattr("mpass.profiling.outermost_ops", lambda *_: iter(events))
+    steps, parts = time_ops(lambda: None)
+    assert steps == [(1.0, 1.0), (1.0, 1.0)]
+    assert (parts["index"], parts["attention"]) == (2.0, 3.0)
