@@ -12,7 +12,7 @@ from mpass.lowering.estimate_pooled import pooled_keys
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, IndexWidth, empty_index
-from mpass.lowering.triton import block_top_k_index, blocks, tile_index, union_index
+from mpass.lowering.triton import block_top_k_index, blocks, pooled, tile_index, union_index
 from mpass.lowering.triton.launch import device_ints
 from mpass.patterns import lists
 from mpass.patterns.base import find_pattern
@@ -94,7 +94,7 @@ def test_block_means_equal_reference(dtype, offset):
     heads = [2, 1]
     rows = query.float() if dtype == torch.bfloat16 else query
     with poisoned_memory():
-        means, _ = blocks.pooled_means(
+        means, _ = pooled.pooled_means(
             rows,
             device_ints(heads, rows.device),
             128,
@@ -112,7 +112,7 @@ def test_means_of_runs_of_keys_equal_reference(size):
     _, key, _ = random_attention(2, num_queries=190, head_dim=48)
     mask = AttentionMask(key_mask=padding(2, 190))
     with poisoned_memory():
-        means, weights = blocks.pooled_keys(key, mask, size)
+        means, weights = pooled.pooled_keys(key, mask, size)
     for head in range(2):
         truth, counts = pooled_keys(key[:, head], mask, size, max(size, 64))
         assert (means[:, head] - truth).abs().max() < 1e-5

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 from mpass.lowering.estimate import block_top_k_width, first_keys
-from mpass.lowering.estimate_lists import last_query, query_mask
+from mpass.lowering.estimate_lists import last_query
 from mpass.lowering.estimate_tiles import TileRule, tile_width
 from mpass.lowering.estimate_union import UnionRule, union_width
 from mpass.lowering.index import (
@@ -29,11 +29,11 @@ from mpass.lowering.index import (
     num_key_blocks,
     num_query_blocks,
 )
-from mpass.lowering.triton.attention import LOG2_E, mask_bytes
+from mpass.lowering.triton.attention import LOG2_E
 from mpass.lowering.triton.estimate import last_query_sums, list_columns
-from mpass.lowering.triton.interpret import upcast
-from mpass.lowering.triton.launch import DTYPES, device_ints, launch, row_major, target_for
-from mpass.lowering.triton.spec import KernelSpec, Rule, power_of_two, score_warps, select_warps
+from mpass.lowering.triton.launch import device_ints, launch, target_for
+from mpass.lowering.triton.pooled import kernel_inputs, pooled_keys, pooled_means, score_arguments
+from mpass.lowering.triton.spec import KernelSpec, Rule, power_of_two, select_warps
 from torch import Tensor
 
 Kind = TypeVar("Kind", int, tuple[int, int])
@@ -274,13 +274,6 @@ def union_list_rule(slot: int, rule: UnionRule) -> ListRule:
     return ListRule(slot, rule.max_blocks, *forced, rule.mass)
 
 
-def kernel_inputs(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and key as the kernels read them: last dimension contiguous; fp32 where interpreted."""
-    if query.device.type == "cpu":
-        query, key = upcast(query), upcast(key)
-    return row_major(query), row_major(key)
-
-
 def alike(kinds: Sequence[Kind]) -> Iterator[tuple[Kind, list[int]]]:
     """Every kind once with the positions where it stands: what may run in one launch."""
     for kind in sorted(set(kinds)):
@@ -372,89 +365,3 @@ def real_bounds(query: Tensor, key: Tensor, mask: AttentionMask) -> Tensor:
     batch, device = query.shape[0], query.device
     bounds = first_keys(mask, batch, device), last_query(mask, batch, query.shape[2], device)
     return torch.stack(bounds, -1).to(torch.int32)
-
-
-def score_arguments(
-    template: str,
-    query: Tensor,
-    means: Tensor,
-    weights: Tensor,
-    mask: AttentionMask,
-    heads: Tensor,
-    **values: int,
-) -> tuple[KernelSpec, tuple[Tensor, ...]]:
-    """The kernel that scores means for query rows, and the tensors that it reads.
-
-    means [B, Hk, S, D] and weights [B, Hk, S] of `pooled_keys`; heads: int32 [h] on the device.
-    """
-    padding = query_mask(mask, query.shape[2]) is not None
-    spec = KernelSpec(
-        template=template,
-        dtype=DTYPES[query.dtype],
-        head_dim=query.shape[-1],
-        causal=mask.causal,
-        window=mask.window > 0,
-        padding=padding,
-        num_warps=score_warps(query.shape[-1]),
-        num_stages=2,
-        target=target_for(query.device),
-        **values,
-    )
-    return spec, (query, means, weights, mask_bytes(mask, heads) if padding else heads, heads)
-
-
-def pooled_keys(key: Tensor, mask: AttentionMask, size: int) -> tuple[Tensor, Tensor]:
-    """Means of runs of `size` keys of every kv head, in the keys' dtype; see `pooled_means`.
-
-    Whole blocks are covered: runs beyond the last key have no keys.
-    """
-    every = device_ints(range(key.shape[1]), key.device)
-    return pooled_means(key, every, size, mask, dtype=key.dtype)
-
-
-def pooled_means(
-    rows: Tensor,
-    heads: Tensor,
-    size: int,
-    mask: AttentionMask,
-    *,
-    offset: int = 0,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Mean of each run of `size` positions, and how many it has, as a logarithm.
-
-    rows [B, H, N, D] -> [B, h, S, D] of `dtype` and fp32 [B, h, S]: log2 of the count, negative for
-    none. heads: int32 [h] on the device; size: a divisor or a multiple of BLOCK; offset: absolute
-    position of the first row. Padding does not count where the mask tells of these rows.
-    """
-    batch, _, length, dim = rows.shape
-    padding = mask.key_mask is not None and mask.key_mask.shape[1] >= offset + length
-    per_program = max(size, BLOCK)
-    programs = -(-(offset + length) // per_program) - offset // per_program
-    means = torch.empty(
-        batch, len(heads), programs * (per_program // size), dim, dtype=dtype, device=rows.device
-    )
-    weights = torch.empty(means.shape[:-1], device=rows.device)
-    launch(
-        KernelSpec(
-            template="pool",
-            dtype=DTYPES[rows.dtype],
-            head_dim=dim,
-            pool=min(size, BLOCK),
-            padding=padding,
-            target=target_for(rows.device),
-        ),
-        "pool_runs",
-        (programs, len(heads), batch),
-        means,
-        weights,
-        rows,
-        heads,
-        mask_bytes(mask, heads) if padding else heads,
-        *rows.stride()[:3],
-        length,
-        mask.key_mask.shape[1] if mask.key_mask is not None else 0,
-        per_program,
-        offset,
-    )
-    return means, weights
