@@ -37,10 +37,10 @@ from mpass.site_text import decision_as_dict
 class SiteCost:
     """What one attention is predicted to cost, and what it did cost on this input.
 
-    num_queries, num_keys: lengths when it was compiled; predicted: per head, the work of
-    estimation and attention over the work of dense attention; density: per head, the share of the
-    mask's cells that was computed, empty if the attention did not run; lowering: what ran it;
-    index_bytes: memory of its index.
+    num_queries, num_keys: lengths when it was compiled; predicted: per head, the most that
+    estimation and attention cost over the work of dense attention; density: per head, the share of
+    the mask's cells that was computed, empty if the attention did not run; lowering: what ran it,
+    and reason why if that was dense attention; index_bytes: memory of its index.
     """
 
     num_queries: int
@@ -48,6 +48,7 @@ class SiteCost:
     predicted: tuple[float, ...]
     density: tuple[float, ...] = ()
     lowering: str = ""
+    reason: str = ""
     index_bytes: int = 0
 
 
@@ -228,6 +229,7 @@ def finish_explanation(model: Callable[..., Any], capture: Capture, log: Log) ->
                     cost,
                     density=tuple(call.density.mean(0).tolist()),
                     lowering=call.lowering,
+                    reason=call.reason,
                     index_bytes=call.index_bytes,
                 )
             costs.append(cost)

@@ -10,8 +10,9 @@ from rich.table import Table
 from mpass.tables import count_patterns, render
 
 if TYPE_CHECKING:
-    from mpass.explanation import Explanation
+    from mpass.explanation import Explanation, SiteCost
     from mpass.profiling import Profile
+    from mpass.report import SiteReport
 
 
 def render_explanation(explanation: Explanation) -> str:
@@ -22,8 +23,9 @@ def render_explanation(explanation: Explanation) -> str:
         "layer",
         "status",
         "keys",
+        "ran",
         "density",
-        "predicted cost",
+        "cost, at most",
         "patterns or reason",
     )
     for column in columns:
@@ -35,9 +37,10 @@ def render_explanation(explanation: Explanation) -> str:
                 str(site.layer) if site.layer >= 0 else site.path or "-",
                 site.status,
                 str(cost.num_keys),
+                cost.lowering or "-",
                 span(cost.density),
                 span(cost.predicted),
-                f"{site.reason}\n{site.source}" if site.reason else count_patterns(site.patterns),
+                words_of(site, cost),
             )
     sites = explanation.sites
     sparse = sum(site.status == "sparse" for site in sites)
@@ -53,6 +56,14 @@ def render_explanation(explanation: Explanation) -> str:
             f"masks no longer made: {in_bytes(explanation.mask_bytes)}"
         )
     return render(table) + "\n".join(lines)
+
+
+def words_of(site: SiteReport, cost: SiteCost) -> str:
+    """Why an attention is dense and where; else its patterns, and why they did not run."""
+    if site.reason:
+        return f"{site.reason}\n{site.source}"
+    patterns = count_patterns(site.patterns)
+    return f"{patterns}\nran dense: {cost.reason}" if cost.reason else patterns
 
 
 def render_profile(profile: Profile) -> str:

@@ -62,6 +62,18 @@ def test_sparse_sites_have_the_density_that_was_computed():
 
 
 @torch.no_grad()
+def test_a_sparse_site_that_ran_dense_says_why():
+    options = OPTIONS | {"pattern": mpass.AShape(64, 128), "dense_above": 0.1}
+    explanation = explain(causal, *qkv(), options=options)
+    (cost,) = explanation.graphs[0].costs
+    assert explanation.sites[0].status == "sparse"
+    assert cost.lowering == "dense"
+    assert "of the work" in cost.reason
+    words = " ".join(str(explanation).split())
+    assert "ran dense" in words
+
+
+@torch.no_grad()
 def test_dropped_mask_is_counted_in_bytes():
     def masked(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask())

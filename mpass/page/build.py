@@ -130,6 +130,7 @@ def head_row(site: SiteReport, cost: SiteCost, layer: LayerProfile | None) -> di
         "source": site.source,
         "measured": layer is not None,
         "lowering": cost.lowering,
+        "ran_because": cost.reason,
         "heads": heads,
     }
     if layer is None:

@@ -123,7 +123,7 @@ async function chooseHead(row, head) {
     ["pattern", facts.pattern || "dense"],
     ["reason", layer.reason],
     ["source", layer.source],
-    ["ran", layer.lowering],
+    ["ran", layer.ran_because ? `${layer.lowering}: ${layer.ran_because}` : layer.lowering],
     ["recall", layer.measured ? percent(facts.recall) + (layer.all_queries ? "" : ` of ${layer.looked} query blocks`) : ""],
     ["density", layer.measured ? percent(facts.density) : ""],
     ["predicted cost", facts.predicted === null ? "" : `at most ${percent(facts.predicted)} of dense`],
