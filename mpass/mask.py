@@ -15,8 +15,10 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mpass.mask_arithmetic_rules import ARITHMETIC_RULES
 from mpass.mask_emit import Emitter, as_length, find_key_mask
 from mpass.mask_expr import BATCH, HEAD, KEY, QUERY, Expr, NotUnderstood, axis, number, substitute
+from mpass.mask_index_rules import INDEX_RULES
 from mpass.mask_reader import GraphReader, is_one, op_name
 from mpass.mask_rules import VALUE_RULES
 from mpass.mask_shape_rules import SHAPE_RULES
@@ -24,7 +26,7 @@ from mpass.mask_terms import MaskSizes, MaskTerms, at_most, sort_terms, visible
 from mpass.mutation import StorageWrites
 from mpass.site import Length, MaskMeaning, example, shape_of, source_line
 
-RULES = {**VALUE_RULES, **SHAPE_RULES}
+RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
 
 INDICES = (BATCH, HEAD, QUERY, KEY)
 

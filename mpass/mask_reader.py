@@ -1,7 +1,7 @@
 """Reading a graph backwards: what is the element of this tensor at its indices?
 
 Reading stops at what it does not understand and names it by an uninterpreted function, so a wrong
-answer would need a wrong rule in mask_rules, not a missing one.
+answer would need a wrong rule (mask_*rules.py), not a missing one.
 """
 
 from __future__ import annotations
@@ -235,3 +235,23 @@ INPLACE_NAMES = {
     "ior": "or",
     "ixor": "xor",
 }
+
+
+def registrar(rules: dict[str, Rule]) -> Callable[..., Callable[[Rule], Rule]]:
+    """A decorator `@rule("add", "sub")` that enters a function into `rules` under these names."""
+
+    def rule(*names: str) -> Callable[[Rule], Rule]:
+        def register(function: Rule) -> Rule:
+            rules.update(dict.fromkeys(names, function))
+            return function
+
+        return register
+
+    return rule
+
+
+def dimension(value: Any, rank: int) -> int:
+    """A dimension argument as a number from 0 on."""
+    if not isinstance(value, int):
+        raise NotUnderstood("dimension is not a constant")
+    return value % rank if rank else 0

@@ -21,7 +21,7 @@ from mpass.mask import MaskProof, MaskProver, mask_sizes
 from mpass.mask_expr import BATCH, HEAD, KEY, QUERY, Expr
 from mpass.mask_reader import op_name
 from mpass.match.common import constant_scale, gradient_reason, is_tensor, make_site, shape_reason
-from mpass.match.eager import CASTS, FACTORS, constant_factor
+from mpass.match.eager_scores import CASTS, FACTORS, constant_factor
 from mpass.site import AttentionSite, Length, ListedBlocks, MaskMeaning, shape_of
 
 LISTS = slice(2, 6)

@@ -1,0 +1,228 @@
+"""Eager attention from the product of query and key to the softmax: scale, softcap, sinks, masks.
+
+The walk goes backwards from the softmax. Each op must be one of the chain, or it is the problem
+that keeps the site dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from mpass.mask import MaskProver
+from mpass.mask_expr import number
+from mpass.mask_reader import op_name, same_view
+from mpass.match.common import (
+    constant_number,
+    is_tensor,
+)
+from mpass.match.product import is_product
+from mpass.site import example, shape_of
+
+CASTS = frozenset("to type to_copy type_as float double half bfloat16 contiguous".split())
+FACTORS = frozenset("mul multiply div divide truediv true_divide".split())
+MASKS = frozenset("add sub subtract masked_fill where".split())
+RESHAPES = frozenset("view reshape unsafe_view expand getitem".split())
+MAX_STEPS = 16
+
+
+@dataclass
+class Chain:
+    """The ops from a product of query and key to a softmax, in their order.
+
+    steps: (op, its argument that carries the scores). sinks: logits put beside the scores. path:
+    all nodes that belong to the chain. problem: why it is not exactly attention.
+    """
+
+    softmax: fx.Node
+    product: fx.Node
+    steps: list[tuple[fx.Node, fx.Node]]
+    sinks: fx.Node | None
+    path: set[fx.Node]
+    problem: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a chain does to scores before they are masked; `masks` are the steps after."""
+
+    scale: float
+    softcap: float
+    masks: list[tuple[fx.Node, fx.Node]]
+    problem: str = ""
+
+
+def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
+    """The chain that leads to a softmax, or None if it does not start at a product."""
+    steps: list[tuple[fx.Node, fx.Node]] = []
+    sinks: fx.Node | None = None
+    path = {softmax}
+    problem = ""
+    reader: fx.Node = softmax
+    found: Any = softmax.args[0]
+    for _ in range(MAX_STEPS):
+        if not isinstance(found, fx.Node) or not is_tensor(found):
+            return None
+        node, late = as_read_by(found, reader, prover)
+        problem = problem or late
+        path |= {found, node}
+        if is_product(node):
+            return Chain(softmax, node, steps[::-1], sinks, path, alibi_reason(node) or problem)
+        name = op_name(node)
+        reader = node
+        if name == "cat" and sinks is None and is_pair(node):
+            parts: Any = node.args[0]
+            found, sinks = parts
+            changed = [op_name(op) for op, _ in steps if op_name(op) not in CASTS]
+            if changed:
+                problem = problem or f"scores are changed by {changed[0]} beside attention sinks"
+            steps = []
+            continue
+        maximum = own_maximum(node) if name == "sub" else None
+        if maximum:
+            path |= maximum
+            found = node.args[0]
+            continue
+        carried = carrying_argument(node)
+        if carried is None:
+            return None
+        problem = problem or misuse(node, carried)
+        steps.append((node, carried))
+        found = carried
+    return None
+
+
+def is_pair(cat: fx.Node) -> bool:
+    """Whether torch.cat joins two tensors along the last dimension."""
+    parts = cat.args[0]
+    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+    last = dim in (-1, len(shape_of(cat)) - 1)
+    return last and isinstance(parts, (list, tuple)) and len(parts) == 2
+
+
+def misuse(op: fx.Node, carried: fx.Node) -> str:
+    """Why an op does more to the scores than scale, cap or mask them; "" if it does not."""
+    name = op_name(op)
+    if name not in CASTS | FACTORS | MASKS | {"tanh"}:
+        verb = "reshaped" if name in RESHAPES else "changed"
+        return f"scores are {verb} by {name} before the softmax"
+    if sum(arg is carried for arg in (*op.args, *op.kwargs.values())) != 1:
+        return f"scores are used twice by {name}"
+    places = {"where": (0, 2) if op.op == "call_method" else (1, 2), "add": (0, 1)}
+    if op.args.index(carried) not in places.get(name, (0, 1) if name in FACTORS else (0,)):
+        return f"scores are not the operand that {name} masks"
+    if name in ("add", "sub", "subtract") and (len(op.args) > 2 or "alpha" in op.kwargs):
+        return f"scores are scaled by {name}"
+    if name in CASTS and not example(op).dtype.is_floating_point:
+        return f"scores are rounded to {example(op).dtype}"
+    return ""
+
+
+def shape_problem(chain: Chain) -> str:
+    """Why a mask does not merely broadcast to the scores."""
+    shape = [*map(number, shape_of(chain.product))]
+    for op, _ in chain.steps:
+        if [*map(number, shape_of(op))] != shape:
+            return f"scores are broadcast by {op_name(op)}"
+    return ""
+
+
+def as_read_by(node: fx.Node, reader: fx.Node, prover: MaskProver) -> tuple[fx.Node, str]:
+    """The op that made what `reader` sees of a tensor: an in-place op may have followed."""
+    write = prover.writes.last_write(node, prover.writes.position[reader])
+    if write is None or write is node:
+        return node, ""
+    if is_tensor(write) and same_view(node, write.args[0]):
+        return write, ""
+    return node, "scores are written in place"
+
+
+def carrying_argument(node: fx.Node) -> fx.Node | None:
+    """The argument through which scores reach an op: the one that leads to a product."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    candidates = [arg for arg in node.args if isinstance(arg, fx.Node) and is_tensor(arg)]
+    shape = shape_of(node)
+    full = [arg for arg in candidates if shape_of(arg)[-1:] == shape[-1:]] or candidates
+    leading = [arg for arg in full if leads_to_product(arg, MAX_STEPS)]
+    return leading[0] if leading else None
+
+
+def leads_to_product(node: fx.Node, depth: int) -> bool:
+    """Whether a chain of elementwise ops starts at a product."""
+    if is_product(node):
+        return True
+    known = CASTS | FACTORS | MASKS | RESHAPES | {"tanh", "cat"}
+    if depth == 0 or node.op not in ("call_function", "call_method") or op_name(node) not in known:
+        return False
+    return any(leads_to_product(arg, depth - 1) for arg in node.all_input_nodes if is_tensor(arg))
+
+
+def own_maximum(sub: fx.Node) -> set[fx.Node]:
+    """The nodes of x.max(-1, keepdim=True) in `x - max`, which a softmax does not notice."""
+    scores, node = sub.args[0], sub.args[1]
+    nodes: set[fx.Node] = set()
+    if isinstance(node, fx.Node) and op_name(node) in ("getitem", "values"):
+        nodes.add(node)
+        if node.args[1] not in (0, "values"):
+            return set()
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or op_name(node) not in ("max", "amax"):
+        return set()
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")
+    own = node.args[0] is scores and dim in (-1, [-1], (-1,)) and keep is True
+    return {*nodes, node} if own else set()
+
+
+def alibi_reason(product: fx.Node) -> str:
+    """Why a product that adds a bias keeps a site dense."""
+    if op_name(product) == "baddbmm" and product.kwargs.get("beta", 1) != 0:
+        return "baddbmm adds a bias (ALiBi) to the scores: only masks can be served"
+    return ""
+
+
+def read_scores(chain: Chain) -> Scores:
+    """Scale and softcap of a chain: factors, then `cap * tanh(x / cap)`, then masks."""
+    before, cap, capped = 1.0, 1.0, False
+    masks: list[tuple[fx.Node, fx.Node]] = []
+    for op, carried in chain.steps:
+        name = op_name(op)
+        if name in CASTS:
+            masks.append((op, carried))
+        elif name in MASKS:
+            masks.append((op, carried))
+        elif any(op_name(mask) in MASKS for mask, _ in masks):
+            return Scores(before, 0.0, masks, f"scores are changed by {name} after the mask")
+        elif name == "tanh":
+            if capped:
+                return Scores(before, 0.0, masks, "two tanh on the scores")
+            capped = True
+        else:
+            factor = constant_factor(op, carried)
+            if factor is None:
+                return Scores(before, 0.0, masks, "scores are scaled by what is not a constant")
+            if capped:
+                cap *= factor
+            else:
+                before *= factor
+    if not capped:
+        return Scores(before, 0.0, masks)
+    if cap <= 0:
+        return Scores(before, 0.0, masks, f"softcap of {cap}")
+    return Scores(before * cap, cap, masks)
+
+
+def constant_factor(op: fx.Node, carried: fx.Node) -> float | None:
+    """The number that an op multiplies the scores by."""
+    left, right = op.args[0], op.args[1]
+    other = constant_number(right if left is carried else left)
+    if other is None or len(op.args) > 2:
+        return None
+    if op.kwargs.get("rounding_mode") is not None:
+        return None
+    if op_name(op) in ("mul", "multiply"):
+        return other
+    return 1.0 / other if left is carried and other else None

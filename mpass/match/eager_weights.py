@@ -1,0 +1,89 @@
+"""Eager attention from the softmax to the product with the value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from mpass.mask_reader import op_name
+from mpass.match.common import (
+    dropout_reason,
+    is_tensor,
+)
+from mpass.match.eager_scores import CASTS, FACTORS, MASKS, MAX_STEPS, RESHAPES
+from mpass.match.product import is_product, operands
+from mpass.site import shape_of
+
+DROPOUTS = frozenset({"dropout", "feature_dropout"})
+OTHERS = frozenset({"nan_to_num", "clamp", "relu", "pow"})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The way from a softmax to the product with the value: its end, the operand, any problem."""
+
+    output: fx.Node
+    operand: fx.Node
+    problem: str
+
+
+def trace_weights(softmax: fx.Node, sinks: bool) -> Weights | None:
+    """The way from a softmax to a product with the value; None if there is none."""
+    node, problem = softmax, ""
+    for _ in range(MAX_STEPS):
+        following = next((user for user in node.users if continues(user, node, MAX_STEPS)), None)
+        if following is None:
+            return None
+        if len(node.users) > 1:
+            problem = problem or "attention weights are read more than once (or returned)"
+        name = op_name(following)
+        if is_product(following):
+            if sinks:
+                problem = problem or "attention sinks are not cut off the weights"
+            return Weights(following, node, problem)
+        if name in DROPOUTS:
+            problem = problem or dropout_in(following)
+        elif sinks and name == "getitem" and cuts_last(following):
+            sinks = False
+        elif name not in CASTS:
+            problem = problem or f"attention weights are changed by {name}"
+        node = following
+    return None
+
+
+def continues(user: fx.Node, weights: fx.Node, depth: int) -> bool:
+    """Whether an op leads on from the weights to a product with the value."""
+    if is_product(user):
+        return weights in operands(user)
+    known = CASTS | FACTORS | MASKS | RESHAPES | DROPOUTS | OTHERS
+    if depth == 0 or user.op not in ("call_function", "call_method") or op_name(user) not in known:
+        return False
+    if not is_tensor(user) or len(shape_of(user)) < 3:
+        return False
+    return any(continues(following, user, depth - 1) for following in user.users)
+
+
+def dropout_in(node: fx.Node) -> str:
+    """Why a dropout op keeps a site dense."""
+
+    def argument(place: int, *names: str, default: Any = None) -> Any:
+        if len(node.args) > place:
+            return node.args[place]
+        return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+    if argument(2, "training", "train", default=True) is False:
+        return ""
+    return dropout_reason(argument(1, "p", default=0.5))
+
+
+def cuts_last(node: fx.Node) -> bool:
+    """Whether an op is x[..., :-1]."""
+    index = node.args[1]
+    if not isinstance(index, (list, tuple)):
+        return False
+    *others, last = index
+    whole = all(item is Ellipsis or item == slice(None) for item in others)
+    full = len(index) == 4 or Ellipsis in others
+    return whole and full and last == slice(None, -1, None)
