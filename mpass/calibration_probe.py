@@ -95,15 +95,19 @@ class Probe:
             total += float((left.exp() * (left - right)).sum(-1).double().sum())
         return total / len(rows)
 
-    @torch.no_grad()
     def loss(self, out: Tensor, item: Input) -> float:
         """Negative log-likelihood of the tokens that follow the positions that count, mean."""
-        total = 0.0
+        return float(self.losses(out, item).mean())
+
+    @torch.no_grad()
+    def losses(self, out: Tensor, item: Input) -> Tensor:
+        """Negative log-likelihood of each token that follows a position that counts: fp64 [R]."""
+        parts = []
         following = item.tokens[0].to(out.device)
         for chunk in item.rows.split(CHUNK):
             picked = following[chunk.to(out.device) + 1]
-            total -= float(self.scores(out, chunk).gather(-1, picked[:, None]).double().sum())
-        return total / len(item.rows)
+            parts.append(-self.scores(out, chunk).gather(-1, picked[:, None])[:, 0].double())
+        return torch.cat(parts)
 
     @torch.no_grad()
     def found(self, out: Tensor, item: Input) -> float:

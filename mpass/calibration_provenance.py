@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -53,14 +54,17 @@ def describe(
     from mpass import __version__
 
     at = float(outcome.losses.gather(2, outcome.chosen[..., None]).sum())
+    parameter = next(iter(model.parameters()), torch.zeros(()))
     return {
         "made_by": f"mpass {__version__} calibrate, torch {torch.__version__}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": identify(model),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+        "threads": torch.get_num_threads(),
         "inputs": [hash_tokens(item) for item in items],
-        "budget": settings.budget,
-        "max_loss": settings.max_loss,
-        "objective": settings.objective,
+        "settings": dataclasses.asdict(settings),
+        "candidates": [str(candidate) for candidate in outcome.candidates],
         "predicted_loss": at,
         "attention_seconds": {
             "dense": outcome.dense_seconds,

@@ -1,38 +1,21 @@
-"""The offline search: measures against fp64, the knapsack against brute force, end to end."""
+"""The offline search end to end: what it finds, writes, resumes and refuses."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import time
 
 import pytest
 import torch
-from mpass.lowering.index import AttentionMask
-from mpass.lowering.reference import computed_mask, repeat_kv
-from mpass.patterns.base import registered_patterns
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 import mpass
 from mpass.calibration import run_calibration
-from mpass.calibration_candidates import default_candidates
 from mpass.calibration_check import attend_with
-from mpass.calibration_choose import choose_under_budget, choose_under_loss
-from mpass.calibration_cost import count_work, read_clock
-from mpass.calibration_graph import Instrument, Operands, attend_dense, estimate_heads
-from mpass.calibration_measure import measure_layer
-from mpass.calibration_predict import input_weights
-from mpass.calibration_probe import Probe, as_input
+from mpass.calibration_probe import Probe
 from mpass.calibration_report import check_table, choice_table, heatmap
-from mpass.calibration_sensitivity import disturbed_inputs, measure_slopes
 from mpass.calibration_settings import Settings
-from mpass.calibration_state import State
-from mpass.errors import BudgetError, CalibrationError, OptionValueError
-from mpass.evaluate.samples import Sample
-from tests.toys import Decoder
-
-CANDIDATES = (mpass.AShape(16, 64), mpass.VerticalSlash(40, 120), mpass.BlockSparse(2))
+from mpass.errors import CalibrationError, OptionValueError
+from tests.calibration_cases import CANDIDATES, ToyLanguageModel, inputs
 
 
 @pytest.fixture(autouse=True)
@@ -41,122 +24,6 @@ def fresh_dynamo():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
-
-
-class ToyLanguageModel(nn.Module):
-    """Tokens [1, N] to logits [1, N, 50]."""
-
-    def __init__(self, depth: int = 2) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(50, 32)
-        self.decoder = Decoder(depth=depth)
-        self.head = nn.Linear(32, 50)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(3 * self.decoder(self.embedding(tokens)))
-
-
-def operands(length: int = 500, offset: int = 0) -> Operands:
-    query = torch.randn(1, 4, length - offset, 32) * 2
-    key, value = torch.randn(1, 2, length, 32), torch.randn(1, 2, length, 16)
-    return Operands(0, query, key, value, AttentionMask(True, offset), 0.2, 0.0, None)
-
-
-@pytest.mark.parametrize("offset", [0, 128, 100])
-@pytest.mark.parametrize("rows", [None, [3, 70, 71, 365]])
-def test_measures_are_those_of_exact_attention(offset, rows):
-    given = operands(offset=offset)
-    candidates = (mpass.Dense(), *CANDIDATES, mpass.VerticalSlash(100, 100))
-    measured = measure_layer(given, candidates, max_query_blocks=99, rows=rows)
-    length = given.query.shape[2]
-    key, value = (repeat_kv(t, 4).double() for t in (given.key, given.value))
-    scores = given.query.double() @ key.mT * given.scale
-    positions = torch.arange(length)[:, None] + offset
-    exact = scores.masked_fill(torch.arange(500) > positions, -torch.inf).softmax(-1)
-    looked_at = list(range(length)) if rows is None else rows
-    for number, candidate in enumerate(candidates):
-        index = estimate_heads(given, [candidate] * 4)
-        cells = computed_mask(index, given.mask, batch=1, num_queries=length, num_keys=500)
-        kept = exact * cells
-        recall = kept.sum(-1)
-        error = ((kept @ value) / recall[..., None] - exact @ value).square().sum(-1)
-        assert torch.allclose(measured.recall[number], recall[0, :, looked_at].mean(-1), atol=1e-5)
-        expected = error[0, :, looked_at].mean(-1)
-        assert torch.allclose(measured.error[number], expected, atol=1e-6, rtol=1e-3)
-    assert measured.error[0].max() < 1e-10
-
-
-@pytest.mark.parametrize("candidate", CANDIDATES, ids=str)
-def test_work_covers_every_computed_cell(candidate):
-    given = operands()
-    index = estimate_heads(given, [candidate] * 4)
-    tiles, columns = count_work(index, given)
-    cells = computed_mask(index, given.mask, batch=1, num_queries=500, num_keys=500)
-    assert ((tiles + columns) * 64 * 64 >= cells.sum((0, 2, 3))).all()
-    dense, none = count_work(estimate_heads(given, [mpass.Dense()] * 4), given)
-    assert dense.tolist() == [8 * 9 / 2] * 4
-    assert none.tolist() == [0] * 4
-    assert (tiles <= dense).all()
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_the_knapsack_is_solved_exactly(seed):
-    torch.manual_seed(seed)
-    costs = torch.randint(1, 9, (5, 4)).double()
-    losses = torch.rand(5, 4, dtype=torch.float64)
-    budget = float(costs.amin(1).sum()) + seed + 0.1
-    picks = list(itertools.product(range(4), repeat=5))
-    sums = [
-        (
-            sum(float(losses[h, c]) for h, c in enumerate(p)),
-            sum(costs[h, c] for h, c in enumerate(p)),
-        )
-        for p in picks
-    ]
-    chosen = choose_under_budget(losses, costs, budget)
-    heads = torch.arange(5)
-    assert float(costs[heads, chosen].sum()) <= budget
-    best = min(loss for loss, cost in sums if cost <= budget)
-    assert float(losses[heads, chosen].sum()) == pytest.approx(best)
-
-    most = float(losses.amin(1).sum()) * 1.5
-    chosen = choose_under_loss(losses, costs, most)
-    assert float(losses[heads, chosen].sum()) <= most
-    assert float(costs[heads, chosen].sum()) == min(cost for loss, cost in sums if loss <= most)
-
-
-def test_an_impossible_budget_is_refused_with_what_is_needed():
-    costs = torch.tensor([[2.0, 3.0], [4.0, 5.0]], dtype=torch.float64)
-    losses = torch.tensor([[1.0, 0.5], [1.0, 0.5]], dtype=torch.float64)
-    with pytest.raises(BudgetError, match="time of 5, the least is 6"):
-        choose_under_budget(losses, costs, 5.0)
-    assert choose_under_budget(losses, costs, 6.0).tolist() == [0, 0]
-    with pytest.raises(BudgetError, match=r"loss of 0\.9, the least is 1"):
-        choose_under_loss(losses, costs, 0.9)
-
-
-def test_the_instrument_sees_every_layer_and_changes_nothing():
-    model = ToyLanguageModel(3).eval()
-    tokens = torch.randint(0, 50, (1, 300))
-    seen: list[int] = []
-
-    def attend(given: Operands) -> Tensor:
-        seen.append(given.layer)
-        assert given.query.shape == (1, 4, 300, 8)
-        assert given.key.shape == (1, 2, 300, 8)
-        return attend_dense(given)
-
-    instrument = Instrument(model)
-    instrument.attend = attend
-    with torch.no_grad():
-        assert torch.allclose(instrument(tokens), model(tokens), atol=1e-5)
-    assert seen == instrument.layers == [0, 1, 2]
-
-
-def inputs(seed: int, length: int = 600) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 50, (1, length), generator=generator)
-    return [tokens, Sample(tokens[:, :400], ("x",), ((396, 400),))]
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +46,9 @@ def test_a_search_gives_a_config_that_the_backend_takes(outcome, tmp_path):
     provenance = dict(loaded.provenance)
     assert [check["length"] for check in provenance["held_out"]] == [700, 400]
     assert provenance["inputs"][0].startswith("text 600 ")
+    assert provenance["settings"]["budget"] == 50.0
+    assert provenance["candidates"] == ["dense()", *map(str, CANDIDATES)]
+    assert (provenance["dtype"], provenance["device"]) == ("float32", "cpu")
     torch.manual_seed(0)
     model = ToyLanguageModel().eval()
     compiled = torch.compile(
@@ -250,81 +120,6 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
     assert third == []
     with pytest.raises(CalibrationError, match="another calibration"):
         mpass.calibrate(model, inputs(5), candidates=CANDIDATES, settings=settings, state=state)
-
-
-def test_every_registered_pattern_and_the_papers_search_space_are_offered():
-    offered = default_candidates()
-    assert {candidate.name for candidate in offered} == set(registered_patterns())
-    paper = [mpass.AShape(1024, 4096), mpass.BlockSparse(100)]
-    paper += [mpass.VerticalSlash(*s) for s in ((30, 2048), (100, 1800), (500, 1500), (3000, 200))]
-    assert set(paper) <= set(offered)
-    assert len(set(offered)) == len(offered)
-
-
-def test_one_thread_is_timed_by_its_own_work(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    start = read_clock(torch.device("cpu"))
-    time.sleep(0.2)
-    assert read_clock(torch.device("cpu")) - start < 0.1
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    start = read_clock(torch.device("cpu"))
-    time.sleep(0.2)
-    assert read_clock(torch.device("cpu")) - start >= 0.2
-
-
-def test_memory_of_the_measures_grows_with_the_length_not_its_square():
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for value in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(value, Tensor):
-                    self.elements = max(self.elements, value.numel())
-            return out
-
-    peaks = []
-    for length in (2048, 4096):
-        with Largest() as seen:
-            measure_layer(operands(length), CANDIDATES, max_query_blocks=2)
-        peaks.append(seen.elements)
-    assert peaks[1] <= 2.1 * peaks[0]
-    assert peaks[1] < 4096 * 4096
-
-
-def test_long_prompts_weigh_more_and_retrieval_by_its_weight():
-    text, short = inputs(1, 600)
-    long = Sample(torch.zeros(1, 1200, dtype=torch.int64), ("x",), ((1196, 1200),))
-    items = [as_input(value) for value in (text, short, long)]
-    assert input_weights(items, Settings(retrieval_weight=0.4)) == pytest.approx([1.0, 0.1, 0.3])
-
-
-def test_only_short_prompts_are_run_once_per_layer():
-    text, short = inputs(1, 600)
-    long = Sample(torch.zeros(1, 1200, dtype=torch.int64), ("x",), ((1196, 1200),))
-    items = [as_input(value) for value in (text, long, short)]
-    for limit, lengths in ((500, [400]), (1200, [1200, 400]), (300, [400])):
-        settings = Settings(sensitivity_length=limit)
-        picked = disturbed_inputs(items, "retrieval", settings)
-        assert [item.length for item in picked] == lengths
-        (cut,) = disturbed_inputs(items, "text", settings)
-        assert cut.length == min(600, limit)
-
-
-def test_a_layer_that_nothing_reads_has_no_slope():
-    model = ToyLanguageModel(3).eval()
-    with torch.no_grad():
-        model.decoder.layers[1].out.weight.zero_()
-        model.decoder.layers[1].out.bias.zero_()
-    items = [as_input(value) for value in inputs(1)]
-    settings = Settings(sensitivity_length=300)
-    kept = State(None, "")
-    slopes = measure_slopes(Probe(model), items, [0, 1, 2], settings, kept, lambda *_: None)
-    assert set(slopes) == {"text", "retrieval"}
-    for slope in slopes.values():
-        assert slope[1] < 1e-9
-        assert slope[0] > 1e-7
-        assert slope[2] > 1e-7
 
 
 def test_the_cheapest_choice_under_a_loss_is_taken():

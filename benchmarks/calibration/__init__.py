@@ -1,0 +1,1 @@
+"""What a searched config is worth: `python -m benchmarks.calibration`."""

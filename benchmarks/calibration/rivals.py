@@ -1,0 +1,152 @@
+"""The rivals: every registered pattern in all heads, its knob turned to a cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from mpass.patterns.base import Pattern, find_pattern
+
+from benchmarks.calibration.work import Plan, Work, append, load_window, model_and_tokenizer
+from mpass.calibration_cost import KernelCost, count_work, fit_kernel, read_clock
+from mpass.calibration_graph import Operands, attend_dense, estimate_heads
+from mpass.calibration_probe import Probe
+from mpass.evaluate.plan import read_lines
+from mpass.parse import parse_pattern
+
+LAYERS = 6
+"""Layers on which a rival's cost is looked up, evenly spread."""
+
+STEPS = 12
+"""Most halvings of a knob's range."""
+
+CLOSE = 0.99
+"""A rival is done when it costs this share of the budget or more, and no more than the budget."""
+
+
+def knobs(length: int) -> dict[str, Callable[[float], Pattern]]:
+    """Per rival the pattern for a knob from 0 (cheapest) to 1 (nearly everything).
+
+    vertical_slash is MInference's (1000, 6096), both numbers cut alike. The other parameters keep
+    their defaults where those leave room for a small size.
+    """
+
+    def make(name: str, **fields: Callable[[float], Any]) -> Callable[[float], Pattern]:
+        cls = find_pattern(name)
+        return lambda x: cls(**{field: value(x) for field, value in fields.items()})
+
+    def tokens(x: float) -> int:
+        return max(64, int(length * x))
+
+    def nearly(x: float) -> float:
+        return 0.05 + 0.945 * x
+
+    return {
+        "union": make("union", row_share=lambda x: 0.5 * 0.002**x),
+        "union, 512 columns": make(
+            "union", row_share=lambda x: 0.5 * 0.002**x, columns=lambda x: 512
+        ),
+        "union by mass": make("union", mass=lambda x: 0.1 + 0.895 * x, row_share=lambda x: 0.1),
+        "block_top_p": make("block_top_p", mass=nearly),
+        "block_max": make("block_max", share=lambda x: 0.9 * 0.001**x),
+        "block_sparse": make("block_sparse", top_k=lambda x: 1 + int(length // 64 * x)),
+        "vertical_slash": make(
+            "vertical_slash",
+            vertical_size=lambda x: max(1, int(1000 * x)),
+            slash_size=lambda x: max(1, int(6096 * x)),
+        ),
+        "a_shape": make("a_shape", window_size=tokens),
+        "tri_shape": make("tri_shape", window_size=tokens),
+        "strided": make("strided", window_size=tokens),
+        "flex_prefill": make(
+            "flex_prefill", gamma=nearly, min_budget=lambda x: max(64, int(1024 * x))
+        ),
+        "x_attention": make("x_attention", threshold=nearly),
+        "sample_attention": make(
+            "sample_attention", coverage=nearly, window_share=lambda x: 0.005 + 0.08 * x
+        ),
+    }
+
+
+def tune_rivals(work: Work, plan: Plan) -> None:
+    """For each budget the dearest size of each rival within it, one line each.
+
+    The cost is that of the kernels' cost model on the first text of the search, finding the keys
+    included. A rival of which no size is cheap enough has the pattern null.
+    """
+    done = {(line["name"], line["budget"]) for line in read_lines(work.rivals) if "name" in line}
+    makers = knobs(plan.length)
+    missing = [(n, b) for b in plan.budgets for n in makers if (n, b) not in done]
+    if not missing:
+        return
+    model, tokenizer = model_and_tokenizer(plan.model, plan.search_dtype)
+    tokens = load_window(plan.search_texts[0], tokenizer, plan.length)
+    picked = some_layers(Probe(model), tokens)
+    fitted = next((line["kernel"] for line in read_lines(work.rivals) if "kernel" in line), None)
+    if fitted is None:
+        fitted = fit_kernel(picked[len(picked) // 2]).as_dict()
+        append(work.rivals, {"kernel": fitted})
+    kernel = KernelCost(**fitted)
+    for name, budget in missing:
+        pattern, share = tune(makers[name], budget, picked, kernel)
+        text = None if pattern is None else str(pattern)
+        append(work.rivals, {"name": name, "budget": budget, "pattern": text, "share": share})
+
+
+def some_layers(probe: Probe, tokens: torch.Tensor) -> list[Operands]:
+    """What `LAYERS` evenly spread layers read in a dense run."""
+    probe.run(tokens[:, :64], attend_dense)
+    layers = probe.instrument.layers
+    step = max(1, len(layers) // LAYERS)
+    wanted = set(layers[step // 2 :: step])
+    kept = []
+
+    def attend(operands: Operands) -> torch.Tensor:
+        if operands.layer in wanted:
+            kept.append(operands)
+        return attend_dense(operands)
+
+    probe.run(tokens, attend)
+    return kept
+
+
+def tune(
+    make: Callable[[float], Pattern], budget: float, layers: Sequence[Operands], kernel: KernelCost
+) -> tuple[Pattern | None, float]:
+    """The pattern whose cost comes closest to the budget from below, and its share of dense."""
+    found, share = make(0.0), share_of(make(0.0), layers, kernel)
+    if share > budget:
+        return None, share
+    low, high = 0.0, 1.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        cost = share_of(make(middle), layers, kernel)
+        if cost > budget:
+            high = middle
+            continue
+        low, found, share = middle, make(middle), cost
+        if share >= CLOSE * budget:
+            break
+    return found, share
+
+
+def share_of(pattern: Pattern, layers: Sequence[Operands], kernel: KernelCost) -> float:
+    """Attention time with a pattern in all heads, as a share of dense attention's."""
+    spent = 0.0
+    for operands in layers:
+        device = operands.query.device
+        start = read_clock(device)
+        index = estimate_heads(operands, [pattern] * operands.num_heads)
+        spent += read_clock(device) - start
+        spent += float(kernel.seconds(*count_work(index, operands)).sum())
+    return spent / len(layers) / kernel.dense_layer
+
+
+def tuned_patterns(work: Work) -> dict[str, Pattern]:
+    """Every rival that fits into a budget, by `name @ budget`."""
+    return {
+        f"{line['name']} @ {line['budget']:g}": parse_pattern(line["pattern"])
+        for line in read_lines(work.rivals)
+        if line.get("pattern")
+    }
