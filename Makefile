@@ -45,8 +45,11 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The installed package is mpass/ with lowering/ and patterns/ inside: mypy has to see it like that.
 types: venv
-	$(BIN)/mypy
+	rm -rf build/types && mkdir -p build/types/mpass
+	ln -s $(CURDIR)/mpass/* $(CURDIR)/lowering $(CURDIR)/patterns build/types/mpass/
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

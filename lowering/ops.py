@@ -8,6 +8,7 @@ heads, Hk kv heads, Nq queries, Nk keys, D head_dim, Dv value dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from mpass.lowering.block_lists import BlockLists, attend_as_listed, lists_agree, warn_of_lists
@@ -90,11 +91,11 @@ def sparse_attention(
     log = active_log()
     if log is not None:
         sizes = {"batch": query.shape[0], "num_queries": num_queries, "num_keys": num_keys}
-        share = density(index, mask, **sizes)
+        computed = density(index, mask, **sizes)
         call = Call(
             layer=layer,
             lowering="dense" if dense else lowering.name,
-            density=torch.ones_like(share) if dense else share,
+            density=torch.ones_like(computed) if dense else computed,
             num_queries=num_queries,
             num_keys=num_keys,
             index_bytes=index.num_bytes(),
@@ -216,7 +217,7 @@ def join(
     """
     indexes, head_lists, start = [], [], 0
     for i, count in enumerate(num_heads):
-        tensors = parts[6 * i : 6 * i + 6]
+        tensors = cast(IndexTensors, tuple(parts[6 * i : 6 * i + 6]))
         indexes.append(SparseIndex(*tensors, tuple(head_slots[start : start + count])))
         head_lists.append(list(heads[start : start + count]))
         start += count

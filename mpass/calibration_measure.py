@@ -133,8 +133,10 @@ def compare_block(
     parts = per_block.transpose(2, 3) @ values.unflatten(2, (blocks, BLOCK))  # [B, H, J, R, Dv]
     exact = parts.sum(2)
 
-    at = [torch.tensor([number], device=device) for number in (row, block)]
-    chosen = torch.stack([reference.selected_blocks(i, *at, blocks)[:, :, 0] for i in indexes], 2)
+    at = tuple(torch.tensor([number], device=device) for number in (row, block))
+    chosen = torch.stack(
+        [reference.selected_blocks(i, at[0], at[1], blocks)[:, :, 0] for i in indexes], 2
+    )
     share = chosen.to(weights.dtype)  # [B, H, C, J]
     kept = share @ mass.mT  # [B, H, C, R]
     out = (share @ parts.flatten(3)).unflatten(-1, parts.shape[3:])  # [B, H, C, R, Dv]

@@ -141,8 +141,8 @@ def selected_keys(
     columns: the index's single keys [B, H, Nk]; row: of the lists; block: on the absolute grid.
     """
     num_keys = columns.shape[-1]
-    at = [torch.tensor([value], device=columns.device) for value in (row, block)]
-    selected = reference.selected_blocks(index, *at, num_key_blocks(num_keys))[:, :, 0]
+    rows, blocks = (torch.tensor([value], device=columns.device) for value in (row, block))
+    selected = reference.selected_blocks(index, rows, blocks, num_key_blocks(num_keys))[:, :, 0]
     keys = torch.arange(num_keys, device=columns.device)
     before = keys < block * BLOCK if mask.causal else torch.ones_like(keys, dtype=torch.bool)
     return selected[..., keys // BLOCK] | (columns & before)

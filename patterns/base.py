@@ -55,13 +55,15 @@ class Pattern:
 
     name: as in options and files, also the op's; form: how it selects blocks (lowering/index.py);
     bidirectional: whether it is defined without a causal mask; budgeted: whether the parameters
-    alone say how many keys are kept. Fields are int, float or bool.
+    alone say how many keys are kept; static: whether they say which ones, whatever the input, so
+    that heads with the same parameters look at the same keys. Fields are int, float or bool.
     """
 
     name: ClassVar[str] = ""
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
     bidirectional: ClassVar[bool] = False
     budgeted: ClassVar[bool] = False
+    static: ClassVar[bool] = False
 
     @classmethod
     def estimate(
@@ -190,7 +192,7 @@ def define_index_op(cls: type[Pattern]) -> None:
         min_seq_len: int,
         *parameters: Sequence[Any],
     ) -> IndexTensors:
-        own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))
+        own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         mask = AttentionMask(causal, query_offset, window, key_mask)
         reason = reason_for_dense(
             query, key, mask, own, dense_above=dense_above, min_seq_len=min_seq_len
@@ -215,7 +217,7 @@ def define_index_op(cls: type[Pattern]) -> None:
         min_seq_len: int,
         *parameters: Sequence[Any],
     ) -> IndexTensors:
-        own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))
+        own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         rows = num_query_blocks(query.shape[2], query_offset)
         return empty_index(query, rows, own.width, head_slots(cls, len(heads))).tensors()
 
@@ -243,6 +245,19 @@ def index_op(cls: type[Pattern]) -> torch._ops.OpOverload:
 def head_slots(cls: type[Pattern], num_heads: int) -> tuple[int, ...]:
     """`head_slots` of an index that a pattern estimates for `num_heads` heads."""
     return list_slots(num_heads) if cls.form == "lists" else diagonal_slots(num_heads)
+
+
+def shared_slots(patterns: Sequence[Pattern], slots: Sequence[int]) -> tuple[int, ...]:
+    """`head_slots` in which heads of one static pattern all read the row of the first of them.
+
+    patterns, slots: one per head. The rows are equal anyway; named by one number, a kernel can take
+    several query heads of a kv head together.
+    """
+    first: dict[Pattern, int] = {}
+    return tuple(
+        first.setdefault(pattern, slot) if pattern.static else slot
+        for pattern, slot in zip(patterns, slots, strict=True)
+    )
 
 
 @functools.cache

@@ -7,6 +7,8 @@ keys that share a mean.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mpass.lowering.estimate_lists import query_mask
 from mpass.lowering.index import BLOCK, AttentionMask
@@ -88,7 +90,7 @@ def score_arguments(
     weights: Tensor,
     mask: AttentionMask,
     heads: Tensor,
-    **values: int,
+    **values: Any,
 ) -> tuple[KernelSpec, tuple[Tensor, ...]]:
     """The kernel that scores means for query rows, and the tensors that it reads.
 
