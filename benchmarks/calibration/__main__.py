@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--between", type=float, nargs="*", default=[0.22], help="budgets of searched configs alone"
     )
     parser.add_argument("--search-texts", nargs="+", default=["alice", "code:131072"])
-    parser.add_argument("--texts", nargs="+", default=["paradise", "lcet10", "essays", "code"])
+    parser.add_argument("--texts", nargs="+", default=["paradise", "lcet10", "code"])
     parser.add_argument("--needle-text", default="code", help="haystack of niah_single_2")
     parser.add_argument("--samples", type=int, default=3, help="per needle task and length")
     parser.add_argument("--threads", type=int, default=1)

@@ -35,6 +35,9 @@ SHORT_PROMPT = 1024
 FAMILIES = 3
 """Rivals that are run at the smaller budgets: the best so many of the largest."""
 
+HOPELESS = 2
+"""Prompts after which a task that the dense model never answers is given up."""
+
 PARTS = 16
 """Stretches of a text whose losses are kept: differences between them give standard errors."""
 
@@ -110,16 +113,17 @@ def contestants(work: Work, plan: Plan) -> dict[str, SparseConfig]:
 def quality(work: Work, plan: Plan) -> None:
     """Loss, divergence and attention time of the contestants, a line per text and contestant.
 
-    All rivals of the largest budget run on the first text; the best ones at the smaller budgets
-    too. Of each budget the best ones there, and vertical_slash, go on to the other texts.
+    All rivals of the largest budget run on the first text, and the configs of other objectives; the
+    best rivals at the smaller budgets too. The searched configs, and of each budget the best rivals
+    there and vertical_slash, go on to the other texts.
     """
     model, tokenizer = model_and_tokenizer(plan.model, plan.dtype)
     everyone = contestants(work, plan)
-    ours = {name for name in everyone if name.partition(" @ ")[0] in OBJECTIVES}
+    searched = {name for name in everyone if name.startswith("searched @")}
     probe = Probe(model)
     for text in plan.texts:
         run = TextRun(work, probe, text, as_input(load_window(text, tokenizer, plan.length)))
-        run(everyone, ours)
+        run(everyone, searched)
         if text == plan.texts[0]:
             largest = f" @ {plan.largest:g}"
             run(everyone, {name for name in everyone if name.endswith(largest)})
@@ -189,7 +193,7 @@ def needles(work: Work, plan: Plan) -> None:
     """Strict retrieval: whether every token of the answer is the most likely one.
 
     A prompt that the dense model does not answer tells nothing about retention, and is run dense
-    alone.
+    alone; after `HOPELESS` of them and no other a task is given up at that length.
     """
     model, tokenizer = model_and_tokenizer(plan.model, plan.dtype)
     names = {f"searched @ {plan.largest:g}", *best_rivals(work, plan, plan.largest)}
@@ -202,6 +206,9 @@ def needles(work: Work, plan: Plan) -> None:
     for seed in range(plan.samples):
         for length in (plan.length // 2, plan.length):
             for task in NEEDLES:
+                known = [scores.get((task, length, n, "dense"), 1.0) for n in range(seed)]
+                if len(known) >= HOPELESS and not any(known):
+                    continue
                 sample = make_sample(task, length, seed, None, content, hay, tokenizer)
                 for name, config in chosen.items():
                     key = (task, length, seed, name)
