@@ -6,13 +6,22 @@ import dataclasses
 
 import pytest
 import torch
-from mpass.lowering import dispatch, estimate_tiles, estimate_union
+from mpass.lowering import dispatch, estimate_antidiagonal, estimate_tiles, estimate_union
 from mpass.lowering import estimate as reference
+from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
 from mpass.lowering.estimate_pooled import pooled_keys
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, IndexWidth, empty_index
-from mpass.lowering.triton import block_top_k_index, blocks, pooled, tile_index, union_index
+from mpass.lowering.triton import (
+    antidiagonal,
+    antidiagonal_index,
+    block_top_k_index,
+    blocks,
+    pooled,
+    tile_index,
+    union_index,
+)
 from mpass.lowering.triton.launch import device_ints
 from mpass.patterns import lists
 from mpass.patterns.base import find_pattern
@@ -46,6 +55,11 @@ UNION = [
     UnionRule(0.6, 1.0, 33, 1, 2, 0, rows=16, pool=8, max_blocks=6),
     UnionRule(0.6, 0.3, 0, 0, 1, 0, rows=64, pool=64, max_blocks=6),
     UnionRule(0.5, 0.3, 17, 0, 1, 1, rows=16, pool=8, max_blocks=3),
+]
+ANTIDIAGONAL = [
+    AntidiagonalRule(0.6, 8, 64, 1, 1, 0, max_blocks=5),
+    AntidiagonalRule(0.5, 16, 192, 0, 1, 1, max_blocks=6),
+    AntidiagonalRule(0.9, 64, 128, 1, 1, 0, max_blocks=4),
 ]
 
 
@@ -139,6 +153,26 @@ def test_union_selects_what_the_reference_selects(mask):
     assert_same(index, estimate_union.union_index(*arguments, scale=SCALE))
 
 
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_antidiagonals_select_what_the_reference_selects(mask):
+    query, key = tensors(mask)
+    arguments = (query, key, mask, HEADS, ANTIDIAGONAL)
+    with poisoned_memory():
+        index = antidiagonal_index(*arguments, scale=SCALE)
+    assert_same(index, estimate_antidiagonal.antidiagonal_index(*arguments, scale=SCALE))
+
+
+@pytest.mark.parametrize("stride", [1, 4, 32])
+def test_antidiagonals_of_any_stride_and_head_size_select_what_the_reference_selects(stride):
+    mask = AttentionMask(query_offset=300, key_mask=padding(2, LENGTH))
+    query, key = tensors(mask, head_dim=80)
+    rule = AntidiagonalRule(0.6, stride, 128, 1, 1, 0, max_blocks=4)
+    arguments = (query, key, mask, [1, 2], [rule, rule])
+    with poisoned_memory():
+        index = antidiagonal_index(*arguments, scale=SCALE)
+    assert_same(index, estimate_antidiagonal.antidiagonal_index(*arguments, scale=SCALE))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_lists_in_half_precision_nearly_equal_reference(dtype):
     # Means are rounded to the dtype of the keys, so that near-equal scores may change places.
@@ -151,6 +185,9 @@ def test_lists_in_half_precision_nearly_equal_reference(dtype):
     arguments = (query, key, mask, HEADS, UNION)
     expected = estimate_union.union_index(*arguments, scale=0.1)
     assert agreement(union_index(*arguments, scale=0.1), expected) >= 0.97
+    arguments = (query, key, mask, HEADS, ANTIDIAGONAL)
+    expected = estimate_antidiagonal.antidiagonal_index(*arguments, scale=0.1)
+    assert agreement(antidiagonal_index(*arguments, scale=0.1), expected) >= 0.97
 
 
 def test_scores_taken_in_turns_give_the_same_lists(monkeypatch):
@@ -158,8 +195,11 @@ def test_scores_taken_in_turns_give_the_same_lists(monkeypatch):
     query, key = tensors(mask)
     tiles = (query, key, mask, HEADS, TILES["mass"])
     union = (query, key, mask, HEADS, UNION)
+    groups = (query, key, mask, HEADS, ANTIDIAGONAL)
     expected = tile_index(*tiles, scale=SCALE), union_index(*union, scale=SCALE)
+    together = antidiagonal_index(*groups, scale=SCALE)
     monkeypatch.setattr(blocks, "SCORE_BYTES", 1)
+    assert_same(antidiagonal_index(*groups, scale=SCALE), together)
     assert_same(tile_index(*tiles, scale=SCALE), expected[0])
     assert_same(union_index(*union, scale=SCALE), expected[1])
 
@@ -208,12 +248,13 @@ def test_blocks_that_a_row_asked_for_come_before_better_ones_and_count_as_held()
         assert index.block_index[0, 0, 0, : int(index.block_count)].tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["union", "block_max", "block_top_p"])
+@pytest.mark.parametrize("name", ["union", "block_max", "block_top_p", "x_attention"])
 def test_a_gpu_takes_the_generated_estimator_of_the_pattern(name, monkeypatch):
     pattern = find_pattern(name)()
     query, key, _ = random_attention(num_queries=130)
     monkeypatch.setattr(lists, "choose_lowering", lambda *_: dispatch.Lowering("triton"))
     called = []
-    monkeypatch.setattr(blocks, "list_blocks", lambda *_, **__: called.append(name))
+    for module in (blocks, antidiagonal):
+        monkeypatch.setattr(module, "list_blocks", lambda *_, **__: called.append(name))
     type(pattern).estimate(query, key, AttentionMask(), [0], [pattern], scale=1.0)
     assert called

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
+from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, SparseIndex
@@ -142,7 +143,23 @@ def union_index(
     return blocks.union_index(query, key, mask, heads, rules, scale=scale)
 
 
+def antidiagonal_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[AntidiagonalRule],
+    *,
+    scale: float,
+) -> SparseIndex:
+    """As mpass.lowering.estimate_antidiagonal.antidiagonal_index, by generated kernels."""
+    from mpass.lowering.triton import antidiagonal
+
+    return antidiagonal.antidiagonal_index(query, key, mask, heads, rules, scale=scale)
+
+
 __all__ = [
+    "antidiagonal_index",
     "block_top_k_index",
     "sparse_attention",
     "tile_index",

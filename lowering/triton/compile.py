@@ -25,7 +25,7 @@ POINTERS = {
     "*i64": ("last",),
     "*fp32": (
         *("sinks", "scores", "largest", "weights", "maxima", "sums"),
-        *("column_sums", "near_sums", "far_sums"),
+        *("column_sums", "near_sums", "far_sums", "log_sums", "log_totals"),
     ),
 }
 """Types of the pointer arguments of fixed dtype; those not named here are int32."""

@@ -24,6 +24,9 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
 SPLITS = 32
 """Parts that estimation cuts the keys into, so that few heads still fill a GPU."""
 
+GROUP_TILE = 128
+"""Groups of queries, and of keys, that a program of antidiagonal scores multiplies at a time."""
+
 HEAD_DIMS = range(16, 257)
 """Head sizes that the attention kernel takes, of keys and of values."""
 
@@ -44,10 +47,10 @@ class KernelSpec:
 
     template: file of templates/ without its suffixes; dtype: "bf16", "fp16" or, interpreted only,
     "fp32"; tile: keys per step; pack: query heads per program; form: how heads select blocks;
-    rows, pool: query rows sampled per block and keys per mean, of estimation; rule: which blocks
-    estimation keeps, see blocks.py.jinja; the flags say which parts of the mask and of the index
-    exist at all. What varies from call to call (lengths, the query offset, strides, the scale) is
-    an argument of the kernel instead.
+    rows, pool: query rows sampled per block and keys per mean or group, of estimation; rule: which
+    blocks estimation keeps, see blocks.py.jinja; the flags say which parts of the mask and of the
+    index exist at all. What varies from call to call (lengths, the query offset, strides, the
+    scale) is an argument of the kernel instead.
     """
 
     template: str
