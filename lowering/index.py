@@ -76,7 +76,7 @@ class SparseIndex:
     column_index    [B, H, max_columns]    ascending key positions; beyond the count: 0
     head_slots      per head: l >= 0 is row l of the lists, -1 - g is row g of the diagonals
 
-    For causal attention the diagonal block (distance 0) is always selected, so that every query
+    Heads that share a row select the same keys: their columns are equal too. For causal attention the diagonal block (distance 0) is always selected, so that every query
     sees at least its own position, and no selected block lies after the query block.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from mpass.lowering import density as densities
 from mpass.lowering import reference
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex
-from mpass.patterns.base import Pattern, find_pattern
+from mpass.patterns.base import Pattern, find_pattern, shared_slots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the ops compute in; the accumulator is fp32."""
@@ -101,7 +103,9 @@ def estimate_index(
     if not mask.causal and not chosen.bidirectional:
         raise ShapeError(f"{chosen.name} is defined for causal attention only: is_causal is False")
     heads = list(range(query.shape[1]))
-    return type(chosen).estimate(query, key, mask, heads, [chosen] * len(heads), scale=scale)
+    patterns = [chosen] * len(heads)
+    index = type(chosen).estimate(query, key, mask, heads, patterns, scale=scale)
+    return dataclasses.replace(index, head_slots=shared_slots(patterns, index.head_slots))
 
 
 def attention_mask(

@@ -16,7 +16,7 @@ from torch import fx
 
 from mpass.lowering.index import join_slots
 from mpass.mutation import remove_dead
-from mpass.patterns.base import Pattern, head_slots, index_op
+from mpass.patterns.base import Pattern, head_slots, index_op, shared_slots
 from mpass.plan import AttentionPlan
 from mpass.site import AttentionSite, Length, MaskMeaning, shape_of
 
@@ -129,7 +129,7 @@ def insert_index(
         parts += unpack(graph, estimate, site.output)
     slots = [head_slots(cls, len(heads)) for cls, heads in groups.items()]
     if len(groups) == 1:
-        return parts, slots[0]
+        return parts, shared_slots(plan.patterns, slots[0])
     flat_slots = [slot for part in slots for slot in part]
     flat_heads = [head for heads in groups.values() for head in heads]
     sizes = [len(heads) for heads in groups.values()]
@@ -137,7 +137,8 @@ def insert_index(
         torch.ops.minference.join_indexes.default, (parts, flat_slots, flat_heads, sizes)
     )
     copy_meta(site.output, joined)
-    return unpack(graph, joined, site.output), join_slots(slots, list(groups.values()))
+    joined_slots = join_slots(slots, list(groups.values()))
+    return unpack(graph, joined, site.output), shared_slots(plan.patterns, joined_slots)
 
 
 def unpack(graph: fx.Graph, node: fx.Node, origin: fx.Node) -> list[fx.Node]:

@@ -31,6 +31,7 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
+from mpass.patterns.sinks import list_sinks
 from torch import Tensor
 
 
@@ -48,6 +49,7 @@ class AShape(Pattern):
     name: ClassVar[str] = "a_shape"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
     budgeted: ClassVar[bool] = True
+    static: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True)
@@ -66,19 +68,14 @@ class AShape(Pattern):
         width = cls.width(patterns)
         rows = num_query_blocks(query.shape[2], mask.query_offset)
         index = empty_index(query, rows, width, diagonal_slots(len(heads)))
-        start = first_keys(mask, query.shape[0], key.device)[:, None]
         distances = torch.arange(width.max_diagonals, dtype=torch.int32, device=key.device)
-        offsets = torch.arange(width.max_columns, dtype=torch.int32, device=key.device)
         first = 0
         for pattern, run in itertools.groupby(patterns):
             own = slice(first, first := first + len(list(run)))
             reach = window_diagonals(pattern.window_size)
-            index.diagonal_count[:, own] = reach
+            index.diagonal_count[:, own].fill_(reach)
             index.diagonal_index[:, own] = torch.where(distances < reach, distances, 0)
-            sinks = (key.shape[2] - start).clamp(max=pattern.sink_size)
-            index.column_count[:, own] = sinks
-            columns = torch.where(offsets < sinks, start + offsets, 0)
-            index.column_index[:, own] = columns[:, None]
+            list_sinks(index, own, key, mask, pattern.sink_size)
         return index
 
     @classmethod

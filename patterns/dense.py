@@ -31,6 +31,7 @@ class Dense(Pattern):
     name: ClassVar[str] = "dense"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
     budgeted: ClassVar[bool] = True
+    static: ClassVar[bool] = True
 
     @classmethod
     def estimate(

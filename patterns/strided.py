@@ -48,6 +48,7 @@ class Strided(Pattern):
     name: ClassVar[str] = "strided"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
     budgeted: ClassVar[bool] = True
+    static: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True)
@@ -68,7 +69,8 @@ class Strided(Pattern):
         rows = num_query_blocks(query.shape[2], mask.query_offset)
         length = max(p.last_diagonal() for p in patterns) + 1
         distances = torch.arange(length, device=key.device)
-        table = torch.stack([p.diagonals(distances) for p in patterns])
+        kept = {p: p.diagonals(distances) for p in dict.fromkeys(patterns)}
+        table = torch.stack([kept[p] for p in patterns])
         table = table.expand(query.shape[0], -1, -1)
         return diagonal_index(query, rows, columns, table, cls.width(patterns))
 

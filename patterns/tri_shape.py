@@ -7,18 +7,25 @@ everything. Nothing is estimated.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
-from mpass.lowering.estimate_lists import allowed_blocks, last_query, list_index
+from mpass.lowering.estimate_lists import last_query
 from mpass.lowering.index import (
+    ALL_BLOCKS,
     BLOCK,
     AttentionMask,
     IndexWidth,
     SparseIndex,
+    empty_index,
+    first_query_block,
+    list_slots,
+    num_key_blocks,
+    num_query_blocks,
 )
 from mpass.lowering.reference import allowed_cells
 from mpass.patterns.a_shape import window_diagonals
@@ -30,7 +37,7 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.sinks import sink_columns
+from mpass.patterns.sinks import list_sinks, sink_columns
 from torch import Tensor
 
 
@@ -50,6 +57,7 @@ class TriShape(Pattern):
     name: ClassVar[str] = "tri_shape"
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
     budgeted: ClassVar[bool] = True
+    static: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True, last_size=True)
@@ -65,19 +73,32 @@ class TriShape(Pattern):
         *,
         scale: float,
     ) -> SparseIndex:
-        last = last_query(mask, query.shape[0], query.shape[2], query.device)
-
-        def kept_blocks(i: int, blocks: Tensor) -> Tensor:
-            p = patterns[i]
-            allowed = allowed_blocks(mask, blocks, key.shape[2])
-            distance = blocks[:, None] - torch.arange(allowed.shape[1], device=key.device)
+        width = cls.width(patterns)
+        rows = num_query_blocks(query.shape[2], mask.query_offset)
+        index = empty_index(query, rows, width, list_slots(len(heads)))
+        first_block = first_query_block(mask.query_offset)
+        blocks = torch.arange(first_block, first_block + rows, device=query.device)
+        first_seen = torch.zeros_like(blocks)
+        if mask.window > 0:
+            first_seen = (blocks - (mask.window - 2 + BLOCK) // BLOCK).clamp(min=0)
+        stop = blocks.clamp(max=num_key_blocks(key.shape[2]) - 1) + 1
+        last = last_query(mask, query.shape[0], query.shape[2], query.device)[:, None]
+        places = torch.arange(width.max_blocks, device=query.device)
+        position = 0
+        for pattern, run in itertools.groupby(patterns):
+            own = slice(position, position := position + len(list(run)))
             starts = blocks * BLOCK
-            whole = (starts + BLOCK > last[:, None] + 1 - p.last_size) & (starts <= last[:, None])
-            near = distance < window_diagonals(p.window_size)
-            return (near | whole[..., None]) & allowed
-
-        columns = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
-        return list_index(query, mask, len(heads), cls.width(patterns), kept_blocks, columns)
+            whole = (starts + BLOCK > last + 1 - pattern.last_size) & (starts <= last)
+            near = torch.maximum(first_seen, blocks - window_diagonals(pattern.window_size) + 1)
+            first = torch.where(whole, first_seen, near)
+            counts = (stop - first).clamp(min=0)
+            full = counts > width.max_blocks
+            live = (places < counts[..., None]) & ~full[..., None]
+            entries = torch.where(live, first[..., None] + places, 0)
+            index.block_count[:, own] = counts.masked_fill(full, ALL_BLOCKS)[:, None]
+            index.block_index[:, own] = entries[:, None]
+            list_sinks(index, own, key, mask, pattern.sink_size)
+        return index
 
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mpass.lowering import reference
+from mpass.lowering import dispatch, ops, reference
 from mpass.lowering.index import AttentionMask, IndexWidth
+from mpass.lowering.record import record
 from mpass.lowering.triton import sparse_attention
 from mpass.lowering.triton.attention import attention_spec, key_limits
+from mpass.patterns.strided import Strided
+from mpass.patterns.tri_shape import TriShape
 
+import mpass
+from mpass import backend
 from tests.triton_cases import SLOTS, padding, poisoned_memory, random_index
-from tests.truth import TOLERANCE, random_attention
+from tests.truth import TOLERANCE, dense_attention, random_attention
 
 BLOCKS_ONLY = IndexWidth(max_blocks=3, max_diagonals=3)
 WITH_COLUMNS = IndexWidth(max_blocks=2, max_diagonals=2, max_columns=70)
@@ -119,17 +124,50 @@ def test_head_sizes_that_are_no_power_of_two_are_cut_into_parts(head_dim, value_
     )
 
 
-def test_heads_that_share_a_row_of_the_index_are_packed_into_one_program():
+@pytest.mark.parametrize("width", [BLOCKS_ONLY, WITH_COLUMNS], ids=["blocks", "columns"])
+def test_heads_that_share_a_row_of_the_index_are_packed_into_one_program(width):
     query, key, value = random_attention(num_queries=150)
     mask = AttentionMask()
     sizes = {"batch": 1, "num_queries": 150, "num_keys": 150}
-    shared = random_index(SLOTS["shared"], mask, width=BLOCKS_ONLY, **sizes)
+    shared = random_index(SLOTS["shared"], mask, width=width, **sizes)
     assert attention_spec(query, key, value, shared, mask).pack == 2
-    check(SLOTS["shared"], BLOCKS_ONLY)
-    check(SLOTS["shared"], BLOCKS_ONLY, window=50, offset=37, sinks=True, softcap=2.0)
-    with_columns = random_index(SLOTS["shared"], mask, width=WITH_COLUMNS, **sizes)
-    assert attention_spec(query, key, value, with_columns, mask).pack == 1
-    check(SLOTS["shared"], WITH_COLUMNS)
+    check(SLOTS["shared"], width)
+    check(SLOTS["shared"], width, window=50, offset=37, sinks=True, softcap=2.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "form"),
+    [
+        (mpass.AShape(20, 70), "diagonals"),
+        (Strided(20, 70, 128, 256), "diagonals"),
+        (TriShape(20, 70, 30), "lists"),
+    ],
+    ids=str,
+)
+def test_heads_of_a_static_pattern_are_packed_in_compiled_programs(pattern, form, monkeypatch):
+    monkeypatch.setattr(ops, "choose_lowering", lambda *_, **__: dispatch.Lowering("triton"))
+    monkeypatch.setattr(backend, "start_kernels", lambda plans: [])
+    seen = []
+
+    def attend(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+
+    query, key, value = random_attention(num_queries=300)
+    options = {"pattern": pattern, "min_seq_len": 0, "dense_above": 1.0, "inner_backend": "eager"}
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="minference", options=options)
+    with record(lambda call, operands: seen.append(operands)), torch.no_grad():
+        out = compiled(query, key, value)
+    (operands,) = seen
+    index, mask = operands.index, operands.mask
+    assert len(set(index.head_slots)) == 1
+    spec = attention_spec(query, key, value, index, mask)
+    assert (spec.pack, spec.columns, spec.form) == (2, True, form)
+    cells = mpass.computed_mask(query, key, pattern=pattern)
+    truth = dense_attention(query, key, value, cells, operands.scale)
+    assert (out - truth).abs().max() < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mpass.lowering.triton.compile import (
     table_spec,
 )
 from mpass.lowering.triton.spec import (
+    GROUP_TILE,
     SHARED_MEMORY,
     KernelSpec,
     parts,
@@ -59,10 +60,11 @@ def block_spec(rule: str, width: int, **flags) -> KernelSpec:
 
 
 def score_spec(template: str, head_dim: int, **values) -> KernelSpec:
-    """A kernel of estimation that multiplies query rows with means."""
-    return KernelSpec(
-        template, head_dim=head_dim, num_warps=score_warps(head_dim), num_stages=2, **values
-    )
+    """A kernel of estimation that multiplies query rows with means, or groups with groups."""
+    shape = {"num_warps": score_warps(head_dim), "num_stages": 2}
+    if template == "group_scores":
+        shape = {"num_warps": 8, "num_stages": 3, "tile": GROUP_TILE}
+    return KernelSpec(template, head_dim=head_dim, **shape, **values)
 
 
 SMALL_KERNELS = [
@@ -92,6 +94,8 @@ SMALL_KERNELS = [
     (block_spec("row_mass", 16384, window=True, padding=True), "list_blocks"),
     (score_spec("tile_scores", 128), "score_tiles"),
     (score_spec("row_scores", 128, rows=16, pool=8, target="sm_80"), "score_rows"),
+    (score_spec("group_scores", 128, pool=8), "score_groups"),
+    (score_spec("group_scores", 128, pool=8, window=True), "sum_groups"),
 ]
 
 
@@ -120,6 +124,11 @@ def check_attention(spec: KernelSpec) -> Report:
 )
 def test_attention_of_the_table_does_not_spill(target, head_dim, flags):
     check_attention(table_spec(target, head_dim, **FLAGS[flags]))
+
+
+def test_heads_of_a_static_pattern_together_do_not_spill():
+    report = check_attention(table_spec("sm_90", 128, form="diagonals", columns=True, pack=2))
+    assert report.num_warps == 8
 
 
 @pytest.mark.parametrize(("spec", "kernel"), SMALL_KERNELS, ids=lambda x: getattr(x, "template", x))
@@ -156,7 +165,14 @@ def test_matrix_of_packed_kernels_does_not_spill(target, head_dim):
     if attention_tile(target, head_dim, head_dim).max_pack < 2:
         pytest.skip("the table packs no heads at this size")
     check_attention(table_spec(target, head_dim, pack=2, form="mixed"))
-    check_attention(table_spec(target, head_dim, pack=2, form="mixed", window=True, softcap=True))
+    for flags in (
+        {"window": True, "softcap": True},
+        {"columns": True},
+        {"columns": True, "window": True},
+        {"columns": True, "window": True, "padding": True, "softcap": True, "sinks": True},
+    ):
+        check_attention(table_spec(target, head_dim, pack=2, form="mixed", **flags))
+        check_attention(table_spec(target, head_dim, pack=2, form="diagonals", **flags))
 
 
 @pytest.mark.slow
@@ -194,6 +210,8 @@ SCORES = {
     "score_rows": ("row_scores", {"rows": 16, "pool": 8}),
     "score_rows of whole blocks": ("row_scores", {"rows": 64, "pool": 64}),
     "score_rows of single keys": ("row_scores", {"rows": 8, "pool": 1}),
+    "score_groups": ("group_scores", {"pool": 8}),
+    "score_groups of 16": ("group_scores", {"pool": 16}),
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from mpass.lowering import triton as lowering
 from mpass.lowering.triton import source
-from mpass.lowering.triton.attention import index_form
+from mpass.lowering.triton.attention import entry_form, row_form
 from mpass.lowering.triton.spec import (
     TARGETS,
     KernelSpec,
@@ -33,6 +33,9 @@ ATTENTION = KernelSpec("attention", head_dim=128, value_dim=128, num_stages=2)
 SPECS = {
     "attention_lists": ATTENTION,
     "attention_lists_packed": dataclasses.replace(ATTENTION, pack=2, num_warps=8),
+    "attention_diagonals_columns_packed": dataclasses.replace(
+        ATTENTION, form="diagonals", columns=True, pack=2, num_warps=8
+    ),
     "attention_diagonals_columns": dataclasses.replace(ATTENTION, form="diagonals", columns=True),
     "attention_mixed_everything": dataclasses.replace(
         ATTENTION,
@@ -80,6 +83,20 @@ SPECS = {
     "blocks_mass": KernelSpec("blocks", tile=2048, rule="mass", num_warps=8),
     "blocks_row_mass": KernelSpec(
         "blocks", tile=16384, rule="row_mass", window=True, padding=True, num_warps=16
+    ),
+    "group_scores": KernelSpec(
+        "group_scores", head_dim=128, tile=128, pool=8, num_warps=8, num_stages=3
+    ),
+    "group_scores_masked": KernelSpec(
+        "group_scores",
+        dtype="fp16",
+        head_dim=80,
+        tile=128,
+        pool=16,
+        window=True,
+        padding=True,
+        num_warps=8,
+        num_stages=3,
     ),
     "ints": KernelSpec("ints", num_warps=1),
 }
@@ -190,8 +207,12 @@ def test_heads_are_packed_only_where_all_packs_share_rows():
     assert query_heads_per_program((0, 0, 1, 1), 1, 2) == 1
 
 
-def test_form_of_slots():
-    assert index_form((0, 1, 2)) == "lists"
-    assert index_form((-1, -2)) == "diagonals"
-    assert index_form((0, -1)) == "mixed"
-    assert index_form((1, 0)) == "mixed"
+def test_forms_of_slots():
+    for slots, rows, entries in (
+        ((0, 1, 2), "lists", "lists"),
+        ((-1, -2), "diagonals", "diagonals"),
+        ((0, -1), "mixed", "mixed"),
+        ((1, 0), "mixed", "lists"),
+        ((-1, -1), "mixed", "diagonals"),
+    ):
+        assert (row_form(slots), entry_form(slots)) == (rows, entries)

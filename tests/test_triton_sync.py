@@ -10,10 +10,12 @@ import dataclasses
 import pytest
 import torch
 from mpass.lowering import triton as lowering
+from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, IndexWidth
-from mpass.lowering.triton import attention, blocks, estimate, launch
+from mpass.lowering.triton import antidiagonal, attention, blocks, estimate, launch, pooled
+from mpass.patterns.base import find_pattern
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.triton_cases import SLOTS, padding, random_index
@@ -25,17 +27,20 @@ COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
 
 TILES = TileRule(0.5, None, 128, 1, 1, 1, 9)
 UNION = UnionRule(0.5, 0.5, 20, 1, 1, 1, 16, 8, 9)
+ANTIDIAGONAL = AntidiagonalRule(0.5, 8, 128, 1, 1, 1, 9)
 
 
 class OpNames(TorchDispatchMode):
-    """Collects the names of all torch ops that run inside."""
+    """Collects the names of all torch ops that run inside, and counts them."""
 
     def __init__(self):
         super().__init__()
         self.names = set()
+        self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.add(func.__name__.split(".")[0])
+        self.count += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -49,7 +54,7 @@ def launches(monkeypatch):
         if kernel == "write_ints":
             arguments[0].zero_()  # torch indexes with these
 
-    for module in (launch, attention, estimate, blocks):
+    for module in (launch, antidiagonal, attention, blocks, estimate, pooled):
         monkeypatch.setattr(module, "launch", enqueue)
     return seen
 
@@ -99,6 +104,22 @@ def test_estimation_has_no_host_sync_and_no_launch_per_head(mask, launches):
             for rule in (TILES, dataclasses.replace(TILES, share=None, mass=0.5)):
                 lowering.tile_index(query, key, mask, heads, [rule] * len(heads), scale=0.2)
             lowering.union_index(query, key, mask, heads, [UNION] * len(heads), scale=0.2)
+            rules = [ANTIDIAGONAL] * len(heads)
+            lowering.antidiagonal_index(query, key, mask, heads, rules, scale=0.2)
         assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
         counts.append(sum(kernel != "write_ints" for kernel, _ in launches))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", ["a_shape", "strided", "tri_shape", "dense"])
+def test_static_patterns_have_no_host_sync_and_no_op_per_head(name, mask):
+    cls = find_pattern(name)
+    query, key, _ = random_attention(2, num_queries=300 - mask.query_offset, num_keys=300)
+    counts = []
+    for heads in ([0, 1], [0, 1, 2, 3]):
+        with OpNames() as ops:
+            cls.estimate(query, key, mask, heads, [cls()] * len(heads), scale=0.2)
+        assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
+        counts.append(ops.count)
     assert counts[0] == counts[1]

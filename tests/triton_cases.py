@@ -82,12 +82,9 @@ def random_index(
                 index.diagonal_index[b, head],
                 sample(first + rows, width.max_diagonals, 0),
             )
-        for head in range(len(slots)):
-            fill(
-                index.column_count[b, head],
-                index.column_index[b, head],
-                sample(num_keys, width.max_columns),
-            )
+        shared = {slot: sample(num_keys, width.max_columns) for slot in dict.fromkeys(slots)}
+        for head, slot in enumerate(slots):
+            fill(index.column_count[b, head], index.column_index[b, head], shared[slot])
     return index
 
 

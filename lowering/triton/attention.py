@@ -103,8 +103,7 @@ def attention_spec(
     features = sum((columns, window, padding, softcap > 0))
     tile = attention_tile(target, head_dim, value_dim, features)
     group = query.shape[1] // key.shape[1]
-    limit = 1 if columns else tile.max_pack
-    pack = query_heads_per_program(index.head_slots, group, limit)
+    pack = query_heads_per_program(index.head_slots, group, tile.max_pack)
     return KernelSpec(
         template="attention",
         dtype=DTYPES[query.dtype],
@@ -112,7 +111,7 @@ def attention_spec(
         value_dim=value_dim,
         tile=tile.keys,
         pack=pack,
-        form=index_form(index.head_slots),
+        form=entry_form(index.head_slots),
         columns=columns,
         causal=mask.causal,
         window=window,
@@ -125,8 +124,15 @@ def attention_spec(
     )
 
 
-def index_form(head_slots: tuple[int, ...]) -> Form:
-    """The form that all heads share, in their order; else mixed, which reads each head's slot."""
+def entry_form(head_slots: tuple[int, ...]) -> Form:
+    """What the heads' rows hold: key blocks, block distances, or each head its own."""
+    if all(slot >= 0 for slot in head_slots):
+        return "lists"
+    return "diagonals" if all(slot < 0 for slot in head_slots) else "mixed"
+
+
+def row_form(head_slots: tuple[int, ...]) -> Form:
+    """The form of all heads where each reads its own row, in order; else mixed: look slots up."""
     if head_slots == list_slots(len(head_slots)):
         return "lists"
     return "diagonals" if head_slots == diagonal_slots(len(head_slots)) else "mixed"
@@ -141,13 +147,14 @@ def plan_rows(
     num_columns = padded_columns(index, spec.tile)
     spans = torch.empty(batch, heads, rows, 8, dtype=torch.int32, device=query.device)
     bits = spans.new_empty(batch, heads, rows, num_columns // 32)
-    slots = device_ints(index.head_slots, query.device) if spec.form == "mixed" else spans
+    form = row_form(index.head_slots)
+    slots = device_ints(index.head_slots, query.device) if form == "mixed" else spans
     limits = key_limits(mask.key_mask) if mask.key_mask is not None else spans
     launch(
         KernelSpec(
             template="rows",
             tile=spec.tile,
-            form=spec.form,
+            form=form,
             columns=spec.columns,
             causal=spec.causal,
             window=spec.window,
