@@ -204,8 +204,10 @@ def serves(kernel: KernelSource, queries: Collection[Queries]) -> bool:
     for seen in queries:
         if seen.device == "cpu" and kernel.language == "cpp":
             made_for = (spec.input, spec.head_dim, spec.instruction_set, spec.strip)
-            name, isa = dtype_name(seen.dtype), best_instruction_set(seen.dtype)
-            softcap = spec.kernel != "attention" or spec.softcap == seen.softcap
+            estimator = spec.kernel != "attention"  # these multiply in bf16 whatever the dtype
+            name = dtype_name(seen.dtype)
+            isa = best_instruction_set(torch.bfloat16 if estimator else seen.dtype)
+            softcap = estimator or spec.softcap == seen.softcap
             if made_for == (name, seen.head_dim, isa, STRIP) and softcap:
                 return True
         elif seen.device != "cpu" and kernel.language == "python":

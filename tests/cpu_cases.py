@@ -31,6 +31,13 @@ CASES = [
     for name in instruction_sets()
     if dtype == torch.bfloat16 or name in ("avx512", "avx2")
 ]
+ESTIMATE_CASES = [
+    (dtype, name)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for name in instruction_sets()
+]
+"""Estimators take products in bf16 where the instruction set has them, whatever the input."""
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 

@@ -1,4 +1,4 @@
-"""Generated C++ estimators of lists against the plain-torch ones: the same index."""
+"""Generated C++ estimators of lists against the plain-torch ones: the same but for near ties."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpass.patterns.block_top_p import BlockTopP
 from mpass.patterns.union import Union
 from mpass.patterns.x_attention import XAttention
 
-from tests.cpu_cases import CASES, needs_kernels
+from tests.cpu_cases import ESTIMATE_CASES, needs_kernels
 from tests.test_cpu_source import EMULATED_TILES, GOLDEN
 
 pytestmark = needs_kernels
@@ -84,7 +84,24 @@ def share_of_equal_lists(found: SparseIndex, expected: SparseIndex) -> float:
     return float(torch.cat(same).float().mean())
 
 
-@pytest.mark.parametrize(("dtype", "instruction_set"), CASES)
+def assert_nearly_the_same(found: SparseIndex, expected: SparseIndex) -> None:
+    """Of the entries of the lists of two indexes, 98% stand in both; in short lists all but a few:
+    keys with less than 2^-24 of a query's attention may count as having none.
+    """
+    both = total = 0.0
+    for count, entries in (("block_count", "block_index"), ("column_count", "column_index")):
+        places = torch.arange(getattr(found, entries).shape[-1])
+        tables = []
+        for index in (found, expected):
+            kept = places < getattr(index, count)[..., None]
+            where = getattr(index, entries).long().masked_fill(~kept, 1023)
+            tables.append(torch.zeros(*where.shape[:-1], 1024).scatter_(-1, where, 1.0)[..., :-1])
+        both += float((tables[0] * tables[1]).sum())
+        total += float((tables[0] + tables[1]).sum()) / 2
+    assert total - both <= 0.02 * total + 4
+
+
+@pytest.mark.parametrize(("dtype", "instruction_set"), ESTIMATE_CASES)
 @pytest.mark.parametrize("kernel", ESTIMATORS)
 @pytest.mark.parametrize("window", [0, 1, 200])
 @pytest.mark.parametrize(("offset", "padded"), [(0, False), (63, True), (100, False)])
@@ -100,12 +117,12 @@ def test_generated_code_selects_what_plain_torch_selects(
         key_mask[0, :100] = False
         key_mask[1, -90:] = False
     mask = AttentionMask(query_offset=offset, window=window, key_mask=key_mask)
-    spec = KernelSpec(dtype_name(dtype), DIM, DIM, instruction_set)
+    spec = KernelSpec(dtype_name(dtype), DIM, DIM, instruction_set, kernel=kernel)
     found = generated(query, key, mask, HEADS, rules, scale=SCALE, spec=spec)
     expected = plain(query, key, mask, HEADS, rules, scale=SCALE)
     # With bf16 products, near-equal scores may change places.
-    exact = "bf16" not in instruction_set and instruction_set != "amx"
-    assert share_of_equal_lists(found, expected) >= (1.0 if exact else 0.9)
+    assert share_of_equal_lists(found, expected) >= (0.9 if spec.bf16 else 0.99)
+    assert_nearly_the_same(found, expected)
 
 
 @pytest.mark.parametrize("kernel", ESTIMATORS)
@@ -134,8 +151,9 @@ def test_any_shape_selects_what_plain_torch_selects(kernel: str, data: st.DataOb
     scale = data.draw(st.sampled_from([SCALE, SCALE, -SCALE]))
     found = generated(query, key, mask, HEADS, rules, scale=scale)
     expected = plain(query, key, mask, HEADS, rules, scale=scale)
-    # A score may lie within a rounding of a threshold; over so many lists one now and then does.
-    assert share_of_equal_lists(found, expected) >= (0.99 if dtype == torch.float32 else 0.85)
+    # A score may lie within a rounding of a threshold; over so many lists some do.
+    assert share_of_equal_lists(found, expected) >= 0.85
+    assert_nearly_the_same(found, expected)
 
 
 @pytest.mark.parametrize("kernel", ESTIMATORS)

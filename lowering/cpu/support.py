@@ -109,7 +109,7 @@ def kernel_spec(query: Tensor, value: Tensor, *, softcap: float = 0.0) -> Kernel
 def estimate_spec(query: Tensor) -> KernelSpec:
     """The specialisation of the estimators that serves this query here."""
     size = query.shape[-1]
-    chosen = best_instruction_set(query.dtype)
+    chosen = best_instruction_set(torch.bfloat16)  # see KernelSpec.bf16
     return KernelSpec(dtype_name(query.dtype), size, size, chosen, kernel="estimate")
 
 

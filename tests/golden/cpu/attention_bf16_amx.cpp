@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -25,6 +26,7 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = bfloat16_tag;
+using packed_tag = bfloat16_tag;
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr int BLOCK = 64;

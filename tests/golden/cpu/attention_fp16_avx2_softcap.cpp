@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -25,6 +26,7 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = float16_tag;
+using packed_tag = float32_tag;
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr int BLOCK = 64;
@@ -223,13 +225,13 @@ void multiply(const word* a, int lda, const word* const* panels, int num_panels,
 // One row of `dim` inputs to `padded` packed elements, zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
   int d = 0;
-  for (; d + LANES <= dim; d += LANES) store(out + d, load(in + d, input_tag{}));
+  for (; d + LANES <= dim; d += LANES) store(out + d, load(in + d, input_tag{}), packed_tag{});
   if (d < dim) {
     input tail[LANES] = {};
-    float wide[LANES];
+    packed converted[LANES];
     std::memcpy(tail, in + d, (dim - d) * sizeof(input));
-    store(wide, load(tail, input_tag{}));
-    std::memcpy(out + d, wide, (dim - d) * sizeof(float));
+    store(converted, load(tail, input_tag{}), packed_tag{});
+    std::memcpy(out + d, converted, (dim - d) * sizeof(packed));
   }
   if (dim < padded) std::memset(out + dim, 0, (padded - dim) * sizeof(packed));
 }

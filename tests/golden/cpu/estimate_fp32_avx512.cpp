@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -25,6 +26,7 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = float;
 using input_tag = float32_tag;
+using packed_tag = float32_tag;
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr int BLOCK = 64;
@@ -353,25 +355,37 @@ struct Rows {  // one tensor [B, H, N, D], strides in elements, the last one 1
   }
 };
 
-constexpr int LAST_QUERIES = 64;
-constexpr int64_t SINK_COLUMNS = 30;
-constexpr int64_t LOCAL_DIAGONALS = 100;
-constexpr int64_t CHUNK = 4096;
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
-static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLOCK");
-
-inline uint64_t low_bits(int64_t count) {
-  return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
-}
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline bool key_is_real(const Arguments& a, int64_t b, int64_t j) {
   return !a.key_mask || a.key_mask[b * a.num_keys + j];
 }
 
-// Whether padding can be read off for queries too: their positions are keys.
-inline bool queries_are_keys(const Arguments& a) {
-  return a.key_mask && a.num_keys >= a.query_offset + a.num_queries;
+inline bool query_is_real(const Arguments& a, int64_t b, int64_t n) {
+  // Padding can be read off for queries too where their positions are keys.
+  return a.num_keys < a.query_offset + a.num_queries || key_is_real(a, b, a.query_offset + n);
 }
+
+// What is no padding, per batch row.
+struct Extent {
+  std::vector<int64_t> first_key;  // 0 where there is none
+  std::vector<int64_t> last_query;  // row of `query`, -1 where there is none
+
+  explicit Extent(const Arguments& a) : first_key(a.batch), last_query(a.batch) {
+    for (int64_t b = 0; b < a.batch; ++b) {
+      int64_t first = 0, last = a.num_queries - 1;
+      while (first < a.num_keys && !key_is_real(a, b, first)) ++first;
+      while (last >= 0 && !query_is_real(a, b, last)) --last;
+      first_key[b] = first == a.num_keys ? 0 : first;
+      last_query[b] = last;
+    }
+  }
+};
+
+constexpr int64_t SINK_COLUMNS = 30;
+constexpr int64_t LOCAL_DIAGONALS = 100;
+constexpr int64_t CHUNK = 4096;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 // Marks the `count` largest of `n` values; ties go to the smaller index, NaN counts as largest.
 void mark_largest(uint8_t* marks, const float* values, int64_t n, int64_t count,
@@ -416,23 +430,142 @@ void write_list(int32_t* count, int32_t* entries, const uint8_t* marks, int64_t 
 
 // ---- vertical-slash ----
 
+constexpr int LAST_QUERIES = 64;
+constexpr int QUERY_VECTORS = LAST_QUERIES / LANES;
+static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLOCK");
+
+inline uint64_t low_bits(int64_t count) {
+  return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
+}
+
+// The last queries of one head, [DEPTH, LAST_QUERIES] words: a B operand. Their products with keys
+// are to be multiplied with exponent_of_product(): the sign of the scale is in them.
+void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
+                       int64_t head, int64_t first_row) {
+  pack_keys(out, staging, [&](int q) -> const input* {
+    return first_row + q >= 0 && a.scale != 0 ? query.at(b, head, first_row + q) : nullptr;
+  });
+  if (a.scale < 0) {
+    for (int n = 0; n < DEPTH * LAST_QUERIES; ++n)
+      out[n] = -out[n];
+  }
+}
+
+inline vec exponent_of_product(const Arguments& a) {
+  return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
+}
+
+// Products of the keys of one block with the last queries, [BLOCK, LAST_QUERIES], -inf where the
+// mask hides the key.
+void score_block(const Arguments& a, const word* queries, packed* staging, const Rows& key,
+                 int64_t b, int64_t kv_head, int64_t first, int64_t first_row, float* scores) {
+  const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
+  const bool in_place = HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
+  const word* rows = reinterpret_cast<const word*>(staging);
+  int stride = DEPTH;
+  if (in_place) {
+    rows = reinterpret_cast<const word*>(key.at(b, kv_head, first));
+    stride = static_cast<int>(a.key_row / PAIR);
+  } else {
+    for (int r = 0; r < BLOCK; ++r) {
+      packed* row = staging + r * DEPTH * PAIR;
+      if (r < count) pack_row(row, key.at(b, kv_head, first + r), HEAD_DIM, DEPTH * PAIR);
+      else std::memset(row, 0, DEPTH * sizeof(word));
+    }
+  }
+  multiply<false>(rows, stride, &queries, 1, DEPTH, LAST_QUERIES, scores, LAST_QUERIES, BLOCK,
+                  LAST_QUERIES, nullptr);
+
+  const int64_t position = a.query_offset + first_row;  // of the first of the last queries
+  if (count == BLOCK && first_row >= 0 && !a.key_mask && a.window <= 0 &&
+      (!a.causal || first + BLOCK - 1 <= position))
+    return;
+  for (int r = 0; r < BLOCK; ++r) {
+    const int64_t j = first + r;
+    uint64_t visible = r < count && key_is_real(a, b, j) ? ~low_bits(-first_row) : 0;
+    if (a.causal) visible &= ~low_bits(j - position);
+    if (a.window > 0) visible &= low_bits(j + a.window - position);
+    if (visible == ~uint64_t(0)) continue;
+    float* row = scores + r * LAST_QUERIES;
+    for (int n = 0; n < LAST_QUERIES; n += LANES)
+      store(row + n, keep(visible >> n, load(row + n)));
+  }
+}
+
+// The exponentials of one block, fp16 [BLOCK, LAST_QUERIES], relative to the greatest score of each
+// query in it; greatest (exponents of 2) and total of them: [LAST_QUERIES].
+void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, float* greatest,
+                        float* total) {
+  vec most[QUERY_VECTORS], sum[QUERY_VECTORS];
+  for (int v = 0; v < QUERY_VECTORS; ++v)
+    most[v] = set1(NEGATIVE_INFINITY), sum[v] = set1(0.0f);
+  for (int r = 0; r < BLOCK; ++r)
+    for (int v = 0; v < QUERY_VECTORS; ++v)
+      most[v] = maximum(most[v], load(scores + r * LAST_QUERIES + v * LANES));
+  for (int v = 0; v < QUERY_VECTORS; ++v) {
+    most[v] = mul(most[v], exponent);
+    store(greatest + v * LANES, most[v]);
+    most[v] = finite_or_zero(most[v]);
+  }
+  for (int r = 0; r < BLOCK; ++r) {
+    for (int v = 0; v < QUERY_VECTORS; ++v) {
+      const int n = r * LAST_QUERIES + v * LANES;
+      const vec e = exp2_vec(sub(mul(load(scores + n), exponent), most[v]));
+      store(weights + n, e, float16_tag{});
+      sum[v] = add(sum[v], e);
+    }
+  }
+  for (int v = 0; v < QUERY_VECTORS; ++v) store(total + v * LANES, sum[v]);
+}
+
+// What the exponentials of each block are to be multiplied with to be shares of the softmax, in the
+// place of `greatest`; both arrays are [blocks, LAST_QUERIES]. Zeros for a query that sees nothing.
+void find_factors(float* greatest, const float* total, int64_t blocks) {
+  for (int v = 0; v < QUERY_VECTORS; ++v) {
+    vec most = set1(NEGATIVE_INFINITY), sum = set1(0.0f);
+    for (int64_t n = 0; n < blocks; ++n)
+      most = maximum(most, load(greatest + n * LAST_QUERIES + v * LANES));
+    most = finite_or_zero(most);
+    for (int64_t n = 0; n < blocks; ++n) {
+      float* of_block = greatest + n * LAST_QUERIES + v * LANES;
+      const vec factor = exp2_vec(sub(load(of_block), most));
+      store(of_block, factor);
+      sum = fma(factor, load(total + n * LAST_QUERIES + v * LANES), sum);
+    }
+    float inverse[LANES];
+    store(inverse, sum);
+    for (float& value : inverse) value = value > 0.0f ? 1.0f / value : 0.0f;
+    for (int64_t n = 0; n < blocks; ++n) {
+      float* of_block = greatest + n * LAST_QUERIES + v * LANES;
+      store(of_block, mul(load(of_block), load(inverse)));
+    }
+  }
+}
+
 struct Sums {
-  int64_t chunks, stride;
-  Buffer<word> queries;  // [B, h, DEPTH, LAST_QUERIES] words: B operands
-  Buffer<int64_t> last;  // [B] row of the last query that is no padding, or -1
-  Buffer<float> maximum, total;  // [B, h, chunks, LAST_QUERIES]
+  Extent extent;
+  int64_t chunks, wave, stride, blocks;
+  Buffer<word> queries;  // [wave, DEPTH, LAST_QUERIES] words: B operands
+  Buffer<uint16_t> weights;  // [wave, blocks, BLOCK, LAST_QUERIES] fp16
+  Buffer<float> factors, totals;  // [wave, blocks, LAST_QUERIES]
   Buffer<float> columns;  // [B, h, num_keys]
   Buffer<float> diagonals;  // [B, h, chunks, stride]: by distance to the chunk's last key
 
   explicit Sums(const Arguments& a)
-      : chunks((a.num_keys + CHUNK - 1) / CHUNK),
+      : extent(a),
+        chunks((a.num_keys + CHUNK - 1) / CHUNK),
+        wave(std::min(a.batch * a.num_heads, (2 * a.threads + chunks - 1) / chunks)),
         stride(CHUNK + 2 * BLOCK),
-        queries(a.batch * a.num_heads * DEPTH * LAST_QUERIES),
-        last(a.batch),
-        maximum(a.batch * a.num_heads * chunks * LAST_QUERIES),
-        total(a.batch * a.num_heads * chunks * LAST_QUERIES),
+        blocks((a.num_keys + BLOCK - 1) / BLOCK),
+        queries(wave * DEPTH * LAST_QUERIES),
+        weights(wave * blocks * BLOCK * LAST_QUERIES),
+        factors(wave * blocks * LAST_QUERIES),
+        totals(wave * blocks * LAST_QUERIES),
         columns(a.batch * a.num_heads * a.num_keys),
         diagonals(a.batch * a.num_heads * chunks * stride) {}
+
+  // Row of the first of the last queries.
+  int64_t first_row(int64_t b) const { return extent.last_query[b] - (LAST_QUERIES - 1); }
 };
 
 struct EstimateScratch {
@@ -448,126 +581,46 @@ struct EstimateScratch {
   }
 };
 
-void prepare_queries(const Arguments& a, const Sums& sums, EstimateScratch& s, int64_t b,
-                     int64_t h) {
-  const Rows query{static_cast<const input*>(a.query), a.query_batch, a.query_head, a.query_row};
-  const int64_t first = sums.last.get()[b] - (LAST_QUERIES - 1);
-  word* out = sums.queries.get() + (b * a.num_heads + h) * DEPTH * LAST_QUERIES;
-  pack_keys(out, s.staging.get(), [&](int r) -> const input* {
-    return first + r >= 0 && a.scale != 0 ? query.at(b, a.heads[h], first + r) : nullptr;
-  });
-  if (a.scale < 0) {
-    for (int n = 0; n < DEPTH * LAST_QUERIES; ++n)
-      out[n] = -out[n];
-  }
-}
-
-// Scores of the keys of one block, [BLOCK keys, LAST_QUERIES], and per key the queries that see it.
-void score_block(const Arguments& a, const Sums& sums, EstimateScratch& s, int64_t b, int64_t h,
-                 int64_t first, uint64_t* visible) {
+// First pass over a chunk: the weights of its keys, relative to each block's greatest. slot: of the
+// head in its wave.
+void weigh_chunk(const Arguments& a, const Sums& sums, EstimateScratch& s, int64_t b, int64_t h,
+                 int64_t slot, int64_t chunk) {
   const Rows key{static_cast<const input*>(a.key), a.key_batch, a.key_head, a.key_row};
-  const int64_t g = a.heads[h] / a.group;
-  const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
-  const word* panel = sums.queries.get() + (b * a.num_heads + h) * DEPTH * LAST_QUERIES;
-  const bool in_place = HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
-  const word* rows = reinterpret_cast<const word*>(s.staging.get());
-  int stride = DEPTH;
-  if (in_place) {
-    rows = reinterpret_cast<const word*>(key.at(b, g, first));
-    stride = static_cast<int>(a.key_row / PAIR);
-  } else {
-    for (int r = 0; r < BLOCK; ++r) {
-      packed* row = s.staging.get() + r * DEPTH * PAIR;
-      if (r < count) pack_row(row, key.at(b, g, first + r), HEAD_DIM, DEPTH * PAIR);
-      else std::memset(row, 0, DEPTH * sizeof(word));
-    }
-  }
-  multiply<false>(rows, stride, &panel, 1, DEPTH, LAST_QUERIES, s.scores.get(), LAST_QUERIES, BLOCK,
-                  LAST_QUERIES, nullptr);
-
-  const int64_t first_row = sums.last.get()[b] - (LAST_QUERIES - 1);
-  const int64_t position = first_row + a.query_offset;  // of the first of the last queries
-  for (int r = 0; r < BLOCK; ++r) {
-    const int64_t j = first + r;
-    uint64_t bits = j < a.num_keys && key_is_real(a, b, j) ? ~low_bits(-first_row) : 0;
-    if (a.causal) bits &= ~low_bits(j - position);
-    if (a.window > 0) bits &= low_bits(j + a.window - position);
-    visible[r] = bits;
-    if (bits != ~uint64_t(0)) {
-      float* row = s.scores.get() + r * LAST_QUERIES;
-      for (int n = 0; n < LAST_QUERIES; n += LANES) store(row + n, keep(bits >> n, load(row + n)));
-    }
+  const word* queries = sums.queries.get() + slot * DEPTH * LAST_QUERIES;
+  const vec exponent = exponent_of_product(a);
+  const int64_t stop = std::min(sums.blocks, (chunk + 1) * (CHUNK / BLOCK));
+  for (int64_t n = chunk * (CHUNK / BLOCK); n < stop; ++n) {
+    const int64_t block = slot * sums.blocks + n;
+    score_block(a, queries, s.staging.get(), key, b, a.heads[h] / a.group, n * BLOCK,
+                sums.first_row(b), s.scores.get());
+    exponentiate_block(s.scores.get(), exponent, sums.weights.get() + block * BLOCK * LAST_QUERIES,
+                       sums.factors.get() + block * LAST_QUERIES,
+                       sums.totals.get() + block * LAST_QUERIES);
   }
 }
 
-// First pass over a chunk: per query, the maximum of its scores and the sum of exponentials.
-void accumulate_softmax(const Arguments& a, const Sums& sums, EstimateScratch& s, int64_t b,
-                        int64_t h, int64_t chunk) {
-  constexpr int VECTORS_PER_ROW = LAST_QUERIES / LANES;
-  const vec scale = set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
-  const vec nothing = set1(NEGATIVE_INFINITY);
-  vec maxima[VECTORS_PER_ROW], totals[VECTORS_PER_ROW];
-  for (int v = 0; v < VECTORS_PER_ROW; ++v) maxima[v] = nothing, totals[v] = set1(0.0f);
-  uint64_t visible[BLOCK];
-  const int64_t stop = std::min(a.num_keys, (chunk + 1) * CHUNK);
-  for (int64_t first = chunk * CHUNK; first < stop; first += BLOCK) {
-    score_block(a, sums, s, b, h, first, visible);
-    const float* scores = s.scores.get();
-    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
-      vec highest = nothing;
-      for (int r = 0; r < BLOCK; ++r)
-        highest = maximum(highest, load(scores + r * LAST_QUERIES + v * LANES));
-      const vec after = maximum(maxima[v], mul(highest, scale));
-      const vec shift = sub(set1(0.0f), finite_or_zero(after));
-      vec total = mul(totals[v], exp2_vec(add(maxima[v], shift)));
-      for (int r = 0; r < BLOCK; ++r)
-        total = add(total, exp2_vec(fma(load(scores + r * LAST_QUERIES + v * LANES), scale, shift)));
-      maxima[v] = after;
-      totals[v] = total;
-    }
-  }
-  const int64_t slot = ((b * a.num_heads + h) * sums.chunks + chunk) * LAST_QUERIES;
-  for (int v = 0; v < VECTORS_PER_ROW; ++v) {
-    store(sums.maximum.get() + slot + v * LANES, maxima[v]);
-    store(sums.total.get() + slot + v * LANES, totals[v]);
-  }
-}
-
-// Second pass over a chunk: probabilities, summed per key and per distance.
-void accumulate_sums(const Arguments& a, const Sums& sums, EstimateScratch& s, int64_t b,
-                     int64_t h, int64_t chunk) {
-  const int64_t head = b * a.num_heads + h;
-  alignas(64) float shift[LAST_QUERIES], inverse[LAST_QUERIES];
-  for (int q = 0; q < LAST_QUERIES; ++q) {
-    const float* maxima = sums.maximum.get() + head * sums.chunks * LAST_QUERIES + q;
-    const float* totals = sums.total.get() + head * sums.chunks * LAST_QUERIES + q;
-    float highest = NEGATIVE_INFINITY, total = 0.0f;
-    for (int64_t c = 0; c < sums.chunks; ++c)
-      highest = std::max(highest, maxima[c * LAST_QUERIES]);
-    if (highest == NEGATIVE_INFINITY) highest = 0.0f;
-    for (int64_t c = 0; c < sums.chunks; ++c)
-      total += totals[c * LAST_QUERIES] * std::exp2(maxima[c * LAST_QUERIES] - highest);
-    shift[q] = -highest;
-    inverse[q] = total == 0.0f ? 0.0f : 1.0f / total;
-  }
-  const vec scale = set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
+// Second pass over a chunk: shares of the softmax, summed per key and per distance.
+void sum_chunk(const Arguments& a, const Sums& sums, EstimateScratch& s, int64_t head,
+               int64_t slot, int64_t chunk) {
   const int64_t start = chunk * CHUNK, stop = std::min(a.num_keys, start + CHUNK);
   float* columns = sums.columns.get() + head * a.num_keys;
   float* diagonals = sums.diagonals.get() + (head * sums.chunks + chunk) * sums.stride;
   std::fill_n(diagonals, sums.stride, 0.0f);
-  uint64_t visible[BLOCK];
   for (int64_t first = start; first < stop; first += BLOCK) {
-    score_block(a, sums, s, b, h, first, visible);
+    const int64_t block = slot * sums.blocks + first / BLOCK;
+    const uint16_t* weights = sums.weights.get() + block * BLOCK * LAST_QUERIES;
+    vec factor[QUERY_VECTORS];
+    for (int v = 0; v < QUERY_VECTORS; ++v)
+      factor[v] = load(sums.factors.get() + block * LAST_QUERIES + v * LANES);
     float* skewed = s.skewed.get();
     for (int r = 0; r < BLOCK; ++r) {
-      const float* row = s.scores.get() + r * LAST_QUERIES;
       float* target = skewed + r * 2 * BLOCK + (BLOCK - 1 - r);
       vec sum = set1(0.0f);
-      for (int n = 0; n < LAST_QUERIES; n += LANES) {
-        const vec x = exp2_vec(fma(load(row + n), scale, load(shift + n)));
-        const vec probability = mul(x, load(inverse + n));
-        store(target + n, probability);
-        sum = add(sum, probability);
+      for (int v = 0; v < QUERY_VECTORS; ++v) {
+        const vec share =
+            mul(load(weights + r * LAST_QUERIES + v * LANES, float16_tag{}), factor[v]);
+        store(target + v * LANES, share);
+        sum = add(sum, share);
       }
       if (first + r < stop) columns[first + r] = reduce_add(sum);
     }
@@ -586,9 +639,7 @@ void select_vertical_slash(const Arguments& a, const Sums& sums, EstimateScratch
   const int64_t head = b * a.num_heads + h, n = a.num_keys;
   s.marks.resize(n);
   float* columns = sums.columns.get() + head * n;
-  int64_t sink = 0;
-  while (sink < n && !key_is_real(a, b, sink)) ++sink;
-  if (sink == n) sink = 0;
+  const int64_t sink = sums.extent.first_key[b];
   for (int64_t j = sink; j < std::min(n, sink + SINK_COLUMNS); ++j) columns[j] = INFINITE;
   mark_largest(s.marks.data(), columns, n, std::max<int64_t>(SINK_COLUMNS, a.first_sizes[h]),
                s.order, s.sorted);
@@ -596,7 +647,7 @@ void select_vertical_slash(const Arguments& a, const Sums& sums, EstimateScratch
              a.first_width);
 
   s.values.assign(n, 0.0f);
-  const int64_t p0 = a.query_offset + sums.last.get()[b] - (LAST_QUERIES - 1);
+  const int64_t p0 = a.query_offset + sums.first_row(b);
   for (int64_t c = sums.chunks - 1; c >= 0; --c) {  // the nearest keys first
     const float* diagonals = sums.diagonals.get() + (head * sums.chunks + c) * sums.stride;
     const int64_t base = p0 - (c + 1) * CHUNK + 1;  // distance of entry 0
@@ -620,30 +671,37 @@ void select_vertical_slash(const Arguments& a, const Sums& sums, EstimateScratch
 }
 
 int estimate_vertical_slash(const Arguments& a) {
+  const Rows query{static_cast<const input*>(a.query), a.query_batch, a.query_head, a.query_row};
   const Sums sums(a);
-  for (int64_t b = 0; b < a.batch; ++b) {
-    int64_t last = a.num_queries - 1;
-    if (queries_are_keys(a))
-      while (last >= 0 && !key_is_real(a, b, a.query_offset + last)) --last;
-    sums.last.get()[b] = last;
-  }
-  const int64_t heads = a.batch * a.num_heads, chunks = heads * sums.chunks;
+  const int64_t heads = a.batch * a.num_heads;
 #pragma omp parallel num_threads(a.threads)
   {
     EstimateScratch s;
+    for (int64_t first = 0; first < heads; first += sums.wave) {
+      const int64_t count = std::min(sums.wave, heads - first);
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < heads; ++t)
-      prepare_queries(a, sums, s, t / a.num_heads, t % a.num_heads);
-    {
-      const TileScope tiles;
+      for (int64_t slot = 0; slot < count; ++slot) {
+        const int64_t b = (first + slot) / a.num_heads, h = (first + slot) % a.num_heads;
+        pack_last_queries(a, sums.queries.get() + slot * DEPTH * LAST_QUERIES, s.staging.get(),
+                          query, b, a.heads[h], sums.first_row(b));
+      }
+      {
+        const TileScope tiles;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < chunks; ++t)
-        accumulate_softmax(a, sums, s, t / sums.chunks / a.num_heads,
-                           t / sums.chunks % a.num_heads, t % sums.chunks);
+        for (int64_t t = 0; t < count * sums.chunks; ++t) {
+          const int64_t slot = t / sums.chunks, head = first + slot;
+          weigh_chunk(a, sums, s, head / a.num_heads, head % a.num_heads, slot, t % sums.chunks);
+        }
+      }
+#pragma omp for schedule(static)
+      for (int64_t slot = 0; slot < count; ++slot)
+        find_factors(sums.factors.get() + slot * sums.blocks * LAST_QUERIES,
+                     sums.totals.get() + slot * sums.blocks * LAST_QUERIES, sums.blocks);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < chunks; ++t)
-        accumulate_sums(a, sums, s, t / sums.chunks / a.num_heads, t / sums.chunks % a.num_heads,
-                        t % sums.chunks);
+      for (int64_t t = 0; t < count * sums.chunks; ++t) {
+        const int64_t slot = t / sums.chunks;
+        sum_chunk(a, sums, s, first + slot, slot, t % sums.chunks);
+      }
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < heads; ++t)
@@ -754,7 +812,6 @@ int estimate_block_top_k(const Arguments& a) {
   const Buffer<float> query_sums(heads * a.num_blocks * POOLED), query_counts(heads * a.num_blocks);
   const Buffer<float> key_sums(a.batch * a.kv_heads * key_blocks * POOLED);
   const Buffer<float> key_counts(a.batch * a.kv_heads * key_blocks);
-  const bool padded_queries = queries_are_keys(a);
 #pragma omp parallel num_threads(a.threads)
   {
     EstimateScratch s;
@@ -772,7 +829,7 @@ int estimate_block_top_k(const Arguments& a) {
       query_counts.get()[t] = sum_rows(
           query_sums.get() + t * POOLED, query, b, a.heads[h], std::max<int64_t>(0, low),
           std::min(a.num_queries, low + BLOCK), [&](int64_t n) {
-            return !padded_queries || key_is_real(a, b, a.query_offset + n);
+            return query_is_real(a, b, n);
           });
     }
 #pragma omp for schedule(dynamic, 1)

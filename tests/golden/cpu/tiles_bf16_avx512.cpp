@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -25,6 +26,7 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = bfloat16_tag;
+using packed_tag = bfloat16_tag;
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr int BLOCK = 64;
@@ -367,8 +369,6 @@ struct Rows {  // one tensor [B, H, N, D], strides in elements, the last one 1
   }
 };
 
-constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
-
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline bool key_is_real(const Arguments& a, int64_t b, int64_t j) {
@@ -395,6 +395,8 @@ struct Extent {
     }
   }
 };
+
+constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
 
 // The choice of one block of queries: forced blocks at once, then others by score while there is
 // room. Sums over scores run over the blocks that the mask allows.
@@ -568,41 +570,50 @@ struct RunScratch {
   }
 };
 
-inline void store_packed(packed* p, vec x) {
-  store(p, x, bfloat16_tag{});
+// Sum of the rows first <= n < stop for which `real(n)`, [POOLED]; returns how many there are.
+template <typename Real>
+int64_t sum_rows(float* sum, const Rows& rows, int64_t b, int64_t head, int64_t first, int64_t stop,
+                 const Real& real) {
+  std::fill_n(sum, POOLED, 0.0f);
+  int64_t count = 0;
+  for (int64_t n = first; n < stop; ++n) {
+    if (!real(n)) continue;
+    ++count;
+    const input* row = rows.at(b, head, n);
+    int d = 0;
+    for (; d + LANES <= HEAD_DIM; d += LANES)
+      store(sum + d, add(load(sum + d), load(row + d, input_tag{})));
+    if (d < HEAD_DIM) {
+      input tail[LANES] = {};
+      std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
+      store(sum + d, add(load(sum + d), load(tail, input_tag{})));
+    }
+  }
+  return count;
+}
+
+// The mean of `count` rows of that sum; zeros if there are none.
+inline void pack_mean(packed* out, const float* sum, int64_t count) {
+  const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
+  packed wide[POOLED];
+  for (int d = 0; d < POOLED; d += LANES)
+    store(wide + d, divide(load(sum + d), total), packed_tag{});
+  std::memset(out, 0, DEPTH * sizeof(word));
+  std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
 }
 
 // Means of the 64 runs of one panel. log_size: a run weighs as many keys as it has, else as one.
 void pool_panel(const Arguments& a, const Runs& runs, RunScratch& s, const Rows& key, int64_t b,
                 int64_t kv_head, int64_t length, int64_t panel, bool log_size) {
-  float* mean = s.mean.get();
   for (int r = 0; r < BLOCK; ++r) {
-    const int64_t run = panel * BLOCK + r;
-    const int64_t first = run * length, stop = std::min(a.num_keys, first + length);
-    packed* out = s.rows.get() + r * DEPTH * PAIR;
-    std::fill_n(mean, POOLED, 0.0f);
-    int64_t count = 0;
-    for (int64_t j = first; j < stop; ++j) {
-      if (!key_is_real(a, b, j)) continue;
-      ++count;
-      const input* row = key.at(b, kv_head, j);
-      int d = 0;
-      for (; d + LANES <= HEAD_DIM; d += LANES)
-        store(mean + d, add(load(mean + d), load(row + d, input_tag{})));
-      if (d < HEAD_DIM) {
-        input tail[LANES] = {};
-        std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
-        store(mean + d, add(load(mean + d), load(tail, input_tag{})));
-      }
-    }
+    const int64_t run = panel * BLOCK + r, first = run * length;
+    const int64_t count = sum_rows(s.mean.get(), key, b, kv_head, first,
+                                   std::min(a.num_keys, first + length),
+                                   [&](int64_t j) { return key_is_real(a, b, j); });
     runs.weight[run] = count == 0 ? NEGATIVE_INFINITY
         : log_size                ? std::log2(static_cast<float>(count))
                                   : 0.0f;
-    std::memset(out, 0, DEPTH * sizeof(word));
-    const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
-    packed wide[POOLED];
-    for (int d = 0; d < POOLED; d += LANES) store_packed(wide + d, divide(load(mean + d), total));
-    std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
+    pack_mean(s.rows.get() + r * DEPTH * PAIR, s.mean.get(), count);
   }
   transpose_rows(runs.panels + panel * DEPTH * BLOCK,
                  reinterpret_cast<const word*>(s.rows.get()), DEPTH);

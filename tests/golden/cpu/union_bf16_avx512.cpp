@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -25,6 +26,7 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = bfloat16_tag;
+using packed_tag = bfloat16_tag;
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr int BLOCK = 64;
@@ -369,8 +371,6 @@ struct Rows {  // one tensor [B, H, N, D], strides in elements, the last one 1
   }
 };
 
-constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
-
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 inline bool key_is_real(const Arguments& a, int64_t b, int64_t j) {
@@ -397,6 +397,8 @@ struct Extent {
     }
   }
 };
+
+constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
 
 // The choice of one block of queries: forced blocks at once, then others by score while there is
 // room. Sums over scores run over the blocks that the mask allows.
@@ -570,41 +572,50 @@ struct RunScratch {
   }
 };
 
-inline void store_packed(packed* p, vec x) {
-  store(p, x, bfloat16_tag{});
+// Sum of the rows first <= n < stop for which `real(n)`, [POOLED]; returns how many there are.
+template <typename Real>
+int64_t sum_rows(float* sum, const Rows& rows, int64_t b, int64_t head, int64_t first, int64_t stop,
+                 const Real& real) {
+  std::fill_n(sum, POOLED, 0.0f);
+  int64_t count = 0;
+  for (int64_t n = first; n < stop; ++n) {
+    if (!real(n)) continue;
+    ++count;
+    const input* row = rows.at(b, head, n);
+    int d = 0;
+    for (; d + LANES <= HEAD_DIM; d += LANES)
+      store(sum + d, add(load(sum + d), load(row + d, input_tag{})));
+    if (d < HEAD_DIM) {
+      input tail[LANES] = {};
+      std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
+      store(sum + d, add(load(sum + d), load(tail, input_tag{})));
+    }
+  }
+  return count;
+}
+
+// The mean of `count` rows of that sum; zeros if there are none.
+inline void pack_mean(packed* out, const float* sum, int64_t count) {
+  const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
+  packed wide[POOLED];
+  for (int d = 0; d < POOLED; d += LANES)
+    store(wide + d, divide(load(sum + d), total), packed_tag{});
+  std::memset(out, 0, DEPTH * sizeof(word));
+  std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
 }
 
 // Means of the 64 runs of one panel. log_size: a run weighs as many keys as it has, else as one.
 void pool_panel(const Arguments& a, const Runs& runs, RunScratch& s, const Rows& key, int64_t b,
                 int64_t kv_head, int64_t length, int64_t panel, bool log_size) {
-  float* mean = s.mean.get();
   for (int r = 0; r < BLOCK; ++r) {
-    const int64_t run = panel * BLOCK + r;
-    const int64_t first = run * length, stop = std::min(a.num_keys, first + length);
-    packed* out = s.rows.get() + r * DEPTH * PAIR;
-    std::fill_n(mean, POOLED, 0.0f);
-    int64_t count = 0;
-    for (int64_t j = first; j < stop; ++j) {
-      if (!key_is_real(a, b, j)) continue;
-      ++count;
-      const input* row = key.at(b, kv_head, j);
-      int d = 0;
-      for (; d + LANES <= HEAD_DIM; d += LANES)
-        store(mean + d, add(load(mean + d), load(row + d, input_tag{})));
-      if (d < HEAD_DIM) {
-        input tail[LANES] = {};
-        std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
-        store(mean + d, add(load(mean + d), load(tail, input_tag{})));
-      }
-    }
+    const int64_t run = panel * BLOCK + r, first = run * length;
+    const int64_t count = sum_rows(s.mean.get(), key, b, kv_head, first,
+                                   std::min(a.num_keys, first + length),
+                                   [&](int64_t j) { return key_is_real(a, b, j); });
     runs.weight[run] = count == 0 ? NEGATIVE_INFINITY
         : log_size                ? std::log2(static_cast<float>(count))
                                   : 0.0f;
-    std::memset(out, 0, DEPTH * sizeof(word));
-    const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
-    packed wide[POOLED];
-    for (int d = 0; d < POOLED; d += LANES) store_packed(wide + d, divide(load(mean + d), total));
-    std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
+    pack_mean(s.rows.get() + r * DEPTH * PAIR, s.mean.get(), count);
   }
   transpose_rows(runs.panels + panel * DEPTH * BLOCK,
                  reinterpret_cast<const word*>(s.rows.get()), DEPTH);
@@ -700,98 +711,162 @@ inline void take_sums(RunScratch& s, int64_t runs, int64_t per_block, int64_t bl
 }
 
 constexpr int LAST_QUERIES = 64;
+constexpr int QUERY_VECTORS = LAST_QUERIES / LANES;
 static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLOCK");
 
 inline uint64_t low_bits(int64_t count) {
   return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
 }
 
-struct ColumnScratch {
-  Buffer<packed> staging;
-  Buffer<word> queries;  // [DEPTH, LAST_QUERIES] words: a B operand
-  Buffer<float> strip;  // [padded keys, LAST_QUERIES]
-  std::vector<float> sums, ranked;
+// The last queries of one head, [DEPTH, LAST_QUERIES] words: a B operand. Their products with keys
+// are to be multiplied with exponent_of_product(): the sign of the scale is in them.
+void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
+                       int64_t head, int64_t first_row) {
+  pack_keys(out, staging, [&](int q) -> const input* {
+    return first_row + q >= 0 && a.scale != 0 ? query.at(b, head, first_row + q) : nullptr;
+  });
+  if (a.scale < 0) {
+    for (int n = 0; n < DEPTH * LAST_QUERIES; ++n)
+      out[n] = out[n] ^ 0x80008000u;
+  }
+}
 
-  explicit ColumnScratch(int64_t padded)
-      : staging(BLOCK * DEPTH * PAIR),
-        queries(DEPTH * LAST_QUERIES),
-        strip(padded * LAST_QUERIES),
-        sums(padded) {}
-};
+inline vec exponent_of_product(const Arguments& a) {
+  return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
+}
 
-// Scores of the keys of one block with the last queries, [BLOCK, LAST_QUERIES].
-void score_keys(const Arguments& a, ColumnScratch& s, const Rows& key, int64_t b, int64_t kv_head,
-                int64_t first, float* scores) {
+// Products of the keys of one block with the last queries, [BLOCK, LAST_QUERIES], -inf where the
+// mask hides the key.
+void score_block(const Arguments& a, const word* queries, packed* staging, const Rows& key,
+                 int64_t b, int64_t kv_head, int64_t first, int64_t first_row, float* scores) {
   const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
   const bool in_place = HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
-  const word* rows = reinterpret_cast<const word*>(s.staging.get());
+  const word* rows = reinterpret_cast<const word*>(staging);
   int stride = DEPTH;
   if (in_place) {
     rows = reinterpret_cast<const word*>(key.at(b, kv_head, first));
     stride = static_cast<int>(a.key_row / PAIR);
   } else {
     for (int r = 0; r < BLOCK; ++r) {
-      packed* row = s.staging.get() + r * DEPTH * PAIR;
+      packed* row = staging + r * DEPTH * PAIR;
       if (r < count) pack_row(row, key.at(b, kv_head, first + r), HEAD_DIM, DEPTH * PAIR);
       else std::memset(row, 0, DEPTH * sizeof(word));
     }
   }
-  const word* panel = s.queries.get();
-  multiply<false>(rows, stride, &panel, 1, DEPTH, LAST_QUERIES, scores, LAST_QUERIES, BLOCK,
+  multiply<false>(rows, stride, &queries, 1, DEPTH, LAST_QUERIES, scores, LAST_QUERIES, BLOCK,
                   LAST_QUERIES, nullptr);
+
+  const int64_t position = a.query_offset + first_row;  // of the first of the last queries
+  if (count == BLOCK && first_row >= 0 && !a.key_mask && a.window <= 0 &&
+      (!a.causal || first + BLOCK - 1 <= position))
+    return;
+  for (int r = 0; r < BLOCK; ++r) {
+    const int64_t j = first + r;
+    uint64_t visible = r < count && key_is_real(a, b, j) ? ~low_bits(-first_row) : 0;
+    if (a.causal) visible &= ~low_bits(j - position);
+    if (a.window > 0) visible &= low_bits(j + a.window - position);
+    if (visible == ~uint64_t(0)) continue;
+    float* row = scores + r * LAST_QUERIES;
+    for (int n = 0; n < LAST_QUERIES; n += LANES)
+      store(row + n, keep(visible >> n, load(row + n)));
+  }
 }
+
+// The exponentials of one block, fp16 [BLOCK, LAST_QUERIES], relative to the greatest score of each
+// query in it; greatest (exponents of 2) and total of them: [LAST_QUERIES].
+void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, float* greatest,
+                        float* total) {
+  vec most[QUERY_VECTORS], sum[QUERY_VECTORS];
+  for (int v = 0; v < QUERY_VECTORS; ++v)
+    most[v] = set1(NEGATIVE_INFINITY), sum[v] = set1(0.0f);
+  for (int r = 0; r < BLOCK; ++r)
+    for (int v = 0; v < QUERY_VECTORS; ++v)
+      most[v] = maximum(most[v], load(scores + r * LAST_QUERIES + v * LANES));
+  for (int v = 0; v < QUERY_VECTORS; ++v) {
+    most[v] = mul(most[v], exponent);
+    store(greatest + v * LANES, most[v]);
+    most[v] = finite_or_zero(most[v]);
+  }
+  for (int r = 0; r < BLOCK; ++r) {
+    for (int v = 0; v < QUERY_VECTORS; ++v) {
+      const int n = r * LAST_QUERIES + v * LANES;
+      const vec e = exp2_vec(sub(mul(load(scores + n), exponent), most[v]));
+      store(weights + n, e, float16_tag{});
+      sum[v] = add(sum[v], e);
+    }
+  }
+  for (int v = 0; v < QUERY_VECTORS; ++v) store(total + v * LANES, sum[v]);
+}
+
+// What the exponentials of each block are to be multiplied with to be shares of the softmax, in the
+// place of `greatest`; both arrays are [blocks, LAST_QUERIES]. Zeros for a query that sees nothing.
+void find_factors(float* greatest, const float* total, int64_t blocks) {
+  for (int v = 0; v < QUERY_VECTORS; ++v) {
+    vec most = set1(NEGATIVE_INFINITY), sum = set1(0.0f);
+    for (int64_t n = 0; n < blocks; ++n)
+      most = maximum(most, load(greatest + n * LAST_QUERIES + v * LANES));
+    most = finite_or_zero(most);
+    for (int64_t n = 0; n < blocks; ++n) {
+      float* of_block = greatest + n * LAST_QUERIES + v * LANES;
+      const vec factor = exp2_vec(sub(load(of_block), most));
+      store(of_block, factor);
+      sum = fma(factor, load(total + n * LAST_QUERIES + v * LANES), sum);
+    }
+    float inverse[LANES];
+    store(inverse, sum);
+    for (float& value : inverse) value = value > 0.0f ? 1.0f / value : 0.0f;
+    for (int64_t n = 0; n < blocks; ++n) {
+      float* of_block = greatest + n * LAST_QUERIES + v * LANES;
+      store(of_block, mul(load(of_block), load(inverse)));
+    }
+  }
+}
+
+struct ColumnScratch {
+  Buffer<packed> staging;
+  Buffer<word> queries;  // [DEPTH, LAST_QUERIES] words: a B operand
+  Buffer<float> scores;  // of one block of keys
+  Buffer<uint16_t> weights;  // [padded keys, LAST_QUERIES]
+  Buffer<float> factors, totals;  // [key blocks, LAST_QUERIES]
+  std::vector<float> sums, ranked;
+
+  explicit ColumnScratch(int64_t padded)
+      : staging(BLOCK * DEPTH * PAIR),
+        queries(DEPTH * LAST_QUERIES),
+        scores(BLOCK * LAST_QUERIES),
+        weights(padded * LAST_QUERIES),
+        factors(padded / BLOCK * LAST_QUERIES),
+        totals(padded / BLOCK * LAST_QUERIES),
+        sums(padded) {}
+};
 
 // Attention of the last queries, summed per key, into `sums`; last: row of the last real query.
 void sum_columns(const Arguments& a, ColumnScratch& s, const Rows& query, const Rows& key,
                  int64_t b, int64_t h, int64_t last) {
-  constexpr int VECTORS_PER_ROW = LAST_QUERIES / LANES;
-  const int64_t first_row = last - (LAST_QUERIES - 1), position = a.query_offset + first_row;
+  const int64_t first_row = last - (LAST_QUERIES - 1);
   const int64_t reach = std::min(a.num_keys, a.causal ? a.query_offset + last + 1 : a.num_keys);
+  const int64_t blocks = (reach + BLOCK - 1) / BLOCK;
   std::fill(s.sums.begin(), s.sums.end(), 0.0f);
-  pack_keys(s.queries.get(), s.staging.get(), [&](int q) -> const input* {
-    return first_row + q >= 0 ? query.at(b, a.heads[h], first_row + q) : nullptr;
-  });
-  const vec scale = set1(a.scale * LOG2E);
-  vec peaks[VECTORS_PER_ROW], totals[VECTORS_PER_ROW], shares[VECTORS_PER_ROW];
-  for (int v = 0; v < VECTORS_PER_ROW; ++v)
-    peaks[v] = set1(NEGATIVE_INFINITY), totals[v] = set1(0.0f);
-  for (int64_t first = 0; first < reach; first += BLOCK) {
-    float* scores = s.strip.get() + first * LAST_QUERIES;
-    score_keys(a, s, key, b, a.heads[h] / a.group, first, scores);
+  pack_last_queries(a, s.queries.get(), s.staging.get(), query, b, a.heads[h], first_row);
+  const vec exponent = exponent_of_product(a);
+  for (int64_t n = 0; n < blocks; ++n) {
+    score_block(a, s.queries.get(), s.staging.get(), key, b, a.heads[h] / a.group, n * BLOCK,
+                first_row, s.scores.get());
+    exponentiate_block(s.scores.get(), exponent, s.weights.get() + n * BLOCK * LAST_QUERIES,
+                       s.factors.get() + n * LAST_QUERIES, s.totals.get() + n * LAST_QUERIES);
+  }
+  find_factors(s.factors.get(), s.totals.get(), blocks);
+  for (int64_t n = 0; n < blocks; ++n) {
+    vec factor[QUERY_VECTORS];
+    for (int v = 0; v < QUERY_VECTORS; ++v)
+      factor[v] = load(s.factors.get() + n * LAST_QUERIES + v * LANES);
+    const uint16_t* weights = s.weights.get() + n * BLOCK * LAST_QUERIES;
     for (int r = 0; r < BLOCK; ++r) {
-      const int64_t j = first + r;
-      uint64_t visible = j < reach && key_is_real(a, b, j) ? ~low_bits(-first_row) : 0;
-      if (a.causal) visible &= ~low_bits(j - position);
-      if (a.window > 0) visible &= low_bits(j + a.window - position);
-      for (int v = 0; v < VECTORS_PER_ROW; ++v) {
-        float* scored = scores + r * LAST_QUERIES + v * LANES;
-        vec x = mul(load(scored), scale);
-        if (visible != ~uint64_t(0)) x = keep(visible >> (v * LANES), x);
-        store(scored, x);
-        peaks[v] = maximum(peaks[v], x);
-      }
+      vec sum = set1(0.0f);
+      for (int v = 0; v < QUERY_VECTORS; ++v)
+        sum = fma(load(weights + r * LAST_QUERIES + v * LANES, float16_tag{}), factor[v], sum);
+      s.sums[n * BLOCK + r] = reduce_add(sum);
     }
-  }
-  for (int v = 0; v < VECTORS_PER_ROW; ++v) peaks[v] = finite_or_zero(peaks[v]);
-  for (int64_t j = 0; j < reach; ++j) {
-    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
-      float* scored = s.strip.get() + j * LAST_QUERIES + v * LANES;
-      const vec e = exp2_vec(sub(load(scored), peaks[v]));
-      store(scored, e);
-      totals[v] = add(totals[v], e);
-    }
-  }
-  for (int v = 0; v < VECTORS_PER_ROW; ++v) {
-    float values[LANES];
-    store(values, totals[v]);
-    for (float& value : values) value = value > 0.0f ? 1.0f / value : 0.0f;
-    shares[v] = load(values);
-  }
-  for (int64_t j = 0; j < reach; ++j) {
-    vec sum = set1(0.0f);
-    for (int v = 0; v < VECTORS_PER_ROW; ++v)
-      sum = fma(load(s.strip.get() + j * LAST_QUERIES + v * LANES), shares[v], sum);
-    s.sums[j] = reduce_add(sum);
   }
 }
 
