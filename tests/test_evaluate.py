@@ -28,7 +28,7 @@ from mpass.evaluate.plots import write_plots
 from mpass.evaluate.run import evaluate
 from mpass.evaluate.runner import Runner, mean_density, window_layers
 from mpass.evaluate.samples import fit
-from mpass.evaluate.score import compare_losses, loose_score, strict_score
+from mpass.evaluate.score import compare_all, compare_losses, loose_score, strict_score
 from mpass.evaluate.summary import judge, summarize
 from mpass.evaluate.tables import render_summaries
 from mpass.evaluate.tasks import make_haystack, make_puzzle
@@ -101,6 +101,27 @@ def test_losses_are_those_of_all_logits_at_once(length):
     parts = zip(a.tensor_split(count), tokens[0, 1:].tensor_split(count), strict=True)
     expected = [float(nll(*part)) for part in parts]
     assert got.dense_positions == pytest.approx(expected, rel=1e-5)
+    gaps = (a - b).gather(-1, tokens[0, 1:, None])[:, 0]
+    assert got.scored == len(gaps)
+    for error, part in ((got.error, gaps), (got.last_error, gaps.tensor_split(4)[-1])):
+        assert error == pytest.approx(float(part.std(correction=0)) / len(part) ** 0.5, rel=1e-4)
+
+
+def test_scored_positions_are_spread_evenly_and_stand_for_all():
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(1, 4097, 128, generator=generator)
+    sparse = dense + 0.3 * torch.randn(1, 4097, 128, generator=generator)
+    tokens = torch.randint(128, (1, 4097), generator=generator)
+    whole = compare_losses(TableModel(), dense, sparse, tokens)
+    part, other = compare_all(TableModel(), dense, [sparse, dense], tokens, 1024)
+    rows = torch.arange(0, 4096, 4)
+    nll = -sparse[0].double().log_softmax(-1)[rows].gather(-1, tokens[0, rows + 1, None])[:, 0]
+    assert part.scored == 1024
+    assert part.sparse == pytest.approx(float(nll.mean()), rel=1e-5)
+    assert part.sparse_quarters[-1] == pytest.approx(float(nll[-256:].mean()), rel=1e-5)
+    assert abs(part.sparse - part.dense - (whole.sparse - whole.dense)) < 3 * part.error
+    assert other.sparse == other.dense == part.dense and other.agreement == 1.0
+    assert compare_all(TableModel(), dense, [sparse], tokens, 5000) == [whole]
 
 
 @pytest.mark.parametrize(

@@ -173,14 +173,20 @@ def svg(width: float, height: float, parts: Iterable[str]) -> str:
 
 
 def density_against_loss(title: str, series: Mapping[str, Sequence[Point]]) -> str:
-    """Density against the increase of the loss; the dashed line is what a default may cost.
+    """Density against the increase of the loss, as `loss_against` draws it."""
+    return loss_against("density", title, series)
 
-    An increase below 0 or above 0.3 is drawn on the edge.
+
+def loss_against(across: str, title: str, series: Mapping[str, Sequence[Point]]) -> str:
+    """A share against the increase of the loss; the dashed line is what a default may cost.
+
+    across: what the share is of, in words. An increase below 0 or above 0.3, and a share above 1,
+    are drawn on the edge.
     """
     highest = max((point[1] for points in series.values() for point in points), default=0.0)
     high = max(2 * LARGEST_LOSS, min(0.3, highest))
     loss = Axis("nats per token over dense", 0.0, high, root=True)
-    return draw_scatter(title, series, Axis("density", 0.0, 1.0), loss, LARGEST_LOSS)
+    return draw_scatter(title, series, Axis(across, 0.0, 1.0), loss, LARGEST_LOSS)
 
 
 def loss_by_position(lines: Iterable[Mapping[str, Any]]) -> str:
