@@ -16,7 +16,7 @@ from mpass.calibration_graph import attend_dense
 from mpass.calibration_probe import Input, Probe, as_input
 from mpass.calibration_report import heatmap
 from mpass.calibration_settings import Settings
-from mpass.commands.calibrate import retrieval_prompts
+from mpass.commands.calibrate import SHORT_PROMPT, retrieval_prompts
 from mpass.config import SparseConfig
 from mpass.demo import environment
 from mpass.evaluate.plan import read_lines
@@ -29,9 +29,6 @@ OBJECTIVES = {"searched": "divergence", "least error": "error", "most recall": "
 """What the heads are chosen by; all but the first are there to be compared with."""
 
 NEEDLES = ("niah_single_1", "niah_single_2", "passkey")
-SHORT_PROMPT = 1024
-"""Tokens of the retrieval prompts that are run layer by layer."""
-
 FAMILIES = 3
 """Rivals that are run at the smaller budgets: the best so many of the largest."""
 

@@ -13,6 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 RETRIEVAL_TASKS = ("niah_single_2", "passkey")
 """Retrieval prompts of a search; the answers of held-out ones come from other seeds."""
 
+SHORT_PROMPT = 1024
+"""Tokens of the retrieval prompts that are run layer by layer."""
+
 
 def calibrate(
     model: Annotated[
@@ -47,11 +50,12 @@ def calibrate(
         float, typer.Option(help="Weight of retrieval answers beside texts; 0 for none.")
     ] = 0.3,
     retrieval_lengths: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Tokens of retrieval prompts; those of 1024 and less are also run layer by layer."
+            help="Tokens of retrieval prompts; those of 1024 and less are also run layer by layer. "
+            "1024 and the longest of --lengths if not given."
         ),
-    ] = "1024,4096",
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     state: Annotated[
@@ -72,13 +76,18 @@ def calibrate(
     console = Console()
     candidates = [parse_pattern(pattern) for pattern in patterns] if patterns else None
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
+    text_lengths = parse_lengths("lengths", lengths)
+    if retrieval_lengths is None:
+        prompt_lengths = sorted({SHORT_PROMPT, max(text_lengths)})
+    else:
+        prompt_lengths = parse_lengths("retrieval_lengths", retrieval_lengths)
     searched, checked = make_inputs(
         tokenizer,
         text or ["code"],
         held_out,
-        parse_lengths("lengths", lengths),
+        text_lengths,
         parse_lengths("check_lengths", check_lengths or lengths),
-        parse_lengths("retrieval_lengths", retrieval_lengths) if retrieval_weight > 0 else [],
+        prompt_lengths if retrieval_weight > 0 else [],
     )
     settings = Settings(
         budget=None if max_loss is not None else budget,
