@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from mpass.errors import ConfigMismatchError
+from mpass.lowering.dispatch import choose_lowering
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.resolve import Choice, resolve_site
@@ -25,6 +26,10 @@ from mpass.site import AttentionSite, Length, example, shape_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+
+DENSE_ON_GPUS = ("flex_prefill", "sample_attention")
+"""Patterns that no GPU kernel estimates: by torch ops, head by head, it takes longer than dense
+attention."""
 
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
@@ -90,6 +95,11 @@ def reason_to_skip(site: AttentionSite) -> str:
         return f"{site.num_heads} query heads do not divide over {site.num_kv_heads} kv heads"
     if max(site.head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
         return f"head_dim {max(site.head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
+    if query.device.type == "cuda":
+        # The reference would serve them too, slower than dense attention.
+        lowering = choose_lowering(query, key, value, softcap=site.softcap)
+        if lowering.reason:
+            return lowering.reason
     if site.mask is None:
         return site.unproven or "its mask is not proven"
     if isinstance(site.mask.query_offset, fx.Node):
@@ -115,6 +125,10 @@ def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
         other = sorted({p.name for p in patterns if not p.bidirectional})
         if other:
             return f"not causal: {', '.join(other)} is defined for causal attention only"
+    if example(site.query).device.type == "cuda":
+        slow = sorted({p.name for p in patterns if p.name in DENSE_ON_GPUS})
+        if slow:
+            return f"no GPU kernel estimates {', '.join(slow)}: use union or x_attention on GPUs"
     windowed = site.mask is not None and site.mask.window
     if all(pattern.name == "dense" for pattern in patterns) and not windowed:
         return "the config keeps every head of this layer dense"

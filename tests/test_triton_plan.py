@@ -1,0 +1,84 @@
+"""What a GPU keeps dense, planned on tensors that only say that they lie on one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mpass.lowering import triton as lowering
+from mpass.patterns.base import find_pattern, registered_patterns
+from mpass.patterns.lists import ListPattern
+from torch import fx
+from torch._subclasses import FakeTensorMode
+
+from mpass.options import Options
+from mpass.plan import DENSE_ON_GPUS, AttentionPlan, Skip, plan_attention
+from mpass.site import AttentionSite, MaskMeaning
+
+WITH_KERNELS = (
+    *("vertical_slash", "block_sparse", "block_max", "block_top_p", "union", "x_attention"),
+    *("a_shape", "strided", "tri_shape"),
+)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def planned(
+    pattern: str, *, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
+) -> AttentionPlan | Skip:
+    """The plan of a causal attention over 8192 tokens on a GPU."""
+    graph = fx.Graph()
+    with FakeTensorMode():
+        tensor = torch.empty(1, 4, 8192, head_dim, dtype=dtype, device="cuda")
+    nodes = [graph.placeholder(name) for name in ("query", "key", "value")]
+    output = graph.call_function(torch.nn.functional.scaled_dot_product_attention, tuple(nodes))
+    for node in (*nodes, output):
+        node.meta["example_value"] = tensor
+    site = AttentionSite(output, *nodes, 0.1, MaskMeaning(causal=True), "sdpa", layer=0)
+    return plan_attention(site, Options(pattern=find_pattern(pattern)()))
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_patterns_with_kernels_are_planned_on_a_gpu(name):
+    plan = planned(name)
+    assert isinstance(plan, AttentionPlan) and plan.patterns[0].name == name
+
+
+@pytest.mark.parametrize("name", DENSE_ON_GPUS)
+def test_patterns_without_kernels_stay_dense_on_a_gpu(name):
+    plan = planned(name)
+    assert isinstance(plan, Skip)
+    assert plan.reason == f"no GPU kernel estimates {name}: use union or x_attention on GPUs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"dtype": torch.float32}, "bfloat16 or float16, not float32"),
+        ({"head_dim": 8}, "head_dim 8 is outside of 16 to 256"),
+    ],
+)
+def test_what_the_kernels_do_not_take_stays_dense_and_says_why(arguments, words):
+    plan = planned("union", **arguments)
+    assert isinstance(plan, Skip) and words in plan.reason
+
+
+def test_old_gpus_stay_dense(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    plan = planned("union")
+    assert isinstance(plan, Skip) and "8.0 (Ampere)" in plan.reason
+
+
+def test_every_pattern_has_kernels_or_is_kept_dense():
+    own = {
+        name: cls
+        for name, cls in registered_patterns().items()
+        if cls.__module__.startswith("mpass.patterns.")
+    }
+    assert set(own) == {*WITH_KERNELS, *DENSE_ON_GPUS, "dense"}
+    for name, cls in own.items():
+        if issubclass(cls, ListPattern):
+            kernels = hasattr(lowering, cls.estimator.index.__name__)
+            assert kernels == (name not in DENSE_ON_GPUS)
