@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mpass.lowering import dense, estimate, reference
+from mpass.lowering import dense, estimate, estimate_sampled, reference
 from torch import Tensor
+
+PLAIN = (reference, estimate, estimate_sampled, dense)
+"""Modules of the implementations in plain torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Lowering:
             own: Callable[..., Any] | None = getattr(module, name, None)
             if own is not None:
                 return own
-        plain = next(m for m in (reference, estimate, dense) if name in vars(m))
+        plain = next(m for m in PLAIN if name in vars(m))
         found: Callable[..., Any] = getattr(plain, name)
         return found
 

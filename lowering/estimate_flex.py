@@ -30,7 +30,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class FlexRule:
-    """What one head keeps; see mpass.patterns.flex_prefill for the meaning of each number."""
+    """What one head keeps; see mpass.patterns.flex_prefill for the meaning of each number.
+
+    sink_blocks, local_blocks: first and nearest blocks, always kept; last_blocks: query blocks at
+    the end that keep every block. The published rule fixes them.
+    """
 
     gamma: float
     tau: float
@@ -38,6 +42,9 @@ class FlexRule:
     max_budget: int
     block_size: int
     max_blocks: int
+    sink_blocks: int = 1
+    local_blocks: int = 1
+    last_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,9 +104,9 @@ def flex_index(
             mask,
             tiles,
             scores,
-            sink_blocks=1,
-            local_blocks=1,
-            last_blocks=0,
+            sink_blocks=rule.sink_blocks,
+            local_blocks=rule.local_blocks,
+            last_blocks=rule.last_blocks,
             max_blocks=rule.max_blocks,
             block_size=rule.block_size,
         )
@@ -166,7 +173,7 @@ def pooled_attention(
     """Attention of mean queries to mean keys, fp32 [B, I, J], and which cells are kept, bool.
 
     Cells are ranked over all query blocks together; they are kept while their running sum is at
-    most gamma times the number of query blocks.
+    most gamma times the number of query blocks; a gamma of 1 keeps every one that weighs anything.
     """
     size = rule.block_size
     pooled = pooled_means(query, size, mask, offset=mask.query_offset)
@@ -177,7 +184,7 @@ def pooled_attention(
     flat = weights.flatten(1)
     ordered = flat.sort(dim=-1, descending=True, stable=True)
     kept = ordered.values.cumsum(-1) <= rule.gamma * pooled.shape[1]
-    kept &= ordered.values > 0
+    kept = (kept if rule.gamma < 1 else torch.ones_like(kept)) & (ordered.values > 0)
     table = torch.zeros_like(kept).scatter_(-1, ordered.indices, kept)
     return weights, table.view_as(weights)
 
@@ -194,7 +201,10 @@ def covering(shares: Tensor, gamma: float, size: int) -> Tensor:
     """Blocks whose tokens hold `gamma` of the shares [B, N]: int64 [B], by the released code.
 
     The number of tokens divided by the block size, plus one: scattered tokens are under-covered.
+    A gamma of 1 takes all tokens.
     """
+    if gamma >= 1:
+        return torch.full(shares.shape[:1], (shares.shape[1] + 1) // size + 1, device=shares.device)
     running = shares.sort(dim=-1, descending=True).values.cumsum(-1)
     return ((running <= gamma).sum(-1) + 1) // size + 1
 
@@ -207,9 +217,9 @@ def block_sums(shares: Tensor, size: int) -> Tensor:
 
 def last_mean(query: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """Mean of the rows [B, R] of a query [B, Nq, D] that weigh anything: fp32 [B, D]."""
-    live = (weights.sum(-1) > 0).float()[..., None]
+    live = (weights.sum(-1) > 0)[..., None]
     picked = query.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, query.shape[-1])).float()
-    return (picked * live).sum(1) / live.sum(1).clamp(min=1)
+    return picked.where(live, 0.0).sum(1) / live.sum(1).clamp(min=1)
 
 
 def root_divergence(left: Tensor, right: Tensor) -> Tensor:
@@ -225,7 +235,7 @@ def root_divergence(left: Tensor, right: Tensor) -> Tensor:
 def with_first(scores: Tensor) -> Tensor:
     """Scores [B, N] with the first entry above all others."""
     raised = scores.clone()
-    raised[:, 0] = torch.inf
+    raised[:, 0].fill_(torch.inf)
     return raised
 
 

@@ -14,15 +14,15 @@ from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
-from mpass.lowering.estimate import diagonal_index
+from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.estimate_sampled import (
     SampledRule,
-    max_diagonals,
-    sampled_selection,
+    sampled_columns,
+    sampled_width,
+    window_size,
 )
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, num_query_blocks
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.reference import allowed_cells
-from mpass.patterns.a_shape import window_diagonals
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
@@ -69,20 +69,14 @@ class SampleAttention(Pattern):
         *,
         scale: float,
     ) -> SparseIndex:
+        sampled_index = choose_lowering(query, key, key).function("sampled_index")
         rules = [p.rule() for p in patterns]
-        columns, windows = sampled_selection(query, key, mask, heads, rules, scale=scale)
-        reach = torch.tensor([window_diagonals(size) for size in windows], device=key.device)
-        distances = torch.arange(max(window_diagonals(size) for size in windows), device=key.device)
-        diagonals = (distances < reach[:, None]).expand(query.shape[0], -1, -1)
-        rows = num_query_blocks(query.shape[2], mask.query_offset)
-        return diagonal_index(query, rows, columns, diagonals, cls.width(patterns))
+        index: SparseIndex = sampled_index(query, key, mask, heads, rules, scale=scale)
+        return index
 
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return IndexWidth(
-            max_diagonals=max(max_diagonals(p.rule()) for p in patterns),
-            max_columns=max(p.max_columns for p in patterns),
-        )
+        return sampled_width([p.rule() for p in patterns])
 
     @classmethod
     def select(
@@ -96,7 +90,8 @@ class SampleAttention(Pattern):
         scale: float,
     ) -> Tensor:
         rules = [p.rule() for p in patterns]
-        columns, windows = sampled_selection(query, key, mask, heads, rules, scale=scale)
+        columns = sampled_columns(query, key, mask, heads, rules, scale=scale)
+        windows = [window_size(rule, key.shape[2]) for rule in rules]
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
         window = torch.stack([distance < size for size in windows])

@@ -3,7 +3,13 @@
 from mpass.lowering.cpu.attention import sparse_attention
 from mpass.lowering.cpu.dense import dense_attention, estimation_pays, highest_density
 from mpass.lowering.cpu.estimate import block_top_k_index, vertical_slash_index
-from mpass.lowering.cpu.lists import antidiagonal_index, tile_index, union_index
+from mpass.lowering.cpu.lists import (
+    antidiagonal_index,
+    flex_index,
+    sampled_index,
+    tile_index,
+    union_index,
+)
 from mpass.lowering.cpu.support import unsupported
 
 __all__ = [
@@ -11,7 +17,9 @@ __all__ = [
     "block_top_k_index",
     "dense_attention",
     "estimation_pays",
+    "flex_index",
     "highest_density",
+    "sampled_index",
     "sparse_attention",
     "tile_index",
     "union_index",

@@ -1,4 +1,4 @@
-"""The numbers of one call of an estimator of lists, as the generated source declares likewise.
+"""The numbers of one call of an estimator of rules, as the generated source declares likewise.
 
 Each kernel takes the fields of its rule, one array per field with an entry per head.
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 from mpass.lowering.cpu.arguments import NUMBER_TYPES, fields, strided
 from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
+from mpass.lowering.estimate_flex import FlexRule
+from mpass.lowering.estimate_sampled import ColumnRule
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 
@@ -19,6 +21,8 @@ LIST_KERNELS: dict[str, type[Any]] = {
     "union": UnionRule,
     "tiles": TileRule,
     "antidiagonal": AntidiagonalRule,
+    "flex": FlexRule,
+    "sampled": ColumnRule,
 }
 """Rule of each kernel; its template is templates/<kernel>.cpp.jinja."""
 

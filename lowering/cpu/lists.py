@@ -1,4 +1,4 @@
-"""Lists of key blocks by generated C++; the meaning is lowering.estimate_union and its like.
+"""Lists of key blocks and single keys by generated C++; the meaning is lowering.estimate_*.
 
 One call of a generated library per index, whatever the rules of its heads.
 """
@@ -17,6 +17,8 @@ from mpass.lowering.cpu.list_arguments import list_arguments, rule_fields
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import estimate_spec
 from mpass.lowering.estimate_antidiagonal import AntidiagonalRule, antidiagonal_width
+from mpass.lowering.estimate_flex import FlexRule, flex_width
+from mpass.lowering.estimate_sampled import SampledRule, column_rule, window_index
 from mpass.lowering.estimate_tiles import TileRule, tile_width
 from mpass.lowering.estimate_union import UnionRule, union_width
 from mpass.lowering.index import (
@@ -44,9 +46,9 @@ def union_index(
 
     spec: a specialisation to use. Raises MemoryError if the means do not fit.
     """
-    return run_estimator(
-        "union", query, key, mask, heads, rules, union_width(rules), scale=scale, spec=spec
-    )
+    index = empty_lists(query, mask, len(heads), union_width(rules))
+    run_estimator("union", index, query, key, mask, heads, rules, scale=scale, spec=spec)
+    return index
 
 
 def tile_index(
@@ -60,9 +62,9 @@ def tile_index(
     spec: KernelSpec | None = None,
 ) -> SparseIndex:
     """As `mpass.lowering.estimate_tiles.tile_index`; arguments as of `union_index`."""
-    return run_estimator(
-        "tiles", query, key, mask, heads, rules, tile_width(rules), scale=scale, spec=spec
-    )
+    index = empty_lists(query, mask, len(heads), tile_width(rules))
+    run_estimator("tiles", index, query, key, mask, heads, rules, scale=scale, spec=spec)
+    return index
 
 
 def antidiagonal_index(
@@ -76,29 +78,67 @@ def antidiagonal_index(
     spec: KernelSpec | None = None,
 ) -> SparseIndex:
     """As `mpass.lowering.estimate_antidiagonal.antidiagonal_index`; arguments as `union_index`."""
-    width = antidiagonal_width(rules)
-    return run_estimator(
-        "antidiagonal", query, key, mask, heads, rules, width, scale=scale, spec=spec
-    )
+    index = empty_lists(query, mask, len(heads), antidiagonal_width(rules))
+    run_estimator("antidiagonal", index, query, key, mask, heads, rules, scale=scale, spec=spec)
+    return index
+
+
+def flex_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[FlexRule],
+    *,
+    scale: float,
+    spec: KernelSpec | None = None,
+) -> SparseIndex:
+    """As `mpass.lowering.estimate_flex.flex_index`; arguments as of `union_index`."""
+    index = empty_lists(query, mask, len(heads), flex_width(rules))
+    run_estimator("flex", index, query, key, mask, heads, rules, scale=scale, spec=spec)
+    return index
+
+
+def sampled_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[SampledRule],
+    *,
+    scale: float,
+    spec: KernelSpec | None = None,
+) -> SparseIndex:
+    """As `mpass.lowering.estimate_sampled.sampled_index`; arguments as of `union_index`."""
+    index = window_index(query, key, mask, rules)
+    columns = [column_rule(rule, query.shape[2]) for rule in rules]
+    run_estimator("sampled", index, query, key, mask, heads, columns, scale=scale, spec=spec)
+    return index
+
+
+def empty_lists(
+    query: Tensor, mask: AttentionMask, num_heads: int, width: IndexWidth
+) -> SparseIndex:
+    """An index in list form that an estimator is to fill."""
+    num_blocks = num_query_blocks(query.shape[2], mask.query_offset)
+    return empty_index(query, num_blocks, width, list_slots(num_heads))
 
 
 def run_estimator(
     kernel: str,
+    index: SparseIndex,
     query: Tensor,
     key: Tensor,
     mask: AttentionMask,
     heads: Sequence[int],
     rules: Sequence[Any],
-    width: IndexWidth,
     *,
     scale: float,
     spec: KernelSpec | None,
-) -> SparseIndex:
-    """The index of `rules`, one per head, by the kernel of that name."""
-    num_blocks = num_query_blocks(query.shape[2], mask.query_offset)
-    index = empty_index(query, num_blocks, width, list_slots(len(heads)))
+) -> None:
+    """Fill the lists and columns of an index by the kernel of that name, one rule per head."""
     if query.shape[0] == 0 or not heads or 0 in (query.shape[2], key.shape[2]):
-        return index
+        return
     query, key = rows_contiguous(query), rows_contiguous(key)
     key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
     parameters = {
@@ -122,9 +162,9 @@ def run_estimator(
         group=query.shape[1] // key.shape[1],
         num_queries=query.shape[2],
         num_keys=key.shape[2],
-        num_blocks=num_blocks,
-        list_width=width.max_blocks,
-        column_width=width.max_columns,
+        num_blocks=num_query_blocks(query.shape[2], mask.query_offset),
+        list_width=index.block_index.shape[-1],
+        column_width=index.column_index.shape[-1],
         query_offset=mask.query_offset,
         window=mask.window,
         causal=mask.causal,
@@ -137,4 +177,3 @@ def run_estimator(
     library = load_library(replace(spec or estimate_spec(query), kernel=kernel))
     if library[f"{kernel}_index"](ctypes.byref(arguments)) != 0:
         raise MemoryError(f"no memory to estimate an index over keys {tuple(key.shape)}")
-    return index
