@@ -438,17 +438,23 @@ inline uint64_t low_bits(int64_t count) {
   return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
 }
 
-// The last queries of one head, [DEPTH, LAST_QUERIES] words: a B operand. Their products with keys
+// Queries as a B operand, [DEPTH, BLOCK] words; row(q): row q of the input, or null. Their products
 // are to be multiplied with exponent_of_product(): the sign of the scale is in them.
-void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
-                       int64_t head, int64_t first_row) {
-  pack_keys(out, staging, [&](int q) -> const input* {
-    return first_row + q >= 0 && a.scale != 0 ? query.at(b, head, first_row + q) : nullptr;
-  });
+template <typename Row>
+void pack_queries(const Arguments& a, word* out, packed* staging, const Row& row) {
+  pack_keys(out, staging, [&](int q) { return a.scale != 0 ? row(q) : nullptr; });
   if (a.scale < 0) {
-    for (int n = 0; n < DEPTH * LAST_QUERIES; ++n)
+    for (int n = 0; n < DEPTH * BLOCK; ++n)
       out[n] = -out[n];
   }
+}
+
+// The last queries of one head.
+void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
+                       int64_t head, int64_t first_row) {
+  pack_queries(a, out, staging, [&](int q) -> const input* {
+    return first_row + q >= 0 ? query.at(b, head, first_row + q) : nullptr;
+  });
 }
 
 inline vec exponent_of_product(const Arguments& a) {

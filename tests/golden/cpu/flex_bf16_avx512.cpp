@@ -445,11 +445,26 @@ struct Selection {
   // Keeps the best entries of a range of `rest` for as long as `wanted()` and there is room.
   template <typename Iterator, typename Wanted>
   void take(Iterator begin, Iterator end, const Wanted& wanted) {
+    if (begin == end || room <= 0 || !wanted()) return;
     std::make_heap(begin, end);
     for (; begin != end && room > 0 && wanted(); --end, --room) {
       held += begin->first;
       kept[-begin->second] = 1;
       std::pop_heap(begin, end);
+    }
+  }
+
+  // Keeps the entries of a range, the best of them where there is not room for all.
+  template <typename Iterator>
+  void take_all(Iterator begin, Iterator end) {
+    if (end - begin > room) {
+      std::nth_element(begin, begin + room, end, std::greater<Entry>());
+      end = begin + room;
+    }
+    room -= end - begin;
+    for (; begin != end; ++begin) {
+      held += begin->first;
+      kept[-begin->second] = 1;
     }
   }
 
@@ -466,10 +481,7 @@ struct Selection {
     const auto end = std::partition(rest.begin(), rest.end(), [&](const Entry& entry) {
       return entry.first >= least && entry.first > 0.0f;
     });
-    if (end - rest.begin() > room)
-      std::nth_element(rest.begin(), rest.begin() + room, end, std::greater<Entry>());
-    for (auto entry = rest.begin(); entry != end && room > 0; ++entry, --room)
-      kept[-entry->second] = 1;
+    take_all(rest.begin(), end);
   }
 
   // The lists of the query blocks that this block of queries consists of.
@@ -500,14 +512,14 @@ struct Selection {
   }
 };
 
-constexpr int ROWS_AT_ONCE = BLOCK;
 constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one mean
 
-// Runs of one kv head's keys, packed as B operands of 64 runs each.
+// Runs of one kv head's keys, packed in panels of 64 runs each: B operands, or rows one after the
+// other.
 struct Runs {
   int64_t count, padded;
   int64_t parts;  // rows of keys that a run consists of
-  word* panels;  // [padded / 64, parts, DEPTH, 64]
+  word* panels;  // [padded / 64, parts, DEPTH, 64] or [padded, DEPTH]
   float* weight;  // [padded] what is added to a product, in units of log2; -inf for no keys
 };
 
@@ -556,22 +568,6 @@ class AllRuns {
   Buffer<float> weights_;
 };
 
-struct RunScratch {
-  Buffer<packed> rows;
-  Buffer<float> mean, strip, sums;
-  Selection selection;
-  int64_t stride;  // of the strip: no power of two, whose rows would share cache sets
-
-  explicit RunScratch(const AllRuns& all)
-      : rows(BLOCK * all.parts() * DEPTH * PAIR),
-        mean(POOLED),
-        strip(ROWS_AT_ONCE * (all.width() + LANES)),
-        sums(all.width() + LANES),
-        stride(all.width() + LANES) {
-    std::fill_n(sums.get(), stride, 0.0f);
-  }
-};
-
 // Sum of the rows first <= n < stop for which `real(n)`, [POOLED]; returns how many there are.
 template <typename Real>
 int64_t sum_rows(float* sum, const Rows& rows, int64_t b, int64_t head, int64_t first, int64_t stop,
@@ -604,27 +600,52 @@ inline void pack_mean(packed* out, const float* sum, int64_t count) {
   std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
 }
 
-// Means of the 64 runs of one panel. log_size: a run weighs as many keys as it has, else as one.
-void pool_panel(const Arguments& a, const Runs& runs, RunScratch& s, const Rows& key, int64_t b,
-                int64_t kv_head, int64_t length, int64_t panel, bool log_size) {
+// Means of the 64 runs of one panel, a row of DEPTH words each. sum: room for POOLED floats;
+// log_size: a run weighs as many keys as it has, else as one.
+void pool_runs(const Arguments& a, const Runs& runs, float* sum, const Rows& key, int64_t b,
+               int64_t kv_head, int64_t length, int64_t panel, bool log_size, word* out) {
   for (int r = 0; r < BLOCK; ++r) {
     const int64_t run = panel * BLOCK + r, first = run * length;
-    const int64_t count = sum_rows(s.mean.get(), key, b, kv_head, first,
+    const int64_t count = sum_rows(sum, key, b, kv_head, first,
                                    std::min(a.num_keys, first + length),
                                    [&](int64_t j) { return key_is_real(a, b, j); });
     runs.weight[run] = count == 0 ? NEGATIVE_INFINITY
         : log_size                ? std::log2(static_cast<float>(count))
                                   : 0.0f;
-    pack_mean(s.rows.get() + r * DEPTH * PAIR, s.mean.get(), count);
+    pack_mean(reinterpret_cast<packed*>(out + r * DEPTH), sum, count);
   }
-  transpose_rows(runs.panels + panel * DEPTH * BLOCK,
-                 reinterpret_cast<const word*>(s.rows.get()), DEPTH);
 }
 
 // The runs that a line sees: low <= s < high.
 struct Seen {
   int64_t low, high;
 };
+
+constexpr int ROWS_AT_ONCE = BLOCK;
+
+struct RunScratch {
+  Buffer<packed> rows;
+  Buffer<float> mean, strip, sums;
+  Selection selection;
+  int64_t stride;  // of the strip: no power of two, whose rows would share cache sets
+
+  explicit RunScratch(const AllRuns& all)
+      : rows(BLOCK * all.parts() * DEPTH * PAIR),
+        mean(POOLED),
+        strip(ROWS_AT_ONCE * (all.width() + LANES)),
+        sums(all.width() + LANES),
+        stride(all.width() + LANES) {
+    std::fill_n(sums.get(), stride, 0.0f);
+  }
+};
+
+// Means of the 64 runs of one panel, as a B operand.
+void pool_panel(const Arguments& a, const Runs& runs, RunScratch& s, const Rows& key, int64_t b,
+                int64_t kv_head, int64_t length, int64_t panel, bool log_size) {
+  word* rows = reinterpret_cast<word*>(s.rows.get());
+  pool_runs(a, runs, s.mean.get(), key, b, kv_head, length, panel, log_size, rows);
+  transpose_rows(runs.panels + panel * DEPTH * BLOCK, rows, DEPTH);
+}
 
 // Lines one after the other: `pack(line, out)` packs one and tells what it sees (nothing: zeros);
 // `add(strip row, seen)` takes its products; `finish(tile)` follows on every `per_tile` lines.

@@ -445,11 +445,26 @@ struct Selection {
   // Keeps the best entries of a range of `rest` for as long as `wanted()` and there is room.
   template <typename Iterator, typename Wanted>
   void take(Iterator begin, Iterator end, const Wanted& wanted) {
+    if (begin == end || room <= 0 || !wanted()) return;
     std::make_heap(begin, end);
     for (; begin != end && room > 0 && wanted(); --end, --room) {
       held += begin->first;
       kept[-begin->second] = 1;
       std::pop_heap(begin, end);
+    }
+  }
+
+  // Keeps the entries of a range, the best of them where there is not room for all.
+  template <typename Iterator>
+  void take_all(Iterator begin, Iterator end) {
+    if (end - begin > room) {
+      std::nth_element(begin, begin + room, end, std::greater<Entry>());
+      end = begin + room;
+    }
+    room -= end - begin;
+    for (; begin != end; ++begin) {
+      held += begin->first;
+      kept[-begin->second] = 1;
     }
   }
 
@@ -466,10 +481,7 @@ struct Selection {
     const auto end = std::partition(rest.begin(), rest.end(), [&](const Entry& entry) {
       return entry.first >= least && entry.first > 0.0f;
     });
-    if (end - rest.begin() > room)
-      std::nth_element(rest.begin(), rest.begin() + room, end, std::greater<Entry>());
-    for (auto entry = rest.begin(); entry != end && room > 0; ++entry, --room)
-      kept[-entry->second] = 1;
+    take_all(rest.begin(), end);
   }
 
   // The lists of the query blocks that this block of queries consists of.
@@ -500,14 +512,14 @@ struct Selection {
   }
 };
 
-constexpr int ROWS_AT_ONCE = BLOCK;
 constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one mean
 
-// Runs of one kv head's keys, packed as B operands of 64 runs each.
+// Runs of one kv head's keys, packed in panels of 64 runs each: B operands, or rows one after the
+// other.
 struct Runs {
   int64_t count, padded;
   int64_t parts;  // rows of keys that a run consists of
-  word* panels;  // [padded / 64, parts, DEPTH, 64]
+  word* panels;  // [padded / 64, parts, DEPTH, 64] or [padded, DEPTH]
   float* weight;  // [padded] what is added to a product, in units of log2; -inf for no keys
 };
 
@@ -556,22 +568,6 @@ class AllRuns {
   Buffer<float> weights_;
 };
 
-struct RunScratch {
-  Buffer<packed> rows;
-  Buffer<float> mean, strip, sums;
-  Selection selection;
-  int64_t stride;  // of the strip: no power of two, whose rows would share cache sets
-
-  explicit RunScratch(const AllRuns& all)
-      : rows(BLOCK * all.parts() * DEPTH * PAIR),
-        mean(POOLED),
-        strip(ROWS_AT_ONCE * (all.width() + LANES)),
-        sums(all.width() + LANES),
-        stride(all.width() + LANES) {
-    std::fill_n(sums.get(), stride, 0.0f);
-  }
-};
-
 // Sum of the rows first <= n < stop for which `real(n)`, [POOLED]; returns how many there are.
 template <typename Real>
 int64_t sum_rows(float* sum, const Rows& rows, int64_t b, int64_t head, int64_t first, int64_t stop,
@@ -604,111 +600,26 @@ inline void pack_mean(packed* out, const float* sum, int64_t count) {
   std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
 }
 
-// Means of the 64 runs of one panel. log_size: a run weighs as many keys as it has, else as one.
-void pool_panel(const Arguments& a, const Runs& runs, RunScratch& s, const Rows& key, int64_t b,
-                int64_t kv_head, int64_t length, int64_t panel, bool log_size) {
+// Means of the 64 runs of one panel, a row of DEPTH words each. sum: room for POOLED floats;
+// log_size: a run weighs as many keys as it has, else as one.
+void pool_runs(const Arguments& a, const Runs& runs, float* sum, const Rows& key, int64_t b,
+               int64_t kv_head, int64_t length, int64_t panel, bool log_size, word* out) {
   for (int r = 0; r < BLOCK; ++r) {
     const int64_t run = panel * BLOCK + r, first = run * length;
-    const int64_t count = sum_rows(s.mean.get(), key, b, kv_head, first,
+    const int64_t count = sum_rows(sum, key, b, kv_head, first,
                                    std::min(a.num_keys, first + length),
                                    [&](int64_t j) { return key_is_real(a, b, j); });
     runs.weight[run] = count == 0 ? NEGATIVE_INFINITY
         : log_size                ? std::log2(static_cast<float>(count))
                                   : 0.0f;
-    pack_mean(s.rows.get() + r * DEPTH * PAIR, s.mean.get(), count);
+    pack_mean(reinterpret_cast<packed*>(out + r * DEPTH), sum, count);
   }
-  transpose_rows(runs.panels + panel * DEPTH * BLOCK,
-                 reinterpret_cast<const word*>(s.rows.get()), DEPTH);
 }
 
 // The runs that a line sees: low <= s < high.
 struct Seen {
   int64_t low, high;
 };
-
-// Lines one after the other: `pack(line, out)` packs one and tells what it sees (nothing: zeros);
-// `add(strip row, seen)` takes its products; `finish(tile)` follows on every `per_tile` lines.
-template <typename Pack, typename Add, typename Finish>
-void visit_lines(RunScratch& s, const Runs& runs, int64_t lines, int64_t per_tile, const Pack& pack,
-                 const Add& add_line, const Finish& finish) {
-  const int64_t depth = runs.parts * DEPTH;
-  for (int64_t first = 0; first < lines; first += ROWS_AT_ONCE) {
-    Seen seen[ROWS_AT_ONCE];
-    int64_t reach = 0;
-    for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-      packed* out = s.rows.get() + r * depth * PAIR;
-      seen[r] = first + r < lines ? pack(first + r, out) : Seen{0, 0};
-      if (seen[r].low >= seen[r].high) std::memset(out, 0, depth * sizeof(word));
-      else reach = std::max(reach, seen[r].high);
-    }
-    const word* parts[BLOCK];
-    for (int64_t panel = 0; panel * BLOCK < reach; ++panel) {
-      for (int64_t n = 0; n < runs.parts; ++n)
-        parts[n] = runs.panels + (panel * runs.parts + n) * DEPTH * BLOCK;
-      multiply<false>(reinterpret_cast<const word*>(s.rows.get()), static_cast<int>(depth), parts,
-                      static_cast<int>(runs.parts), DEPTH, BLOCK, s.strip.get() + panel * BLOCK,
-                      static_cast<int>(s.stride), ROWS_AT_ONCE, BLOCK, nullptr);
-    }
-    for (int64_t line = first; line < std::min(lines, first + ROWS_AT_ONCE); ++line) {
-      const Seen of_line = seen[line - first];
-      if (of_line.low < of_line.high) add_line(s.strip.get() + (line - first) * s.stride, of_line);
-      if ((line + 1) % per_tile == 0) finish(line / per_tile);
-    }
-  }
-}
-
-// One query row; zeros where the scale is 0, which makes the products what they are to be.
-inline void pack_query(const Arguments& a, packed* out, const input* row) {
-  if (a.scale == 0) std::memset(out, 0, DEPTH * sizeof(word));
-  else pack_row(out, row, HEAD_DIM, DEPTH * PAIR);
-}
-
-// From products to exponents of 2.
-inline vec exponent_factor(float scale) { return set1((scale == 0 ? 1.0f : scale) * LOG2E); }
-
-// Hides what a line does not see in the vectors at the edges of what it does.
-inline void hide_edges(float* row, Seen seen, float scale) {
-  const int64_t first = seen.low / LANES * LANES, last = (seen.high - 1) / LANES * LANES;
-  const float hidden = scale < 0 ? -NEGATIVE_INFINITY : NEGATIVE_INFINITY;
-  for (int64_t s = first; s < seen.low; ++s) row[s] = hidden;
-  for (int64_t s = seen.high; s < last + LANES; ++s) row[s] = hidden;
-}
-
-// The greatest exponent of a line.
-inline float greatest_of(const float* row, const float* weight, Seen seen, vec factor) {
-  vec top = set1(NEGATIVE_INFINITY);
-  for (int64_t s = seen.low / LANES * LANES; s < seen.high; s += LANES)
-    top = maximum(fma(load(row + s), factor, load(weight + s)), top);
-  return reduce_max(top);
-}
-
-// Softmax of a line: exponentials stay in the strip; returns their sum, or 0 if it sees no keys.
-inline float exponentiate_line(float* row, const float* weight, Seen seen, float scale) {
-  hide_edges(row, seen, scale);
-  const vec factor = exponent_factor(scale);
-  const float greatest = greatest_of(row, weight, seen, factor);
-  if (greatest == NEGATIVE_INFINITY) return 0.0f;
-  const vec peak = set1(greatest);
-  vec total = set1(0.0f);
-  for (int64_t s = seen.low / LANES * LANES; s < seen.high; s += LANES) {
-    const vec e = exp2_vec(sub(fma(load(row + s), factor, load(weight + s)), peak));
-    store(row + s, e);
-    total = add(total, e);
-  }
-  return reduce_add(total);
-}
-
-// Sums over the runs of each of `blocks` key blocks; the sums over lines are zero again.
-inline void take_sums(RunScratch& s, int64_t runs, int64_t per_block, int64_t blocks) {
-  float* sums = s.sums.get();
-  s.selection.scores.resize(blocks);
-  for (int64_t kb = 0; kb < blocks; ++kb) {
-    float sum = 0.0f;
-    for (int64_t n = kb * per_block; n < std::min(runs, (kb + 1) * per_block); ++n) sum += sums[n];
-    s.selection.scores[kb] = sum;
-  }
-  std::fill_n(sums, s.stride, 0.0f);
-}
 
 constexpr int LAST_QUERIES = 64;
 constexpr int QUERY_VECTORS = LAST_QUERIES / LANES;
@@ -718,17 +629,23 @@ inline uint64_t low_bits(int64_t count) {
   return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
 }
 
-// The last queries of one head, [DEPTH, LAST_QUERIES] words: a B operand. Their products with keys
+// Queries as a B operand, [DEPTH, BLOCK] words; row(q): row q of the input, or null. Their products
 // are to be multiplied with exponent_of_product(): the sign of the scale is in them.
-void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
-                       int64_t head, int64_t first_row) {
-  pack_keys(out, staging, [&](int q) -> const input* {
-    return first_row + q >= 0 && a.scale != 0 ? query.at(b, head, first_row + q) : nullptr;
-  });
+template <typename Row>
+void pack_queries(const Arguments& a, word* out, packed* staging, const Row& row) {
+  pack_keys(out, staging, [&](int q) { return a.scale != 0 ? row(q) : nullptr; });
   if (a.scale < 0) {
-    for (int n = 0; n < DEPTH * LAST_QUERIES; ++n)
+    for (int n = 0; n < DEPTH * BLOCK; ++n)
       out[n] = out[n] ^ 0x80008000u;
   }
+}
+
+// The last queries of one head.
+void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
+                       int64_t head, int64_t first_row) {
+  pack_queries(a, out, staging, [&](int q) -> const input* {
+    return first_row + q >= 0 ? query.at(b, head, first_row + q) : nullptr;
+  });
 }
 
 inline vec exponent_of_product(const Arguments& a) {
@@ -865,7 +782,8 @@ void sum_columns(const Arguments& a, ColumnScratch& s, const Rows& query, const 
       vec sum = set1(0.0f);
       for (int v = 0; v < QUERY_VECTORS; ++v)
         sum = fma(load(weights + r * LAST_QUERIES + v * LANES, float16_tag{}), factor[v], sum);
-      s.sums[n * BLOCK + r] = reduce_add(sum);
+      const float total = reduce_add(sum);
+      s.sums[n * BLOCK + r] = total > 0.0f ? total : 0.0f;  // NaN cannot be ranked
     }
   }
 }
@@ -892,7 +810,7 @@ void write_columns(const Arguments& a, ColumnScratch& s, int64_t b, int64_t h) {
   a.column_count[head] = written;
 }
 
-// Bit n: x[n] >= least.
+// Bit n: x[n] >= least[n].
 inline uint32_t at_least(vec x, vec least) {
   return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ);
 }
@@ -906,69 +824,185 @@ inline vec sum_neighbours(vec x, int64_t count) {
   return x;
 }
 
-// Adds the softmax weights of one line to `sums`, and marks the key blocks, of `ratio` runs each,
-// that get at least `least` of them.
-void add_weights(float* sums, uint8_t* sharp, float* row, const float* weight, Seen seen,
-                 int64_t ratio, float scale, float least) {
-  const float total = exponentiate_line(row, weight, seen, scale);
-  if (total == 0.0f) return;
-  const vec share = set1(1.0f / total), of_block = set1(least * total);
-  const int shift = __builtin_ctz(static_cast<unsigned>(ratio));
-  const uint32_t first_lanes = ratio < 32 ? ~uint32_t(0) / ((uint32_t(1) << ratio) - 1) : 1;
-  vec block = set1(0.0f);  // of a block that takes several vectors
-  for (int64_t s = seen.low / LANES * LANES; s < seen.high; s += LANES) {
-    const vec e = load(row + s);
-    store(sums + s, fma(e, share, load(sums + s)));
-    if (ratio <= LANES) {
-      uint32_t found = at_least(sum_neighbours(e, ratio), of_block) & first_lanes;
-      for (; found != 0; found &= found - 1) sharp[(s + __builtin_ctz(found)) >> shift] = 1;
-      continue;
+struct UnionScratch {
+  Buffer<packed> staging;
+  Buffer<float> mean;
+  Buffer<word> queries;  // [DEPTH, BLOCK] words: a B operand
+  Buffer<float> products;  // [BLOCK, BLOCK] of one panel
+  Buffer<float> sums;  // [key blocks, BLOCK] relative to the greatest of their panel
+  Buffer<float> factors, totals;  // [panels, BLOCK]
+  Buffer<float> scores;  // [query blocks of a product, key blocks]
+  std::vector<uint64_t> sharp;  // per key block: for which query blocks of the product it is
+  Selection selection;
+
+  UnionScratch(int64_t width, int64_t key_blocks)  // width: runs of the longest, padded
+      : staging(BLOCK * DEPTH * PAIR),
+        mean(POOLED),
+        queries(DEPTH * BLOCK),
+        products(BLOCK * BLOCK),
+        sums((key_blocks + BLOCK) * BLOCK),
+        factors(width),
+        totals(width),
+        scores(BLOCK * key_blocks),
+        sharp(key_blocks) {}
+};
+
+// What BLOCK lines see: run s if low[line] <= s < high[line].
+struct Sight {
+  float low[BLOCK], high[BLOCK];  // whole numbers
+  int64_t first = std::numeric_limits<int64_t>::max(), stop = 0;  // runs that any line sees
+  int64_t low_of_all = 0, high_of_all = std::numeric_limits<int64_t>::max();  // that every line sees
+
+  void set(int line, Seen seen) {
+    low[line] = static_cast<float>(seen.low);
+    high[line] = static_cast<float>(seen.high);
+    low_of_all = std::max(low_of_all, seen.low);
+    high_of_all = std::min(high_of_all, seen.high);
+    if (seen.low >= seen.high) return;
+    first = std::min(first, seen.low);
+    stop = std::max(stop, seen.high);
+  }
+};
+
+// Hides what lines do not see in the products of one panel.
+void hide_unseen(float* products, const Sight& sight, int64_t panel, int64_t runs) {
+  for (int64_t r = 0; r < runs; ++r) {
+    const vec run = set1(static_cast<float>(panel * BLOCK + r));
+    const vec next = add(run, set1(1.0f));
+    for (int n = 0; n < BLOCK; n += LANES) {
+      float* row = products + r * BLOCK + n;
+      const uint32_t seen = at_least(run, load(sight.low + n)) & at_least(load(sight.high + n), next);
+      store(row, keep(seen, load(row)));
     }
-    block = add(block, e);
-    if (((s + LANES) & (ratio - 1)) != 0 && s + LANES < seen.high) continue;
-    sharp[s >> shift] |= at_least(sum_neighbours(block, LANES), of_block) != 0;
-    block = set1(0.0f);
   }
 }
 
-struct UnionScratch : RunScratch {
-  std::vector<uint8_t> sharp;  // per key block
+// Exponentials of the first `runs` of a panel, summed over the runs of each key block, `ratio` each.
+void sum_panel(const float* products, const float* weight, vec exponent, int64_t runs,
+               int64_t ratio, float* sums, float* greatest, float* total) {
+  constexpr int VECTORS_PER_ROW = BLOCK / LANES;
+  vec most[VECTORS_PER_ROW], all[VECTORS_PER_ROW];
+  for (int v = 0; v < VECTORS_PER_ROW; ++v)
+    most[v] = set1(NEGATIVE_INFINITY), all[v] = set1(0.0f);
+  for (int64_t r = 0; r < runs; ++r)
+    for (int v = 0; v < VECTORS_PER_ROW; ++v)
+      most[v] = maximum(most[v], fma(load(products + r * BLOCK + v * LANES), exponent,
+                                     set1(weight[r])));
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) {
+    store(greatest + v * LANES, most[v]);
+    most[v] = finite_or_zero(most[v]);
+  }
+  for (int64_t first = 0; first < runs; first += ratio, sums += BLOCK) {
+    vec block[VECTORS_PER_ROW];
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) block[v] = set1(0.0f);
+    for (int64_t r = first; r < first + ratio; ++r)
+      for (int v = 0; v < VECTORS_PER_ROW; ++v)
+        block[v] = add(block[v], exp2_vec(sub(fma(load(products + r * BLOCK + v * LANES), exponent,
+                                                  set1(weight[r])),
+                                              most[v])));
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
+      store(sums + v * LANES, block[v]);
+      all[v] = add(all[v], block[v]);
+    }
+  }
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, all[v]);
+}
 
-  UnionScratch(const AllRuns& all, int64_t key_blocks) : RunScratch(all), sharp(key_blocks) {}
-};
+// Softmax shares of the key blocks first <= kb < stop: summed over the lines of each query block
+// into `scores`, and marked in `sharp` where one line's is at least `least`.
+void score_blocks(UnionScratch& s, int64_t first, int64_t stop, int64_t ratio, int64_t rows,
+                  float least) {
+  const int64_t key_blocks = static_cast<int64_t>(s.sharp.size()), at_once = BLOCK / rows;
+  for (int64_t kb = first; kb < stop; ++kb) {
+    const float* sums = s.sums.get() + kb * BLOCK;
+    const float* factors = s.factors.get() + kb * ratio / BLOCK * BLOCK;
+    uint64_t sharp = 0;
+    vec sum = set1(0.0f);
+    for (int n = 0; n < BLOCK; n += LANES) {
+      const vec share = mul(load(sums + n), load(factors + n));
+      sharp |= uint64_t(at_least(share, set1(least))) << n;
+      sum = add(sum, share);
+      if ((n + LANES) % rows != 0 && rows >= LANES) continue;
+      float of_blocks[LANES];
+      sum = sum_neighbours(sum, std::min<int64_t>(rows, LANES));
+      store(of_blocks, maximum(sum, set1(0.0f)));  // NaN cannot be ranked
+      for (int64_t lane = 0; lane < LANES; lane += rows)
+        s.scores.get()[(n + lane) / rows * key_blocks + kb] = of_blocks[lane];
+      sum = set1(0.0f);
+    }
+    s.sharp[kb] = 0;
+    for (int64_t i = 0; i < at_once; ++i)
+      s.sharp[kb] |= uint64_t((sharp >> i * rows & low_bits(rows)) != 0) << i;
+  }
+}
+
+// Shares of all key blocks, for the lines of `blocks` query blocks from `first` on.
+void score_lines(const Arguments& a, UnionScratch& s, const Runs& runs, const Rows& query,
+                 int64_t b, int64_t h, int64_t first, int64_t blocks) {
+  const int64_t rows = a.rows[h], pool = a.pool[h], ratio = BLOCK / pool;
+  const int64_t end = a.query_offset + a.num_queries;
+  const int64_t key_blocks = static_cast<int64_t>(s.sharp.size());
+  Sight sight;
+  const input* lines[BLOCK] = {};
+  for (int line = 0; line < BLOCK; ++line) {
+    const int64_t block = first + line / rows;
+    const int64_t last = std::min(end, (block + 1) * BLOCK) - 1;
+    const int64_t p = last - (rows - 1 - line % rows) * (BLOCK / rows), n = p - a.query_offset;
+    Seen seen{0, 0};
+    if (line < blocks * rows && n >= 0 && p >= block * BLOCK && query_is_real(a, b, n)) {
+      lines[line] = query.at(b, a.heads[h], n);
+      const int64_t hidden = a.window > 0 ? p - a.window - (pool - 1) : -1;
+      seen = {hidden < 0 ? 0 : hidden / pool + 1,
+              a.causal ? std::min(runs.count, p / pool + 1) : runs.count};
+    }
+    sight.set(line, seen);
+  }
+  pack_queries(a, s.queries.get(), s.staging.get(), [&](int line) { return lines[line]; });
+  const word* queries = s.queries.get();
+  const vec exponent = exponent_of_product(a);
+  const int64_t first_panel = std::min(sight.first, sight.stop) / BLOCK;
+  const int64_t stop_panel = (sight.stop + BLOCK - 1) / BLOCK;
+  for (int64_t panel = first_panel; panel < stop_panel; ++panel) {
+    const int64_t start = panel * BLOCK;
+    const int64_t seen = std::min<int64_t>(BLOCK, round_up(sight.stop - start, ratio));
+    multiply<false>(runs.panels + start * DEPTH, DEPTH, &queries, 1, DEPTH, BLOCK,
+                    s.products.get(), BLOCK, static_cast<int>(round_up(seen, ROW_STEP)), BLOCK,
+                    nullptr);
+    if (start < sight.low_of_all || start + seen > sight.high_of_all)
+      hide_unseen(s.products.get(), sight, panel, seen);
+    sum_panel(s.products.get(), runs.weight + start, exponent, seen, ratio,
+              s.sums.get() + start / ratio * BLOCK, s.factors.get() + start, s.totals.get() + start);
+  }
+  find_factors(s.factors.get() + first_panel * BLOCK, s.totals.get() + first_panel * BLOCK,
+               stop_panel - first_panel);
+  const int64_t low = first_panel * BLOCK / ratio;
+  const int64_t high = std::min(key_blocks, (sight.stop + ratio - 1) / ratio);
+  std::fill(s.sharp.begin(), s.sharp.end(), 0);
+  for (int64_t i = 0; i < blocks; ++i) {
+    float* scores = s.scores.get() + i * key_blocks;
+    std::fill(scores, scores + low, 0.0f);
+    std::fill(scores + high, scores + key_blocks, 0.0f);
+  }
+  score_blocks(s, low, high, ratio, rows, a.row_share[h]);
+}
 
 // Lists of the query blocks from `first` on whose lines make one product.
 void choose_blocks(const Arguments& a, UnionScratch& s, const Runs& runs, const Extent& extent,
                    const Rows& query, int64_t b, int64_t h, int64_t first, int64_t blocks) {
-  const int64_t rows = a.rows[h], pool = a.pool[h], ratio = BLOCK / pool;
-  const int64_t end = a.query_offset + a.num_queries;
+  score_lines(a, s, runs, query, b, h, first, blocks);
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size());
-  const auto pack = [&](int64_t line, packed* out) -> Seen {
-    const int64_t block = first + line / rows;
-    const int64_t last = std::min(end, (block + 1) * BLOCK) - 1;
-    const int64_t p = last - (rows - 1 - line % rows) * (BLOCK / rows), n = p - a.query_offset;
-    if (n < 0 || p < block * BLOCK || !query_is_real(a, b, n)) return {0, 0};
-    pack_query(a, out, query.at(b, a.heads[h], n));
-    const int64_t hidden = a.window > 0 ? p - a.window - (pool - 1) : -1;
-    return {hidden < 0 ? 0 : hidden / pool + 1,
-            a.causal ? std::min(runs.count, p / pool + 1) : runs.count};
-  };
-  const auto add_line = [&](float* row, Seen seen) {
-    add_weights(s.sums.get(), s.sharp.data(), row, runs.weight, seen, ratio, a.scale,
-                a.row_share[h]);
-  };
-  visit_lines(s, runs, blocks * rows, rows, pack, add_line, [&](int64_t block) {
-    take_sums(s, runs.count, ratio, key_blocks);
-    s.selection.start(a, extent, b, h, first + block, BLOCK);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const float* scores = s.scores.get() + i * key_blocks;
+    s.selection.scores.assign(scores, scores + key_blocks);
+    s.selection.start(a, extent, b, h, first + i, BLOCK);
     auto& rest = s.selection.rest;
     const auto others = std::partition(rest.begin(), rest.end(), [&](const auto& entry) {
-      return s.sharp[-entry.second] != 0;
+      return s.sharp[-entry.second] >> i & 1;
     });
-    s.selection.take(rest.begin(), others, [] { return true; });
+    s.selection.take_all(rest.begin(), others);
     s.selection.take_mass(others, a.mass[h]);
     s.selection.write(a, b, h, BLOCK);
-    std::fill(s.sharp.begin(), s.sharp.end(), 0);
-  });
+  }
 }
 
 int estimate_union(const Arguments& a) {
@@ -979,17 +1013,18 @@ int estimate_union(const Arguments& a) {
   const int64_t padded = round_up(a.num_keys, BLOCK), first_block = a.query_offset / BLOCK;
   int64_t most = 0;  // products of the head with the most of them
   for (int64_t h = 0; h < a.num_heads; ++h)
-    most = std::max(most, round_up(a.num_blocks * a.rows[h], ROWS_AT_ONCE) / ROWS_AT_ONCE);
+    most = std::max(most, round_up(a.num_blocks * a.rows[h], BLOCK) / BLOCK);
 #pragma omp parallel num_threads(a.threads)
   {
-    UnionScratch s(all, padded / BLOCK);
+    UnionScratch s(all.width(), padded / BLOCK);
     for (int64_t t = 0; t < a.batch * a.num_heads; ++t) {
       const int64_t b = t / a.num_heads, h = t % a.num_heads;
       if (!all.owns(h)) continue;
       const Runs runs = all.of(b, h);
 #pragma omp for schedule(static) nowait
       for (int64_t panel = 0; panel < runs.padded / BLOCK; ++panel)
-        pool_panel(a, runs, s, key, b, a.heads[h] / a.group, a.pool[h], panel, true);
+        pool_runs(a, runs, s.mean.get(), key, b, a.heads[h] / a.group, a.pool[h], panel, true,
+                  runs.panels + panel * BLOCK * DEPTH);
     }
 #pragma omp barrier
     const TileScope tiles;
@@ -1005,7 +1040,7 @@ int estimate_union(const Arguments& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < a.batch * a.num_heads * most; ++t) {
       const int64_t b = t / most / a.num_heads, h = t / most % a.num_heads;
-      const int64_t at_once = ROWS_AT_ONCE / a.rows[h];
+      const int64_t at_once = BLOCK / a.rows[h];
       const int64_t i = (most - 1 - t % most) * at_once;  // the longest first
       if (i < a.num_blocks)
         choose_blocks(a, s, all.of(b, h), extent, query, b, h, first_block + i,
