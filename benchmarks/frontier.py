@@ -50,27 +50,33 @@ KEY = ("model", "dtype", "text", "length", "pattern")
 
 
 def settings(name: str, length: int) -> list[str]:
-    """A pattern over its parameters; fixed budgets are shares of the length."""
-    tokens = [length // 32, length // 16, length // 8, length // 4]
-    blocks = [max(4, length // 64 // part) for part in (20, 10, 5, 3)]
+    """A pattern over its parameters, about 10% to 60% dense; fixed budgets go with the length.
+
+    Each range holds what is published, if anything is.
+    """
+    tokens = [length // 32, length // 16, length // 8]
     ranges = {
-        "a_shape": [f"a_shape(128, {2 * size})" for size in tokens],
-        "block_max": [f"block_max(share={x})" for x in (0.03, 0.1, 0.2, 0.4)],
-        "block_sparse": [f"block_sparse({top_k})" for top_k in blocks],
-        "block_top_p": [f"block_top_p(mass={x})" for x in (0.6, 0.8, 0.9, 0.95)],
-        "flex_prefill": [f"flex_prefill(gamma={x})" for x in (0.8, 0.9, 0.95, 0.98)],
-        "sample_attention": [f"sample_attention(coverage={x})" for x in (0.8, 0.9, 0.95, 0.98)],
-        "strided": [f"strided(64, {size}, {size})" for size in tokens],
-        "tri_shape": [f"tri_shape(8, {2 * size})" for size in tokens],
+        "a_shape": [f"a_shape(128, {length // 4})"],
+        "block_max": [f"block_max(share={x})" for x in (0.03, 0.1, 0.3)],
+        "block_sparse": [f"block_sparse({max(4, length // 64 // part)})" for part in (10, 5)],
+        "block_top_p": [f"block_top_p(mass={x})" for x in (0.6, 0.8, 0.9)],
+        "flex_prefill": [f"flex_prefill(gamma={x})" for x in (0.8, 0.9, 0.95)],
+        "sample_attention": [f"sample_attention(coverage={x})" for x in (0.9, 0.95)],
+        "strided": [f"strided(64, {length // 8}, {length // 8})"],
+        "tri_shape": [f"tri_shape(8, {length // 4})"],
         "union": [
             "union(mass=0.5, row_share=0.06)",
+            "union(row_share=0.04)",
             "union(row_share=0.03)",
             "union",
+            "union(row_share=0.015)",
+            "union(mass=0.6, row_share=0.015)",
             "union(mass=0.6, row_share=0.02, rows=32)",
+            "union(pool=4, row_share=0.02)",
             "union(mass=0.8, row_share=0.01)",
         ],
         "vertical_slash": [f"vertical_slash({size}, {size})" for size in tokens],
-        "x_attention": [f"x_attention(threshold={x})" for x in (0.6, 0.8, 0.9, 0.95)],
+        "x_attention": [f"x_attention(threshold={x})" for x in (0.8, 0.9, 0.95)],
     }
     return ranges.get(name, [name])
 
