@@ -33,6 +33,31 @@ def test_dry_run_checks_kernels_and_goes_on_from_its_file(tmp_path, capsys):
     assert "checks: 1 of 1 right" in capsys.readouterr().out
 
 
+def smoke(path, only):
+    """Rows of a dry run of some sections."""
+    assert main(["--smoke", "--only", only, "--out", str(path)]) == 0
+    return json.loads(path.read_text())["rows"]
+
+
+def test_dry_run_compiles_the_model_for_both_backends(tmp_path):
+    rows = smoke(tmp_path / "rows.json", "prefill/")
+    assert set(rows) == {"prefill/minference/130", "prefill/inductor/130"}
+    assert all(row["ms"] > 0 for row in rows.values())
+
+
+def test_dry_run_measures_estimation_and_the_attention_after_it(tmp_path):
+    (row,) = smoke(tmp_path / "rows.json", "estimation/x_attention").values()
+    assert row["share"] == row["ms"] / row["attention_ms"] and row["index_share_of_kv"] > 0
+
+
+@pytest.mark.slow
+def test_dry_run_of_every_section_has_a_figure_or_a_reason_in_every_row(tmp_path):
+    rows = smoke(tmp_path / "rows.json", "/130")
+    sections = {name.split("/")[0] for name in rows}
+    assert sections == {"attention", "estimation", "whole", "capture", "crossover", "prefill"}
+    assert not [(name, row) for name, row in rows.items() if "error" in row]
+
+
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.7, 1.0])
 def test_random_lists_have_the_density_asked_for(density):
     query = torch.empty(1, 2, 2000, 8)

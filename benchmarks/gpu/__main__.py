@@ -10,6 +10,7 @@ Needs no network. Writes every row to a JSON file as it is measured and prints a
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import sys
 import time
@@ -76,13 +77,18 @@ def run(setting: Setting, results: Results, only: str, minutes: float) -> int:
         results.add(name, row)
         print(f"{name}: {short(row)}", file=sys.stderr, flush=True)
         if setting.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
     return left
 
 
 def seconds_needed(name: str) -> float:
     """Most time that a piece of work should take; a prefill builds and compiles a whole model."""
-    return 240.0 if name.startswith("prefill/") else 30.0
+    if name.startswith("prefill/"):
+        return 240.0
+    end = name.rsplit("/", 1)[1]
+    length = int(end) if end.isdigit() else 0
+    return 30.0 if length < 2**19 else 60.0 if length < 2**20 else 120.0
 
 
 def table(rows: dict[str, dict[str, Any]], only: str) -> str:

@@ -8,8 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mpass.lowering import estimate, estimate_tiles, estimate_union, reference
+from mpass.lowering import (
+    estimate,
+    estimate_antidiagonal,
+    estimate_tiles,
+    estimate_union,
+    reference,
+)
 from mpass.lowering import triton as lowering
+from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
@@ -25,12 +32,17 @@ TOP_K = {"top_k": [2, 4], "block_sizes": [64, 128]}
 SHARE = TileRule(0.3, None, 128, sink_blocks=1, local_blocks=1, last_blocks=1, max_blocks=12)
 MASS = TileRule(None, 0.7, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=12)
 UNION = UnionRule(0.7, 0.1, 100, 1, 2, 0, rows=16, pool=8, max_blocks=12)
+GROUPS = AntidiagonalRule(0.7, 8, 128, 1, 1, 0, max_blocks=12)
 
 ESTIMATORS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "vertical_slash_index": ([0, 5], SLASHES),
     "block_top_k_index": ([1, 4], TOP_K),
-    "tile_index:share": ([2], {"rules": [SHARE]}),
-    "tile_index:mass": ([6], {"rules": [MASS]}),
+    "tile_index:share": ([2, 9], {"rules": [SHARE, dataclasses.replace(SHARE, block_size=64)]}),
+    "tile_index:mass": ([6, 10], {"rules": [MASS, dataclasses.replace(MASS, last_blocks=1)]}),
+    "antidiagonal_index": (
+        [8, 11],
+        {"rules": [GROUPS, dataclasses.replace(GROUPS, stride=16, block_size=192)]},
+    ),
     "union_index": ([3, 7], {"rules": [UNION, dataclasses.replace(UNION, columns=0)]}),
 }
 """Estimators by name (what follows a colon tells two uses apart): heads and arguments."""
@@ -39,6 +51,7 @@ REFERENCE = SimpleNamespace(
     vertical_slash_index=estimate.vertical_slash_index,
     block_top_k_index=estimate.block_top_k_index,
     tile_index=estimate_tiles.tile_index,
+    antidiagonal_index=estimate_antidiagonal.antidiagonal_index,
     union_index=estimate_union.union_index,
 )
 """The estimators in plain torch."""
@@ -80,7 +93,7 @@ def check_layer(
         size = (2, heads, rows, head_dim)
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
-    heads, kv_heads, num_keys = 8, 2, length + offset
+    heads, kv_heads, num_keys = 12, 2, length + offset
     query, key, value = (
         normal(heads, length),
         normal(kv_heads, num_keys),
@@ -106,7 +119,7 @@ def check_layer(
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": logits}
     wide = (query.double(), key.double(), value.double())
     error = 0.0
-    for checked in (index, shared_rows(own[1], heads)):  # the latter packs heads into programs
+    for checked in (index, shared_rows(own[1], own[0], heads)):  # this packs heads into programs
         with poisoned_memory():
             out = lowering.sparse_attention(query, key, value, checked, mask, **options)
         truth = reference.sparse_attention(*wide, checked, mask, **options)
@@ -120,15 +133,17 @@ def check_layer(
     return {"error": error, "agreement": agreement, "seed": seed, "ok": bool(good)}
 
 
-def shared_rows(lists: SparseIndex, heads: int) -> SparseIndex:
-    """An index of `heads` heads in which adjacent ones read one row of `lists` in turns."""
-    rows = lists.block_count.shape[1]
-    columns = lists.column_count[:, :1].expand(-1, heads).contiguous() * 0
+def shared_rows(lists: SparseIndex, columns: SparseIndex, heads: int) -> SparseIndex:
+    """An index of `heads` heads in which adjacent ones read one row of `lists`, in turns.
+
+    With the columns of the same row of `columns`.
+    """
+    slots = [head // 2 % lists.block_count.shape[1] for head in range(heads)]
     return dataclasses.replace(
         lists,
-        column_count=columns,
-        column_index=columns.new_empty(*columns.shape, 0),
-        head_slots=tuple(head // 2 % rows for head in range(heads)),
+        column_count=columns.column_count[:, slots].contiguous(),
+        column_index=columns.column_index[:, slots].contiguous(),
+        head_slots=tuple(slots),
     )
 
 

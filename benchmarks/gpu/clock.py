@@ -18,7 +18,12 @@ FLUSH_BYTES = 256 * 2**20
 
 
 def milliseconds(
-    run: Callable[[], Any], device: torch.device, *, budget: float = 0.5, most: int = 20
+    run: Callable[[], Any],
+    device: torch.device,
+    *,
+    budget: float = 0.5,
+    most: int = 20,
+    warm_up: bool = True,
 ) -> float:
     """Median time of `run` after one warm-up: as many runs as fit `budget` seconds, 1 to `most`."""
     if device.type != "cuda":
@@ -26,7 +31,8 @@ def milliseconds(
         run()
         return 1e3 * (time.perf_counter() - start)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    run()
+    if warm_up:
+        run()
     times: list[float] = []
     while not times or (sum(times) / 1e3 < budget and len(times) < most):
         flush.zero_()

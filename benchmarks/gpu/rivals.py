@@ -56,4 +56,6 @@ def flex(
         seq_lengths=(query.shape[2], key.shape[2]),
     )
     attend = torch.compile(flex_attention) if compiled else flex_attention
-    return lambda: attend(query, key, value, block_mask=mask, enable_gqa=True)
+    # Its own tiles must divide the mask's blocks; the default ones are larger.
+    tiles = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK} if compiled else None
+    return lambda: attend(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=tiles)
