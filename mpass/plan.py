@@ -27,10 +27,6 @@ from mpass.site import AttentionSite, Length, example, shape_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
-DENSE_ON_GPUS = ("flex_prefill", "sample_attention")
-"""Patterns that no GPU kernel estimates: by torch ops, head by head, it takes longer than dense
-attention."""
-
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
 
@@ -125,10 +121,6 @@ def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
         other = sorted({p.name for p in patterns if not p.bidirectional})
         if other:
             return f"not causal: {', '.join(other)} is defined for causal attention only"
-    if example(site.query).device.type == "cuda":
-        slow = sorted({p.name for p in patterns if p.name in DENSE_ON_GPUS})
-        if slow:
-            return f"no GPU kernel estimates {', '.join(slow)}: use union or x_attention on GPUs"
     windowed = site.mask is not None and site.mask.window
     if all(pattern.name == "dense" for pattern in patterns) and not windowed:
         return "the config keeps every head of this layer dense"

@@ -68,7 +68,6 @@ UNREACHED = {
     "the BlockMask is for another length": "refused by torch",
     "mask_mod does not return a condition": "refused by torch",
     "argument {} is no tensor": "refused by torch",
-    "no GPU kernel estimates {}: use union or x_attention on GPUs": "tests/test_triton_plan.py",
     # Dynamo's graphs do not have these; torch.export's and graphs made by hand may.
     "is_causal is not a constant": "Dynamo guards it",
     "dimension is not a constant": "Dynamo guards it",

@@ -94,6 +94,8 @@ SMALL_KERNELS = [
     (block_spec("row_mass", 16384, window=True, padding=True), "list_blocks"),
     (score_spec("tile_scores", 128), "score_tiles"),
     (score_spec("row_scores", 128, rows=16, pool=8, target="sm_80"), "score_rows"),
+    (score_spec("sampled_rows", 128), "row_totals"),
+    (score_spec("sampled_rows", 128, window=True, padding=True), "sum_columns"),
     (score_spec("group_scores", 128, pool=8), "score_groups"),
     (score_spec("group_scores", 128, pool=8, window=True), "sum_groups"),
 ]
@@ -210,6 +212,8 @@ SCORES = {
     "score_rows": ("row_scores", {"rows": 16, "pool": 8}),
     "score_rows of whole blocks": ("row_scores", {"rows": 64, "pool": 64}),
     "score_rows of single keys": ("row_scores", {"rows": 8, "pool": 1}),
+    "row_totals": ("sampled_rows", {}),
+    "sum_columns": ("sampled_rows", {}),
     "score_groups": ("group_scores", {"pool": 8}),
     "score_groups of 16": ("group_scores", {"pool": 16}),
 }

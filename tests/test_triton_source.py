@@ -98,6 +98,10 @@ SPECS = {
         num_warps=8,
         num_stages=3,
     ),
+    "sampled_rows": KernelSpec("sampled_rows", head_dim=128, num_stages=2),
+    "sampled_rows_masked": KernelSpec(
+        "sampled_rows", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
+    ),
     "ints": KernelSpec("ints", num_warps=1),
 }
 

@@ -11,10 +11,20 @@ import pytest
 import torch
 from mpass.lowering import triton as lowering
 from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
+from mpass.lowering.estimate_flex import FlexRule
+from mpass.lowering.estimate_sampled import SampledRule
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, IndexWidth
-from mpass.lowering.triton import antidiagonal, attention, blocks, estimate, launch, pooled
+from mpass.lowering.triton import (
+    antidiagonal,
+    attention,
+    blocks,
+    estimate,
+    launch,
+    pooled,
+    sampled,
+)
 from mpass.patterns.base import find_pattern
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +37,8 @@ COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
 
 TILES = TileRule(0.5, None, 128, 1, 1, 1, 9)
 UNION = UnionRule(0.5, 0.5, 20, 1, 1, 1, 16, 8, 9)
+FLEX = FlexRule(0.9, 0.1, 64, 1024, 128, 9)
+SAMPLED = SampledRule(0.9, 0.1, 0.1, 100, 50)
 ANTIDIAGONAL = AntidiagonalRule(0.5, 8, 128, 1, 1, 1, 9)
 
 
@@ -54,7 +66,7 @@ def launches(monkeypatch):
         if kernel == "write_ints":
             arguments[0].zero_()  # torch indexes with these
 
-    for module in (launch, antidiagonal, attention, blocks, estimate, pooled):
+    for module in (launch, antidiagonal, attention, blocks, estimate, pooled, sampled):
         monkeypatch.setattr(module, "launch", enqueue)
     return seen
 
@@ -104,6 +116,8 @@ def test_estimation_has_no_host_sync_and_no_launch_per_head(mask, launches):
             for rule in (TILES, dataclasses.replace(TILES, share=None, mass=0.5)):
                 lowering.tile_index(query, key, mask, heads, [rule] * len(heads), scale=0.2)
             lowering.union_index(query, key, mask, heads, [UNION] * len(heads), scale=0.2)
+            lowering.sampled_index(query, key, mask, heads, [SAMPLED] * len(heads), scale=0.2)
+            lowering.flex_index(query, key, mask, heads, [FLEX] * len(heads), scale=0.2)
             rules = [ANTIDIAGONAL] * len(heads)
             lowering.antidiagonal_index(query, key, mask, heads, rules, scale=0.2)
         assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
+from mpass.lowering.estimate_flex import FlexRule
+from mpass.lowering.estimate_sampled import SampledRule
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, SparseIndex
@@ -158,9 +160,41 @@ def antidiagonal_index(
     return antidiagonal.antidiagonal_index(query, key, mask, heads, rules, scale=scale)
 
 
+def sampled_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[SampledRule],
+    *,
+    scale: float,
+) -> SparseIndex:
+    """As mpass.lowering.estimate_sampled.sampled_index, by generated kernels."""
+    from mpass.lowering.triton import sampled
+
+    return sampled.sampled_index(query, key, mask, heads, rules, scale=scale)
+
+
+def flex_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[FlexRule],
+    *,
+    scale: float,
+) -> SparseIndex:
+    """As mpass.lowering.estimate_flex.flex_index, by batched ops and a generated kernel."""
+    from mpass.lowering.triton import flex
+
+    return flex.flex_index(query, key, mask, heads, rules, scale=scale)
+
+
 __all__ = [
     "antidiagonal_index",
     "block_top_k_index",
+    "flex_index",
+    "sampled_index",
     "sparse_attention",
     "tile_index",
     "union_index",

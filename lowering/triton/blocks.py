@@ -36,7 +36,7 @@ from mpass.lowering.triton.pooled import kernel_inputs, pooled_keys, pooled_mean
 from mpass.lowering.triton.spec import KernelSpec, Rule, power_of_two, select_warps
 from torch import Tensor
 
-Kind = TypeVar("Kind", int, tuple[int, int])
+Kind = TypeVar("Kind", bound=int | tuple[float, ...])
 
 SCORE_BYTES = 1 << 29
 """Most memory of block scores at a time; longer prompts take their query blocks in turns."""
