@@ -65,6 +65,13 @@ class Result:
         return predicted / measured
 
     @property
+    def measured(self) -> tuple[str, str, str]:
+        """Estimation over dense attention and over the op, and the op's speed-up."""
+        dense, estimation = self.dense[1], self.estimation[1]
+        op = estimation + self.attention[1]
+        return f"{estimation / dense:.1%}", f"{estimation / op:.0%}", f"{dense / op:.1f}"
+
+    @property
     def within(self) -> bool:
         return (
             abs(self.total - 1) <= TOLERANCE and abs(self.dense[0] / self.dense[1] - 1) <= TOLERANCE
@@ -161,13 +168,14 @@ def measure(
 def table_of(results: list[Result]) -> Table:
     table = Table(title="predicted / measured CPU time of one thread")
     names = ("pattern", "dtype", "tokens", "work", "cost()", "dense", "index", "attend", "all")
+    names += ("index/dense", "index/op", "x dense")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for r in results:
         parts = [f"{p / m:.2f}" if m else "-" for p, m in (r.dense, r.estimation, r.attention)]
         style = "" if r.within else "bold red"
         cells = (r.pattern, r.dtype, str(r.length), f"{r.work:.1%}", f"{r.formula:.1%}", *parts)
-        table.add_row(*cells, f"{r.total:.2f}", style=style)
+        table.add_row(*cells, f"{r.total:.2f}", *r.measured, style=style)
     return table
 
 
@@ -193,7 +201,7 @@ def main(
                     line = f"{pattern} {result.dtype} {length}: {result.total:.2f}"
                     print(line, file=sys.stderr, flush=True)
     good = sum(result.within for result in results)
-    console = Console()
+    console = Console(width=130)
     console.print(table_of(results))
     console.print(f"{good} of {len(results)} cases within {TOLERANCE:.0%}")
     RESULTS.mkdir(exist_ok=True)

@@ -129,25 +129,30 @@ def as_svg(pictures: Sequence[Picture]) -> str:
 
 
 def svg_map(levels: Tensor, left: int, top: int, caption: str) -> list[str]:
-    """One map: a rectangle per run of equal cells."""
+    """One map: a path per level, of a line per run of cells, as thick as a cell is high.
+
+    A cell is one unit of the map's group.
+    """
     rows = levels.tolist()
-    cell = SIDE / len(rows)
-    parts = [
-        f'<rect x="{left}" y="{top}" width="{SIDE}" height="{SIDE}" fill="none" stroke="{COLOR}"/>'
-    ]
+    lines: dict[int, list[str]] = {}
     for y, row in enumerate(rows):
         x = 0
         for level, run in groupby(row):
             count = len(list(run))
             if level:
-                parts.append(
-                    f'<rect x="{left + x * cell:g}" y="{top + y * cell:g}" '
-                    f'width="{count * cell:g}" height="{cell:g}" '
-                    f'fill-opacity="{level / LEVELS:.2g}"/>'
-                )
+                lines.setdefault(level, []).append(f"M{x} {y}h{count}")
             x += count
-    parts.append(f'<text x="{left}" y="{top + SIDE + 15}">{caption}</text>')
-    return parts
+    return [
+        f'<rect x="{left}" y="{top}" width="{SIDE}" height="{SIDE}" fill="none" stroke="{COLOR}"/>',
+        f'<g transform="translate({left} {top}) scale({SIDE / len(rows):g}) translate(0 .5)" '
+        f'stroke="{COLOR}" shape-rendering="crispEdges">',
+        *(
+            f'<path stroke-opacity="{level / LEVELS:.2g}" d="{"".join(own)}"/>'
+            for level, own in sorted(lines.items())
+        ),
+        "</g>",
+        f'<text x="{left}" y="{top + SIDE + 15}">{caption}</text>',
+    ]
 
 
 def as_text(picture: Picture) -> str:

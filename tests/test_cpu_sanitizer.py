@@ -5,6 +5,7 @@ The sanitizer must be loaded before Python is, so the cases run in a process of 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -52,7 +53,13 @@ def run_cases() -> None:
     from hypothesis import HealthCheck, given, settings
     from mpass.lowering.cpu import library
     from mpass.lowering.index import AttentionMask
+    from mpass.patterns.flex_prefill import FlexPrefill
+    from mpass.patterns.sample_attention import SampleAttention
 
+    covering = {
+        cpu.flex_index: [FlexPrefill(0.6, tau, 65, block_size=64).rule() for tau in (0.0, 1.0)],
+        cpu.sampled_index: [SampleAttention(0.9, share).rule() for share in (0.05, 1.0)],
+    }
     library.EXTRA_FLAGS = (*library.EXTRA_FLAGS, "-fsanitize=address", "-g")
     passed = 0
 
@@ -73,6 +80,12 @@ def run_cases() -> None:
             cpu.vertical_slash_index(query, key, mask, [0, 1], **budgets)
             sizes = {"top_k": [2, 3], "block_sizes": [64, 128]}
             cpu.block_top_k_index(query, key, mask, [0, 1], **sizes)
+            key_mask = torch.arange(num_keys).expand(1, -1) % 7 > 0
+            for window, real in ((0, None), (100, None), (0, key_mask)):
+                hidden = AttentionMask(query_offset=num_keys - num_queries, window=window)
+                hidden = dataclasses.replace(hidden, key_mask=real)
+                for index, rules in covering.items():
+                    index(query, key, hidden, [0, 1], rules, scale=0.2)
             passed += 1
     print(f"{passed} cases passed")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -41,10 +42,20 @@ def test_made_up_prompt_tells_patterns_apart():
 def test_svg_draws_every_cell():
     picture = draw_pattern(mpass.AShape(8, 100), num_tokens=512)
     root = ElementTree.fromstring(as_svg([picture, picture]))
-    filled = [r for r in root.iter(f"{SVG}rect") if r.get("fill-opacity")]
-    cell = min(float(r.get("height")) for r in filled)
-    cells = sum(round(float(r.get("width")) / cell) for r in filled)
-    assert cells == 2 * int((picture.computed > 0).sum() + (picture.exact > 0).sum())
+    maps = [drawn_cells(group) for group in root.iter(f"{SVG}g")]
+    assert [list(cells) for cells in maps] == [
+        (levels > 0).nonzero().tolist() for levels in (picture.computed, picture.exact) * 2
+    ]
+
+
+def drawn_cells(group):
+    """Rows and columns of the cells that the paths of one map draw, ascending."""
+    cells = []
+    for path in group.iter(f"{SVG}path"):
+        assert 0 < float(path.get("stroke-opacity")) <= 1
+        for x, y, width in re.findall(r"M(\d+) (\d+)h(\d+)", path.get("d")):
+            cells += [[int(y), int(x) + n] for n in range(int(width))]
+    return sorted(cells)
 
 
 @pytest.mark.parametrize("name", sorted(registered_patterns()))
