@@ -11,12 +11,16 @@ import torch
 from mpass.lowering import (
     estimate,
     estimate_antidiagonal,
+    estimate_flex,
+    estimate_sampled,
     estimate_tiles,
     estimate_union,
     reference,
 )
 from mpass.lowering import triton as lowering
 from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
+from mpass.lowering.estimate_flex import FlexRule
+from mpass.lowering.estimate_sampled import SampledRule
 from mpass.lowering.estimate_tiles import TileRule
 from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
@@ -32,6 +36,8 @@ TOP_K = {"top_k": [2, 4], "block_sizes": [64, 128]}
 SHARE = TileRule(0.3, None, 128, sink_blocks=1, local_blocks=1, last_blocks=1, max_blocks=12)
 MASS = TileRule(None, 0.7, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=12)
 UNION = UnionRule(0.7, 0.1, 100, 1, 2, 0, rows=16, pool=8, max_blocks=12)
+FLEX = FlexRule(0.7, 0.0, 64, 512, 128, max_blocks=12)
+SAMPLED = SampledRule(0.6, 0.2, 0.1, max_window=200, max_columns=300)
 GROUPS = AntidiagonalRule(0.7, 8, 128, 1, 1, 0, max_blocks=12)
 
 ESTIMATORS: dict[str, tuple[list[int], dict[str, Any]]] = {
@@ -43,6 +49,8 @@ ESTIMATORS: dict[str, tuple[list[int], dict[str, Any]]] = {
         [8, 11],
         {"rules": [GROUPS, dataclasses.replace(GROUPS, stride=16, block_size=192)]},
     ),
+    "flex_index": ([12, 15], {"rules": [FLEX, dataclasses.replace(FLEX, tau=1.0)]}),
+    "sampled_index": ([13, 14], {"rules": [SAMPLED, dataclasses.replace(SAMPLED, coverage=1.0)]}),
     "union_index": ([3, 7], {"rules": [UNION, dataclasses.replace(UNION, columns=0)]}),
 }
 """Estimators by name (what follows a colon tells two uses apart): heads and arguments."""
@@ -52,6 +60,8 @@ REFERENCE = SimpleNamespace(
     block_top_k_index=estimate.block_top_k_index,
     tile_index=estimate_tiles.tile_index,
     antidiagonal_index=estimate_antidiagonal.antidiagonal_index,
+    flex_index=estimate_flex.flex_index,
+    sampled_index=estimate_sampled.sampled_index,
     union_index=estimate_union.union_index,
 )
 """The estimators in plain torch."""
@@ -93,7 +103,7 @@ def check_layer(
         size = (2, heads, rows, head_dim)
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
-    heads, kv_heads, num_keys = 12, 2, length + offset
+    heads, kv_heads, num_keys = 16, 2, length + offset
     query, key, value = (
         normal(heads, length),
         normal(kv_heads, num_keys),

@@ -17,6 +17,7 @@ from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
 from mpass.lowering.triton.interpret import interpreted_language
 from mpass.patterns.base import find_pattern
 from mpass.patterns.lists import ListPattern
+from mpass.patterns.sample_attention import SampleAttention
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu import check, densities, models, rivals
@@ -221,6 +222,13 @@ def list_pattern(query: torch.Tensor, key: torch.Tensor, *, name: str) -> Sparse
     return index
 
 
+def sample_attention(query: torch.Tensor, key: torch.Tensor) -> SparseIndex:
+    heads = range(query.shape[1])
+    rules = [SampleAttention().rule()] * len(heads)
+    scale = query.shape[-1] ** -0.5
+    return lowering.sampled_index(query, key, AttentionMask(), heads, rules, scale=scale)
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "vertical slash": vertical_slash,
     "block top k": block_top_k,
@@ -228,6 +236,8 @@ ESTIMATORS: dict[str, Estimator] = {
     "block top p": functools.partial(list_pattern, name="block_top_p"),
     "union": functools.partial(list_pattern, name="union"),
     "x_attention": functools.partial(list_pattern, name="x_attention"),
+    "flex prefill": functools.partial(list_pattern, name="flex_prefill"),
+    "sample attention": sample_attention,
 }
 
 
