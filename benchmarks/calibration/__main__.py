@@ -46,7 +46,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.15, 0.25])
     parser.add_argument(
-        "--between", type=float, nargs="*", default=[0.22], help="budgets of searched configs alone"
+        "--between",
+        type=float,
+        nargs="*",
+        default=[0.13, 0.22],
+        help="budgets of searched configs alone",
     )
     parser.add_argument("--search-texts", nargs="+", default=["alice", "code:131072"])
     parser.add_argument("--texts", nargs="+", default=["paradise", "lcet10", "code"])

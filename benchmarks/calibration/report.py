@@ -27,8 +27,8 @@ def report(work: Work, plan: Plan, output: Path) -> None:
     print_comparison(comparison)
     for line in equal:
         print(
-            f"\n{line['searched']} is no worse than {line['rival']} and takes "
-            f"{line['searched_seconds']:.2f} s of attention, not {line['rival_seconds']:.2f} s"
+            f"\n{line['searched']} is no worse than {line['rival']}: "
+            f"{line['searched_seconds']:.2f} s of attention, {line['rival_seconds']:.2f} s"
         )
     print_needles(found)
     for stage, figures in times.items():
