@@ -11,6 +11,7 @@ import torch
 from mpass.lowering import reference
 from mpass.lowering.index import (
     ALL_BLOCKS,
+    ALL_DIAGONALS,
     BLOCK,
     AttentionMask,
     SparseIndex,
@@ -29,10 +30,15 @@ def density(
 ) -> Tensor:
     """Share of the cells allowed by `mask` that are computed: fp64 [B, H]. Exact.
 
-    Plain causal masks are counted per block; others cell by cell, a chunk of queries at a time.
+    Plain causal masks are counted per block; others cell by cell, a chunk of queries at a time,
+    but where every block is selected there is nothing to count.
     """
+    inside = mask.query_offset + num_queries <= num_keys
+    if inside and num_queries and mask.key_mask is None and selects_all(index):
+        shape = (batch, len(index.head_slots))
+        return torch.ones(shape, dtype=torch.float64, device=index.column_index.device)
     plain = mask.causal and mask.window == 0 and mask.key_mask is None
-    if not plain or mask.query_offset + num_queries > num_keys:
+    if not plain or not inside:
         return reference.density(
             index, mask, batch=batch, num_queries=num_queries, num_keys=num_keys
         )
@@ -64,6 +70,12 @@ def density(
     last = mask.query_offset + num_queries
     total = (last * (last + 1) - mask.query_offset * (mask.query_offset + 1)) // 2
     return computed.double() / max(1, total)
+
+
+def selects_all(index: SparseIndex) -> bool:
+    """Whether every head selects every block, whatever the mask, as in layers that stay dense."""
+    lists, diagonals = index.block_count, index.diagonal_count
+    return bool((lists == ALL_BLOCKS).all()) and bool((diagonals == ALL_DIAGONALS).all())
 
 
 def work_share(

@@ -76,6 +76,27 @@ def test_density_in_closed_form_equals_counting(pattern, offset):
     assert float(counted.mean()) * 0.8 < share < float(counted.mean()) * 1.35
 
 
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize(
+    ("pattern", "counts"), [(mpass.Dense(), False), (mpass.AShape(1, 9), True)]
+)
+def test_density_of_windows_is_counted_only_where_something_is_left_out(
+    pattern, counts, window, monkeypatch
+):
+    query, key, _ = random_attention(num_queries=333)
+    mask = AttentionMask(window=window)
+    index = estimate(pattern, query, key, range(4), mask)
+    sizes = {"batch": 1, "num_queries": 333, "num_keys": 333}
+    counted = reference.density(index, mask, **sizes)
+    calls = []
+    count = reference.density
+    monkeypatch.setattr(
+        reference, "density", lambda *a, **options: calls.append(1) or count(*a, **options)
+    )
+    assert torch.equal(density.density(index, mask, **sizes), counted)
+    assert bool(calls) == (counts and window > 0)
+
+
 def test_op_runs_dense_above_the_threshold_and_says_so():
     query, key, value = random_attention(num_queries=256)
     index = estimate(mpass.BlockSparse(4), query, key, range(4))

@@ -183,10 +183,12 @@ def loss_against(across: str, title: str, series: Mapping[str, Sequence[Point]])
     across: what the share is of, in words. An increase below 0 or above 0.3, and a share above 1,
     are drawn on the edge.
     """
+    widest = max((point[0] for points in series.values() for point in points), default=1.0)
+    share = Axis(across, 0.0, min(1.0, math.ceil(5 * widest) / 5))
     highest = max((point[1] for points in series.values() for point in points), default=0.0)
     high = max(2 * LARGEST_LOSS, min(0.3, highest))
     loss = Axis("nats per token over dense", 0.0, high, root=True)
-    return draw_scatter(title, series, Axis(across, 0.0, 1.0), loss, LARGEST_LOSS)
+    return draw_scatter(title, series, share, loss, LARGEST_LOSS)
 
 
 def loss_by_position(lines: Iterable[Mapping[str, Any]]) -> str:
