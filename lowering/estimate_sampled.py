@@ -15,13 +15,13 @@ import torch
 from mpass.lowering.estimate import table_to_list
 from mpass.lowering.estimate_rows import real_rows, row_attention, spread_rows
 from mpass.lowering.index import (
-    BLOCK,
     AttentionMask,
     IndexWidth,
     SparseIndex,
     diagonal_slots,
     empty_index,
     num_query_blocks,
+    window_diagonals,
 )
 from torch import Tensor
 
@@ -98,11 +98,6 @@ def window_index(
 def window_size(rule: SampledRule, num_keys: int) -> int:
     """Nearest keys that are kept, tokens: a share of the prompt, within the limit."""
     return max(1, min(rule.max_window, math.ceil(rule.window_share * num_keys)))
-
-
-def window_diagonals(size: int) -> int:
-    """Block diagonals that hold the token distances 0 .. size - 1."""
-    return (size - 1 + BLOCK - 1) // BLOCK + 1
 
 
 def column_rule(rule: SampledRule, num_queries: int) -> ColumnRule:

@@ -76,8 +76,9 @@ class SparseIndex:
     column_index    [B, H, max_columns]    ascending key positions; beyond the count: 0
     head_slots      per head: l >= 0 is row l of the lists, -1 - g is row g of the diagonals
 
-    Heads that share a row select the same keys: their columns are equal too. For causal attention the diagonal block (distance 0) is always selected, so that every query
-    sees at least its own position, and no selected block lies after the query block.
+    Heads that share a row select the same keys: their columns are equal too. For causal attention
+    the diagonal block (distance 0) is always selected, so that every query sees at least its own
+    position, and no selected block lies after the query block.
     """
 
     block_count: Tensor
@@ -117,6 +118,11 @@ def num_query_blocks(num_queries: int, query_offset: int) -> int:
 def num_key_blocks(num_keys: int) -> int:
     """Blocks that hold `num_keys` keys; works on SymInts."""
     return (num_keys + BLOCK - 1) // BLOCK
+
+
+def window_diagonals(window_size: int) -> int:
+    """Block diagonals that hold the token distances 0 .. window_size - 1."""
+    return (window_size - 1 + BLOCK - 1) // BLOCK + 1
 
 
 def list_slots(num_heads: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from mpass.lowering.index import (
     diagonal_slots,
     empty_index,
     num_query_blocks,
+    window_diagonals,
 )
 from mpass.lowering.reference import allowed_cells
 from mpass.patterns.base import (
@@ -111,11 +112,6 @@ class AShape(Pattern):
 
     def cost(self) -> sympy.Expr:
         return 2 * LENGTH * self.fewest_keys() * HEAD_DIM
-
-
-def window_diagonals(window_size: int) -> int:
-    """Block diagonals that hold the token distances 0 .. window_size - 1."""
-    return (window_size - 1 + BLOCK - 1) // BLOCK + 1
 
 
 def main() -> None:

@@ -15,9 +15,15 @@ from typing import ClassVar, Literal, Self
 import sympy
 import torch
 from mpass.lowering.estimate import diagonal_index
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, num_query_blocks
+from mpass.lowering.index import (
+    BLOCK,
+    AttentionMask,
+    IndexWidth,
+    SparseIndex,
+    num_query_blocks,
+    window_diagonals,
+)
 from mpass.lowering.reference import allowed_cells
-from mpass.patterns.a_shape import window_diagonals
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,

@@ -26,9 +26,9 @@ from mpass.lowering.index import (
     list_slots,
     num_key_blocks,
     num_query_blocks,
+    window_diagonals,
 )
 from mpass.lowering.reference import allowed_cells
-from mpass.patterns.a_shape import window_diagonals
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
