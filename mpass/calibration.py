@@ -110,6 +110,7 @@ def run_calibration(
         costs=costs,
         errors=errors,
         recalls=recalls,
+        slopes=slopes,
         chosen=chosen,
         kernel=kernel,
         dense_seconds=dense_seconds,

@@ -19,7 +19,8 @@ class Calibration:
     """The outcome. Letters: L layers searched, H heads, C candidates.
 
     layers: their numbers [L]; sizes: query heads H and kv heads; losses, costs, errors, recalls:
-    fp64 [L, H, C]; chosen: int64 [L, H]; dense_seconds: attention time of the dense model; length:
+    fp64 [L, H, C]; slopes: divergence per unit of squared error of each layer, fp64 [L] per kind of
+    input; chosen: int64 [L, H]; dense_seconds: attention time of the dense model; length:
     of the longest text, tokens; checks: of held-out inputs, see check_inputs.
     """
 
@@ -31,6 +32,7 @@ class Calibration:
     costs: Tensor
     errors: Tensor
     recalls: Tensor
+    slopes: dict[str, Tensor]
     chosen: Tensor
     kernel: KernelCost
     dense_seconds: float

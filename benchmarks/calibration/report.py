@@ -23,6 +23,7 @@ def report(work: Work, plan: Plan, output: Path) -> None:
     found = read_lines(work.needles)
     comparison, equal = compare(rows, plan), equal_quality(rows, plan.texts)
     times = stage_times(read_lines(work.times))
+    searched = json.loads(work.search.read_text("utf-8"))
     print_quality(rows, plan, rivals)
     print_comparison(comparison)
     for line in equal:
@@ -31,13 +32,14 @@ def report(work: Work, plan: Plan, output: Path) -> None:
             f"{line['searched_seconds']:.2f} s of attention, {line['rival_seconds']:.2f} s"
         )
     print_needles(found)
+    print_predictions(searched)
     for stage, figures in times.items():
         print(
             f"\n{stage}: {figures['cpu_seconds']:.0f} s of CPU time, "
             f"{figures['wall_seconds']:.0f} s, at most {figures['peak_gib']:.1f} GiB"
         )
     whole = {
-        "search": json.loads(work.search.read_text("utf-8")),
+        "search": searched,
         "times": times,
         "rivals": rivals,
         "quality": read_lines(work.quality),
@@ -218,3 +220,18 @@ def print_needles(found: Sequence[dict[str, Any]]) -> None:
             ]
             cells += f" {sum(scores):g} of {len(scores)} |"
         print(f"| {name} |{cells}")
+
+
+def print_predictions(searched: dict[str, Any], most: float = 0.26) -> None:
+    """What the search predicts for one candidate in all heads, and how layers differ.
+
+    most: dearer candidates are left out, share of dense attention's time.
+    """
+    print("\n| candidate in all heads | cost | predicted divergence |")
+    print("| --- | --- | --- |")
+    for name, figures in sorted(searched["uniform"].items(), key=lambda item: item[1]["loss"]):
+        if figures["share"] <= most:
+            print(f"| {name} | {figures['share']:.1%} | {figures['loss']:.4f} |")
+    for kind, slopes in searched["slopes"].items():
+        cells = ", ".join(f"{slope:.2g}" for slope in slopes)
+        print(f"\ndivergence per squared error by layer, {kind}: {cells}")

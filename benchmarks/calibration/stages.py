@@ -67,11 +67,13 @@ def search(work: Work, plan: Plan) -> None:
         shares[f"{name} @ {budget:g}"] = outcome.chosen_seconds / outcome.dense_seconds
         if OBJECTIVES[name] == Settings().objective:
             uniform = uniform_losses(outcome)  # the same at every budget
+            slopes = {kind: values.tolist() for kind, values in outcome.slopes.items()}
     figures = {
         "layers_heads_candidates": list(outcome.losses.shape),
         "kernel": outcome.kernel.as_dict(),
         "shares": shares,
         "uniform": uniform,
+        "slopes": slopes,
         "versions": environment(),
     }
     work.search.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
