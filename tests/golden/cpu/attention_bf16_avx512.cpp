@@ -15,7 +15,9 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <limits>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -104,25 +106,18 @@ struct Reach {
   int of_row(int r) const { return std::min(keys, first + r); }
 };
 
-// Panels of a tile that is read soon. Which one that is, is the index's choice and no stream that
-// the hardware could see, so each step of a product fetches one line of them.
-struct Ahead {
-  const word* keys;    // KEY_WORDS, read next
-  const word* values;  // VALUE_WORDS, read after that
-  // The DEPTH lines that the given group of rows fetches.
-  const word* lines(int group) const {
-    constexpr int LINE = 64 / sizeof(word), KEY_GROUPS = KEY_WORDS / (DEPTH * LINE);
-    if (group < KEY_GROUPS) return keys + group * DEPTH * LINE;
-    return values + std::max(0, std::min((group - KEY_GROUPS) * DEPTH * LINE,
-                                         VALUE_WORDS - DEPTH * LINE));
-  }
-};
-
 constexpr int ROW_STEP = 2;
 constexpr int ROWS = 6;  // 6 x 4 accumulators, 4 of B, 1 of A
 constexpr int VECTORS = 4;
 
 struct TileScope {};
+
+// Bytes to fetch per step, so that a product of BLOCK rows and `steps` x `columns` of B fetches
+// `words`: no more at a time, or the fetches hold up the loads of the product itself.
+constexpr int fetch_step(int words, int steps, int columns) {
+  const int passes = std::max(1, columns / (VECTORS * LANES)) * ((BLOCK + ROWS - 1) / ROWS);
+  return (words * int(sizeof(word)) + passes * steps - 1) / (passes * steps);
+}
 
 // acc += a.even * b.even + a.odd * b.odd, per lane
 inline vec dot(vec acc, word a, __m512i b) {
@@ -130,11 +125,13 @@ inline vec dot(vec acc, word a, __m512i b) {
 }
 inline __m512i load_words(const word* b) { return _mm512_loadu_si512(b); }
 
-// R rows from `row` on, V vectors from `column` on.
-template <int R, int V, bool ACCUMULATE, bool FETCH>
-inline void multiply_tile(const word* a, int lda, const word* const* panels, int num_panels,
-                          int steps, int row, int column, int ldb, float* c, int ldc,
-                          const float* row_scale, const Reach* reach, const Ahead& ahead) {
+// R rows from `row` on, V vectors from `column` on. Not inlined: within its callers, GCC 12 runs out
+// of registers for the accumulators.
+template <int R, int V, bool ACCUMULATE, int FETCH>
+__attribute__((noinline)) void multiply_tile(const word* a, int lda, const word* const* panels,
+                                             int num_panels, int steps, int row, int column,
+                                             int ldb, float* c, int ldc, const float* row_scale,
+                                             const Reach* reach, const word* const* ahead) {
   if constexpr (!ACCUMULATE && V > 1) {
     if (reach && reach->of_row(row + R - 1) <= column + (V - 1) * LANES)
       return multiply_tile<R, V - 1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, row,
@@ -143,7 +140,7 @@ inline void multiply_tile(const word* a, int lda, const word* const* panels, int
   }
   a += row * lda;
   c += row * ldc + column;
-  const word* line = FETCH ? ahead.lines(row / ROWS) : nullptr;
+  const int done = (column / (VECTORS * LANES) * ((BLOCK + ROWS - 1) / ROWS) + row / ROWS) * steps;
   vec acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -153,10 +150,11 @@ inline void multiply_tile(const word* a, int lda, const word* const* panels, int
   }
   for (int p = 0; p < num_panels; ++p) {
     const word* b = panels[p] + column;
+    const char* line = FETCH ? reinterpret_cast<const char*>(ahead[p]) + done * FETCH : nullptr;
     const int seen =
         ACCUMULATE && reach ? (reach[p].of_row(row + R - 1) + PAIR - 1) / PAIR : steps;
     for (int k = 0; k < seen; ++k, b += ldb) {
-      if constexpr (FETCH) _mm_prefetch(line + k * (64 / sizeof(word)), _MM_HINT_T1);
+      if constexpr (FETCH > 0) _mm_prefetch(line + k * FETCH, _MM_HINT_T1);
       decltype(load_words(b)) factor[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) factor[v] = load_words(b + v * LANES);
@@ -176,10 +174,11 @@ inline void multiply_tile(const word* a, int lda, const word* const* panels, int
   }
 }
 
-template <int V, bool ACCUMULATE, bool FETCH>
+template <int V, bool ACCUMULATE, int FETCH>
 inline void multiply_columns(const word* a, int lda, const word* const* panels, int num_panels,
                              int steps, int column, int ldb, float* c, int ldc, int rows,
-                             const float* row_scale, const Reach* reach, const Ahead& ahead) {
+                             const float* row_scale, const Reach* reach,
+                             const word* const* ahead) {
   int r = 0;
   if constexpr (!ACCUMULATE) {
     while (reach && r + ROWS <= rows && reach->of_row(r + ROWS - 1) <= column) r += ROWS;
@@ -195,17 +194,17 @@ inline void multiply_columns(const word* a, int lda, const word* const* panels, 
                                            ldc, row_scale, reach, ahead);
 }
 
-template <bool ACCUMULATE, bool FETCH = false>
+template <bool ACCUMULATE, int FETCH = 0>
 void multiply(const word* a, int lda, const word* const* panels, int num_panels, int steps,
               int ldb, float* c, int ldc, int rows, int columns, const float* row_scale,
-              const Reach* reach = nullptr, const Ahead& ahead = {}) {
+              const Reach* reach = nullptr, const word* const* ahead = nullptr) {
   int n = 0;
   for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES)
     multiply_columns<VECTORS, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc,
                                                  rows, row_scale, reach, ahead);
   for (; n < columns; n += LANES)
-    multiply_columns<1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc, rows,
-                                           row_scale, reach, ahead);
+    multiply_columns<1, ACCUMULATE, 0>(a, lda, panels, num_panels, steps, n, ldb, c, ldc, rows,
+                                       row_scale, reach, ahead);
 }
 // One row of `dim` inputs to `padded` packed elements, zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
@@ -303,7 +302,59 @@ inline void advise_huge_pages(void* data, size_t bytes) {
     madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
 }
 
-// Scratch memory of one call.
+// Memory between calls. Layers follow one another, and pages that are new to the process cost up to
+// a third of a call on 128 tokens: the system clears them first, and may have lent them elsewhere.
+class Kept {
+ public:
+  ~Kept() {
+    for (const Block& block : blocks_) std::free(block.data);
+  }
+  // Memory of just this size, or null.
+  void* take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
+      if (block->bytes != bytes) continue;
+      void* data = block->data;
+      total_ -= bytes;
+      blocks_.erase(std::next(block).base());
+      return data;
+    }
+    return nullptr;
+  }
+  // Frees what has not been asked for longest, if it would be more than LIMIT in all.
+  void give(void* data, size_t bytes) {
+    if (bytes > LIMIT) return std::free(data);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!blocks_.empty() && total_ + bytes > LIMIT) {
+      total_ -= blocks_.front().bytes;
+      std::free(blocks_.front().data);
+      blocks_.pop_front();
+    }
+    try {
+      blocks_.push_back({data, bytes});
+      total_ += bytes;
+    } catch (const std::bad_alloc&) {
+      std::free(data);
+    }
+  }
+
+ private:
+  static constexpr size_t LIMIT = size_t(64) << 20;
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  std::mutex mutex_;
+  std::deque<Block> blocks_;
+  size_t total_ = 0;
+};
+
+inline Kept& kept() {
+  static Kept memory;
+  return memory;
+}
+
+// Scratch memory of one call; what it holds at first is of no use.
 template <typename T>
 class Buffer {
  public:
@@ -311,18 +362,21 @@ class Buffer {
     constexpr size_t HUGE_PAGE = size_t(1) << 21;
     const size_t bytes = count * sizeof(T);
     const size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
-    const size_t rounded = std::max((bytes + alignment - 1) / alignment, size_t(1)) * alignment;
-    data_ = static_cast<T*>(std::aligned_alloc(alignment, rounded));
+    bytes_ = std::max((bytes + alignment - 1) / alignment, size_t(1)) * alignment;
+    data_ = static_cast<T*>(kept().take(bytes_));
+    if (data_) return;
+    data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes_));
     if (!data_) throw std::bad_alloc();
-    advise_huge_pages(data_, rounded);
+    advise_huge_pages(data_, bytes_);
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { kept().give(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }
 
  private:
   T* data_;
+  size_t bytes_;
 };
 // The numbers of a call: field by field the ctypes structure of the caller.
 struct Arguments {
@@ -399,29 +453,219 @@ struct Packed {
         valid(a.batch * key_blocks) {}
 };
 
+// 64 keys: a key block, or 64 columns that were gathered.
+struct Tile {
+  const word *keys, *values;
+  Reach reach;
+  bool masked;  // some row sees but some of them
+  uint64_t visible;  // a bit per key: some row sees it
+  int64_t first;  // position of the block's first key
+  const int32_t* columns;  // positions, or null for a block
+};
+
+// A query block of a head: its place, the positions of its rows, and its tiles.
+struct Work {
+  int64_t b, h, i, first;
+  int rows;
+  std::vector<Tile> tiles;
+  std::vector<uint8_t> selected;  // per key block, while tiles are listed
+
+  explicit Work(const Packed& in) : selected(in.key_blocks + 1, 0) {
+    tiles.reserve(in.key_blocks + in.chunks);
+  }
+};
+
+// The key block, if some row sees a key of it.
+void list_block(const Arguments& a, const Packed& in, Work& work, int64_t kb) {
+  const int64_t low = kb * BLOCK, high = low + BLOCK - 1;
+  const int64_t first = work.first, last = first + work.rows - 1;
+  if (kb < 0 || kb >= in.key_blocks || (a.causal && low > last)) return;
+  work.selected[kb] = 1;
+  const uint64_t valid = in.valid.get()[work.b * in.key_blocks + kb];
+  const bool in_window = a.window <= 0 || first - high < a.window;
+  if (!in_window || valid == 0) return;
+  const bool full = valid == ~uint64_t(0) && (!a.causal || high <= first) &&
+      (a.window <= 0 || last - low < a.window);
+  Reach reach{64 - __builtin_clzll(valid)};
+  if (a.causal) reach.first = static_cast<int>(std::min<int64_t>(first - low + 1, BLOCK));
+  const int64_t kv_head = work.h / (a.heads / a.kv_heads);
+  const int64_t slot = (work.b * a.kv_heads + kv_head) * in.key_blocks + kb;
+  work.tiles.push_back({in.keys.get() + slot * KEY_WORDS, in.values.get() + slot * VALUE_WORDS,
+                        reach, !full, valid, low, nullptr});
+}
+
+// Those columns of a chunk that some row sees and whose blocks are not selected.
+void list_columns(const Arguments& a, const Packed& in, Work& work, int64_t chunk,
+                  const int32_t* columns, int64_t size, int64_t limit) {
+  const int64_t first = work.first, last = first + work.rows - 1;
+  const uint64_t* valid = in.valid.get() + work.b * in.key_blocks;
+  uint64_t bits = 0;
+  bool edge = false;  // some row's window ends inside of the chunk
+  for (int t = 0; t < size; ++t) {
+    const int64_t j = columns[t];
+    if (j < 0 || j >= limit || work.selected[j / BLOCK]) continue;
+    if (!(valid[j / BLOCK] >> (j % BLOCK) & 1)) continue;
+    if (a.window > 0 && first - j >= a.window) continue;
+    bits |= uint64_t(1) << t;
+    edge = edge || (a.window > 0 && last - j >= a.window);
+  }
+  if (bits == 0) return;
+  const int64_t slot = (work.b * a.heads + work.h) * in.chunks + chunk;
+  work.tiles.push_back({in.column_keys.get() + slot * KEY_WORDS,
+                        in.column_values.get() + slot * VALUE_WORDS,
+                        Reach{64 - __builtin_clzll(bits)}, edge || bits != ~uint64_t(0), bits, 0,
+                        columns});
+}
+
+// All tiles of query block i, counted from the first query.
+void list_tiles(const Arguments& a, const Packed& in, Work& work, int64_t b, int64_t h, int64_t i) {
+  const int64_t qb = a.query_offset / BLOCK + i;
+  work.b = b, work.h = h, work.i = i;
+  work.first = std::max(qb * BLOCK, a.query_offset);
+  work.rows = static_cast<int>(
+      std::min((qb + 1) * BLOCK, a.query_offset + a.num_queries) - work.first);
+  work.tiles.clear();
+  const int32_t head_slot = a.head_slots[h];
+  if (head_slot >= 0) {
+    const int64_t list = (b * a.num_lists + head_slot) * a.num_blocks + i;
+    const int32_t count = a.block_count[list];
+    if (count < 0)
+      for (int64_t kb = 0; kb < in.key_blocks; ++kb) list_block(a, in, work, kb);
+    for (int32_t n = 0; n < count; ++n)
+      list_block(a, in, work, a.block_index[list * a.max_blocks + n]);
+  } else {
+    const int64_t list = b * a.num_diagonals + (-1 - head_slot);
+    const int32_t count = a.diagonal_count[list];
+    if (count < 0)
+      for (int64_t kb = 0; kb <= qb; ++kb) list_block(a, in, work, kb);
+    for (int32_t n = 0; n < count; ++n)
+      list_block(a, in, work, qb - a.diagonal_index[list * a.max_diagonals + n]);
+  }
+  const int64_t columns = a.max_columns ? a.column_count[b * a.heads + h] : 0;
+  const int32_t* positions = a.column_index + (b * a.heads + h) * a.max_columns;
+  const int64_t limit = a.causal ? std::min(qb * BLOCK, a.num_keys) : a.num_keys;
+  for (int64_t c = 0; c * BLOCK < columns && positions[c * BLOCK] < limit; ++c)
+    list_columns(a, in, work, c, positions + c * BLOCK,
+                 std::min<int64_t>(BLOCK, columns - c * BLOCK), limit);
+  std::fill(work.selected.begin(), work.selected.end(), 0);
+}
+
+// Per row of a masked tile, a bit per key that it sees.
+void fill_mask(const Arguments& a, const Work& work, const Tile& tile, uint64_t* row_bits) {
+  int behind = 0;  // columns that the row's window has left behind
+  for (int r = 0; r < work.rows; ++r) {
+    const int64_t p = work.first + r;
+    uint64_t bits = tile.visible;
+    if (tile.columns) {
+      while (a.window > 0 && behind < tile.reach.keys && p - tile.columns[behind] >= a.window)
+        ++behind;
+      bits &= ~low_bits(behind);
+    } else {
+      if (a.causal) bits &= low_bits(p - tile.first + 1);
+      if (a.window > 0) bits &= ~low_bits(p - a.window + 1 - tile.first);
+    }
+    row_bits[r] = bits;
+  }
+}
 // What one thread works on.
 struct Scratch {
   Buffer<packed> query, staging, probabilities;
   Buffer<float> scores, out;
-  std::vector<uint8_t> selected;  // per key block
   alignas(64) uint64_t row_bits[STRIP][BLOCK];
-  bool masked[STRIP];
-  Reach reach[STRIP];
-  const word* keys[STRIP];
-  const word* values[STRIP];
-  int tiles = 0;
-  alignas(64) float maximum[BLOCK], sum[BLOCK], scale[BLOCK], shift[BLOCK];
+  alignas(64) float maximum[BLOCK], sum[BLOCK], scale[BLOCK];
 
-  explicit Scratch(int64_t key_blocks)
+  Scratch()
       : query(BLOCK * DEPTH * PAIR),
         staging(BLOCK * std::max(DEPTH * PAIR, VALUE_WIDTH)),
         probabilities(BLOCK * STRIP * BLOCK),
         scores(BLOCK * STRIP * BLOCK),
-        out(BLOCK * VALUE_WIDTH),
-        selected(key_blocks + 1, 0) {
+        out(BLOCK * VALUE_WIDTH) {
     std::memset(probabilities.get(), 0, BLOCK * STRIP * BLOCK * sizeof(packed));
   }
 };
+
+// From scores to exponents of 2.
+struct Exponents {
+  float scale, cap_exponent = 0.0f, cap = 0.0f;
+
+  explicit Exponents(const Arguments& a)
+      : scale(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale)) {}
+};
+
+
+// e^(score - maximum) of one row of the strip, as P x V reads it; returns the sum.
+inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
+  const vec factor = set1(scale), offset = set1(shift);
+  vec sum = set1(0.0f);
+  for (int n = 0; n < width; n += 2 * LANES) {
+    const vec low = exp2_vec(fma(load(scores + n), factor, offset));
+    const vec high = exp2_vec(fma(load(scores + n + LANES), factor, offset));
+    sum = add(sum, add(low, high));
+    _mm512_storeu_si512(out + n, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+  return reduce_add(sum);
+}
+
+// What is read or written soon: fetched into the second cache while other work is done.
+struct Ahead {
+  const word* keys[STRIP];  // a panel per tile of the strip, fetched by its P x V
+  const input* query = nullptr;  // rows that are fetched by the softmax of as many rows
+  input* out = nullptr;
+  int query_rows = 0, out_rows = 0;
+
+  // Inlined always: GCC 12 takes a function that only fetches for one without effect.
+  __attribute__((always_inline)) void fetch_rows(const Arguments& a, int r) const {
+    constexpr int LINE = 64 / sizeof(input);
+    for (int d = 0; d < HEAD_DIM && r < query_rows; d += LINE)
+      __builtin_prefetch(query + r * a.query_row + d, 0, 2);
+    for (int d = 0; d < VALUE_DIM && r < out_rows; d += LINE)
+      __builtin_prefetch(out + r * a.out_row + d, 1, 2);
+  }
+};
+
+// Scores, exponentials and P x V of `count` tiles, on top of `out`.
+void add_strip(const Arguments& a, Scratch& s, const Work& work, const Tile* tiles, int count,
+               const Exponents& exponents, const Ahead& ahead) {
+  constexpr int FETCH_VALUES = fetch_step(VALUE_WORDS, DEPTH, BLOCK);
+  constexpr int FETCH_KEYS = fetch_step(KEY_WORDS, BLOCK / PAIR, VALUE_WIDTH);
+  const int computed = (work.rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
+  float* scores = s.scores.get();
+  packed* probabilities = s.probabilities.get();
+  const word* values[STRIP];
+  Reach reach[STRIP];
+  for (int t = 0; t < count; ++t) {
+    values[t] = tiles[t].values;
+    reach[t] = tiles[t].reach;
+    if (tiles[t].masked) fill_mask(a, work, tiles[t], s.row_bits[t]);
+    multiply<false, FETCH_VALUES>(reinterpret_cast<const word*>(s.query.get()), DEPTH,
+                                  &tiles[t].keys, 1, DEPTH, BLOCK, scores + t * BLOCK,
+                                  STRIP * BLOCK, computed, BLOCK, nullptr, &reach[t], &values[t]);
+  }
+  for (int r = 0; r < work.rows; ++r) {
+    float* row = scores + r * STRIP * BLOCK;
+    ahead.fetch_rows(a, r);
+    vec highest = set1(NEGATIVE_INFINITY);
+    for (int t = 0; t < count; ++t) {
+      float* tile = row + t * BLOCK;
+      if (tiles[t].masked) {
+        for (int n = 0; n < BLOCK; n += LANES)
+          store(tile + n, keep(s.row_bits[t][r] >> n, load(tile + n)));
+      }
+      for (int n = 0; n < BLOCK; n += LANES) highest = maximum(highest, load(tile + n));
+    }
+    const float before = s.maximum[r];
+    const float after = std::max(before, reduce_max(highest) * exponents.scale);
+    // -inf: nothing visible yet; zero keeps the exponents at -inf instead of NaN.
+    const float shift = after == NEGATIVE_INFINITY ? 0.0f : after;
+    s.scale[r] = before == shift ? 1.0f : std::exp2(before - shift);
+    s.maximum[r] = after;
+    s.sum[r] = s.sum[r] * s.scale[r] +
+        exponentiate(probabilities + r * STRIP * BLOCK, row, count * BLOCK, exponents.scale, -shift);
+  }
+  multiply<true, FETCH_KEYS>(reinterpret_cast<const word*>(probabilities), STRIP * BLOCK / PAIR,
+                             values, count, BLOCK / PAIR, VALUE_WIDTH, s.out.get(), VALUE_WIDTH,
+                             computed, VALUE_WIDTH, s.scale, reach, ahead.keys);
+}
 
 void pack_block(const Arguments& a, const Packed& p, packed* staging, int64_t b, int64_t g,
                 int64_t kb) {
@@ -466,171 +710,50 @@ void pack_columns(const Arguments& a, const Packed& p, packed* staging, int64_t 
   });
 }
 
-
-// e^(score - maximum) of one row of the strip, as P x V reads it; returns the sum.
-inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
-  const vec factor = set1(scale), offset = set1(shift);
-  vec sum = set1(0.0f);
-  for (int n = 0; n < width; n += 2 * LANES) {
-    const vec low = exp2_vec(fma(load(scores + n), factor, offset));
-    const vec high = exp2_vec(fma(load(scores + n + LANES), factor, offset));
-    sum = add(sum, add(low, high));
-    _mm512_storeu_si512(out + n, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  }
-  return reduce_add(sum);
-}
-
-// One softmax update: scores of the strip's tiles, their exponentials, and P x V on top of `out`.
-void flush_strip(Scratch& s, int rows, float scale, float cap_exponent, float cap) {
-  if (s.tiles == 0) return;
-  const int width = s.tiles * BLOCK;
-  const int computed = (rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
-  float* scores = s.scores.get();
-  packed* probabilities = s.probabilities.get();
-  for (int t = 0; t < s.tiles; ++t) {
-    const Ahead ahead{s.keys[std::min(t + 1, s.tiles - 1)], s.values[t]};
-    multiply<false, true>(reinterpret_cast<const word*>(s.query.get()), DEPTH, &s.keys[t], 1,
-                          DEPTH, BLOCK, scores + t * BLOCK, STRIP * BLOCK, computed, BLOCK,
-                          nullptr, &s.reach[t], ahead);
-  }
-  for (int r = 0; r < rows; ++r) {
-    float* row = scores + r * STRIP * BLOCK;
-    vec highest = set1(NEGATIVE_INFINITY);
-    for (int t = 0; t < s.tiles; ++t) {
-      float* tile = row + t * BLOCK;
-      if (s.masked[t]) {
-        for (int n = 0; n < BLOCK; n += LANES)
-          store(tile + n, keep(s.row_bits[t][r] >> n, load(tile + n)));
-      }
-      for (int n = 0; n < BLOCK; n += LANES) highest = maximum(highest, load(tile + n));
-    }
-    const float before = s.maximum[r];
-    const float after = std::max(before, reduce_max(highest) * scale);
-    // -inf: nothing visible yet; zero keeps the exponents at -inf instead of NaN.
-    const float shift = after == NEGATIVE_INFINITY ? 0.0f : after;
-    s.scale[r] = before == shift ? 1.0f : std::exp2(before - shift);
-    s.maximum[r] = after;
-    s.sum[r] = s.sum[r] * s.scale[r] +
-        exponentiate(probabilities + r * STRIP * BLOCK, row, width, scale, -shift);
-  }
-  multiply<true>(reinterpret_cast<const word*>(probabilities), STRIP * BLOCK / PAIR, s.values,
-                 s.tiles, BLOCK / PAIR, VALUE_WIDTH, s.out.get(), VALUE_WIDTH, computed,
-                 VALUE_WIDTH, s.scale, s.reach);
-  s.tiles = 0;
-}
-
-// All keys that one query block of one head selects.
-void attend(const Arguments& a, const Packed& packed_inputs, Scratch& s, int64_t b, int64_t h,
-            int64_t i) {
-  const Packed& in = packed_inputs;
-  const int64_t qb = a.query_offset / BLOCK + i;
-  const int64_t first = std::max(qb * BLOCK, a.query_offset);
-  const int64_t stop = std::min((qb + 1) * BLOCK, a.query_offset + a.num_queries);
-  const int rows = static_cast<int>(stop - first);
-  const int64_t last = stop - 1;
-  const int64_t g = h / (a.heads / a.kv_heads);
-  const uint64_t* valid = in.valid.get() + b * in.key_blocks;
-  const float cap = 0.0f, cap_exponent = 0.0f;
-  const float scale = a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale);
-
+// The rows of a query block, over its tiles, to `out`. next: what this thread computes after it.
+void attend(const Arguments& a, Scratch& s, const Work& work, const Work& next) {
   const Rows query{static_cast<const input*>(a.query), a.query_batch, a.query_head, a.query_row};
+  const int64_t n = work.first - a.query_offset;
   for (int r = 0; r < BLOCK; ++r) {
     packed* row = s.query.get() + r * DEPTH * PAIR;
-    if (r < rows && a.scale != 0)
-      pack_row(row, query.at(b, h, first - a.query_offset + r), HEAD_DIM, DEPTH * PAIR);
+    if (r < work.rows && a.scale != 0)
+      pack_row(row, query.at(work.b, work.h, n + r), HEAD_DIM, DEPTH * PAIR);
     else std::memset(row, 0, DEPTH * sizeof(word));
     if (a.scale < 0)  // maxima are taken before scaling, so the sign goes into the query
       for (int d = 0; d < DEPTH * PAIR; ++d) row[d] = row[d] ^ 0x8000;
   }
-  const float sink = a.sinks ? a.sinks[h] * LOG2E : NEGATIVE_INFINITY;
+  const float sink = a.sinks ? a.sinks[work.h] * LOG2E : NEGATIVE_INFINITY;
   std::fill_n(s.maximum, BLOCK, sink);
   std::fill_n(s.sum, BLOCK, sink == NEGATIVE_INFINITY ? 0.0f : 1.0f);
   std::fill_n(s.scale, BLOCK, 1.0f);
   std::memset(s.out.get(), 0, BLOCK * VALUE_WIDTH * sizeof(float));
 
-  const auto push = [&](const word* keys, const word* values, bool masked, Reach reach) {
-    s.keys[s.tiles] = keys;
-    s.values[s.tiles] = values;
-    s.masked[s.tiles] = masked;
-    s.reach[s.tiles] = reach;
-    if (++s.tiles == STRIP) flush_strip(s, rows, scale, cap_exponent, cap);
-  };
-
-  const auto visit_block = [&](int64_t kb) {
-    if (kb < 0 || kb >= in.key_blocks || (a.causal && kb > qb)) return;
-    s.selected[kb] = 1;
-    const int64_t low = kb * BLOCK, high = low + BLOCK - 1;
-    const bool in_window = a.window <= 0 || first - high < a.window;
-    if (!in_window || valid[kb] == 0) return;
-    const bool full = valid[kb] == ~uint64_t(0) && (!a.causal || high <= first) &&
-        (a.window <= 0 || last - low < a.window);
-    if (!full) {
-      for (int r = 0; r < rows; ++r) {
-        uint64_t bits = valid[kb];
-        if (a.causal) bits &= low_bits(first + r - low + 1);
-        if (a.window > 0) bits &= ~low_bits(first + r - a.window + 1 - low);
-        s.row_bits[s.tiles][r] = bits;
+  input* out = static_cast<input*>(a.out) + work.b * a.out_batch + work.h * a.out_head +
+      n * a.out_row;
+  const Exponents exponents(a);
+  const Tile* tiles = work.tiles.data();
+  const int64_t total = static_cast<int64_t>(work.tiles.size());
+  for (int64_t done = 0, count; done < total; done += count) {
+    const int64_t left = total - done, strips = (left + STRIP - 1) / STRIP;
+    count = (left + strips - 1) / strips;
+    const Tile* following = tiles + done + count;
+    int64_t known = left - count;
+    Ahead ahead;
+    if (strips == 1) {
+      following = next.tiles.data();
+      known = static_cast<int64_t>(next.tiles.size());
+      ahead.out = out;
+      ahead.out_rows = work.rows;
+      if (known) {
+        ahead.query = query.at(next.b, next.h, next.first - a.query_offset);
+        ahead.query_rows = next.rows;
       }
     }
-    const int64_t slot = (b * a.kv_heads + g) * in.key_blocks + kb;
-    Reach reach{64 - __builtin_clzll(valid[kb])};
-    if (a.causal) reach.first = static_cast<int>(std::min<int64_t>(first - low + 1, BLOCK));
-    push(in.keys.get() + slot * KEY_WORDS, in.values.get() + slot * VALUE_WORDS, !full, reach);
-  };
-
-  const int32_t head_slot = a.head_slots[h];
-  if (head_slot >= 0) {
-    const int64_t list = (b * a.num_lists + head_slot) * a.num_blocks + i;
-    const int32_t count = a.block_count[list];
-    if (count < 0)
-      for (int64_t kb = 0; kb < in.key_blocks; ++kb) visit_block(kb);
-    for (int32_t n = 0; n < count; ++n)
-      visit_block(a.block_index[list * a.max_blocks + n]);
-  } else {
-    const int64_t list = b * a.num_diagonals + (-1 - head_slot);
-    const int32_t count = a.diagonal_count[list];
-    if (count < 0)
-      for (int64_t kb = 0; kb <= qb; ++kb) visit_block(kb);
-    for (int32_t n = 0; n < count; ++n)
-      visit_block(qb - a.diagonal_index[list * a.max_diagonals + n]);
+    for (int64_t t = 0; t < count; ++t)
+      ahead.keys[t] = t < known ? following[t].keys : tiles[done + t].values;
+    add_strip(a, s, work, tiles + done, static_cast<int>(count), exponents, ahead);
   }
-
-  const int64_t columns = a.max_columns ? a.column_count[b * a.heads + h] : 0;
-  const int32_t* positions = a.column_index + (b * a.heads + h) * a.max_columns;
-  const int64_t limit = a.causal ? std::min(qb * BLOCK, a.num_keys) : a.num_keys;
-  for (int64_t c = 0; c * BLOCK < columns && positions[c * BLOCK] < limit; ++c) {
-    const int32_t* chunk = positions + c * BLOCK;
-    const int64_t size = std::min<int64_t>(BLOCK, columns - c * BLOCK);
-    uint64_t bits = 0;
-    bool edge = false;  // some row's window ends inside of the chunk
-    for (int t = 0; t < size; ++t) {
-      const int64_t j = chunk[t];
-      if (j < 0 || j >= limit || s.selected[j / BLOCK]) continue;
-      if (!(valid[j / BLOCK] >> (j % BLOCK) & 1)) continue;
-      if (a.window > 0 && first - j >= a.window) continue;
-      bits |= uint64_t(1) << t;
-      edge = edge || (a.window > 0 && last - j >= a.window);
-    }
-    if (bits == 0) continue;
-    const bool masked = edge || bits != ~uint64_t(0);
-    if (masked) {
-      int64_t behind = 0;  // columns that the row's window has left behind
-      for (int r = 0; r < rows; ++r) {
-        if (edge)
-          while (behind < size && first + r - chunk[behind] >= a.window) ++behind;
-        s.row_bits[s.tiles][r] = bits & ~low_bits(behind);
-      }
-    }
-    const int64_t slot = (b * a.heads + h) * in.chunks + c;
-    push(in.column_keys.get() + slot * KEY_WORDS, in.column_values.get() + slot * VALUE_WORDS,
-         masked, Reach{64 - __builtin_clzll(bits)});
-  }
-  flush_strip(s, rows, scale, cap_exponent, cap);
-  std::fill(s.selected.begin(), s.selected.end(), 0);
-
-  input* out = static_cast<input*>(a.out) + b * a.out_batch + h * a.out_head +
-      (first - a.query_offset) * a.out_row;
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < work.rows; ++r) {
     float* row = s.out.get() + r * VALUE_WIDTH;
     const vec factor = set1(s.sum[r] == 0.0f ? 0.0f : 1.0f / s.sum[r]);
     for (int d = 0; d < VALUE_WIDTH; d += LANES) store(row + d, mul(load(row + d), factor));
@@ -651,8 +774,10 @@ extern "C" int sparse_attention(const Arguments* arguments) {
         (a.num_queries - 1) * a.out_row + VALUE_DIM;
     advise_huge_pages(a.out, out_items * sizeof(input));
     // Allocated here, because an exception must not leave a thread of the parallel region.
-    std::deque<Scratch> scratches;
-    for (int64_t t = 0; t < a.threads; ++t) scratches.emplace_back(in.key_blocks);
+    std::deque<Scratch> scratches(a.threads);
+    std::deque<std::array<Work, 2>> works;
+    for (int64_t t = 0; t < a.threads; ++t) works.push_back({Work(in), Work(in)});
+    int64_t claimed = 0;
 #pragma omp parallel num_threads(a.threads)
     {
       Scratch& scratch = scratches[omp_get_thread_num()];
@@ -665,11 +790,24 @@ extern "C" int sparse_attention(const Arguments* arguments) {
         pack_block(a, in, scratch.staging.get(), t / in.key_blocks / a.kv_heads,
                    t / in.key_blocks % a.kv_heads, t % in.key_blocks);
       const TileScope tiles;
-      // Head by head, the longest rows first: the last tasks are the short ones.
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < tasks; ++t)
-        attend(a, in, scratch, t / a.num_blocks / a.heads, t / a.num_blocks % a.heads,
-               a.num_blocks - 1 - t % a.num_blocks);
+      // Head by head, the longest rows first: the last tasks are the short ones. A thread takes
+      // one task ahead, to know what comes after the one that it computes.
+      const auto take = [&](Work& work) {
+        int64_t t;
+#pragma omp atomic capture
+        t = claimed++;
+        work.tiles.clear();
+        if (t >= tasks) return false;
+        list_tiles(a, in, work, t / a.num_blocks / a.heads, t / a.num_blocks % a.heads,
+                   a.num_blocks - 1 - t % a.num_blocks);
+        return true;
+      };
+      Work *current = &works[omp_get_thread_num()][0], *next = &works[omp_get_thread_num()][1];
+      for (bool some = take(*current), more; some; some = more) {
+        more = take(*next);
+        attend(a, scratch, *current, *next);
+        std::swap(current, next);
+      }
     }
   } catch (const std::bad_alloc&) {
     return 1;

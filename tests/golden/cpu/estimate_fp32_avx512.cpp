@@ -15,7 +15,9 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <limits>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -106,34 +108,29 @@ struct Reach {
   int of_row(int r) const { return std::min(keys, first + r); }
 };
 
-// Panels of a tile that is read soon. Which one that is, is the index's choice and no stream that
-// the hardware could see, so each step of a product fetches one line of them.
-struct Ahead {
-  const word* keys;    // KEY_WORDS, read next
-  const word* values;  // VALUE_WORDS, read after that
-  // The DEPTH lines that the given group of rows fetches.
-  const word* lines(int group) const {
-    constexpr int LINE = 64 / sizeof(word), KEY_GROUPS = KEY_WORDS / (DEPTH * LINE);
-    if (group < KEY_GROUPS) return keys + group * DEPTH * LINE;
-    return values + std::max(0, std::min((group - KEY_GROUPS) * DEPTH * LINE,
-                                         VALUE_WORDS - DEPTH * LINE));
-  }
-};
-
 constexpr int ROW_STEP = 2;
-constexpr int ROWS = 6;  // 6 x 4 accumulators, 4 of B, 1 of A
-constexpr int VECTORS = 4;
+constexpr int ROWS = 8;  // 8 x 3 accumulators, 3 of B, 1 of A
+constexpr int VECTORS = 3;
 
 struct TileScope {};
+
+// Bytes to fetch per step, so that a product of BLOCK rows and `steps` x `columns` of B fetches
+// `words`: no more at a time, or the fetches hold up the loads of the product itself.
+constexpr int fetch_step(int words, int steps, int columns) {
+  const int passes = std::max(1, columns / (VECTORS * LANES)) * ((BLOCK + ROWS - 1) / ROWS);
+  return (words * int(sizeof(word)) + passes * steps - 1) / (passes * steps);
+}
 
 inline vec dot(vec acc, word a, vec b) { return fma(set1(a), b, acc); }
 inline vec load_words(const word* b) { return load(b); }
 
-// R rows from `row` on, V vectors from `column` on.
-template <int R, int V, bool ACCUMULATE, bool FETCH>
-inline void multiply_tile(const word* a, int lda, const word* const* panels, int num_panels,
-                          int steps, int row, int column, int ldb, float* c, int ldc,
-                          const float* row_scale, const Reach* reach, const Ahead& ahead) {
+// R rows from `row` on, V vectors from `column` on. Not inlined: within its callers, GCC 12 runs out
+// of registers for the accumulators.
+template <int R, int V, bool ACCUMULATE, int FETCH>
+__attribute__((noinline)) void multiply_tile(const word* a, int lda, const word* const* panels,
+                                             int num_panels, int steps, int row, int column,
+                                             int ldb, float* c, int ldc, const float* row_scale,
+                                             const Reach* reach, const word* const* ahead) {
   if constexpr (!ACCUMULATE && V > 1) {
     if (reach && reach->of_row(row + R - 1) <= column + (V - 1) * LANES)
       return multiply_tile<R, V - 1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, row,
@@ -142,7 +139,7 @@ inline void multiply_tile(const word* a, int lda, const word* const* panels, int
   }
   a += row * lda;
   c += row * ldc + column;
-  const word* line = FETCH ? ahead.lines(row / ROWS) : nullptr;
+  const int done = (column / (VECTORS * LANES) * ((BLOCK + ROWS - 1) / ROWS) + row / ROWS) * steps;
   vec acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -152,10 +149,11 @@ inline void multiply_tile(const word* a, int lda, const word* const* panels, int
   }
   for (int p = 0; p < num_panels; ++p) {
     const word* b = panels[p] + column;
+    const char* line = FETCH ? reinterpret_cast<const char*>(ahead[p]) + done * FETCH : nullptr;
     const int seen =
         ACCUMULATE && reach ? (reach[p].of_row(row + R - 1) + PAIR - 1) / PAIR : steps;
     for (int k = 0; k < seen; ++k, b += ldb) {
-      if constexpr (FETCH) _mm_prefetch(line + k * (64 / sizeof(word)), _MM_HINT_T1);
+      if constexpr (FETCH > 0) _mm_prefetch(line + k * FETCH, _MM_HINT_T1);
       decltype(load_words(b)) factor[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) factor[v] = load_words(b + v * LANES);
@@ -175,10 +173,11 @@ inline void multiply_tile(const word* a, int lda, const word* const* panels, int
   }
 }
 
-template <int V, bool ACCUMULATE, bool FETCH>
+template <int V, bool ACCUMULATE, int FETCH>
 inline void multiply_columns(const word* a, int lda, const word* const* panels, int num_panels,
                              int steps, int column, int ldb, float* c, int ldc, int rows,
-                             const float* row_scale, const Reach* reach, const Ahead& ahead) {
+                             const float* row_scale, const Reach* reach,
+                             const word* const* ahead) {
   int r = 0;
   if constexpr (!ACCUMULATE) {
     while (reach && r + ROWS <= rows && reach->of_row(r + ROWS - 1) <= column) r += ROWS;
@@ -194,17 +193,17 @@ inline void multiply_columns(const word* a, int lda, const word* const* panels, 
                                            ldc, row_scale, reach, ahead);
 }
 
-template <bool ACCUMULATE, bool FETCH = false>
+template <bool ACCUMULATE, int FETCH = 0>
 void multiply(const word* a, int lda, const word* const* panels, int num_panels, int steps,
               int ldb, float* c, int ldc, int rows, int columns, const float* row_scale,
-              const Reach* reach = nullptr, const Ahead& ahead = {}) {
+              const Reach* reach = nullptr, const word* const* ahead = nullptr) {
   int n = 0;
   for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES)
     multiply_columns<VECTORS, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc,
                                                  rows, row_scale, reach, ahead);
   for (; n < columns; n += LANES)
-    multiply_columns<1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc, rows,
-                                           row_scale, reach, ahead);
+    multiply_columns<1, ACCUMULATE, 0>(a, lda, panels, num_panels, steps, n, ldb, c, ldc, rows,
+                                       row_scale, reach, ahead);
 }
 // One row of `dim` inputs to `padded` packed elements, zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
@@ -293,7 +292,59 @@ inline void advise_huge_pages(void* data, size_t bytes) {
     madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
 }
 
-// Scratch memory of one call.
+// Memory between calls. Layers follow one another, and pages that are new to the process cost up to
+// a third of a call on 128 tokens: the system clears them first, and may have lent them elsewhere.
+class Kept {
+ public:
+  ~Kept() {
+    for (const Block& block : blocks_) std::free(block.data);
+  }
+  // Memory of just this size, or null.
+  void* take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
+      if (block->bytes != bytes) continue;
+      void* data = block->data;
+      total_ -= bytes;
+      blocks_.erase(std::next(block).base());
+      return data;
+    }
+    return nullptr;
+  }
+  // Frees what has not been asked for longest, if it would be more than LIMIT in all.
+  void give(void* data, size_t bytes) {
+    if (bytes > LIMIT) return std::free(data);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!blocks_.empty() && total_ + bytes > LIMIT) {
+      total_ -= blocks_.front().bytes;
+      std::free(blocks_.front().data);
+      blocks_.pop_front();
+    }
+    try {
+      blocks_.push_back({data, bytes});
+      total_ += bytes;
+    } catch (const std::bad_alloc&) {
+      std::free(data);
+    }
+  }
+
+ private:
+  static constexpr size_t LIMIT = size_t(64) << 20;
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  std::mutex mutex_;
+  std::deque<Block> blocks_;
+  size_t total_ = 0;
+};
+
+inline Kept& kept() {
+  static Kept memory;
+  return memory;
+}
+
+// Scratch memory of one call; what it holds at first is of no use.
 template <typename T>
 class Buffer {
  public:
@@ -301,18 +352,21 @@ class Buffer {
     constexpr size_t HUGE_PAGE = size_t(1) << 21;
     const size_t bytes = count * sizeof(T);
     const size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
-    const size_t rounded = std::max((bytes + alignment - 1) / alignment, size_t(1)) * alignment;
-    data_ = static_cast<T*>(std::aligned_alloc(alignment, rounded));
+    bytes_ = std::max((bytes + alignment - 1) / alignment, size_t(1)) * alignment;
+    data_ = static_cast<T*>(kept().take(bytes_));
+    if (data_) return;
+    data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes_));
     if (!data_) throw std::bad_alloc();
-    advise_huge_pages(data_, rounded);
+    advise_huge_pages(data_, bytes_);
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { kept().give(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }
 
  private:
   T* data_;
+  size_t bytes_;
 };
 struct Arguments {
   const void* query;
