@@ -1,8 +1,10 @@
 """Sparse attention on the CPU against torch's dense attention, FlexAttention and plain torch.
 
 All runs of one case take turns in one process, and what is compared is process CPU time: on a
-shared machine wall time measures the neighbours. `OMP_WAIT_POLICY=PASSIVE` (set here before torch
-is loaded) keeps threads that wait from counting as work.
+shared machine wall time measures the neighbours. Each run is timed right after one like it, as one
+layer of a model follows another: after seconds of something else its memory has gone back to the
+system, and a virtual machine may have to ask its host for it again. `OMP_WAIT_POLICY=PASSIVE` (set
+here before torch is loaded) keeps threads that wait from counting as work.
 
     python benchmarks/attention_cpu.py --lengths 8192,16384 --dtypes float32,bfloat16
     python benchmarks/attention_cpu.py --flex --plain --patterns blocks
@@ -94,12 +96,11 @@ def random_blocks(query: Tensor, share: float, generator: torch.Generator) -> Sp
 
 
 def cpu_seconds(runs: Runs, repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each run; they take turns."""
+    """Median CPU seconds of each run, right after one that is not timed; they take turns."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
     for _ in range(repeats):
         for name, run in runs.items():
+            run()
             start = time.process_time()
             run()
             samples[name].append(time.process_time() - start)
