@@ -57,7 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--needle-text", default="code", help="haystack of niah_single_2")
     parser.add_argument("--samples", type=int, default=3, help="per needle task and length")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=Path("calibration"))
+    parser.add_argument("--folder", type=Path, default=Path("build/calibration"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
