@@ -27,7 +27,11 @@ PATTERNS: list[tuple[Pattern, str, Callable[..., SparseIndex]]] = [
 ]
 
 
-@pytest.mark.parametrize(("pattern", "name", "plain"), PATTERNS, ids=str)
+# By hand: the address of a function is another in every process.
+IDS = [f"{name}-{pattern}" for pattern, name, _ in PATTERNS]
+
+
+@pytest.mark.parametrize(("pattern", "name", "plain"), PATTERNS, ids=IDS)
 def test_patterns_estimate_by_generated_code(
     pattern: Pattern, name: str, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,7 +46,7 @@ def test_patterns_estimate_by_generated_code(
     assert called == [name]
 
 
-@pytest.mark.parametrize(("pattern", "name", "plain"), PATTERNS, ids=str)
+@pytest.mark.parametrize(("pattern", "name", "plain"), PATTERNS, ids=IDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_no_number_does_not_count(
     pattern: Pattern, name: str, plain: Any, value: float
