@@ -49,8 +49,8 @@ class Union(ListPattern):
     memory of the index: 4 * max_blocks bytes per 64 queries and head.
     """
 
-    mass: float = 0.7
-    row_share: float = 0.02
+    mass: float = 0.6
+    row_share: float = 0.018
     columns: int = 256
     sink_blocks: int = 1
     local_blocks: int = 2

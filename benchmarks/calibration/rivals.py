@@ -43,9 +43,12 @@ def knobs(length: int) -> dict[str, Callable[[float], Pattern]]:
         return 0.05 + 0.945 * x
 
     return {
-        "union": make("union", row_share=lambda x: 0.5 * 0.002**x),
+        "union": make("union", mass=lambda x: 0.7, row_share=lambda x: 0.5 * 0.002**x),
         "union, 512 columns": make(
-            "union", row_share=lambda x: 0.5 * 0.002**x, columns=lambda x: 512
+            "union",
+            mass=lambda x: 0.7,
+            row_share=lambda x: 0.5 * 0.002**x,
+            columns=lambda x: 512,
         ),
         "union by mass": make("union", mass=lambda x: 0.1 + 0.895 * x, row_share=lambda x: 0.1),
         "block_top_p": make("block_top_p", mass=nearly),
