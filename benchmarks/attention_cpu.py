@@ -43,13 +43,13 @@ from mpass.lowering.index import (
     list_slots,
 )
 from mpass.patterns.base import find_pattern, head_slots, index_op
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 from mpass.config import DEFAULT_PATTERNS
 from mpass.options import Options
+from mpass.tables import open_console
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = {8192: (512, 24 * BLOCK), 16384: (768, 24 * BLOCK), 32768: (1000, 32 * BLOCK)}
@@ -272,7 +272,7 @@ def plot(results: list[Result], path: Path) -> None:
     try:
         from matplotlib import pyplot
     except ImportError:
-        Console().print("no plot: `pip install matplotlib` draws one")
+        open_console().print("no plot: `pip install matplotlib` draws one")
         return
     dtypes = sorted({result.dtype for result in results}, reverse=True)
     figure, panels = pyplot.subplots(
@@ -319,7 +319,7 @@ def main(
     name: Annotated[str, typer.Option(help="file name under results/")] = "attention_cpu",
 ) -> None:
     """Measure, print a table, and save JSON and a plot under benchmarks/results/."""
-    console, results = Console(), []
+    console, results = open_console(), []
     for pattern in patterns.split(","):
         for dtype in (getattr(torch, dtype) for dtype in dtypes.split(",")):
             for length in map(int, lengths.split(",")):

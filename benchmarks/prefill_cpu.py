@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from mpass.parse import parse_dtype, parse_pattern
+from mpass.tables import open_console
 
 
 def build(layers: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -125,8 +125,8 @@ def main() -> None:
             f"{record['bound']:.2f}",
             f"{record['of_bound']:.0%}",
         )
-    Console().print(table)
-    Console().print("bound: the speed-up if attention took no time at all, the rest as it is")
+    open_console().print(table)
+    open_console().print("bound: the speed-up if attention took no time at all, the rest as it is")
     if options.json:
         figures = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         options.json.write_text(json.dumps({**figures, "results": records}, indent=2) + "\n")

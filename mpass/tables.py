@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,6 +38,11 @@ def count_patterns(patterns: Sequence[str]) -> str:
     """`9 x vertical_slash(1000, 1024), 2 x dense()`."""
     counts = Counter(patterns)
     return ", ".join(f"{count} x {pattern}" for pattern, count in counts.most_common())
+
+
+def open_console() -> Console:
+    """A console on stdout: as wide as the terminal, 120 columns in a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def render(table: Table, width: int = 120) -> str:
