@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpass.lowering.cpu.support import best_instruction_set, estimate_spec
 from mpass.patterns.base import find_pattern, registered_patterns
 from mpass.patterns.block_max import BlockMax
 from mpass.patterns.block_top_p import BlockTopP
@@ -61,6 +64,20 @@ def attentions(draw):
     )
 
 
+@pytest.fixture(scope="module")
+def exact_estimates():
+    """fp32 products in estimators: where a score is next to a threshold, rounding would decide."""
+
+    def exact(query):
+        return replace(estimate_spec(query), instruction_set=best_instruction_set(torch.float32))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("estimate", "lists"):
+            patch.setattr(f"mpass.lowering.cpu.{module}.estimate_spec", exact)
+        yield
+
+
+@pytest.mark.usefixtures("exact_estimates")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @settings(max_examples=12, deadline=None)
 @given(tensors=attentions())

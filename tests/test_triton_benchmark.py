@@ -40,7 +40,8 @@ def smoke(path, only):
 
 
 def test_dry_run_compiles_the_model_for_both_backends(tmp_path):
-    rows = smoke(tmp_path / "rows.json", "prefill/")
+    rows = smoke(tmp_path / "rows.json", "prefill/")  # a rule of FlexPrefill's has that in its name
+    rows = {name: row for name, row in rows.items() if name.startswith("prefill/")}
     assert set(rows) == {"prefill/minference/130", "prefill/inductor/130"}
     assert all(row["ms"] > 0 for row in rows.values())
 
