@@ -23,6 +23,12 @@ THREADS = 16
 STEP = 64 << 10  # less than what one thread works on
 STEPS = 192
 
+GLIBC_GAVE_UP = "cannot allocate memory for thread-local data"
+"""glibc ends the process where a thread's first exception finds no memory for its bookkeeping."""
+
+TRIES = 8
+"""About one process in six ends like that, before it can show anything."""
+
 
 @needs_kernels
 def test_running_out_of_memory_raises_at_every_allocation() -> None:
@@ -32,9 +38,12 @@ def test_running_out_of_memory_raises_at_every_allocation() -> None:
         "MALLOC_TRIM_THRESHOLD_": "0",
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
+    for _ in range(TRIES):
+        done = subprocess.run(
+            [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+        )
+        if GLIBC_GAVE_UP not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-4000:]
     raised, returned = map(int, done.stdout.split())
     assert raised > THREADS
