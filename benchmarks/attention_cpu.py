@@ -294,7 +294,9 @@ def plot(results: list[Result], path: Path) -> None:
                 label=f"{str(pattern).replace('_', '-')}, {tokens}, head_dim {head_dim}",
             )
         ideal = [min(result.density for result in results), 1.0]
-        axes.plot(ideal, [1 / x for x in ideal], "--", color="grey", label="ideal = 1 / density")
+        axes.plot(
+            ideal, [1 / x for x in ideal], "--", color="grey", label="SDPA's rate: 1 / density"
+        )
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(xscale="log", yscale="log", title=dtype, xlabel="share of causal cells computed")
         axes.legend(fontsize=8)
