@@ -103,12 +103,19 @@ def vertical_slash_selection(
 
 
 def last_query_sums(
-    query: Tensor, key: Tensor, mask: AttentionMask, heads: Sequence[int], *, scale: float
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    *,
+    scale: float,
+    looking: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last queries, summed per key and per distance: two fp32 [B, h, Nk].
 
-    The last LAST_QUERIES queries that are not padding, per batch row. Entry s of the second is
-    the sum over pairs with `query position - key position == s`.
+    The last LAST_QUERIES queries that are not padding, per batch row, or the last `looking[i]` of
+    them for head `heads[i]`. Entry s of the second is the sum over pairs with
+    `query position - key position == s`.
     """
     batch, _, num_queries, _ = query.shape
     num_keys = key.shape[2]
@@ -131,6 +138,10 @@ def last_query_sums(
     if mask.key_mask is not None:
         visible = visible & mask.key_mask[:, None, None, :]
     visible = visible & (rows >= 0)[:, None, :, None]
+    if looking is not None:
+        back = torch.arange(LAST_QUERIES, 0, -1, device=key.device)
+        looks = back <= torch.tensor(list(looking), device=key.device)[:, None]
+        visible = visible & looks[:, :, None]
     probabilities = masked_softmax(scores, visible)
 
     distance = positions[:, :, None] - torch.arange(num_keys, device=key.device)

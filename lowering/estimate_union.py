@@ -29,6 +29,7 @@ class UnionRule:
     rows: int
     pool: int
     max_blocks: int
+    last_queries: int
 
 
 def union_index(
@@ -71,7 +72,8 @@ def union_index(
     width = union_width(rules)
     columns = None
     if width.max_columns:
-        sums, _ = last_query_sums(query, key, mask, heads, scale=scale)
+        looking = [rule.last_queries for rule in rules]
+        sums, _ = last_query_sums(query, key, mask, heads, scale=scale, looking=looking)
         columns = largest(sums, [rule.columns for rule in rules]) & (sums > 0)
     return list_index(query, mask, len(heads), width, kept_blocks, columns)
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
-from mpass.lowering.estimate import LAST_QUERIES
 from mpass.lowering.estimate_union import UnionRule, union_index, union_width
 from mpass.lowering.index import BLOCK
 from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
@@ -33,6 +32,10 @@ from mpass.patterns.lists import (
     check_share,
 )
 
+from mpass.errors import PatternValueError
+
+LAST_QUERIES_CHOICES = (16, 32, 64)
+
 
 @register_pattern
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Union(ListPattern):
 
     mass: share of the estimated attention of a query block that its kept blocks hold; 1 keeps all.
     row_share: a block that one row gives this share of its attention is kept too; 1 for none.
-    columns: single keys per head, those with the most attention of the last 64 queries.
+    columns: single keys per head, those with the most attention of the last `last_queries` queries
+    (16, 32 or 64).
     sink_blocks, local_blocks: first blocks and nearest blocks (the own included), always kept.
     last_blocks: query blocks at the end of the prompt that keep every block.
     rows: query rows per block of 64 that are looked at; pool: keys per run. Both divide 64.
@@ -58,6 +62,7 @@ class Union(ListPattern):
     rows: int = 16
     pool: int = 8
     max_blocks: int = 256
+    last_queries: int = 64
 
     name: ClassVar[str] = "union"
     estimator: ClassVar[ListEstimator] = ListEstimator(union_index, union_width, UnionRule)
@@ -66,12 +71,15 @@ class Union(ListPattern):
         check_share(self, "mass", "row_share")
         check_blocks(self)
         check_divisor(self, "rows", "pool")
+        if self.last_queries not in LAST_QUERIES_CHOICES:
+            allowed = ", ".join(map(str, LAST_QUERIES_CHOICES))
+            raise PatternValueError(self.name, "last_queries", self.last_queries, allowed)
 
     def cost(self) -> sympy.Expr:
         """An upper bound: how many blocks hold `mass` of the attention is the prompt's matter."""
         looked_at = LENGTH * sympy.Rational(self.rows, BLOCK)
         means = LENGTH * HEAD_DIM + looked_at * LENGTH / (2 * self.pool) * HEAD_DIM
-        vertical = LAST_QUERIES * LENGTH * HEAD_DIM if self.columns else 0
+        vertical = self.last_queries * LENGTH * HEAD_DIM if self.columns else 0
         return means + vertical + attention_cost(self.max_blocks, self.columns)
 
 

@@ -42,9 +42,9 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
         lists.union_index,
         estimate_union.union_index,
         [
-            Union(0.6, 1.0, 33).rule(),
+            Union(0.6, 1.0, 33, last_queries=32).rule(),
             Union(0.6, 0.1, 0, 2, 1, rows=64, pool=64).rule(),
-            Union(0.5, 0.2, 17, 0, 1, 1, rows=8, pool=4, max_blocks=5).rule(),
+            Union(0.5, 0.2, 17, 0, 1, 1, rows=8, pool=4, max_blocks=5, last_queries=16).rule(),
             Union(0.7, 0.05, 200, rows=1, pool=1).rule(),
         ],
     ),
@@ -184,6 +184,22 @@ def test_any_shape_selects_what_plain_torch_selects(kernel: str, data: st.DataOb
     # A score may lie within a rounding of a threshold; over so many lists some do.
     assert share_of_equal_lists(found, expected) >= 0.85
     assert_nearly_the_same(found, expected)
+
+
+@pytest.mark.parametrize("kernel", ESTIMATORS)
+@pytest.mark.parametrize("where", ["queries", "keys"])
+def test_nan_leaves_lists_that_can_be_read(kernel: str, where: str) -> None:
+    generated, _, rules = ESTIMATORS[kernel]
+    query, key = inputs(torch.float32, batch=1, num_queries=640, num_keys=640, kv_heads=2, seed=4)
+    (query if where == "queries" else key)[:, :, 300::7] = torch.nan
+    index = generated(query, key, AttentionMask(), HEADS, rules, scale=SCALE)
+    lists = [(index.column_count, index.column_index, 640)]
+    if index.block_count.numel():
+        lists.append((index.block_count.clamp(max=10), index.block_index, 10))
+    for count, entries, stop in lists:
+        kept = torch.arange(entries.shape[-1]) < count[..., None]
+        assert (entries[kept] >= 0).all() and (entries[kept] < stop).all()
+        assert (entries.diff(dim=-1)[kept[..., 1:]] > 0).all(), "not ascending"
 
 
 @pytest.mark.parametrize("kernel", ESTIMATORS)

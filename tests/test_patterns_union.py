@@ -45,15 +45,17 @@ def kept_blocks(scores, block, *, mass, sink_blocks, local_blocks, sharp):
     return kept
 
 
-@pytest.mark.parametrize(("rows", "pool"), [(64, 64), (16, 16), (32, 8)])
-def test_union_keeps_mass_and_columns_by_its_rule(rows, pool):
+@pytest.mark.parametrize(
+    ("rows", "pool", "last_queries"), [(64, 64, 64), (16, 16, 16), (32, 8, 32)]
+)
+def test_union_keeps_mass_and_columns_by_its_rule(rows, pool, last_queries):
     query, key, _ = random_attention(heads=1, kv_heads=1, num_queries=LENGTH, head_dim=DIM)
     query = query * 3  # sharper than random
-    pattern = Union(0.5, 0.25, 20, sink_blocks=1, local_blocks=2, rows=rows, pool=pool)
+    pattern = Union(0.5, 0.25, 20, 1, 2, rows=rows, pool=pool, last_queries=last_queries)
     cells = pattern.dense_mask(query, key, scale=SCALE)[0, 0]
 
     vertical = torch.zeros(LENGTH)
-    for row in range(LENGTH - 64, LENGTH):
+    for row in range(LENGTH - last_queries, LENGTH):
         vertical[: row + 1] += torch.softmax(query[0, 0, row] @ key[0, 0, : row + 1].T * SCALE, -1)
     columns = set(vertical.topk(20).indices.tolist())
     sizes = []
@@ -126,6 +128,7 @@ def test_finer_runs_find_a_single_key_that_a_block_mean_hides():
         ({"columns": -1}, "columns is -1"),
         ({"rows": 48}, "a divisor of 64"),
         ({"pool": 128}, "a divisor of 64"),
+        ({"last_queries": 8}, "last_queries is 8; allowed: 16, 32, 64"),
         ({"max_blocks": 2}, "max_blocks is 2; allowed: 3 or more"),
     ],
 )

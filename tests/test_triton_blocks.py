@@ -52,9 +52,9 @@ TILES = {
     ],
 }
 UNION = [
-    UnionRule(0.6, 1.0, 33, 1, 2, 0, rows=16, pool=8, max_blocks=6),
-    UnionRule(0.6, 0.3, 0, 0, 1, 0, rows=64, pool=64, max_blocks=6),
-    UnionRule(0.5, 0.3, 17, 0, 1, 1, rows=16, pool=8, max_blocks=3),
+    UnionRule(0.6, 1.0, 33, 1, 2, 0, rows=16, pool=8, max_blocks=6, last_queries=16),
+    UnionRule(0.6, 0.3, 0, 0, 1, 0, rows=64, pool=64, max_blocks=6, last_queries=64),
+    UnionRule(0.5, 0.3, 17, 0, 1, 1, rows=16, pool=8, max_blocks=3, last_queries=32),
 ]
 ANTIDIAGONAL = [
     AntidiagonalRule(0.6, 8, 64, 1, 1, 0, max_blocks=5),

@@ -36,7 +36,7 @@ COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
 
 
 TILES = TileRule(0.5, None, 128, 1, 1, 1, 9)
-UNION = UnionRule(0.5, 0.5, 20, 1, 1, 1, 16, 8, 9)
+UNION = UnionRule(0.5, 0.5, 20, 1, 1, 1, 16, 8, 9, 64)
 FLEX = FlexRule(0.9, 0.1, 64, 1024, 128, 9)
 SAMPLED = SampledRule(0.9, 0.1, 0.1, 100, 50)
 ANTIDIAGONAL = AntidiagonalRule(0.5, 8, 128, 1, 1, 1, 9)

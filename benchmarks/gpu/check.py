@@ -35,7 +35,7 @@ SLASHES = {"vertical_sizes": [40, 300], "slash_sizes": [100, 200]}
 TOP_K = {"top_k": [2, 4], "block_sizes": [64, 128]}
 SHARE = TileRule(0.3, None, 128, sink_blocks=1, local_blocks=1, last_blocks=1, max_blocks=12)
 MASS = TileRule(None, 0.7, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=12)
-UNION = UnionRule(0.7, 0.1, 100, 1, 2, 0, rows=16, pool=8, max_blocks=12)
+UNION = UnionRule(0.7, 0.1, 100, 1, 2, 0, rows=16, pool=8, max_blocks=12, last_queries=32)
 FLEX = FlexRule(0.7, 0.0, 64, 512, 128, max_blocks=12)
 SAMPLED = SampledRule(0.6, 0.2, 0.1, max_window=200, max_columns=300)
 GROUPS = AntidiagonalRule(0.7, 8, 128, 1, 1, 0, max_blocks=12)

@@ -15,12 +15,12 @@ from mpass.lowering.cpu.attention import sparse_attention
 from mpass.lowering.cpu.constants import estimator_constants, machine_constants
 from mpass.lowering.cpu.cost import crossover_density, predict
 from mpass.lowering.index import (
-    ALL_DIAGONALS,
     AttentionMask,
     IndexWidth,
+    SparseIndex,
     diagonal_slots,
-    empty_index,
     num_query_blocks,
+    whole_index,
 )
 from torch import Tensor
 
@@ -42,11 +42,17 @@ def dense_attention(
             query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks
         )
     rows = num_query_blocks(query.shape[2], mask.query_offset)
-    index = empty_index(query, rows, IndexWidth(), diagonal_slots(query.shape[1]))
-    index.diagonal_count.fill_(ALL_DIAGONALS)
+    index = all_tiles(query.shape[0], query.shape[1], rows)
     return sparse_attention(
         query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
     )
+
+
+@functools.lru_cache(maxsize=256)
+def all_tiles(batch: int, heads: int, num_blocks: int) -> SparseIndex:
+    """The index of all that a mask allows, made once: short prompts would notice."""
+    sizes = torch.empty(batch, heads, 0, 0)
+    return whole_index(sizes, num_blocks, IndexWidth(), diagonal_slots(heads))
 
 
 def highest_density(query: Tensor, key: Tensor, value: Tensor) -> float:

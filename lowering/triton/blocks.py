@@ -263,7 +263,8 @@ def union_index(
                 repeat=1,
             )
     if width.max_columns and 0 not in (len(heads), key.shape[2]):
-        sums = last_query_sums(query, key, mask, heads, scale=scale)
+        looking = [rule.last_queries for rule in rules]
+        sums = last_query_sums(query, key, mask, heads, scale=scale, looking=looking)
         list_columns(index, sums[0], [rule.columns for rule in rules], least=0.0)
     return index
 

@@ -139,7 +139,13 @@ def select_spec(sums: Tensor, *, window: bool = False) -> KernelSpec:
 
 
 def last_query_sums(
-    query: Tensor, key: Tensor, mask: AttentionMask, heads: Sequence[int], *, scale: float
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    *,
+    scale: float,
+    looking: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention of the last queries, summed per key and per distance: fp32 [2, B, h, Nk].
 
@@ -150,6 +156,7 @@ def last_query_sums(
     query, key = row_major(query), row_major(key)
     batch, num_heads, num_queries, head_dim = query.shape
     num_keys, count = key.shape[2], len(heads)
+    looking = looking or [LAST_QUERIES] * count
     spec = KernelSpec(
         template="last_queries",
         dtype=DTYPES[query.dtype],
@@ -171,7 +178,7 @@ def last_query_sums(
         key,
         mask_bytes(mask, last),
         last,
-        device_ints(heads, query.device),
+        *device_ints([*heads, *looking], query.device).split(count),
         *query.stride()[:3],
         *key.stride()[:3],
         num_keys,

@@ -106,7 +106,7 @@ struct Reach {
   int of_row(int r) const { return std::min(keys, first + r); }
 };
 
-constexpr int ROW_STEP = 64;  // rows come in whole query blocks
+constexpr int ROW_STEP = 64, COLUMN_STEP = 32;  // rows come in whole query blocks
 constexpr int DEPTH_WORDS = 16;  // a tile row: 64 bytes
 
 struct TileConfig {

@@ -106,7 +106,7 @@ struct Reach {
   int of_row(int r) const { return std::min(keys, first + r); }
 };
 
-constexpr int ROW_STEP = 2;
+constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
 constexpr int ROWS = 6;  // 6 x 4 accumulators, 4 of B, 1 of A
 constexpr int VECTORS = 4;
 

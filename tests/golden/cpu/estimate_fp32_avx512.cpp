@@ -108,7 +108,7 @@ struct Reach {
   int of_row(int r) const { return std::min(keys, first + r); }
 };
 
-constexpr int ROW_STEP = 2;
+constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
 constexpr int ROWS = 8;  // 8 x 3 accumulators, 3 of B, 1 of A
 constexpr int VECTORS = 3;
 
@@ -485,8 +485,11 @@ void write_list(int32_t* count, int32_t* entries, const uint8_t* marks, int64_t 
 // ---- vertical-slash ----
 
 constexpr int LAST_QUERIES = 64;
-constexpr int QUERY_VECTORS = LAST_QUERIES / LANES;
 static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLOCK");
+
+// Floats per row of a tile of scores: products come in whole column steps.
+template <int QUERIES>
+constexpr int SCORE_WIDTH = QUERIES < COLUMN_STEP ? COLUMN_STEP : QUERIES;
 
 inline uint64_t low_bits(int64_t count) {
   return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
@@ -503,11 +506,12 @@ void pack_queries(const Arguments& a, word* out, packed* staging, const Row& row
   }
 }
 
-// The last queries of one head.
+// The last queries of one head, as a B operand [DEPTH, LAST_QUERIES].
+template <int QUERIES = LAST_QUERIES>
 void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
                        int64_t head, int64_t first_row) {
   pack_queries(a, out, staging, [&](int q) -> const input* {
-    return first_row + q >= 0 ? query.at(b, head, first_row + q) : nullptr;
+    return q < QUERIES && first_row + q >= 0 ? query.at(b, head, first_row + q) : nullptr;
   });
 }
 
@@ -515,10 +519,12 @@ inline vec exponent_of_product(const Arguments& a) {
   return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
 }
 
-// Products of the keys of one block with the last queries, [BLOCK, LAST_QUERIES], -inf where the
-// mask hides the key.
+// Products of the keys of one block with the last queries, [BLOCK, SCORE_WIDTH], -inf where the mask
+// hides the key.
+template <int QUERIES = LAST_QUERIES>
 void score_block(const Arguments& a, const word* queries, packed* staging, const Rows& key,
                  int64_t b, int64_t kv_head, int64_t first, int64_t first_row, float* scores) {
+  constexpr int WIDTH = SCORE_WIDTH<QUERIES>;
   const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
   const bool in_place = HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
   const word* rows = reinterpret_cast<const word*>(staging);
@@ -533,8 +539,8 @@ void score_block(const Arguments& a, const word* queries, packed* staging, const
       else std::memset(row, 0, DEPTH * sizeof(word));
     }
   }
-  multiply<false>(rows, stride, &queries, 1, DEPTH, LAST_QUERIES, scores, LAST_QUERIES, BLOCK,
-                  LAST_QUERIES, nullptr);
+  multiply<false>(rows, stride, &queries, 1, DEPTH, LAST_QUERIES, scores, WIDTH, BLOCK, WIDTH,
+                  nullptr);
 
   const int64_t position = a.query_offset + first_row;  // of the first of the last queries
   if (count == BLOCK && first_row >= 0 && !a.key_mask && a.window <= 0 &&
@@ -546,57 +552,61 @@ void score_block(const Arguments& a, const word* queries, packed* staging, const
     if (a.causal) visible &= ~low_bits(j - position);
     if (a.window > 0) visible &= low_bits(j + a.window - position);
     if (visible == ~uint64_t(0)) continue;
-    float* row = scores + r * LAST_QUERIES;
-    for (int n = 0; n < LAST_QUERIES; n += LANES)
+    float* row = scores + r * WIDTH;
+    for (int n = 0; n < QUERIES; n += LANES)
       store(row + n, keep(visible >> n, load(row + n)));
   }
 }
 
-// The exponentials of one block, fp16 [BLOCK, LAST_QUERIES], relative to the greatest score of each
-// query in it; greatest (exponents of 2) and total of them: [LAST_QUERIES].
+// The exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of each
+// query in it; greatest (exponents of 2) and total of them: [QUERIES].
+template <int QUERIES = LAST_QUERIES>
 void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, float* greatest,
                         float* total) {
-  vec most[QUERY_VECTORS], sum[QUERY_VECTORS];
-  for (int v = 0; v < QUERY_VECTORS; ++v)
+  constexpr int VECTORS_PER_ROW = QUERIES / LANES, WIDTH = SCORE_WIDTH<QUERIES>;
+  vec most[VECTORS_PER_ROW], sum[VECTORS_PER_ROW];
+  for (int v = 0; v < VECTORS_PER_ROW; ++v)
     most[v] = set1(NEGATIVE_INFINITY), sum[v] = set1(0.0f);
   for (int r = 0; r < BLOCK; ++r)
-    for (int v = 0; v < QUERY_VECTORS; ++v)
-      most[v] = maximum(most[v], load(scores + r * LAST_QUERIES + v * LANES));
-  for (int v = 0; v < QUERY_VECTORS; ++v) {
+    for (int v = 0; v < VECTORS_PER_ROW; ++v)
+      most[v] = maximum(most[v], load(scores + r * WIDTH + v * LANES));
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) {
     most[v] = mul(most[v], exponent);
     store(greatest + v * LANES, most[v]);
     most[v] = finite_or_zero(most[v]);
   }
   for (int r = 0; r < BLOCK; ++r) {
-    for (int v = 0; v < QUERY_VECTORS; ++v) {
-      const int n = r * LAST_QUERIES + v * LANES;
-      const vec e = exp2_vec(sub(mul(load(scores + n), exponent), most[v]));
-      store(weights + n, e, float16_tag{});
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
+      const vec score = load(scores + r * WIDTH + v * LANES);
+      const vec e = exp2_vec(sub(mul(score, exponent), most[v]));
+      store(weights + r * QUERIES + v * LANES, e, float16_tag{});
       sum[v] = add(sum[v], e);
     }
   }
-  for (int v = 0; v < QUERY_VECTORS; ++v) store(total + v * LANES, sum[v]);
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, sum[v]);
 }
 
 // What the exponentials of each block are to be multiplied with to be shares of the softmax, in the
-// place of `greatest`; both arrays are [blocks, LAST_QUERIES]. Zeros for a query that sees nothing.
+// place of `greatest`; both arrays are [blocks, QUERIES]. Zeros for a query that sees nothing.
+template <int QUERIES = LAST_QUERIES>
 void find_factors(float* greatest, const float* total, int64_t blocks) {
-  for (int v = 0; v < QUERY_VECTORS; ++v) {
+  constexpr int VECTORS_PER_ROW = QUERIES / LANES;
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) {
     vec most = set1(NEGATIVE_INFINITY), sum = set1(0.0f);
     for (int64_t n = 0; n < blocks; ++n)
-      most = maximum(most, load(greatest + n * LAST_QUERIES + v * LANES));
+      most = maximum(most, load(greatest + n * QUERIES + v * LANES));
     most = finite_or_zero(most);
     for (int64_t n = 0; n < blocks; ++n) {
-      float* of_block = greatest + n * LAST_QUERIES + v * LANES;
+      float* of_block = greatest + n * QUERIES + v * LANES;
       const vec factor = exp2_vec(sub(load(of_block), most));
       store(of_block, factor);
-      sum = fma(factor, load(total + n * LAST_QUERIES + v * LANES), sum);
+      sum = fma(factor, load(total + n * QUERIES + v * LANES), sum);
     }
     float inverse[LANES];
     store(inverse, sum);
     for (float& value : inverse) value = value > 0.0f ? 1.0f / value : 0.0f;
     for (int64_t n = 0; n < blocks; ++n) {
-      float* of_block = greatest + n * LAST_QUERIES + v * LANES;
+      float* of_block = greatest + n * QUERIES + v * LANES;
       store(of_block, mul(load(of_block), load(inverse)));
     }
   }
@@ -662,6 +672,7 @@ void weigh_chunk(const Arguments& a, const Sums& sums, EstimateScratch& s, int64
 // Second pass over a chunk: shares of the softmax, summed per key and per distance.
 void sum_chunk(const Arguments& a, const Sums& sums, EstimateScratch& s, int64_t head,
                int64_t slot, int64_t chunk) {
+  constexpr int VECTORS_PER_ROW = LAST_QUERIES / LANES;
   const int64_t start = chunk * CHUNK, stop = std::min(a.num_keys, start + CHUNK);
   float* columns = sums.columns.get() + head * a.num_keys;
   float* diagonals = sums.diagonals.get() + (head * sums.chunks + chunk) * sums.stride;
@@ -669,14 +680,14 @@ void sum_chunk(const Arguments& a, const Sums& sums, EstimateScratch& s, int64_t
   for (int64_t first = start; first < stop; first += BLOCK) {
     const int64_t block = slot * sums.blocks + first / BLOCK;
     const uint16_t* weights = sums.weights.get() + block * BLOCK * LAST_QUERIES;
-    vec factor[QUERY_VECTORS];
-    for (int v = 0; v < QUERY_VECTORS; ++v)
+    vec factor[VECTORS_PER_ROW];
+    for (int v = 0; v < VECTORS_PER_ROW; ++v)
       factor[v] = load(sums.factors.get() + block * LAST_QUERIES + v * LANES);
     float* skewed = s.skewed.get();
     for (int r = 0; r < BLOCK; ++r) {
       float* target = skewed + r * 2 * BLOCK + (BLOCK - 1 - r);
       vec sum = set1(0.0f);
-      for (int v = 0; v < QUERY_VECTORS; ++v) {
+      for (int v = 0; v < VECTORS_PER_ROW; ++v) {
         const vec share =
             mul(load(weights + r * LAST_QUERIES + v * LANES, float16_tag{}), factor[v]);
         store(target + v * LANES, share);

@@ -106,7 +106,7 @@ struct Reach {
   int of_row(int r) const { return std::min(keys, first + r); }
 };
 
-constexpr int ROW_STEP = 2;
+constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
 constexpr int ROWS = 6;  // 6 x 4 accumulators, 4 of B, 1 of A
 constexpr int VECTORS = 4;
 
@@ -480,7 +480,7 @@ struct Selection {
     kept.assign(blocks, 0);
     rest.clear();
     for (int64_t kb = low; kb < high; ++kb) {
-      const float score = scores[kb];
+      const float score = scores[kb] > 0.0f ? scores[kb] : 0.0f;  // NaN cannot be ranked
       total += score;
       best = std::max(best, score);
       const bool forced = (kb >= sinks && kb < sinks_end) || std::abs(block - kb) < local;

@@ -106,7 +106,7 @@ struct Reach {
   int of_row(int r) const { return std::min(keys, first + r); }
 };
 
-constexpr int ROW_STEP = 2;
+constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
 constexpr int ROWS = 6;  // 6 x 4 accumulators, 4 of B, 1 of A
 constexpr int VECTORS = 4;
 
@@ -392,6 +392,7 @@ struct Arguments {
   const int32_t* rows;
   const int32_t* pool;
   const int32_t* max_blocks;
+  const int32_t* last_queries;
   int32_t* block_count;
   int32_t* block_index;
   int32_t* column_count;
@@ -482,7 +483,7 @@ struct Selection {
     kept.assign(blocks, 0);
     rest.clear();
     for (int64_t kb = low; kb < high; ++kb) {
-      const float score = scores[kb];
+      const float score = scores[kb] > 0.0f ? scores[kb] : 0.0f;  // NaN cannot be ranked
       total += score;
       best = std::max(best, score);
       const bool forced = (kb >= sinks && kb < sinks_end) || std::abs(block - kb) < local;
@@ -676,8 +677,11 @@ struct Seen {
 };
 
 constexpr int LAST_QUERIES = 64;
-constexpr int QUERY_VECTORS = LAST_QUERIES / LANES;
 static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLOCK");
+
+// Floats per row of a tile of scores: products come in whole column steps.
+template <int QUERIES>
+constexpr int SCORE_WIDTH = QUERIES < COLUMN_STEP ? COLUMN_STEP : QUERIES;
 
 inline uint64_t low_bits(int64_t count) {
   return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
@@ -694,11 +698,12 @@ void pack_queries(const Arguments& a, word* out, packed* staging, const Row& row
   }
 }
 
-// The last queries of one head.
+// The last queries of one head, as a B operand [DEPTH, LAST_QUERIES].
+template <int QUERIES = LAST_QUERIES>
 void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
                        int64_t head, int64_t first_row) {
   pack_queries(a, out, staging, [&](int q) -> const input* {
-    return first_row + q >= 0 ? query.at(b, head, first_row + q) : nullptr;
+    return q < QUERIES && first_row + q >= 0 ? query.at(b, head, first_row + q) : nullptr;
   });
 }
 
@@ -706,10 +711,12 @@ inline vec exponent_of_product(const Arguments& a) {
   return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
 }
 
-// Products of the keys of one block with the last queries, [BLOCK, LAST_QUERIES], -inf where the
-// mask hides the key.
+// Products of the keys of one block with the last queries, [BLOCK, SCORE_WIDTH], -inf where the mask
+// hides the key.
+template <int QUERIES = LAST_QUERIES>
 void score_block(const Arguments& a, const word* queries, packed* staging, const Rows& key,
                  int64_t b, int64_t kv_head, int64_t first, int64_t first_row, float* scores) {
+  constexpr int WIDTH = SCORE_WIDTH<QUERIES>;
   const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
   const bool in_place = HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
   const word* rows = reinterpret_cast<const word*>(staging);
@@ -724,8 +731,8 @@ void score_block(const Arguments& a, const word* queries, packed* staging, const
       else std::memset(row, 0, DEPTH * sizeof(word));
     }
   }
-  multiply<false>(rows, stride, &queries, 1, DEPTH, LAST_QUERIES, scores, LAST_QUERIES, BLOCK,
-                  LAST_QUERIES, nullptr);
+  multiply<false>(rows, stride, &queries, 1, DEPTH, LAST_QUERIES, scores, WIDTH, BLOCK, WIDTH,
+                  nullptr);
 
   const int64_t position = a.query_offset + first_row;  // of the first of the last queries
   if (count == BLOCK && first_row >= 0 && !a.key_mask && a.window <= 0 &&
@@ -737,57 +744,61 @@ void score_block(const Arguments& a, const word* queries, packed* staging, const
     if (a.causal) visible &= ~low_bits(j - position);
     if (a.window > 0) visible &= low_bits(j + a.window - position);
     if (visible == ~uint64_t(0)) continue;
-    float* row = scores + r * LAST_QUERIES;
-    for (int n = 0; n < LAST_QUERIES; n += LANES)
+    float* row = scores + r * WIDTH;
+    for (int n = 0; n < QUERIES; n += LANES)
       store(row + n, keep(visible >> n, load(row + n)));
   }
 }
 
-// The exponentials of one block, fp16 [BLOCK, LAST_QUERIES], relative to the greatest score of each
-// query in it; greatest (exponents of 2) and total of them: [LAST_QUERIES].
+// The exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of each
+// query in it; greatest (exponents of 2) and total of them: [QUERIES].
+template <int QUERIES = LAST_QUERIES>
 void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, float* greatest,
                         float* total) {
-  vec most[QUERY_VECTORS], sum[QUERY_VECTORS];
-  for (int v = 0; v < QUERY_VECTORS; ++v)
+  constexpr int VECTORS_PER_ROW = QUERIES / LANES, WIDTH = SCORE_WIDTH<QUERIES>;
+  vec most[VECTORS_PER_ROW], sum[VECTORS_PER_ROW];
+  for (int v = 0; v < VECTORS_PER_ROW; ++v)
     most[v] = set1(NEGATIVE_INFINITY), sum[v] = set1(0.0f);
   for (int r = 0; r < BLOCK; ++r)
-    for (int v = 0; v < QUERY_VECTORS; ++v)
-      most[v] = maximum(most[v], load(scores + r * LAST_QUERIES + v * LANES));
-  for (int v = 0; v < QUERY_VECTORS; ++v) {
+    for (int v = 0; v < VECTORS_PER_ROW; ++v)
+      most[v] = maximum(most[v], load(scores + r * WIDTH + v * LANES));
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) {
     most[v] = mul(most[v], exponent);
     store(greatest + v * LANES, most[v]);
     most[v] = finite_or_zero(most[v]);
   }
   for (int r = 0; r < BLOCK; ++r) {
-    for (int v = 0; v < QUERY_VECTORS; ++v) {
-      const int n = r * LAST_QUERIES + v * LANES;
-      const vec e = exp2_vec(sub(mul(load(scores + n), exponent), most[v]));
-      store(weights + n, e, float16_tag{});
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
+      const vec score = load(scores + r * WIDTH + v * LANES);
+      const vec e = exp2_vec(sub(mul(score, exponent), most[v]));
+      store(weights + r * QUERIES + v * LANES, e, float16_tag{});
       sum[v] = add(sum[v], e);
     }
   }
-  for (int v = 0; v < QUERY_VECTORS; ++v) store(total + v * LANES, sum[v]);
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, sum[v]);
 }
 
 // What the exponentials of each block are to be multiplied with to be shares of the softmax, in the
-// place of `greatest`; both arrays are [blocks, LAST_QUERIES]. Zeros for a query that sees nothing.
+// place of `greatest`; both arrays are [blocks, QUERIES]. Zeros for a query that sees nothing.
+template <int QUERIES = LAST_QUERIES>
 void find_factors(float* greatest, const float* total, int64_t blocks) {
-  for (int v = 0; v < QUERY_VECTORS; ++v) {
+  constexpr int VECTORS_PER_ROW = QUERIES / LANES;
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) {
     vec most = set1(NEGATIVE_INFINITY), sum = set1(0.0f);
     for (int64_t n = 0; n < blocks; ++n)
-      most = maximum(most, load(greatest + n * LAST_QUERIES + v * LANES));
+      most = maximum(most, load(greatest + n * QUERIES + v * LANES));
     most = finite_or_zero(most);
     for (int64_t n = 0; n < blocks; ++n) {
-      float* of_block = greatest + n * LAST_QUERIES + v * LANES;
+      float* of_block = greatest + n * QUERIES + v * LANES;
       const vec factor = exp2_vec(sub(load(of_block), most));
       store(of_block, factor);
-      sum = fma(factor, load(total + n * LAST_QUERIES + v * LANES), sum);
+      sum = fma(factor, load(total + n * QUERIES + v * LANES), sum);
     }
     float inverse[LANES];
     store(inverse, sum);
     for (float& value : inverse) value = value > 0.0f ? 1.0f / value : 0.0f;
     for (int64_t n = 0; n < blocks; ++n) {
-      float* of_block = greatest + n * LAST_QUERIES + v * LANES;
+      float* of_block = greatest + n * QUERIES + v * LANES;
       store(of_block, mul(load(of_block), load(inverse)));
     }
   }
@@ -811,47 +822,73 @@ struct ColumnScratch {
         sums(padded) {}
 };
 
-// Attention of the last queries, summed per key, into `sums`; last: row of the last real query.
+// Attention of the last QUERIES queries, summed per key, into `sums`; last: row of the last real one.
+template <int QUERIES>
 void sum_columns(const Arguments& a, ColumnScratch& s, const Rows& query, const Rows& key,
                  int64_t b, int64_t h, int64_t last) {
-  const int64_t first_row = last - (LAST_QUERIES - 1);
+  constexpr int VECTORS_PER_ROW = QUERIES / LANES;
+  const int64_t first_row = last - (QUERIES - 1);
   const int64_t reach = std::min(a.num_keys, a.causal ? a.query_offset + last + 1 : a.num_keys);
   const int64_t blocks = (reach + BLOCK - 1) / BLOCK;
   std::fill(s.sums.begin(), s.sums.end(), 0.0f);
-  pack_last_queries(a, s.queries.get(), s.staging.get(), query, b, a.heads[h], first_row);
+  pack_last_queries<QUERIES>(a, s.queries.get(), s.staging.get(), query, b, a.heads[h], first_row);
   const vec exponent = exponent_of_product(a);
   for (int64_t n = 0; n < blocks; ++n) {
-    score_block(a, s.queries.get(), s.staging.get(), key, b, a.heads[h] / a.group, n * BLOCK,
-                first_row, s.scores.get());
-    exponentiate_block(s.scores.get(), exponent, s.weights.get() + n * BLOCK * LAST_QUERIES,
-                       s.factors.get() + n * LAST_QUERIES, s.totals.get() + n * LAST_QUERIES);
+    score_block<QUERIES>(a, s.queries.get(), s.staging.get(), key, b, a.heads[h] / a.group,
+                         n * BLOCK, first_row, s.scores.get());
+    exponentiate_block<QUERIES>(s.scores.get(), exponent, s.weights.get() + n * BLOCK * QUERIES,
+                                s.factors.get() + n * QUERIES, s.totals.get() + n * QUERIES);
   }
-  find_factors(s.factors.get(), s.totals.get(), blocks);
+  find_factors<QUERIES>(s.factors.get(), s.totals.get(), blocks);
   for (int64_t n = 0; n < blocks; ++n) {
-    vec factor[QUERY_VECTORS];
-    for (int v = 0; v < QUERY_VECTORS; ++v)
-      factor[v] = load(s.factors.get() + n * LAST_QUERIES + v * LANES);
-    const uint16_t* weights = s.weights.get() + n * BLOCK * LAST_QUERIES;
+    vec factor[VECTORS_PER_ROW];
+    for (int v = 0; v < VECTORS_PER_ROW; ++v)
+      factor[v] = load(s.factors.get() + n * QUERIES + v * LANES);
+    const uint16_t* weights = s.weights.get() + n * BLOCK * QUERIES;
     for (int r = 0; r < BLOCK; ++r) {
       vec sum = set1(0.0f);
-      for (int v = 0; v < QUERY_VECTORS; ++v)
-        sum = fma(load(weights + r * LAST_QUERIES + v * LANES, float16_tag{}), factor[v], sum);
+      for (int v = 0; v < VECTORS_PER_ROW; ++v)
+        sum = fma(load(weights + r * QUERIES + v * LANES, float16_tag{}), factor[v], sum);
       const float total = reduce_add(sum);
       s.sums[n * BLOCK + r] = total > 0.0f ? total : 0.0f;  // NaN cannot be ranked
     }
   }
 }
 
+// As above, with as many queries as the head's rule says.
+void sum_columns(const Arguments& a, ColumnScratch& s, const Rows& query, const Rows& key,
+                 int64_t b, int64_t h, int64_t last) {
+  switch (a.last_queries[h]) {
+    case 16: return sum_columns<16>(a, s, query, key, b, h, last);
+    case 32: return sum_columns<32>(a, s, query, key, b, h, last);
+    default: return sum_columns<LAST_QUERIES>(a, s, query, key, b, h, last);
+  }
+}
+
+// The value of rank `count` among n values, 1 for the largest. One of every 16 tells which are too
+// small, so that few have to be put in order.
+float find_ranked(std::vector<float>& few, const float* values, int64_t n, int64_t count) {
+  constexpr int64_t STEP = 16;
+  few.clear();
+  for (int64_t j = 0; j < n; j += STEP) few.push_back(values[j]);
+  const int64_t rank = 2 * count / STEP + 8;  // among these: likely below the one in question
+  float bound = NEGATIVE_INFINITY;
+  if (rank < static_cast<int64_t>(few.size())) {
+    std::nth_element(few.begin(), few.begin() + rank, few.end(), std::greater<float>());
+    bound = few[rank];
+  }
+  few.clear();
+  std::copy_if(values, values + n, std::back_inserter(few), [&](float x) { return x >= bound; });
+  if (static_cast<int64_t>(few.size()) < count) few.assign(values, values + n);
+  std::nth_element(few.begin(), few.begin() + (count - 1), few.end(), std::greater<float>());
+  return few[count - 1];
+}
+
 // The `columns` keys of the head with the largest sums; those without any are not kept.
 void write_columns(const Arguments& a, ColumnScratch& s, int64_t b, int64_t h) {
-  s.ranked.assign(s.sums.begin(), s.sums.begin() + a.num_keys);
   int64_t left = std::min<int64_t>(a.columns[h], a.num_keys);
-  float least = NEGATIVE_INFINITY;
-  if (left > 0) {
-    const auto nth = s.ranked.begin() + (left - 1);
-    std::nth_element(s.ranked.begin(), nth, s.ranked.end(), std::greater<float>());
-    least = *nth;
-  }
+  const float least =
+      left > 0 ? find_ranked(s.ranked, s.sums.data(), a.num_keys, left) : NEGATIVE_INFINITY;
   for (int64_t j = 0; j < a.num_keys; ++j) left -= s.sums[j] > least;  // what is left: equal ones
   const int64_t head = b * a.num_heads + h;
   int32_t* entries = a.column_index + head * a.column_width;
