@@ -50,21 +50,22 @@ KEY = ("model", "dtype", "text", "length", "pattern")
 
 
 def settings(name: str, length: int) -> list[str]:
-    """A pattern over its parameters, about 10% to 60% dense; fixed budgets go with the length.
+    """A pattern over its parameters, about 5% to 60% dense; fixed budgets go with the length.
 
     Each range holds what is published, if anything is.
     """
-    tokens = [length // 32, length // 16, length // 8]
+    tokens = [length // part for part in (128, 64, 32, 16, 8)]
     ranges = {
         "a_shape": [f"a_shape(128, {length // 4})"],
-        "block_max": [f"block_max(share={x})" for x in (0.03, 0.1, 0.3)],
+        "block_max": [f"block_max(share={x})" for x in (0.03, 0.1, 0.3, 0.8)],
         "block_sparse": [f"block_sparse({max(4, length // 64 // part)})" for part in (10, 5)],
-        "block_top_p": [f"block_top_p(mass={x})" for x in (0.6, 0.8, 0.9)],
-        "flex_prefill": [f"flex_prefill(gamma={x})" for x in (0.8, 0.9, 0.95)],
+        "block_top_p": [f"block_top_p(mass={x})" for x in (0.3, 0.6, 0.8, 0.9)],
+        "flex_prefill": [f"flex_prefill(gamma={x})" for x in (0.5, 0.7, 0.8, 0.9, 0.95)],
         "sample_attention": [f"sample_attention(coverage={x})" for x in (0.9, 0.95)],
         "strided": [f"strided(64, {length // 8}, {length // 8})"],
         "tri_shape": [f"tri_shape(8, {length // 4})"],
         "union": [
+            "union(mass=0.3, row_share=0.15)",
             "union(mass=0.5, row_share=0.06)",
             "union(mass=0.7, row_share=0.04)",
             "union(mass=0.7, row_share=0.03)",
@@ -74,9 +75,10 @@ def settings(name: str, length: int) -> list[str]:
             "union(mass=0.6, row_share=0.02, rows=32)",
             "union(mass=0.7, row_share=0.02, pool=4)",
             "union(mass=0.8, row_share=0.01)",
+            "union(mass=0.85, row_share=0.007)",
         ],
         "vertical_slash": [f"vertical_slash({size}, {size})" for size in tokens],
-        "x_attention": [f"x_attention(threshold={x})" for x in (0.8, 0.9, 0.95)],
+        "x_attention": [f"x_attention(threshold={x})" for x in (0.5, 0.7, 0.8, 0.9, 0.95, 0.975)],
     }
     return ranges.get(name, [name])
 

@@ -13,7 +13,7 @@ from mpass.evaluate.plan import DENSE
 from mpass.evaluate.plots import Point, loss_against
 from mpass.evaluate.summary import LARGEST_LOSS
 
-DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """At which patterns are compared."""
 
 Line = dict[str, Any]
