@@ -84,7 +84,7 @@ def measure(layers: int, length: int, dtype: torch.dtype, pattern: str, repeats:
     with torch.no_grad():
         for name, run in runs.items():
             if name != "attention":  # has nothing to compile
-                with record() as log:
+                with record() as log:  # of the sparse run at last
                     seconds(f"{length} tokens, {name}, first run with compiling", run)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(repeats):

@@ -36,6 +36,7 @@ from mpass.patterns.lists import (
 from mpass.errors import PatternValueError
 
 LAST_QUERIES_CHOICES = (16, 32, 64)
+"""Numbers of queries that the generated C++ has a loop for."""
 
 
 @register_pattern

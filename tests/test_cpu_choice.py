@@ -202,3 +202,18 @@ def test_whole_index_selects_every_block_however_short_its_lists_are() -> None:
     index = whole_index(torch.zeros(1, 1, 256, 8), 4, IndexWidth(max_blocks=2), list_slots(1))
     cells = reference.computed_mask(index, AttentionMask(), batch=1, num_queries=256, num_keys=256)
     assert torch.equal(cells[0, 0], torch.ones(256, 256).tril().bool())
+
+
+@needs_kernels
+@pytest.mark.parametrize("pattern", [mpass.Union(), mpass.VerticalSlash(40, 200)], ids=str)
+def test_another_default_device_changes_nothing(pattern):
+    query, key, value = random_attention(num_queries=300)
+    mask = AttentionMask(window=100)
+    cpu_dense.all_tiles.cache_clear()
+    with torch.device("meta"):
+        dense = cpu_dense.dense_attention(query, key, value, mask, scale=0.25)
+        sparse = mpass.sparse_attention(query, key, value, pattern=pattern, enable_gqa=True)
+    cpu_dense.all_tiles.cache_clear()
+    assert torch.equal(dense, cpu_dense.dense_attention(query, key, value, mask, scale=0.25))
+    again = mpass.sparse_attention(query, key, value, pattern=pattern, enable_gqa=True)
+    assert torch.equal(sparse, again)

@@ -55,7 +55,7 @@ def run_attention(
     query, key, value = (rows_contiguous(tensor) for tensor in (query, key, value))
     key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
     logits = None if sinks is None else sinks.to(torch.float32).contiguous()
-    slots = torch.tensor(index.head_slots, dtype=torch.int32)
+    slots = torch.tensor(index.head_slots, dtype=torch.int32, device="cpu")
     tensors = tuple(tensor.contiguous() for tensor in index.tensors())
     block_count, block_index, diagonal_count, diagonal_index, column_count, column_index = tensors
     arguments = AttentionArguments(

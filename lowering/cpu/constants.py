@@ -231,15 +231,17 @@ def measure_constants(spec: KernelSpec, dtype: torch.dtype) -> CostConstants:
 def timings(spec: KernelSpec, dtype: torch.dtype, length: int) -> list[float]:
     """CPU seconds of dense attention and of the kernel on every tile, none, none with one kv head,
     and on columns."""
-    query, key = (torch.randn(1, MEASURED_HEADS, length, spec.head_dim).to(dtype) for _ in "qk")
-    value = torch.randn(1, MEASURED_HEADS, length, spec.value_dim).to(dtype)
+    query, key, value = (
+        torch.randn(1, MEASURED_HEADS, length, dim, device="cpu").to(dtype)
+        for dim in (spec.head_dim, spec.head_dim, spec.value_dim)
+    )
     blocks, slots = -(-length // BLOCK), diagonal_slots(MEASURED_HEADS)
     none = empty_index(query, blocks, IndexWidth(), slots)
     full = empty_index(query, blocks, IndexWidth(), slots)
     full.diagonal_count.fill_(ALL_DIAGONALS)
     columns = empty_index(query, blocks, IndexWidth(max_columns=max(1, length // 2)), slots)
     columns.column_count.fill_(length // 2)
-    columns.column_index.copy_(torch.arange(max(1, length // 2)))
+    columns.column_index.copy_(torch.arange(max(1, length // 2), device="cpu"))
     scale, mask = spec.head_dim**-0.5, AttentionMask()
 
     def sparse(index: SparseIndex, kv_heads: int = MEASURED_HEADS) -> Tensor:
@@ -273,8 +275,8 @@ def estimator_constants(
     def measure() -> EstimatorConstants:
         runs: list[Callable[[], object]] = []
         for length in ESTIMATOR_LENGTHS:
-            query = torch.randn(1, group, length, head_dim).to(dtype)
-            key = torch.randn(1, 1, length, head_dim).to(dtype)
+            query = torch.randn(1, group, length, head_dim, device="cpu").to(dtype)
+            key = torch.randn(1, 1, length, head_dim, device="cpu").to(dtype)
             runs.append(functools.partial(estimate, query, key))
         with one_thread():
             return EstimatorConstants.fit(ESTIMATOR_LENGTHS, least_seconds(runs), group)

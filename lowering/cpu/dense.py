@@ -51,7 +51,7 @@ def dense_attention(
 @functools.lru_cache(maxsize=256)
 def all_tiles(batch: int, heads: int, num_blocks: int) -> SparseIndex:
     """The index of all that a mask allows, made once: short prompts would notice."""
-    sizes = torch.empty(batch, heads, 0, 0)
+    sizes = torch.empty(batch, heads, 0, 0, device="cpu")
     return whole_index(sizes, num_blocks, IndexWidth(), diagonal_slots(heads))
 
 

@@ -104,7 +104,9 @@ def run_estimator(
     """Call one estimator of a library; fills `outputs` (see EstimateArguments)."""
     query, key = (rows_contiguous(tensor) for tensor in inputs)
     key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
-    numbers = torch.tensor([list(heads), list(sizes[0]), list(sizes[1])], dtype=torch.int32)
+    numbers = torch.tensor(
+        [list(heads), list(sizes[0]), list(sizes[1])], dtype=torch.int32, device="cpu"
+    )
     first_count, first_index, second_count, second_index = outputs
     if query.shape[0] == 0 or not heads or 0 in (query.shape[2], key.shape[2]):
         return

@@ -145,10 +145,11 @@ def run_estimator(
         name: torch.tensor(
             [getattr(rule, name) or 0 for rule in rules],
             dtype=torch.float32 if kind == "float" else torch.int32,
+            device="cpu",
         )
         for name, kind in rule_fields(kernel).items()
     }
-    parameters["heads"] = torch.tensor(list(heads), dtype=torch.int32)
+    parameters["heads"] = torch.tensor(list(heads), dtype=torch.int32, device="cpu")
     arguments = list_arguments(kernel)(
         query=pointer(query),
         key=pointer(key),
