@@ -202,3 +202,12 @@ def test_estimators_are_timed_once_and_kept(cache: Path) -> None:
     timed = len(calls)
     assert constants.estimator_constants(*arguments) == first
     assert len(calls) == timed
+
+
+@needs_kernels
+def test_timing_leaves_the_users_random_numbers_alone(cache: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    constants.machine_constants(torch.float32, 64, 64)
+    constants.estimator_constants("test", torch.float32, 64, 1, lambda query, key: query.sum())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -231,8 +231,9 @@ def measure_constants(spec: KernelSpec, dtype: torch.dtype) -> CostConstants:
 def timings(spec: KernelSpec, dtype: torch.dtype, length: int) -> list[float]:
     """CPU seconds of dense attention and of the kernel on every tile, none, none with one kv head,
     and on columns."""
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's own stays as it is
     query, key, value = (
-        torch.randn(1, MEASURED_HEADS, length, dim, device="cpu").to(dtype)
+        torch.randn(1, MEASURED_HEADS, length, dim, device="cpu", generator=generator).to(dtype)
         for dim in (spec.head_dim, spec.head_dim, spec.value_dim)
     )
     blocks, slots = -(-length // BLOCK), diagonal_slots(MEASURED_HEADS)
@@ -273,10 +274,13 @@ def estimator_constants(
     """
 
     def measure() -> EstimatorConstants:
+        generator = torch.Generator("cpu").manual_seed(0)
         runs: list[Callable[[], object]] = []
         for length in ESTIMATOR_LENGTHS:
-            query = torch.randn(1, group, length, head_dim, device="cpu").to(dtype)
-            key = torch.randn(1, 1, length, head_dim, device="cpu").to(dtype)
+            query, key = (
+                torch.randn(1, heads, length, head_dim, device="cpu", generator=generator).to(dtype)
+                for heads in (group, 1)
+            )
             runs.append(functools.partial(estimate, query, key))
         with one_thread():
             return EstimatorConstants.fit(ESTIMATOR_LENGTHS, least_seconds(runs), group)
