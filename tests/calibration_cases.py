@@ -36,4 +36,4 @@ def operands(length: int = 500, offset: int = 0) -> Operands:
 def inputs(seed: int, length: int = 600) -> list:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 50, (1, length), generator=generator)
-    return [tokens, Sample(tokens[:, :400], ("x",), ((396, 400),))]
+    return [tokens, Sample(tokens[:, :400], ("x",), ((396, 400),), 396)]

@@ -66,6 +66,6 @@ def test_every_registered_pattern_and_the_papers_search_space_are_offered():
 
 def test_long_prompts_weigh_more_and_retrieval_by_its_weight():
     text, short = inputs(1, 600)
-    long = Sample(torch.zeros(1, 1200, dtype=torch.int64), ("x",), ((1196, 1200),))
+    long = Sample(torch.zeros(1, 1200, dtype=torch.int64), ("x",), ((1196, 1200),), 1196)
     items = [as_input(value) for value in (text, short, long)]
     assert input_weights(items, Settings(retrieval_weight=0.4)) == pytest.approx([1.0, 0.1, 0.3])

@@ -118,7 +118,7 @@ def test_memory_of_the_measures_grows_with_the_length_not_its_square():
 
 def test_only_short_prompts_are_run_once_per_layer():
     text, short = inputs(1, 600)
-    long = Sample(torch.zeros(1, 1200, dtype=torch.int64), ("x",), ((1196, 1200),))
+    long = Sample(torch.zeros(1, 1200, dtype=torch.int64), ("x",), ((1196, 1200),), 1196)
     items = [as_input(value) for value in (text, long, short)]
     for limit, lengths in ((500, [400]), (1200, [1200, 400]), (300, [400])):
         settings = Settings(sensitivity_length=limit)

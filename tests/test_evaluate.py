@@ -63,6 +63,7 @@ def knowing(tokens):
 def test_strict_score_counts_an_answer_only_if_every_token_is_right(haystack):
     sample = fit(make_puzzle("niah_multivalue", 0, haystack), CharTokenizer(), 3000)
     hidden = knowing(sample.tokens)
+    hidden[0, sample.prompt - 1] = 0.0  # what stands between prompt and answer does not count
     assert strict_score(TableModel(), hidden, sample) == 1.0
     start, stop = sample.spans[1]
     hidden[0, (start + stop) // 2] = 0.0  # one wrong digit
@@ -351,9 +352,9 @@ def test_all_lengths_share_a_graph_and_decoding_is_dense(windowed_model, haystac
     figures = dict(runner.measure(sample, (DENSE, name)))
     with torch.no_grad():
         expected = windowed_model.generate(
-            sample.tokens[:, : sample.spans[0][0]], max_new_tokens=6 + 16, do_sample=False
+            sample.tokens[:, : sample.prompt], max_new_tokens=6 + 16, do_sample=False
         )
-    written = TextTokenizer().decode(expected[0, sample.spans[0][0] :])
+    written = TextTokenizer().decode(expected[0, sample.prompt :])
     assert figures[DENSE]["generated"] == written
     assert figures[DENSE]["density"] == 1.0 and 0.1 < figures[name]["density"] < 0.4
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -10,7 +10,7 @@ from mpass.errors import OptionValueError
 from mpass.evaluate.plan import PERPLEXITY, SLIDING
 from mpass.evaluate.questions import read_documents
 from mpass.evaluate.run import make_sample
-from mpass.evaluate.samples import Puzzle, fit
+from mpass.evaluate.samples import Puzzle, encode_answers, fit
 from mpass.evaluate.tasks import TASKS, grid_puzzle, make_haystack, make_puzzle
 from tests.haystacks import STORY, CharTokenizer, text_of
 
@@ -28,7 +28,22 @@ def test_samples_have_the_exact_length_and_end_with_the_answers(task, length, ha
     text = text_of(sample)
     assert text.endswith(" " + ", ".join(sample.answers))
     for answer, (start, stop) in zip(sample.answers, sample.spans, strict=True):
-        assert text[start:stop] == f" {answer}"
+        assert text[start:stop] == answer
+    assert text[: sample.prompt] == text[: sample.spans[0][0] - 1], "the space is no answer"
+
+
+class JoiningTokenizer(CharTokenizer):
+    """One token per word, its space included, as byte-pair tokenizers have it for letters."""
+
+    def __call__(self, text, *, add_special_tokens, verbose):
+        return {"input_ids": [hash(word) for word in re.findall(r"\s?\S+|\s", text)]}
+
+
+def test_a_space_that_is_one_token_with_the_answer_is_part_of_it():
+    tokens, spans = encode_answers(JoiningTokenizer(), ("alpha", "beta"))
+    assert (len(tokens), spans) == (3, [(0, 1), (2, 3)])
+    tokens, spans = encode_answers(CharTokenizer(), ("alpha", "beta"))
+    assert (len(tokens), spans) == (12, [(1, 6), (8, 12)])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -42,7 +57,7 @@ def test_tasks_are_the_same_for_a_seed_and_differ_between_seeds(task, haystack):
 @pytest.mark.parametrize("task", [task for task in TASKS if task.startswith("niah")])
 def test_the_needles_are_in_the_haystack(task, haystack):
     sample = fit(make_puzzle(task, 0, haystack), CharTokenizer(), 6000)
-    prompt = text_of(sample)[: sample.spans[0][0]]
+    prompt = text_of(sample)[: sample.prompt]
     question = prompt[prompt.rindex("\n") :]
     for answer in sample.answers:
         (hidden,) = re.findall(rf"for (\S+) is: {answer}\.", prompt)
@@ -69,7 +84,7 @@ def test_needle_counts_are_those_of_the_definition(task, answers, needles, hayst
 def test_values_are_asked_for_in_the_order_of_the_text(haystack):
     for seed in range(5):
         sample = fit(make_puzzle("niah_multivalue", seed, haystack), CharTokenizer(), 5000)
-        prompt = text_of(sample)[: sample.spans[0][0]]
+        prompt = text_of(sample)[: sample.prompt]
         places = [prompt.index(f"is: {answer}.") for answer in sample.answers]
         assert places == sorted(places)
 

@@ -89,7 +89,7 @@ def make_sample(
     """The input of a case. Perplexity: window number `seed` of the text, no answers."""
     if task in LOSSES:
         step = length // 4 if task == SLIDING else length
-        return Sample(load_tokens(text, tokenizer, length, skip=seed * step), (), ())
+        return Sample(load_tokens(text, tokenizer, length, skip=seed * step), (), (), length)
     if depth is not None:
         return fit(grid_puzzle(depth, seed, haystack), tokenizer, length)
     return fit(make_puzzle(task, seed, haystack), tokenizer, length)

@@ -72,10 +72,9 @@ class Runner:
 
     def generate(self, name: str, sample: Sample) -> str:
         """What dense decoding makes of the pattern's prefill of the prompt, without the answer."""
-        start = sample.spans[0][0]
-        prompt = sample.tokens[:, :start].to(self.plan.device)
+        prompt = sample.tokens[:, : sample.prompt].to(self.plan.device)
         output, _ = self.prefill(name, prompt)
-        count = sample.tokens.shape[1] - start + SPARE_TOKENS
+        count = sample.tokens.shape[1] - sample.prompt + SPARE_TOKENS
         dense = self.model.get_decoder().forward
         tokens = continue_text(self.model, dense, output, prompt, count)
         text: str = self.tokenizer.decode(tokens)

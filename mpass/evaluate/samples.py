@@ -40,12 +40,14 @@ class Puzzle:
 class Sample:
     """A puzzle at a length.
 
-    tokens: int64 [1, N], prompt and answer; spans: [start, stop) of each answer's tokens.
+    tokens: int64 [1, N], prompt and answers; spans: [start, stop) of each answer's tokens; prompt:
+    how many tokens stand before what is asked for, all if nothing is.
     """
 
     tokens: Tensor
     answers: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
+    prompt: int
 
 
 def fit(puzzle: Puzzle, tokenizer: Any, length: int) -> Sample:
@@ -76,7 +78,7 @@ def fit(puzzle: Puzzle, tokenizer: Any, length: int) -> Sample:
     assert tokens.shape[1] == length
     shift = len(prompt)
     placed = tuple((shift + start, shift + stop) for start, stop in spans)
-    return Sample(tokens, puzzle.answers, placed)
+    return Sample(tokens, puzzle.answers, placed, shift)
 
 
 def haystack_units(puzzle: Puzzle, tokenizer: Any, room: int) -> list[list[int]]:
@@ -102,15 +104,21 @@ def haystack_units(puzzle: Puzzle, tokenizer: Any, room: int) -> list[list[int]]
 def encode_answers(
     tokenizer: Any, answers: tuple[str, ...]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens of ` a, b, c` and the span of each answer, its leading space included."""
+    """Tokens of ` a, b, c` and the span of each answer.
+
+    A space before an answer is part of it only where the tokenizer joins the two: a model that goes
+    on with a colon, and then knows each digit, has found the answer.
+    """
+    space = encode(tokenizer, " ")
     tokens: list[int] = []
     spans = []
     for answer in answers:
         if tokens:
             tokens += encode(tokenizer, ",")
-        start = len(tokens)
-        tokens += encode(tokenizer, f" {answer}")
-        spans.append((start, len(tokens)))
+        own = encode(tokenizer, f" {answer}")
+        apart = len(space) if own[: len(space)] == space else 0
+        spans.append((len(tokens) + apart, len(tokens) + len(own)))
+        tokens += own
     return tokens, spans
 
 
