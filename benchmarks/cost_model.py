@@ -5,7 +5,7 @@
 
 Per case: dense attention, the estimator, and attention over what it selected. The model gets the
 length and the work (tiles and columns that were selected) and nothing else; its constants are the
-machine's own, timed at up to 2048 tokens. `cost()` is what the pattern's formula says of the work
+machine's own, timed at up to 8192 tokens. `cost()` is what the pattern's formula says of the work
 before anything ran; where the input decides it is a bound. CPU time of one thread, the least of
 some runs that take turns. Prints a table and the share of cases within 25%, saves JSON.
 """

@@ -192,7 +192,7 @@ def test_estimators_are_timed_once_and_kept(cache: Path) -> None:
 
     def estimate(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         calls.append(query.shape)
-        return query @ key.transpose(-1, -2)
+        return query.transpose(-1, -2) @ key
 
     arguments = ("matmul()", torch.float32, 16, 2, estimate)
     first = constants.estimator_constants(*arguments)

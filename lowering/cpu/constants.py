@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T", CostConstants, EstimatorConstants)
 
-VERSION = 4
+VERSION = 5
 """Of the measurement and of the file; files of another version are replaced."""
 
 REMEASURE = "MPASS_REMEASURE"
@@ -55,8 +55,9 @@ REMEASURE = "MPASS_REMEASURE"
 MEASURED_LENGTH = 1024
 """Tokens at which the rates are timed: long enough for both to be flat in N."""
 
-ESTIMATOR_LENGTHS = (BLOCK, 512, 2048)
-"""Tokens at which an estimator is timed: one length per term of its model."""
+ESTIMATOR_LENGTHS = (BLOCK, 2048, 8192)
+"""Tokens at which an estimator is timed: one length per term of its model, and long enough for its
+operands to have left the nearest caches, or 32K tokens would be predicted a half too dear."""
 
 MEASURED_HEADS = 4
 REPEATS = 5
