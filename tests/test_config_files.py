@@ -7,7 +7,7 @@ import json
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpass
@@ -220,7 +220,7 @@ def mutated(draw) -> str:
     return text if cut is None else text[:cut]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 @given(mutated())
 def test_a_mutated_file_is_a_valid_config_or_our_error(text):
     try:
@@ -232,7 +232,7 @@ def test_a_mutated_file_is_a_valid_config_or_our_error(text):
     hash(config)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=64) | st.text(max_size=64).map(str.encode))
 def test_any_bytes_end_in_our_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.json"

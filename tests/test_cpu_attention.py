@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from mpass.lowering import cpu, reference
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import dtype_name
@@ -115,7 +115,7 @@ def test_sinks_softcap_and_any_scale(
     assert_matches_reference(spec, inputs, index, mask, scale=scale, softcap=softcap, sinks=sinks)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(case=attention_cases())
 def test_any_valid_index_gives_the_reference_result(case: dict[str, object]) -> None:
     run_case(case)

@@ -156,7 +156,7 @@ def test_generated_code_selects_what_plain_torch_selects(
 
 
 @pytest.mark.parametrize("kernel", ESTIMATORS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_shape_selects_what_plain_torch_selects(kernel: str, data: st.DataObject) -> None:
     generated, plain, rules = ESTIMATORS[kernel]

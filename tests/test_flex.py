@@ -207,7 +207,7 @@ def cases(draw):
     return mask, BlockLists(*lists, query_block, key_block), batch, num_queries, num_keys
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_lists_agree_exactly_when_they_visit_each_visible_cell_once(case):
     mask, lists, _, num_queries, num_keys = case
@@ -217,7 +217,7 @@ def test_lists_agree_exactly_when_they_visit_each_visible_cell_once(case):
     assert bool(lists_agree(lists, mask, num_queries, num_keys)) == agrees
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_attention_as_listed_equals_the_brute_force(case):
     mask, lists, batch, num_queries, num_keys = case

@@ -124,7 +124,7 @@ def written_out(query, key, value, mask, how, broken, softcap):
     return (out, returned) if broken in ("weights_returned", "scores_returned") else out
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(formulas(), st.sampled_from(("bool", "additive", "infinite")), st.booleans())
 def test_random_masks_of_sdpa_are_dense_or_equal(formula, kind, causal_flag):
     def attention(query, key, value, pad):
@@ -144,7 +144,7 @@ def test_random_masks_of_sdpa_are_dense_or_equal(formula, kind, causal_flag):
         assert found.site.dense_reason or found.site.unproven
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     st.one_of(st.just(("causal", 0)), formulas(1)),
     st.sampled_from(WRITTEN),

@@ -79,7 +79,7 @@ def exact_estimates():
 
 @pytest.mark.usefixtures("exact_estimates")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(tensors=attentions())
 def test_pattern_computes_dense_attention_under_its_computed_mask(pattern, tensors):
     query, key, value = tensors
