@@ -32,7 +32,7 @@ from torch import Tensor
 from mpass.cache import cache_dir
 from mpass.demo import environment
 from mpass.evaluate.plan import DENSE, read_lines
-from mpass.evaluate.runner import mean_density, sparse_options, window_layers
+from mpass.evaluate.runner import compile_dense, mean_density, sparse_options, window_layers
 from mpass.evaluate.score import compare_all
 from mpass.models import load_model
 from mpass.parse import parse_dtype
@@ -98,13 +98,11 @@ def compile_setting(model: Any, pattern: str, tokens: Tensor) -> Any:
     """The body with `pattern` in every full-attention layer, compiled by a first prefill.
 
     tokens: whose start that prefill takes; one graph serves all lengths. Dense fallbacks are off:
-    the curve shows the pattern itself. The dense body of a model with windows is compiled by the
-    backend as well, which runs windows as windows: as a mask of [N, N] they would take many times
-    the work of all the rest.
+    the curve shows the pattern itself.
     """
     torch._dynamo.reset()
-    if pattern == DENSE and not window_layers(model):
-        forward = compile_body(model, "eager")
+    if pattern == DENSE:
+        forward = compile_dense(model, "eager")
     else:
         options = {"min_seq_len": 0, "dense_above": 1.0, "inner_backend": "eager"}
         forward = compile_body(model, "minference", sparse_options(model, pattern) | options)

@@ -2,8 +2,9 @@
 
 Blocks keep what is spread over neighbouring keys; single keys ("columns") keep what the last
 queries look for wherever it stands, which a block's mean would hide. Either alone fails where the
-other is strong: blocks lose retrieval, columns lose fluency. Both come from softmax weights of real
-query rows, so the number of blocks adapts to each head, prompt and query block.
+other is strong: columns lose fluency, and without them the end of a prompt loses three times as
+much. Both come from softmax weights of real query rows, so the number of blocks adapts to each
+head, prompt and query block.
 
 For some rows of a query block: softmax over runs of keys of
 `q . mean(run) * scale + log(size of run)`, summed over the runs of a key block, is the attention

@@ -345,6 +345,16 @@ def test_windows_stay_windows_and_density_is_that_of_the_other_layers(windowed_m
     assert density == pytest.approx(float(full.density.mean())) and density < 0.3
 
 
+def test_dense_attention_with_windows_is_the_models_own(windowed_model):
+    runner = Runner(windowed_model, TextTokenizer(), Plan(patterns=()))
+    tokens = torch.randint(128, (1, 700), generator=torch.Generator().manual_seed(0))
+    output, density = runner.prefill(DENSE, tokens)
+    with torch.no_grad():
+        expected = windowed_model.get_decoder()(tokens).last_hidden_state
+    assert density == 1.0
+    torch.testing.assert_close(output.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_all_lengths_share_a_graph_and_decoding_is_dense(windowed_model, haystack):
     name = "a_shape(64, 64)"
     runner = Runner(windowed_model, TextTokenizer(), Plan(patterns=(name,)))

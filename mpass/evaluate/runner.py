@@ -27,7 +27,7 @@ class Runner:
     def __init__(self, model: Any, tokenizer: Any, plan: Plan) -> None:
         torch._dynamo.reset()
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
-        self.forwards = {DENSE: compile_body(model, plan.inner_backend)}
+        self.forwards = {DENSE: compile_dense(model, plan.inner_backend)}
         for pattern in plan.patterns:
             options = sparse_options(model, pattern) | {
                 "min_seq_len": plan.min_seq_len,
@@ -79,6 +79,18 @@ class Runner:
         tokens = continue_text(self.model, dense, output, prompt, count)
         text: str = self.tokenizer.decode(tokens)
         return text
+
+
+def compile_dense(model: Any, inner_backend: str) -> Any:
+    """The body with dense attention, by `inner_backend` alone if it has no sliding windows.
+
+    One with windows is compiled by the backend, which computes a window's cells and no others: as a
+    mask of [N, N] they would take many times the work of all the rest.
+    """
+    if not window_layers(model):
+        return compile_body(model, inner_backend)
+    options = {"min_seq_len": 0, "dense_above": 1.0, "inner_backend": inner_backend}
+    return compile_body(model, "minference", sparse_options(model, DENSE) | options)
 
 
 def window_layers(model: Any) -> tuple[int, ...]:
