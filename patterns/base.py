@@ -101,10 +101,6 @@ class Pattern:
         """The cells that the rule selects: bool [B, h, Nq, Nk]. Small N only."""
         raise NotImplementedError
 
-    def at(self, num_keys: int) -> Self:
-        """What it is over that many keys: itself, but for fields that go by the length."""
-        return self
-
     def cost(self) -> sympy.Expr:
         """Multiply-adds of estimation and attention for one head, in LENGTH and HEAD_DIM."""
         raise NotImplementedError

@@ -82,7 +82,7 @@ def decide(
     names = ", ".join(str(pattern) for pattern in counts)
     if share > dense_above:
         return f"{names} computes {share:.0%} of the work or more, dense above {dense_above:.0%}"
-    usual = counts.most_common(1)[0][0].at(length)
+    usual = counts.most_common(1)[0][0]
 
     def estimate(query: Tensor, key: Tensor) -> SparseIndex:
         timed = [usual] * query.shape[1]

@@ -44,9 +44,9 @@ class ListPattern(Pattern):
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
     estimator: ClassVar[ListEstimator]
 
-    def rule(self, num_keys: int = 1) -> Any:
-        """The fields as the estimator takes them over that many keys."""
-        return self.estimator.rule(**self.at(num_keys).parameters())
+    def rule(self) -> Any:
+        """The fields as the estimator takes them."""
+        return self.estimator.rule(**self.parameters())
 
     def fewest_keys(self) -> sympy.Expr:
         return causal_keys(forced_blocks(self) * BLOCK)
@@ -62,7 +62,7 @@ class ListPattern(Pattern):
         *,
         scale: float,
     ) -> SparseIndex:
-        rules = [p.rule(key.shape[2]) for p in patterns]
+        rules = [p.rule() for p in patterns]
         plain = cls.estimator.index
         own = plain
         if plain.__module__.startswith("mpass.lowering."):  # others' functions are their own
@@ -87,7 +87,7 @@ class ListPattern(Pattern):
         *,
         scale: float,
     ) -> Tensor:
-        rules = [p.rule(key.shape[2]) for p in patterns]
+        rules = [p.rule() for p in patterns]
         index = cls.estimator.index(query, key, mask, heads, rules, scale=scale)
         return reference.computed_mask(
             index, mask, batch=query.shape[0], num_queries=query.shape[2], num_keys=key.shape[2]
@@ -110,13 +110,12 @@ def forced_blocks(pattern: Pattern) -> int:
     return int(kept * getattr(pattern, "block_size", BLOCK)) // BLOCK
 
 
-def check_blocks(pattern: ListPattern, **allow_zero: bool) -> None:
+def check_blocks(pattern: ListPattern) -> None:
     """Raise PatternValueError unless numbers of blocks are in range and the forced ones have room.
 
-    Fields: sink_blocks, last_blocks, columns and those in `allow_zero` may be 0; block_size is a
-    multiple of BLOCK.
+    Fields: sink_blocks, last_blocks and columns may be 0; block_size is a multiple of BLOCK.
     """
-    check_positive(pattern, sink_blocks=True, last_blocks=True, columns=True, **allow_zero)
+    check_positive(pattern, sink_blocks=True, last_blocks=True, columns=True)
     if hasattr(pattern, "block_size"):
         check_multiple(pattern, "block_size")
     check_room(pattern, forced_blocks(pattern), pattern.parameters()["max_blocks"])

@@ -18,9 +18,8 @@ speed: estimation is dearer than that of block_max.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import sympy
 from mpass.lowering.estimate_union import UnionRule, union_index, union_width
@@ -40,12 +39,6 @@ from mpass.errors import PatternValueError
 LAST_QUERIES_CHOICES = (16, 32, 64)
 """Numbers of queries that the generated C++ has a loop for."""
 
-LONG_PROMPT = 16384
-"""Keys; in longer prompts fewer rows are looked at: there, that is nearly all of the estimation."""
-
-ROWS, LONG_ROWS = 16, 8
-"""Rows per block of prompts up to LONG_PROMPT, and of longer ones."""
-
 
 @register_pattern
 @dataclass(frozen=True)
@@ -58,8 +51,7 @@ class Union(ListPattern):
     (16, 32 or 64).
     sink_blocks, local_blocks: first blocks and nearest blocks (the own included), always kept.
     last_blocks: query blocks at the end of the prompt that keep every block.
-    rows: query rows per block of 64 that are looked at, 0 for 16 in prompts of up to 16384 keys and
-    8 in longer ones; pool: keys per run. Both divide 64.
+    rows: query rows per block of 64 that are looked at; pool: keys per run. Both divide 64.
     max_blocks: most blocks per query block; where it binds, the best are kept. It bounds the
     memory of the index: 4 * max_blocks bytes per 64 queries and head.
     """
@@ -70,7 +62,7 @@ class Union(ListPattern):
     sink_blocks: int = 1
     local_blocks: int = 2
     last_blocks: int = 0
-    rows: int = 0
+    rows: int = 16
     pool: int = 8
     max_blocks: int = 256
     last_queries: int = 16
@@ -80,21 +72,15 @@ class Union(ListPattern):
 
     def __post_init__(self) -> None:
         check_share(self, "mass", "row_share")
-        check_blocks(self, rows=True)
-        check_divisor(self, "pool", *(["rows"] if self.rows else []))
+        check_blocks(self)
+        check_divisor(self, "rows", "pool")
         if self.last_queries not in LAST_QUERIES_CHOICES:
             allowed = ", ".join(map(str, LAST_QUERIES_CHOICES))
             raise PatternValueError(self.name, "last_queries", self.last_queries, allowed)
 
-    def at(self, num_keys: int) -> Self:
-        if self.rows:
-            return self
-        return dataclasses.replace(self, rows=ROWS if num_keys <= LONG_PROMPT else LONG_ROWS)
-
     def cost(self) -> sympy.Expr:
         """An upper bound: how many blocks hold `mass` of the attention is the prompt's matter."""
-        rows = self.rows or sympy.Piecewise((ROWS, LENGTH <= LONG_PROMPT), (LONG_ROWS, True))
-        looked_at = LENGTH * rows / BLOCK
+        looked_at = LENGTH * sympy.Rational(self.rows, BLOCK)
         means = LENGTH * HEAD_DIM + looked_at * LENGTH / (2 * self.pool) * HEAD_DIM
         vertical = self.last_queries * LENGTH * HEAD_DIM if self.columns else 0
         return means + vertical + attention_cost(self.max_blocks, self.columns)

@@ -118,22 +118,6 @@ def test_finer_runs_find_a_single_key_that_a_block_mean_hides():
     assert weights[0] < 0.9 < weights[1] == 1.0
 
 
-def test_fewer_rows_of_long_prompts_are_looked_at_unless_their_number_is_given(monkeypatch):
-    assert [Union().at(n).rows for n in (1, 16384, 16385, 1 << 20)] == [16, 16, 8, 8]
-    assert Union(rows=4).at(1 << 20) == Union(rows=4)
-    monkeypatch.setattr("mpass.patterns.union.LONG_PROMPT", 1023)
-    query, key, _ = random_attention(heads=1, kv_heads=1, num_queries=1024, head_dim=16)
-    own, few, many = (
-        Union(0.4, 1.0, 0, rows=rows).dense_mask(query, key, scale=SCALE) for rows in (0, 8, 16)
-    )
-    assert torch.equal(own, few) and not torch.equal(own, many)
-    index, expected = (
-        Union.estimate(query, key, AttentionMask(), [0], [Union(0.4, rows=rows)], scale=SCALE)
-        for rows in (0, 8)
-    )
-    assert torch.equal(index.block_index, expected.block_index)
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -144,7 +128,6 @@ def test_fewer_rows_of_long_prompts_are_looked_at_unless_their_number_is_given(m
         ({"columns": -1}, "columns is -1"),
         ({"rows": 48}, "a divisor of 64"),
         ({"pool": 128}, "a divisor of 64"),
-        ({"rows": -1}, "rows is -1"),
         ({"last_queries": 8}, "last_queries is 8; allowed: 16, 32, 64"),
         ({"max_blocks": 2}, "max_blocks is 2; allowed: 3 or more"),
     ],
