@@ -247,6 +247,18 @@ def test_amx_source_selects_the_same_with_emulated_tiles(
     assert share_of_equal_lists(found, expected) >= 0.9
 
 
+def test_what_all_keys_share_does_not_cost_union_its_precision() -> None:
+    """Keys of real models have it: 255 levels of their greatest number would hold little else."""
+    query, key = inputs(torch.float32, batch=1, num_queries=901, num_keys=901, kv_heads=2, seed=5)
+    shared = torch.zeros(DIM)
+    shared[3], shared[17] = 300.0, -120.0
+    _, plain, rules = ESTIMATORS["union"]
+    index = lists.union_index(query, key + shared, AttentionMask(), HEADS, rules, scale=SCALE)
+    expected = plain(query, key, AttentionMask(), HEADS, rules, scale=SCALE)
+    same = (index.block_index == expected.block_index).all(-1).float().mean()
+    assert same >= 0.85
+
+
 @pytest.mark.parametrize("kernel", LIST_KERNELS)
 def test_generated_source_is_the_accepted_one(kernel: str) -> None:
     """MPASS_ACCEPT_GOLDEN=1 accepts a change of the templates."""

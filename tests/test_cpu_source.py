@@ -35,6 +35,7 @@ EMULATED_TILES = r"""
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 static thread_local struct { uint8_t config[64]; unsigned char data[8][16][64]; } tiles;
 static void emulated_load(int t, const void* base, long stride) {
   for (int r = 0; r < 16; ++r)
@@ -59,6 +60,17 @@ static void emulated_dot(int c, int a, int b) {
         std::memcpy(tiles.data[c][m] + 4 * n, &acc, 4);
       }
 }
+static void emulated_byte_dot(int c, int a, int b) {
+  if (tiles.config[0] != 1) __builtin_trap();
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 16; ++n) {
+        int32_t acc; std::memcpy(&acc, tiles.data[c][m] + 4 * n, 4);
+        for (int i = 0; i < 4; ++i)
+          acc += int(int8_t(tiles.data[a][m][4 * k + i])) * int8_t(tiles.data[b][k][4 * n + i]);
+        std::memcpy(tiles.data[c][m] + 4 * n, &acc, 4);
+      }
+}
 #define _tile_loadconfig(p) std::memcpy(tiles.config, (p), 64)
 #define _tile_storeconfig(p) std::memcpy((p), tiles.config, 64)
 #define _tile_release() std::memset(tiles.config, 0, 64)
@@ -66,6 +78,7 @@ static void emulated_dot(int c, int a, int b) {
 #define _tile_loadd(t, p, s) emulated_load(t, p, s)
 #define _tile_stored(t, p, s) emulated_store(t, p, s)
 #define _tile_dpbf16ps(c, a, b) emulated_dot(c, a, b)
+#define _tile_dpbssd(c, a, b) emulated_byte_dot(c, a, b)
 """
 
 
@@ -126,8 +139,11 @@ def test_amx_source_is_right_on_emulated_tiles(
 
 
 @needs_kernels
-def test_amx_source_compiles_with_the_real_instructions() -> None:
-    spec = KernelSpec("bfloat16", 64, 64, "amx")
+@pytest.mark.parametrize(
+    ("kernel", "function"), [("attention", "sparse_attention"), ("union", "union_index")]
+)
+def test_amx_source_compiles_with_the_real_instructions(kernel: str, function: str) -> None:
+    spec = KernelSpec("bfloat16", 64, 64, "amx", kernel=kernel)
     flags = ("-mavx512f", "-mavx512bw", "-mavx512dq", *library.INSTRUCTION_FLAGS["amx"])
     built = library.compile_source(generate_source(spec), label="amx", extra_flags=flags)
-    assert built.sparse_attention
+    assert built[function]

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T", CostConstants, EstimatorConstants)
 
-VERSION = 5
+VERSION = 6
 """Of the measurement and of the file; files of another version are replaced."""
 
 REMEASURE = "MPASS_REMEASURE"

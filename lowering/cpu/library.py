@@ -34,8 +34,8 @@ extern "C" int32_t mpass_probe() {
 """What every generated source needs of a compiler."""
 
 INSTRUCTION_FLAGS = {
-    "amx": ("-mamx-tile", "-mamx-bf16", "-mavx512bf16"),
-    "avx512_bf16": ("-mavx512bf16",),
+    "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512bf16", "-mavx512vnni"),
+    "avx512_bf16": ("-mavx512bf16", "-mavx512vnni"),
 }
 """On top of -march=native, for compilers that do not know the machine."""
 

@@ -90,6 +90,20 @@ class KernelSpec:
         )
 
     @property
+    def in_bytes(self) -> bool:
+        """Whether `union` multiplies means of keys in 8 bits: they only choose blocks.
+
+        Every processor with products of bf16 has products of 8-bit numbers at twice their rate.
+        """
+        return self.kernel == "union" and self.bf16
+
+    @property
+    def byte_depth(self) -> int:
+        """Words of four 8-bit numbers per row: whole tile rows for AMX."""
+        words = -(-self.head_dim // 4)
+        return round_up(words, 16) if self.amx else words
+
+    @property
     def packed(self) -> str:
         return "bfloat16" if self.bf16 else "float32"
 

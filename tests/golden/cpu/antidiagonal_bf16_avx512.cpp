@@ -582,7 +582,8 @@ class AllRuns {
   AllRuns(const Arguments& a, const int32_t* length, bool whole)
       : heads_(lay_out(a, length, whole)), panels_(a.batch * words_), weights_(a.batch * runs_) {}
 
-  bool owns(int64_t h) const { return heads_[h].owner == h; }
+  int64_t owner(int64_t h) const { return heads_[h].owner; }
+  bool owns(int64_t h) const { return owner(h) == h; }
   int64_t width() const { return width_; }  // runs of the longest, padded
   int64_t parts() const { return parts_; }  // rows of keys of the deepest
 

@@ -585,7 +585,8 @@ class AllRuns {
   AllRuns(const Arguments& a, const int32_t* length, bool whole)
       : heads_(lay_out(a, length, whole)), panels_(a.batch * words_), weights_(a.batch * runs_) {}
 
-  bool owns(int64_t h) const { return heads_[h].owner == h; }
+  int64_t owner(int64_t h) const { return heads_[h].owner; }
+  bool owns(int64_t h) const { return owner(h) == h; }
   int64_t width() const { return width_; }  // runs of the longest, padded
   int64_t parts() const { return parts_; }  // rows of keys of the deepest
 
@@ -901,6 +902,190 @@ void write_columns(const Arguments& a, ColumnScratch& s, int64_t b, int64_t h) {
   a.column_count[head] = written;
 }
 
+constexpr int BYTE_DEPTH = 16;
+constexpr int64_t CENTRE_STEP = BLOCK;  // every so many keys make the vector that is subtracted
+
+// Means of the runs of one kv head, weight as in Runs.
+struct MeanRuns {
+  int64_t count, padded;
+  uint32_t* panels;
+  float *weight, *step;  // [padded] step: what 1 is worth in a run's row
+  float* centre;  // [POOLED]
+};
+
+// Those of all heads.
+class AllMeanRuns {
+ public:
+  explicit AllMeanRuns(const Arguments& a)
+      : all_(a, a.pool, /*whole=*/false),
+        heads_(a.num_heads),
+        steps_(a.batch * heads_ * all_.width()),
+        centres_(a.batch * heads_ * POOLED) {}
+
+  bool owns(int64_t h) const { return all_.owner(h) == h; }
+  int64_t width() const { return all_.width(); }
+
+  MeanRuns of(int64_t b, int64_t h) const {
+    const Runs runs = all_.of(b, h);
+    const int64_t slot = b * heads_ + all_.owner(h);
+    return {runs.count, runs.padded, reinterpret_cast<uint32_t*>(runs.panels), runs.weight,
+            steps_.get() + slot * all_.width(), centres_.get() + slot * POOLED};
+  }
+
+ private:
+  AllRuns all_;
+  int64_t heads_;
+  Buffer<float> steps_, centres_;
+};
+
+// What a level is worth so that 127 of them are the greatest number of a row [POOLED]; 1 for zeros.
+inline float step_of(const float* row) {
+  vec most = set1(0.0f);
+  for (int d = 0; d < POOLED; d += LANES) {
+    const vec x = load(row + d);
+    most = maximum(maximum(x, sub(set1(0.0f), x)), most);
+  }
+  const float greatest = reduce_max(most);
+  return greatest > 0.0f ? greatest / 127 : 1.0f;
+}
+
+// A row [POOLED] in steps, [BYTE_DEPTH] words; returns the sum of all its numbers.
+inline int32_t pack_bytes(uint32_t* out, const float* row, float step) {
+  const vec inverse = set1(1.0f / step);
+  alignas(16) int8_t bytes[POOLED];
+  __m512i sum = _mm512_setzero_si512();
+  for (int d = 0; d < POOLED; d += LANES) {
+    const __m512i levels = _mm512_cvtps_epi32(mul(load(row + d), inverse));
+    const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes + d), narrow);
+    sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
+  }
+  constexpr int BYTES = BYTE_DEPTH * 4, SHARED = POOLED < BYTES ? POOLED : BYTES;
+  std::memset(out, 0, BYTES);
+  std::memcpy(out, bytes, SHARED);
+  return _mm512_reduce_add_epi32(sum);
+}
+
+// The vector that all means of a kv head have subtracted.
+void find_centre(const Arguments& a, const MeanRuns& runs, const Rows& key, int64_t b,
+                 int64_t kv_head) {
+  float* centre = runs.centre;
+  const int64_t count = sum_rows(centre, key, b, kv_head, 0, a.num_keys, [&](int64_t j) {
+    return j % CENTRE_STEP == 0 && key_is_real(a, b, j);
+  });
+  const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
+  for (int d = 0; d < POOLED; d += LANES) store(centre + d, divide(load(centre + d), total));
+}
+
+// Means of the 64 runs of one panel. mean: room for POOLED floats.
+void pool_means(const Arguments& a, const MeanRuns& runs, float* mean, const Rows& key, int64_t b,
+                int64_t kv_head, int64_t length, int64_t panel) {
+  for (int64_t run = panel * BLOCK; run < (panel + 1) * BLOCK; ++run) {
+    const int64_t count = sum_rows(mean, key, b, kv_head, run * length,
+                                   std::min(a.num_keys, (run + 1) * length),
+                                   [&](int64_t j) { return key_is_real(a, b, j); });
+    runs.weight[run] =
+        count == 0 ? NEGATIVE_INFINITY : std::log2(static_cast<float>(count));
+    const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
+    for (int d = 0; d < POOLED; d += LANES)
+      store(mean + d, sub(divide(load(mean + d), total), load(runs.centre + d)));
+    uint32_t* out = runs.panels + run * BYTE_DEPTH;
+    runs.step[run] = step_of(mean);
+    pack_bytes(out, mean, runs.step[run]);
+    for (int k = 0; k < BYTE_DEPTH; ++k) out[k] ^= 0x80808080u;  // unsigned: 128 more
+  }
+}
+
+// BLOCK query rows as a B operand, with what a product is to be multiplied with.
+struct MeanLines {
+  Buffer<uint32_t> rows, words;
+  Buffer<float> row;
+  alignas(64) float step[BLOCK];
+  alignas(64) int32_t start[BLOCK];  // of a product's sum: it takes 128 off from the runs' numbers
+
+  MeanLines() : rows(BLOCK * BYTE_DEPTH), words(BLOCK * BYTE_DEPTH), row(POOLED) {}
+
+  // line(r): row r of the input, or null. The sign of the scale goes into the steps.
+  template <typename Line>
+  void pack(const Arguments& a, const Line& line) {
+    for (int r = 0; r < BLOCK; ++r) {
+      const input* in = a.scale != 0 ? line(r) : nullptr;
+      step[r] = 0.0f, start[r] = 0;
+      uint32_t* out = rows.get() + r * BYTE_DEPTH;
+      if (!in) {
+        std::memset(out, 0, BYTE_DEPTH * sizeof(uint32_t));
+        continue;
+      }
+      widen_row(row.get(), in);
+      const float own = step_of(row.get());
+      start[r] = -128 * pack_bytes(out, row.get(), own);
+      step[r] = a.scale < 0 ? -own : own;
+    }
+    transpose_rows(reinterpret_cast<word*>(words.get()), reinterpret_cast<word*>(rows.get()),
+                   BYTE_DEPTH);
+  }
+
+ private:
+  static void widen_row(float* out, const input* in) {
+    int d = 0;
+    for (; d + LANES <= HEAD_DIM; d += LANES) store(out + d, load(in + d, input_tag{}));
+    if (d == HEAD_DIM) return;
+    input tail[LANES] = {};
+    std::memcpy(tail, in + d, (HEAD_DIM - d) * sizeof(input));
+    store(out + d, load(tail, input_tag{}));
+  }
+};
+
+// acc += sums of four products per lane, `a` unsigned and `b` signed. By name: with the intrinsic,
+// GCC 12 keeps accumulators on the stack, at half the speed.
+inline void add_products(__m512i& acc, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+
+// R runs from `first` on with all lines: R x 4 accumulators, 4 of lines, 1 of a run.
+template <int R>
+__attribute__((noinline)) void multiply_means_of(const MeanRuns& runs, int64_t first,
+                                                 const MeanLines& lines, float* products) {
+  constexpr int VECTORS_PER_ROW = BLOCK / LANES;
+  const uint32_t* a = runs.panels + first * BYTE_DEPTH;
+  const uint32_t* b = lines.words.get();
+  __m512i acc[R][VECTORS_PER_ROW];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS_PER_ROW; ++v)
+      acc[r][v] = _mm512_load_si512(lines.start + v * LANES);
+  for (int k = 0; k < BYTE_DEPTH; ++k, b += BLOCK) {
+    __m512i factor[VECTORS_PER_ROW];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) factor[v] = _mm512_loadu_si512(b + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512i broadcast = _mm512_set1_epi32(static_cast<int>(a[r * BYTE_DEPTH + k]));
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS_PER_ROW; ++v)
+        add_products(acc[r][v], broadcast, factor[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const vec step = set1(runs.step[first + r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS_PER_ROW; ++v)
+      store(products + r * BLOCK + v * LANES,
+            mul(mul(_mm512_cvtepi32_ps(acc[r][v]), step), load(lines.step + v * LANES)));
+  }
+}
+
+// products [rows, BLOCK]: `rows` runs, a multiple of 2, from `first` on, with all lines.
+void multiply_means(const MeanRuns& runs, int64_t first, int rows, const MeanLines& lines,
+                    float* products) {
+  int r = 0;
+  for (; r + 6 <= rows; r += 6) multiply_means_of<6>(runs, first + r, lines, products + r * BLOCK);
+  for (; r + 4 <= rows; r += 4) multiply_means_of<4>(runs, first + r, lines, products + r * BLOCK);
+  for (; r < rows; r += 2) multiply_means_of<2>(runs, first + r, lines, products + r * BLOCK);
+}
+
 // Bit n: x[n] >= least[n].
 inline uint32_t at_least(vec x, vec least) {
   return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ);
@@ -916,9 +1101,8 @@ inline vec sum_neighbours(vec x, int64_t count) {
 }
 
 struct UnionScratch {
-  Buffer<packed> staging;
+  MeanLines lines;
   Buffer<float> mean;
-  Buffer<word> queries;  // [DEPTH, BLOCK] words: a B operand
   Buffer<float> products;  // [BLOCK, BLOCK] of one panel
   Buffer<float> sums;  // [key blocks, BLOCK] relative to the greatest of their panel
   Buffer<float> factors, totals;  // [panels, BLOCK]
@@ -927,9 +1111,7 @@ struct UnionScratch {
   Selection selection;
 
   UnionScratch(int64_t width, int64_t key_blocks)  // width: runs of the longest, padded
-      : staging(BLOCK * DEPTH * PAIR),
-        mean(POOLED),
-        queries(DEPTH * BLOCK),
+      : mean(POOLED),
         products(BLOCK * BLOCK),
         sums((key_blocks + BLOCK) * BLOCK),
         factors(width),
@@ -1028,7 +1210,7 @@ void score_blocks(UnionScratch& s, int64_t first, int64_t stop, int64_t ratio, i
 }
 
 // Shares of all key blocks, for the lines of `blocks` query blocks from `first` on.
-void score_lines(const Arguments& a, UnionScratch& s, const Runs& runs, const Rows& query,
+void score_lines(const Arguments& a, UnionScratch& s, const MeanRuns& runs, const Rows& query,
                  int64_t b, int64_t h, int64_t first, int64_t blocks) {
   const int64_t rows = a.rows[h], pool = a.pool[h], ratio = BLOCK / pool;
   const int64_t end = a.query_offset + a.num_queries;
@@ -1048,17 +1230,15 @@ void score_lines(const Arguments& a, UnionScratch& s, const Runs& runs, const Ro
     }
     sight.set(line, seen);
   }
-  pack_queries(a, s.queries.get(), s.staging.get(), [&](int line) { return lines[line]; });
-  const word* queries = s.queries.get();
+  s.lines.pack(a, [&](int line) { return lines[line]; });
   const vec exponent = exponent_of_product(a);
   const int64_t first_panel = std::min(sight.first, sight.stop) / BLOCK;
   const int64_t stop_panel = (sight.stop + BLOCK - 1) / BLOCK;
   for (int64_t panel = first_panel; panel < stop_panel; ++panel) {
     const int64_t start = panel * BLOCK;
     const int64_t seen = std::min<int64_t>(BLOCK, round_up(sight.stop - start, ratio));
-    multiply<false>(runs.panels + start * DEPTH, DEPTH, &queries, 1, DEPTH, BLOCK,
-                    s.products.get(), BLOCK, static_cast<int>(round_up(seen, ROW_STEP)), BLOCK,
-                    nullptr);
+    multiply_means(runs, start, static_cast<int>(round_up(seen, ROW_STEP)), s.lines,
+                   s.products.get());
     if (start < sight.low_of_all || start + seen > sight.high_of_all)
       hide_unseen(s.products.get(), sight, panel, seen);
     sum_panel(s.products.get(), runs.weight + start, exponent, seen, ratio,
@@ -1078,7 +1258,7 @@ void score_lines(const Arguments& a, UnionScratch& s, const Runs& runs, const Ro
 }
 
 // Lists of the query blocks from `first` on whose lines make one product.
-void choose_blocks(const Arguments& a, UnionScratch& s, const Runs& runs, const Extent& extent,
+void choose_blocks(const Arguments& a, UnionScratch& s, const MeanRuns& runs, const Extent& extent,
                    const Rows& query, int64_t b, int64_t h, int64_t first, int64_t blocks) {
   score_lines(a, s, runs, query, b, h, first, blocks);
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size());
@@ -1099,7 +1279,7 @@ void choose_blocks(const Arguments& a, UnionScratch& s, const Runs& runs, const 
 int estimate_union(const Arguments& a) {
   const Rows query{static_cast<const input*>(a.query), a.query_batch, a.query_head, a.query_row};
   const Rows key{static_cast<const input*>(a.key), a.key_batch, a.key_head, a.key_row};
-  const AllRuns all(a, a.pool, /*whole=*/false);
+  const AllMeanRuns all(a);
   const Extent extent(a);
   const int64_t padded = round_up(a.num_keys, BLOCK), first_block = a.query_offset / BLOCK;
   int64_t most = 0;  // products of the head with the most of them
@@ -1111,11 +1291,12 @@ int estimate_union(const Arguments& a) {
     for (int64_t t = 0; t < a.batch * a.num_heads; ++t) {
       const int64_t b = t / a.num_heads, h = t % a.num_heads;
       if (!all.owns(h)) continue;
-      const Runs runs = all.of(b, h);
+      const MeanRuns runs = all.of(b, h);
+#pragma omp single
+      find_centre(a, runs, key, b, a.heads[h] / a.group);
 #pragma omp for schedule(static) nowait
       for (int64_t panel = 0; panel < runs.padded / BLOCK; ++panel)
-        pool_runs(a, runs, s.mean.get(), key, b, a.heads[h] / a.group, a.pool[h], panel, true,
-                  runs.panels + panel * BLOCK * DEPTH);
+        pool_means(a, runs, s.mean.get(), key, b, a.heads[h] / a.group, a.pool[h], panel);
     }
 #pragma omp barrier
     const TileScope tiles;
