@@ -11,7 +11,7 @@ the public backend. Arguments and lines are those of frontier.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from mpass.lowering.estimate_pooled import row_scores
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
 from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
 from mpass.patterns.lists import ListEstimator, ListPattern, check_blocks
-from run_summaries import SUMMARIES
+from run_summaries import SUMMARIES, Summary
 from torch import Tensor
 
 OUTPUT = Path(__file__).parent / "results" / "union_trials.jsonl"
@@ -87,13 +87,14 @@ def trial_index(
     rules: Sequence[TrialRule],
     *,
     scale: float,
+    summaries: Mapping[str, Summary] = SUMMARIES,
 ) -> SparseIndex:
     """As `mpass.lowering.estimate_union.union_index`, but for what a rule's fields say."""
     group = query.shape[1] // key.shape[1]
 
     def summaries_of(head: int, rule: TrialRule) -> list[Any]:
         own = TrialRule(**(vars(rule) | {"scale": scale}))
-        return SUMMARIES[rule.summary](query[:, head], key[:, head // group], mask, own)
+        return summaries[rule.summary](query[:, head], key[:, head // group], mask, own)
 
     made: dict[int, list[Any]] = {}  # of the query heads of the head that is looked at
 
