@@ -12,8 +12,9 @@ that the row would give to the block. A query block keeps its forced blocks; the
 row gives `row_share` or more (what one token looks for must not be averaged away); and then the
 best ones by the sum over rows, until `mass` of it is held. Columns: the vertical scores of
 MInference 1.0, section 3.2, from the last 16 queries instead of 64: what earlier ones look for
-stands in the blocks. For prompts from 4K tokens on when loss matters more than the last bit of
-speed: estimation is dearer than that of block_max.
+stands in the blocks. Generated C++ rounds means and rows to 8 bits where the machine multiplies
+those (SageAttention, arXiv 2410.02367, section 4.2): they only choose. For prompts from 4K tokens
+on when loss matters more than the last bit of speed: estimation is dearer than that of block_max.
 """
 
 from __future__ import annotations
