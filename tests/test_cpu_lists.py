@@ -90,6 +90,8 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
     ),
 }
 HEADS = [3, 0, 2, 5]
+ROOM = 2048
+"""More than any key of these tests."""
 
 
 def inputs(
@@ -124,8 +126,8 @@ def assert_nearly_the_same(found: SparseIndex, expected: SparseIndex) -> None:
         tables = []
         for index in (found, expected):
             kept = places < getattr(index, count)[..., None]
-            where = getattr(index, entries).long().masked_fill(~kept, 1023)
-            tables.append(torch.zeros(*where.shape[:-1], 1024).scatter_(-1, where, 1.0)[..., :-1])
+            where = getattr(index, entries).long().masked_fill(~kept, ROOM - 1)
+            tables.append(torch.zeros(*where.shape[:-1], ROOM).scatter_(-1, where, 1.0)[..., :-1])
         both += float((tables[0] * tables[1]).sum())
         total += float((tables[0] + tables[1]).sum()) / 2
     assert total - both <= 0.02 * total + 4
