@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,12 +44,6 @@ TRIALS = (
     "by_longer_low",
     "by_longer_low(row_share=0.03)",
     "by_without_high(dims=8)",
-    "by_without_high(dims=32)",
-    "by_variance(pool=16, row_share=0.03)",
-    "by_two_means(row_share=0.03)",
-    "by_mean(shared=True, row_share=0.05)",
-    "by_mean(row_share=0.03, decay=2.0)",
-    "by_mean(pool=4, rows=8)",
 )
 
 
@@ -92,7 +86,7 @@ def trial_index(
     group = query.shape[1] // key.shape[1]
 
     def summaries_of(head: int, rule: TrialRule) -> list[Any]:
-        own = TrialRule(**(vars(rule) | {"scale": scale}))
+        own = replace(rule, scale=scale)
         return summaries[rule.summary](query[:, head], key[:, head // group], mask, own)
 
     made: dict[int, list[Any]] = {}  # of the query heads of the head that is looked at
