@@ -32,7 +32,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from mpass.lowering import cpu, reference
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpass.config.sparse_config import DEFAULT_PATTERNS
+from mpass.lowering import cpu
 from mpass.lowering.density import density
 from mpass.lowering.index import (
     BLOCK,
@@ -42,14 +47,10 @@ from mpass.lowering.index import (
     empty_index,
     list_slots,
 )
-from mpass.patterns.base import find_pattern, head_slots, index_op
-from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
-
-from mpass.config import DEFAULT_PATTERNS
+from mpass.lowering.reference import attention as reference
 from mpass.options import Options
-from mpass.tables import open_console
+from mpass.patterns.base import find_pattern, head_slots, index_op
+from mpass.text_table import open_console
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = {8192: (512, 24 * BLOCK), 16384: (768, 24 * BLOCK), 32768: (1000, 32 * BLOCK)}

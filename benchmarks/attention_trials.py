@@ -25,19 +25,19 @@ from typing import Any
 import torch
 import union_trials
 from frontier import dense_states, rounded
-from mpass.lowering import reference
-from mpass.lowering.estimate_pooled import pooled_keys
-from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex
-from mpass.patterns.union import Union
 from run_summaries import Vectors
 from torch import Tensor
 
-from mpass.demo import environment
+from mpass.config.pattern_text import parse_dtype, parse_pattern
+from mpass.evaluate.demo import environment
 from mpass.evaluate.score import compare_all
-from mpass.models import load_model
-from mpass.parse import parse_dtype, parse_pattern
-from mpass.prefill import prefill
-from mpass.texts import find_text, load_tokens
+from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex
+from mpass.lowering.reference import attention as reference
+from mpass.lowering.reference.pooled_keys import pooled_keys
+from mpass.models.load import load_model
+from mpass.models.prefill import prefill
+from mpass.models.texts import find_text, load_tokens
+from mpass.patterns.union import Union
 
 OUTPUT = Path(__file__).parent / "results" / "attention_trials.jsonl"
 TRIALS = ("selected", "virtual_keys", "skipped", "value_norms")

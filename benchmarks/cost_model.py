@@ -20,23 +20,23 @@ from typing import Annotated
 
 import torch
 import typer
-from mpass.lowering import cpu
-from mpass.lowering.cpu.constants import (
-    estimator_constants,
-    least_seconds,
-    machine_constants,
-    one_thread,
-)
-from mpass.lowering.cpu.cost import DENSITY, TILES, predict
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, empty_index
-from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, find_pattern, registered_patterns
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpass.calibration_cost import count_work
-from mpass.calibration_graph import Operands
+from mpass.calibration.instrument import Operands
+from mpass.calibration.kernel_cost import count_work
+from mpass.lowering import cpu
+from mpass.lowering.cpu.cost_constants import (
+    estimator_constants,
+    least_seconds,
+    machine_constants,
+    one_thread,
+)
+from mpass.lowering.cpu.cost_model import DENSITY, TILES, predict
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, empty_index
+from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, find_pattern, registered_patterns
 
 RESULTS = Path(__file__).parent / "results"
 DENSITIES = (0.05, 0.15, 0.4, 1.0)

@@ -25,20 +25,20 @@ from typing import Any
 
 import torch
 from frontier_report import show
-from mpass.lowering.record import Call, record
-from mpass.patterns.base import registered_patterns
 from torch import Tensor
 
-from mpass.cache import cache_dir
-from mpass.demo import environment
+from mpass.config.pattern_text import parse_dtype
+from mpass.evaluate.demo import environment
 from mpass.evaluate.plan import DENSE, read_lines
 from mpass.evaluate.runner import compile_dense, mean_density, sparse_options, window_layers
 from mpass.evaluate.score import compare_all
-from mpass.models import load_model
-from mpass.parse import parse_dtype
-from mpass.prefill import compile_body, prefill
-from mpass.profiling import outermost_ops
-from mpass.texts import find_text, load_tokens
+from mpass.files import cache_dir
+from mpass.inspection.profiling import outermost_ops
+from mpass.lowering.recorder import Call, record
+from mpass.models.load import load_model
+from mpass.models.prefill import compile_body, prefill
+from mpass.models.texts import find_text, load_tokens
+from mpass.patterns.base import registered_patterns
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 WARM_UP = 1024

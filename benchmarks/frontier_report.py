@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpass.evaluate.charts import Point, loss_against
 from mpass.evaluate.plan import DENSE
-from mpass.evaluate.plots import Point, loss_against
 from mpass.evaluate.summary import LARGEST_LOSS
 
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)

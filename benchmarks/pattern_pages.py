@@ -13,9 +13,8 @@ import inspect
 import sys
 from pathlib import Path
 
+from mpass.inspection.draw import as_svg, draw_pattern
 from mpass.patterns.base import Pattern, registered_patterns
-
-from mpass.draw import as_svg, draw_pattern
 
 FOLDER = Path(__file__).parent.parent / "docs" / "patterns"
 MEASURED = "## Measured"

@@ -23,11 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mpass.lowering.record import record
 from rich.table import Table
 
-from mpass.parse import parse_dtype, parse_pattern
-from mpass.tables import open_console
+from mpass.config.pattern_text import parse_dtype, parse_pattern
+from mpass.lowering.recorder import record
+from mpass.text_table import open_console
 
 
 def build(layers: int, dtype: torch.dtype) -> torch.nn.Module:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mpass.lowering.estimate_pooled import pooled_keys
-from mpass.lowering.index import AttentionMask
 from torch import Tensor
+
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.reference.pooled_keys import pooled_keys
 
 Vectors = tuple[Tensor, Tensor, Tensor]
 """q', m' and the number of keys of each run."""

@@ -19,14 +19,16 @@ from typing import Any, ClassVar
 import frontier
 import sympy
 import torch
-from mpass.lowering.estimate import largest, last_query_sums
-from mpass.lowering.estimate_lists import candidates, keep_mass, list_index
-from mpass.lowering.estimate_pooled import row_scores
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
-from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
-from mpass.patterns.lists import ListEstimator, ListPattern, check_blocks
 from run_summaries import SUMMARIES, Summary
 from torch import Tensor
+
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.reference.block_lists import candidates, keep_mass, list_index
+from mpass.lowering.reference.pooled_keys import row_scores
+from mpass.lowering.reference.vertical_slash import largest, last_query_sums
+from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
+from mpass.patterns.base.checks import check_blocks
+from mpass.patterns.base.scored import ListEstimator, ListPattern
 
 OUTPUT = Path(__file__).parent / "results" / "union_trials.jsonl"
 
@@ -82,7 +84,7 @@ def trial_index(
     scale: float,
     summaries: Mapping[str, Summary] = SUMMARIES,
 ) -> SparseIndex:
-    """As `mpass.lowering.estimate_union.union_index`, but for what a rule's fields say."""
+    """As `mpass.lowering.reference.union.union_index`, but for what a rule's fields say."""
     group = query.shape[1] // key.shape[1]
 
     def summaries_of(head: int, rule: TrialRule) -> list[Any]:

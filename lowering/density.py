@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 
 import torch
-from mpass.lowering import reference
+from torch import Tensor
+
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -19,7 +20,7 @@ from mpass.lowering.index import (
     num_key_blocks,
     num_query_blocks,
 )
-from torch import Tensor
+from mpass.lowering.reference import attention as reference
 
 CHUNK_BLOCKS = 64
 """Query blocks counted at a time: the largest temporary is [B, H, CHUNK_BLOCKS, J]."""

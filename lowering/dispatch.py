@@ -1,7 +1,8 @@
 """Which lowering runs an op: generated C++ on a CPU, generated Triton on a GPU, plain torch else.
 
 A lowering is a module with `unsupported(...)`, `sparse_attention(...)` and the estimators of
-`mpass.lowering.estimate`; `unsupported` tells in words why it cannot serve a call, or None.
+`mpass.lowering.reference.vertical_slash`; `unsupported` tells in words why it cannot serve a call,
+or None.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mpass.lowering import dense, estimate, estimate_sampled, reference
 from torch import Tensor
+
+from mpass.lowering.reference import attention as reference
+from mpass.lowering.reference import dense
+from mpass.lowering.reference import sample_attention as estimate_sampled
+from mpass.lowering.reference import vertical_slash as estimate
 
 PLAIN = (reference, estimate, estimate_sampled, dense)
 """Modules of the implementations in plain torch."""

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from mpass.lowering.block_lists import BlockLists, attend_as_listed, lists_agree, warn_of_lists
-from mpass.lowering.dense import dense_attention
+from torch import Tensor
+
+from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree, warn_of_lists
 from mpass.lowering.density import density, work_share
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
-from mpass.lowering.record import Call, Operands, active_log
-from mpass.lowering.reference import empty_output
-from torch import Tensor
+from mpass.lowering.recorder import Call, Operands, active_log
+from mpass.lowering.reference.attention import empty_output
+from mpass.lowering.reference.dense import dense_attention
 
 NAMESPACE = "minference"
 
@@ -142,7 +143,7 @@ def attention(
 ) -> Tensor:
     """Dense attention whose mask is given in words instead of cells; see lowering.dense.
 
-    What mpass.attention_interface puts into graphs: the pass finds it and makes it sparse.
+    What mpass.transformers_attention puts into graphs: the pass finds it and makes it sparse.
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv].
     """
     mask = AttentionMask(causal, query_offset, window, key_mask)

@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from mpass.cache import write_whole
 from mpass.errors import in_one_line
-from mpass.graph_text import count_ops, op_difference, readable
-from mpass.lowering.sources import KernelSource, watch_sources
+from mpass.files import write_whole
+from mpass.graph.printing import count_ops, op_difference, readable
+from mpass.lowering.kernel_sources import KernelSource, watch_sources
 from mpass.options import Options
 from mpass.plan import AttentionPlan, Skip
 from mpass.report import Report
@@ -110,7 +110,7 @@ def close_trace(
     emit("report", "json", lambda: json.dumps(dataclasses.asdict(report), indent=1))
     if trace.root is None:
         return
-    from mpass.site_text import decision_as_dict, decision_as_text  # needs rich: only when asked
+    from mpass.decisions import decision_as_dict, decision_as_text  # needs rich: only when asked
 
     try:
         trace.folder = write_numbered(
@@ -212,7 +212,7 @@ def is_running(process: int) -> bool:
 def watch_kernels(root: Path) -> None:
     """Write every kernel of this process into `root/kernels`, now or when it is first built."""
 
-    from mpass.kernel_text import kernel_details  # knows the compilers: only when asked
+    from mpass.inspection.kernels import kernel_details  # knows the compilers: only when asked
 
     def write(kernel: KernelSource) -> None:
         try:

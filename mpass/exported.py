@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from mpass.backend import apply_passes
 from mpass.debug import finish_trace, open_trace
-from mpass.graph_text import fake_result
+from mpass.graph.printing import fake_result
 from mpass.options import parse_options
 from mpass.report import keep_report
 

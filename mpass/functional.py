@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mpass.errors import DtypeError, ShapeError
 from mpass.lowering import density as densities
-from mpass.lowering import reference
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.reference import attention as reference
 from mpass.patterns.base import Pattern, find_pattern, shared_slots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

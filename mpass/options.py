@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpass.config import SparseConfig, as_pattern, check_length
+from mpass.config.presets import PRESETS, with_preset
+from mpass.config.sparse_config import SparseConfig, as_pattern, check_length
 from mpass.errors import OptionValueError, UnknownOptionError, UnknownPatternError
 from mpass.patterns.base import Pattern, registered_patterns
-from mpass.presets import PRESETS, with_preset
 
 DEFAULT_MIN_SEQ_LEN = 2048
 """Prompts shorter than this stay dense unless something says otherwise; tokens."""
@@ -24,7 +24,7 @@ class Options:
     """What a compile was asked for.
 
     pattern: one pattern for every head, an object or its name (then exclusive with config), or the
-    name of a preset (mpass.presets).
+    name of a preset (mpass.config.presets).
     config: a SparseConfig, a pattern per layer and head, or the path of a file that holds one.
     min_seq_len: prompts shorter than this stay dense; tokens. None for the config's value, else
     DEFAULT_MIN_SEQ_LEN.

@@ -18,11 +18,11 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from mpass.errors import ConfigMismatchError
+from mpass.graph.site import AttentionSite, Length, example, shape_of
 from mpass.lowering.dispatch import choose_lowering
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.resolve import Choice, resolve_site
-from mpass.site import AttentionSite, Length, example, shape_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256

@@ -65,7 +65,7 @@ class Report:
         )
 
     def __str__(self) -> str:
-        from mpass.tables import render_report
+        from mpass.text_table import render_report
 
         return render_report(self)
 

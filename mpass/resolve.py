@@ -2,7 +2,7 @@
 
 Innermost first, head by head:
 
-1. decorators and regions (mpass.decorators), the innermost first;
+1. decorators and regions (mpass.config.decorators), the innermost first;
 2. options["config"], or options["pattern"];
 3. `minference.json` beside the model's `config.json` (the folder that it was loaded from);
 4. the built-in default.
@@ -18,12 +18,12 @@ from pathlib import Path
 
 from torch import fx
 
-from mpass.config import LayerConfig, Span, SparseConfig, builtin_default
-from mpass.decorators import overrides_of
-from mpass.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
+from mpass.config.decorators import overrides_of
+from mpass.config.sparse_config import LayerConfig, Span, SparseConfig, builtin_default
+from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
+from mpass.graph.site import AttentionSite, example
 from mpass.options import DEFAULT_MIN_SEQ_LEN, Options
 from mpass.patterns.base import Pattern
-from mpass.site import AttentionSite, example
 
 SHIPPED = "minference.json"
 """File beside a model's config.json that brings its SparseConfig along."""

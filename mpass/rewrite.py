@@ -14,11 +14,11 @@ import sympy
 import torch
 from torch import fx
 
+from mpass.graph.site import AttentionSite, Length, MaskMeaning, shape_of
+from mpass.graph.writes import remove_dead
 from mpass.lowering.index import join_slots
-from mpass.mutation import remove_dead
 from mpass.patterns.base import Pattern, head_slots, index_op, shared_slots
 from mpass.plan import AttentionPlan
-from mpass.site import AttentionSite, Length, MaskMeaning, shape_of
 
 
 def rewrite_attention(gm: fx.GraphModule, plans: Sequence[AttentionPlan]) -> None:

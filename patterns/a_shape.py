@@ -12,7 +12,8 @@ from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
-from mpass.lowering.estimate import first_keys
+from torch import Tensor
+
 from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
@@ -23,7 +24,8 @@ from mpass.lowering.index import (
     num_query_blocks,
     window_diagonals,
 )
-from mpass.lowering.reference import allowed_cells
+from mpass.lowering.reference.attention import allowed_cells
+from mpass.lowering.reference.vertical_slash import first_keys
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
@@ -32,8 +34,7 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.sinks import list_sinks
-from torch import Tensor
+from mpass.patterns.base.sinks import list_sinks
 
 
 @register_pattern
@@ -116,7 +117,7 @@ class AShape(Pattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(AShape())
 

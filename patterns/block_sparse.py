@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import sympy
-from mpass.lowering import estimate, reference
+from torch import Tensor
+
+from mpass.errors import PatternValueError
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.reference import attention as reference
+from mpass.lowering.reference import vertical_slash as estimate
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
@@ -21,9 +25,6 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from torch import Tensor
-
-from mpass.errors import PatternValueError
 
 
 @register_pattern
@@ -112,7 +113,7 @@ class BlockSparse(Pattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(BlockSparse())
 

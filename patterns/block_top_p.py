@@ -12,17 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
-from mpass.lowering.estimate_tiles import TileRule, tile_index, tile_width
+
 from mpass.lowering.index import BLOCK
+from mpass.lowering.reference.block_scores import TileRule, tile_index, tile_width
 from mpass.patterns.base import register_pattern
-from mpass.patterns.lists import (
-    ListEstimator,
-    ListPattern,
-    attention_cost,
-    check_blocks,
-    check_share,
-    tile_cost,
-)
+from mpass.patterns.base.checks import check_blocks, check_share
+from mpass.patterns.base.scored import ListEstimator, ListPattern, attention_cost, tile_cost
 
 
 @register_pattern
@@ -53,7 +48,7 @@ class BlockTopP(ListPattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(BlockTopP())
 

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
+from torch import Tensor
+
 from mpass.lowering.index import (
     ALL_DIAGONALS,
     AttentionMask,
@@ -17,9 +19,8 @@ from mpass.lowering.index import (
     empty_index,
     num_query_blocks,
 )
-from mpass.lowering.reference import allowed_cells
+from mpass.lowering.reference.attention import allowed_cells
 from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, register_pattern
-from torch import Tensor
 
 
 @register_pattern
@@ -77,7 +78,7 @@ class Dense(Pattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(Dense())
 

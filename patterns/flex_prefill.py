@@ -13,19 +13,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
-from mpass.lowering.estimate_flex import FlexRule, flex_index, flex_width
-from mpass.lowering.index import BLOCK
-from mpass.patterns.base import HEAD_DIM, LENGTH, causal_keys, check_positive, register_pattern
-from mpass.patterns.lists import (
-    ListEstimator,
-    ListPattern,
-    attention_cost,
-    check_multiple,
-    check_room,
-    check_share,
-)
 
 from mpass.errors import PatternValueError
+from mpass.lowering.index import BLOCK
+from mpass.lowering.reference.flex_prefill import FlexRule, flex_index, flex_width
+from mpass.patterns.base import HEAD_DIM, LENGTH, causal_keys, check_positive, register_pattern
+from mpass.patterns.base.checks import check_multiple, check_room, check_share
+from mpass.patterns.base.scored import ListEstimator, ListPattern, attention_cost
 
 
 @register_pattern
@@ -71,7 +65,7 @@ class FlexPrefill(ListPattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(FlexPrefill())
 

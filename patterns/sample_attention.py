@@ -14,15 +14,17 @@ from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
+from torch import Tensor
+
 from mpass.lowering.dispatch import choose_lowering
-from mpass.lowering.estimate_sampled import (
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.reference.attention import allowed_cells
+from mpass.lowering.reference.sample_attention import (
     SampledRule,
     sampled_columns,
     sampled_width,
     window_size,
 )
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
-from mpass.lowering.reference import allowed_cells
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
@@ -31,8 +33,7 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.lists import check_share
-from torch import Tensor
+from mpass.patterns.base.checks import check_share
 
 
 @register_pattern
@@ -117,7 +118,7 @@ class SampleAttention(Pattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(SampleAttention())
 

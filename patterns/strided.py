@@ -14,7 +14,8 @@ from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
-from mpass.lowering.estimate import diagonal_index
+from torch import Tensor
+
 from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
@@ -23,7 +24,8 @@ from mpass.lowering.index import (
     num_query_blocks,
     window_diagonals,
 )
-from mpass.lowering.reference import allowed_cells
+from mpass.lowering.reference.attention import allowed_cells
+from mpass.lowering.reference.vertical_slash import diagonal_index
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
@@ -32,9 +34,8 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.lists import check_multiple
-from mpass.patterns.sinks import sink_columns
-from torch import Tensor
+from mpass.patterns.base.checks import check_multiple
+from mpass.patterns.base.sinks import sink_columns
 
 
 @register_pattern
@@ -133,7 +134,7 @@ class Strided(Pattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(Strided())
 

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
-from mpass.lowering.estimate_lists import last_query
+from torch import Tensor
+
 from mpass.lowering.index import (
     ALL_BLOCKS,
     BLOCK,
@@ -28,7 +29,8 @@ from mpass.lowering.index import (
     num_query_blocks,
     window_diagonals,
 )
-from mpass.lowering.reference import allowed_cells
+from mpass.lowering.reference.attention import allowed_cells
+from mpass.lowering.reference.block_lists import last_query
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
@@ -37,8 +39,7 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.sinks import list_sinks, sink_columns
-from torch import Tensor
+from mpass.patterns.base.sinks import list_sinks, sink_columns
 
 
 @register_pattern
@@ -139,7 +140,7 @@ class TriShape(Pattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(TriShape())
 

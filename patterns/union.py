@@ -23,19 +23,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
-from mpass.lowering.estimate_union import UnionRule, union_index, union_width
-from mpass.lowering.index import BLOCK
-from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
-from mpass.patterns.lists import (
-    ListEstimator,
-    ListPattern,
-    attention_cost,
-    check_blocks,
-    check_divisor,
-    check_share,
-)
 
 from mpass.errors import PatternValueError
+from mpass.lowering.index import BLOCK
+from mpass.lowering.reference.union import UnionRule, union_index, union_width
+from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
+from mpass.patterns.base.checks import check_blocks, check_divisor, check_share
+from mpass.patterns.base.scored import ListEstimator, ListPattern, attention_cost
 
 LAST_QUERIES_CHOICES = (16, 32, 64)
 """Numbers of queries that the generated C++ has a loop for."""
@@ -89,7 +83,7 @@ class Union(ListPattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(Union())
 

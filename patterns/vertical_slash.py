@@ -11,10 +11,12 @@ from typing import ClassVar, Literal, Self
 
 import sympy
 import torch
-from mpass.lowering import estimate
+from torch import Tensor
+
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
-from mpass.lowering.reference import allowed_cells
+from mpass.lowering.reference import vertical_slash as estimate
+from mpass.lowering.reference.attention import allowed_cells
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
@@ -23,7 +25,6 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from torch import Tensor
 
 
 @register_pattern
@@ -113,7 +114,7 @@ class VerticalSlash(Pattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(VerticalSlash())
 

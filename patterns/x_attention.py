@@ -13,21 +13,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
-from mpass.lowering.estimate_antidiagonal import (
+
+from mpass.lowering.index import BLOCK
+from mpass.lowering.reference.x_attention import (
     AntidiagonalRule,
     antidiagonal_index,
     antidiagonal_width,
 )
-from mpass.lowering.index import BLOCK
 from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
-from mpass.patterns.lists import (
-    ListEstimator,
-    ListPattern,
-    attention_cost,
-    check_blocks,
-    check_divisor,
-    check_share,
-)
+from mpass.patterns.base.checks import check_blocks, check_divisor, check_share
+from mpass.patterns.base.scored import ListEstimator, ListPattern, attention_cost
 
 
 @register_pattern
@@ -67,7 +62,7 @@ class XAttention(ListPattern):
 
 def main() -> None:
     """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.draw import draw_main
+    from mpass.inspection.draw import draw_main
 
     draw_main(XAttention())
 

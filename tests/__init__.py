@@ -1,6 +1,1 @@
-"""Tests; property tests take the time that a busy machine gives them."""
-
-from hypothesis import HealthCheck, settings
-
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
+"""Tests, in the folders of what they test; conftest.py holds what they share."""

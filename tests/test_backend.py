@@ -8,7 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import mpass
-from tests.toys import Attention, Decoder, RecordingBackend, compile_toy
+from tests.helpers.toys import Attention, Decoder, RecordingBackend, compile_toy
 
 FULL = mpass.VerticalSlash(1, 1 << 20)
 """Every key is selected, so the result is that of dense attention."""

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import json, sys, torch, mpass
 from torch._dynamo.utils import counters
-from tests.toys import Decoder
+from tests.helpers.toys import Decoder
 torch.manual_seed(0)
 model, x = Decoder(depth=2).eval(), torch.randn(1, 300, 32)
 pattern = mpass.AShape(1, int(sys.argv[1]))

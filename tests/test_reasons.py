@@ -18,11 +18,11 @@ import torch
 from torch.nn import functional as F
 
 import mpass
-from mpass.explanation import Explanation, explain
-from tests import reason_cases as masks
-from tests import reason_programs as programs
-from tests.reason_cases import DYNAMIC_MASKS, MASKS, Inputs
-from tests.reason_programs import PROGRAMS
+from mpass.inspection.explanation import Explanation, explain
+from tests.helpers import reason_cases as masks
+from tests.helpers import reason_programs as programs
+from tests.helpers.reason_cases import DYNAMIC_MASKS, MASKS, Inputs
+from tests.helpers.reason_programs import PROGRAMS
 
 FOLDER = Path(mpass.__file__).parent
 OPTIONS = {"min_seq_len": 128}

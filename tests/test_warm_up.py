@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from mpass.lowering.cpu import library
 
 import mpass
 from mpass import warm_up
-from tests.cpu_cases import needs_kernels
+from mpass.lowering.cpu import library
+from tests.helpers.cpu_cases import needs_kernels
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from benchmarks.calibration.report import report
 from benchmarks.calibration.rivals import tune_rivals
 from benchmarks.calibration.stages import needles, quality, search
 from benchmarks.calibration.work import Plan, Work
-from mpass.texts import find_text
+from mpass.models.texts import find_text
 
 RESULTS = Path(__file__).parents[1] / "results"
 STAGES: dict[str, Callable[[Work, Plan], None]] = {

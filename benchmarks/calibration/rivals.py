@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from mpass.patterns.base import Pattern, find_pattern
 
 from benchmarks.calibration.work import Plan, Work, append, load_window, model_and_tokenizer
-from mpass.calibration_cost import KernelCost, count_work, fit_kernel, read_clock
-from mpass.calibration_graph import Operands, attend_dense, estimate_heads
-from mpass.calibration_probe import Probe
+from mpass.calibration.instrument import Operands, attend_dense, estimate_heads
+from mpass.calibration.kernel_cost import KernelCost, count_work, fit_kernel, read_clock
+from mpass.calibration.probe import Probe
+from mpass.config.pattern_text import parse_pattern
 from mpass.evaluate.plan import read_lines
-from mpass.parse import parse_pattern
+from mpass.patterns.base import Pattern, find_pattern
 
 LAYERS = 6
 """Layers on which a rival's cost is looked up, evenly spread."""

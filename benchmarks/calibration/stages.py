@@ -9,21 +9,21 @@ import torch
 
 from benchmarks.calibration.rivals import tuned_patterns
 from benchmarks.calibration.work import Plan, Work, append, load_window, model_and_tokenizer
-from mpass.calibration import Calibration, run_calibration
-from mpass.calibration_candidates import default_candidates
-from mpass.calibration_check import Timed, attend_with
-from mpass.calibration_graph import attend_dense
-from mpass.calibration_probe import Input, Probe, as_input
-from mpass.calibration_report import heatmap
-from mpass.calibration_settings import Settings
-from mpass.commands.calibrate import SHORT_PROMPT, retrieval_prompts
-from mpass.config import SparseConfig
-from mpass.demo import environment
+from mpass.calibration.candidates import default_candidates
+from mpass.calibration.check import Timed, attend_with
+from mpass.calibration.instrument import attend_dense
+from mpass.calibration.probe import Input, Probe, as_input
+from mpass.calibration.report import heatmap
+from mpass.calibration.search import Calibration, run_calibration
+from mpass.calibration.settings import Settings
+from mpass.cli.calibrate import SHORT_PROMPT, retrieval_prompts
+from mpass.config.sparse_config import SparseConfig
+from mpass.evaluate.demo import environment
 from mpass.evaluate.plan import read_lines
 from mpass.evaluate.run import make_sample
 from mpass.evaluate.score import strict_score
 from mpass.evaluate.tasks import make_haystack
-from mpass.texts import find_text
+from mpass.models.texts import find_text
 
 OBJECTIVES = {"searched": "divergence", "least error": "error", "most recall": "recall"}
 """What the heads are chosen by; all but the first are there to be compared with."""

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mpass.models import load_model
-from mpass.parse import parse_dtype
-from mpass.texts import find_text, load_tokens
+from mpass.config.pattern_text import parse_dtype
+from mpass.models.load import load_model
+from mpass.models.texts import find_text, load_tokens
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mpass.lowering import (
-    estimate,
-    estimate_antidiagonal,
-    estimate_flex,
-    estimate_sampled,
-    estimate_tiles,
-    estimate_union,
-    reference,
-)
+
 from mpass.lowering import triton as lowering
-from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
-from mpass.lowering.estimate_flex import FlexRule
-from mpass.lowering.estimate_sampled import SampledRule
-from mpass.lowering.estimate_tiles import TileRule
-from mpass.lowering.estimate_union import UnionRule
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
+from mpass.lowering.reference import attention as reference
+from mpass.lowering.reference import block_scores as estimate_tiles
+from mpass.lowering.reference import flex_prefill as estimate_flex
+from mpass.lowering.reference import sample_attention as estimate_sampled
+from mpass.lowering.reference import union as estimate_union
+from mpass.lowering.reference import vertical_slash as estimate
+from mpass.lowering.reference import x_attention as estimate_antidiagonal
+from mpass.lowering.reference.block_scores import TileRule
+from mpass.lowering.reference.flex_prefill import FlexRule
+from mpass.lowering.reference.sample_attention import SampledRule
+from mpass.lowering.reference.union import UnionRule
+from mpass.lowering.reference.x_attention import AntidiagonalRule
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Largest difference to the fp64 truth, inputs of unit variance."""

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mpass.lowering.density import density
-from mpass.lowering.index import AttentionMask, SparseIndex
-from mpass.patterns.base import find_pattern
 from torch.overrides import TorchFunctionMode
 
-from mpass.models import load_model
-from mpass.texts import TEXTS, find_text, load_tokens
+from mpass.lowering.density import density
+from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.models.load import load_model
+from mpass.models.texts import TEXTS, find_text, load_tokens
+from mpass.patterns.base import find_pattern
 
 PATH = Path(__file__).parent / "densities.json"
 MODEL = "smollm2"

@@ -13,8 +13,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from mpass.lowering.index import BLOCK, SparseIndex, num_query_blocks
 from torch import Tensor
+
+from mpass.lowering.index import BLOCK, SparseIndex, num_query_blocks
 
 
 @triton.jit

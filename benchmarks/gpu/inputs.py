@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -21,7 +23,6 @@ from mpass.lowering.index import (
     list_slots,
     num_query_blocks,
 )
-from torch import Tensor
 
 
 @dataclass(frozen=True)

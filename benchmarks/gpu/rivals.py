@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mpass.lowering.index import BLOCK, SparseIndex, num_query_blocks
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mpass.lowering.index import BLOCK, SparseIndex, num_query_blocks
 
 FLEX_LIMIT = 131072
 """Beyond this FlexAttention's block mask, an entry per pair of blocks, outgrows the memory."""

@@ -12,18 +12,18 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from mpass.lowering import triton as lowering
-from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
-from mpass.lowering.triton.interpret import interpreted_language
-from mpass.patterns.base import find_pattern
-from mpass.patterns.lists import ListPattern
-from mpass.patterns.sample_attention import SampleAttention
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu import check, densities, models, rivals
 from benchmarks.gpu.clock import milliseconds
 from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
 from benchmarks.gpu.setting import SLASH, VERTICAL, Row, Setting, Work
+from mpass.lowering import triton as lowering
+from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
+from mpass.lowering.triton.interpret import interpreted_language
+from mpass.patterns.base import find_pattern
+from mpass.patterns.base.scored import ListPattern
+from mpass.patterns.sample_attention import SampleAttention
 
 Estimator = Callable[[torch.Tensor, torch.Tensor], SparseIndex]
 

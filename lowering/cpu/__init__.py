@@ -1,9 +1,9 @@
 """Generated C++ for x86-64 CPUs: KernelSpec -> source -> compiled library -> call."""
 
 from mpass.lowering.cpu.attention import sparse_attention
+from mpass.lowering.cpu.budget_estimators import block_top_k_index, vertical_slash_index
 from mpass.lowering.cpu.dense import dense_attention, estimation_pays, highest_density
-from mpass.lowering.cpu.estimate import block_top_k_index, vertical_slash_index
-from mpass.lowering.cpu.lists import (
+from mpass.lowering.cpu.estimators import (
     antidiagonal_index,
     flex_index,
     sampled_index,

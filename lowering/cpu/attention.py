@@ -1,17 +1,18 @@
-"""Sparse attention by generated C++; the meaning is mpass.lowering.reference.sparse_attention."""
+"""Sparse attention by generated C++; the meaning is mpass.lowering.reference.attention."""
 
 from __future__ import annotations
 
 import ctypes
 
 import torch
+from torch import Tensor
+
 from mpass.lowering.cpu.arguments import AttentionArguments, pointer, rows_contiguous, strides
 from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import kernel_spec
 from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
-from mpass.lowering.reference import empty_output
-from torch import Tensor
+from mpass.lowering.reference.attention import empty_output
 
 
 def sparse_attention(

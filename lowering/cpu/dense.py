@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 
 import torch
-from mpass.lowering import dense
-from mpass.lowering.choice import EstimatedWork
+from torch import Tensor
+
 from mpass.lowering.cpu.attention import sparse_attention
-from mpass.lowering.cpu.constants import estimator_constants, machine_constants
-from mpass.lowering.cpu.cost import crossover_density, predict
+from mpass.lowering.cpu.cost_constants import estimator_constants, machine_constants
+from mpass.lowering.cpu.cost_model import crossover_density, predict
+from mpass.lowering.crossover import EstimatedWork
 from mpass.lowering.index import (
     AttentionMask,
     IndexWidth,
@@ -22,7 +23,7 @@ from mpass.lowering.index import (
     num_query_blocks,
     whole_index,
 )
-from torch import Tensor
+from mpass.lowering.reference import dense
 
 
 def dense_attention(
@@ -35,7 +36,7 @@ def dense_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention over all keys that `mask` allows; as mpass.lowering.dense has it."""
+    """Softmax attention over all keys that `mask` allows; as mpass.lowering.reference.dense."""
     plain = mask.window == 0 and mask.key_mask is None and softcap == 0 and sinks is None
     if not mask.causal or (plain and not kernel_is_faster(*sizes(query, key, value))):
         return dense.dense_attention(

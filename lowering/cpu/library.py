@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 
 from mpass.lowering.cpu.spec import KernelSpec, generate_source
-from mpass.lowering.sources import KernelSource, announce_source
+from mpass.lowering.kernel_sources import KernelSource, announce_source
 
 PROGRESS_AFTER = 3.0
 """Seconds of compiling after which a line on stderr says so."""

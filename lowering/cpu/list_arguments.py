@@ -11,11 +11,11 @@ import functools
 from typing import Any
 
 from mpass.lowering.cpu.arguments import NUMBER_TYPES, fields, strided
-from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
-from mpass.lowering.estimate_flex import FlexRule
-from mpass.lowering.estimate_sampled import ColumnRule
-from mpass.lowering.estimate_tiles import TileRule
-from mpass.lowering.estimate_union import UnionRule
+from mpass.lowering.reference.block_scores import TileRule
+from mpass.lowering.reference.flex_prefill import FlexRule
+from mpass.lowering.reference.sample_attention import ColumnRule
+from mpass.lowering.reference.union import UnionRule
+from mpass.lowering.reference.x_attention import AntidiagonalRule
 
 LIST_KERNELS: dict[str, type[Any]] = {
     "union": UnionRule,

@@ -11,10 +11,11 @@ import functools
 from dataclasses import dataclass
 
 import jinja2
-from mpass.lowering import estimate
+
 from mpass.lowering.cpu.arguments import AttentionArguments, EstimateArguments, c_fields
 from mpass.lowering.cpu.list_arguments import LIST_KERNELS, list_c_fields
 from mpass.lowering.index import ALL_BLOCKS, BLOCK
+from mpass.lowering.reference import vertical_slash as estimate
 
 STRIP = 4
 """Tiles of 64 keys per softmax update: the scores of a strip (64 KiB) stay in the second cache."""

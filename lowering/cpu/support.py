@@ -8,9 +8,10 @@ import sys
 import warnings
 
 import torch
+from torch import Tensor
+
 from mpass.lowering.cpu.library import compiler_fault
 from mpass.lowering.cpu.spec import INPUT_TYPES, MAX_HEAD_DIM, KernelSpec
-from torch import Tensor
 
 
 def unsupported(

@@ -10,13 +10,14 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
-from mpass.lowering.estimate_antidiagonal import AntidiagonalRule
-from mpass.lowering.estimate_flex import FlexRule
-from mpass.lowering.estimate_sampled import SampledRule
-from mpass.lowering.estimate_tiles import TileRule
-from mpass.lowering.estimate_union import UnionRule
-from mpass.lowering.index import AttentionMask, SparseIndex
 from torch import Tensor
+
+from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.reference.block_scores import TileRule
+from mpass.lowering.reference.flex_prefill import FlexRule
+from mpass.lowering.reference.sample_attention import SampledRule
+from mpass.lowering.reference.union import UnionRule
+from mpass.lowering.reference.x_attention import AntidiagonalRule
 
 MAX_HEADS = 65535
 """Query heads and batch rows lie on grid axes of this size."""
@@ -68,7 +69,7 @@ def sparse_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As mpass.lowering.reference.sparse_attention, by a generated kernel."""
+    """As mpass.lowering.reference.attention.sparse_attention, by a generated kernel."""
     from mpass.lowering.triton import attention
 
     return attention.sparse_attention(
@@ -86,8 +87,8 @@ def vertical_slash_index(
     vertical_sizes: Sequence[int],
     slash_sizes: Sequence[int],
 ) -> SparseIndex:
-    """As mpass.lowering.estimate.vertical_slash_index, by generated kernels."""
-    from mpass.lowering.triton import estimate
+    """As mpass.lowering.reference.vertical_slash.vertical_slash_index, by generated kernels."""
+    from mpass.lowering.triton import vertical_slash as estimate
 
     return estimate.vertical_slash_index(
         query,
@@ -109,8 +110,8 @@ def block_top_k_index(
     top_k: Sequence[int],
     block_sizes: Sequence[int],
 ) -> SparseIndex:
-    """As mpass.lowering.estimate.block_top_k_index, by generated kernels."""
-    from mpass.lowering.triton import blocks
+    """As mpass.lowering.reference.vertical_slash.block_top_k_index, by generated kernels."""
+    from mpass.lowering.triton import block_scores as blocks
 
     return blocks.block_top_k_index(query, key, mask, heads, top_k=top_k, block_sizes=block_sizes)
 
@@ -124,8 +125,8 @@ def tile_index(
     *,
     scale: float,
 ) -> SparseIndex:
-    """As mpass.lowering.estimate_tiles.tile_index, by generated kernels."""
-    from mpass.lowering.triton import blocks
+    """As mpass.lowering.reference.block_scores.tile_index, by generated kernels."""
+    from mpass.lowering.triton import block_scores as blocks
 
     return blocks.tile_index(query, key, mask, heads, rules, scale=scale)
 
@@ -139,8 +140,8 @@ def union_index(
     *,
     scale: float,
 ) -> SparseIndex:
-    """As mpass.lowering.estimate_union.union_index, by generated kernels."""
-    from mpass.lowering.triton import blocks
+    """As mpass.lowering.reference.union.union_index, by generated kernels."""
+    from mpass.lowering.triton import block_scores as blocks
 
     return blocks.union_index(query, key, mask, heads, rules, scale=scale)
 
@@ -154,8 +155,8 @@ def antidiagonal_index(
     *,
     scale: float,
 ) -> SparseIndex:
-    """As mpass.lowering.estimate_antidiagonal.antidiagonal_index, by generated kernels."""
-    from mpass.lowering.triton import antidiagonal
+    """As mpass.lowering.reference.x_attention.antidiagonal_index, by generated kernels."""
+    from mpass.lowering.triton import x_attention as antidiagonal
 
     return antidiagonal.antidiagonal_index(query, key, mask, heads, rules, scale=scale)
 
@@ -169,8 +170,8 @@ def sampled_index(
     *,
     scale: float,
 ) -> SparseIndex:
-    """As mpass.lowering.estimate_sampled.sampled_index, by generated kernels."""
-    from mpass.lowering.triton import sampled
+    """As mpass.lowering.reference.sample_attention.sampled_index, by generated kernels."""
+    from mpass.lowering.triton import sample_attention as sampled
 
     return sampled.sampled_index(query, key, mask, heads, rules, scale=scale)
 
@@ -184,8 +185,8 @@ def flex_index(
     *,
     scale: float,
 ) -> SparseIndex:
-    """As mpass.lowering.estimate_flex.flex_index, by batched ops and a generated kernel."""
-    from mpass.lowering.triton import flex
+    """As mpass.lowering.reference.flex_prefill, by batched ops and a generated kernel."""
+    from mpass.lowering.triton import flex_prefill as flex
 
     return flex.flex_index(query, key, mask, heads, rules, scale=scale)
 

@@ -10,6 +10,8 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
@@ -18,7 +20,7 @@ from mpass.lowering.index import (
     list_slots,
     num_query_blocks,
 )
-from mpass.lowering.reference import empty_output
+from mpass.lowering.reference.attention import empty_output
 from mpass.lowering.triton.interpret import upcast
 from mpass.lowering.triton.launch import DTYPES, device_ints, launch, row_major, target_for
 from mpass.lowering.triton.spec import (
@@ -28,7 +30,6 @@ from mpass.lowering.triton.spec import (
     pack_warps,
     query_heads_per_program,
 )
-from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 
@@ -47,7 +48,7 @@ def sparse_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As mpass.lowering.reference.sparse_attention, in three launches whatever the heads' patterns.
+    """As mpass.lowering.reference.attention, in three launches whatever the heads' patterns.
 
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
     [B, Nq, H, Dv]. On CPU tensors the kernels are interpreted, for tests.

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mpass.lowering.triton.interpret import interpreted_language
 from mpass.lowering.triton.source import load
 from mpass.lowering.triton.spec import KernelSpec, Target, target_of
-from torch import Tensor
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """Dtypes of query, key and value that kernels are generated for, by their names in a KernelSpec."""

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import ModuleType
 
 import jinja2
-from mpass.lowering.estimate import LAST_QUERIES
-from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, BLOCK
-from mpass.lowering.sources import KernelSource, announce_source
-from mpass.lowering.triton.spec import SPLITS, KernelSpec, parts, power_of_two
 
-from mpass.cache import cache_dir
+from mpass.files import cache_dir
+from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, BLOCK
+from mpass.lowering.kernel_sources import KernelSource, announce_source
+from mpass.lowering.reference.vertical_slash import LAST_QUERIES
+from mpass.lowering.triton.spec import SPLITS, KernelSpec, parts, power_of_two
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,7 +1,7 @@
 """What a generated kernel is: `KernelSpec`, and the table that picks its tile per chip.
 
 Nothing is tuned at run time: a first prompt that waits for an autotuner is slower than any tile.
-The table holds what compiles without spills (tests/test_triton_compile.py asserts it).
+The table holds what compiles without spills (tests/lowering/triton/test_compile.py asserts it).
 """
 
 from __future__ import annotations

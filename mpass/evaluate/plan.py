@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpass.config.pattern_text import parse_dtype, parse_pattern
 from mpass.errors import OptionValueError, nearest
 from mpass.evaluate.tasks import TASKS
-from mpass.models import check_device
+from mpass.models.load import check_device
+from mpass.models.texts import find_text
 from mpass.options import INNER_BACKENDS
-from mpass.parse import parse_dtype, parse_pattern
-from mpass.texts import find_text
 
 PERPLEXITY = "perplexity"
 SLIDING = "perplexity_sliding"

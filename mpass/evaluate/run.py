@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpass.demo import environment
+from mpass.config.pattern_text import parse_dtype
 from mpass.errors import OptionValueError
+from mpass.evaluate.demo import environment
 from mpass.evaluate.plan import (
     DENSE,
     LOSSES,
@@ -28,9 +29,8 @@ from mpass.evaluate.plan import (
 from mpass.evaluate.runner import Runner
 from mpass.evaluate.samples import Sample, fit
 from mpass.evaluate.tasks import Haystack, grid_puzzle, make_haystack, make_puzzle
-from mpass.models import load_config, load_model
-from mpass.parse import parse_dtype
-from mpass.texts import find_text, load_tokens
+from mpass.models.load import load_config, load_model
+from mpass.models.texts import find_text, load_tokens
 
 
 def evaluate(

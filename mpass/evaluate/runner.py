@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.config import SparseConfig
+from mpass.config.pattern_text import parse_pattern
+from mpass.config.sparse_config import SparseConfig
 from mpass.evaluate.plan import AUTO, DENSE, Plan
 from mpass.evaluate.samples import Sample
 from mpass.evaluate.score import compare_losses, loose_score, strict_score
-from mpass.lowering.record import Call, record
-from mpass.parse import parse_pattern
-from mpass.prefill import compile_body, continue_text, prefill
+from mpass.lowering.recorder import Call, record
+from mpass.models.prefill import compile_body, continue_text, prefill
 
 SPARE_TOKENS = 16
 """Generated beyond the answers' own length, for words around them."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpass.errors import OptionValueError
-from mpass.texts import start_tokens
+from mpass.models.texts import start_tokens
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpass.evaluate.samples import Sample
-from mpass.prefill import CHUNK, logits
+from mpass.models.prefill import CHUNK, logits
 
 QUARTERS = 4
 POSITIONS = 16

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from torch import fx
 
-from mpass.mask import MaskProver
+from mpass.graph.site import AttentionSite, layer_index, module_path
+from mpass.masks.prover import MaskProver
 from mpass.match.eager import match_eager
-from mpass.match.flex import match_flex
-from mpass.match.marked import match_marked
-from mpass.match.mha import match_mha
+from mpass.match.flex_attention import match_flex
+from mpass.match.inline import called_graph, inline_subgraphs, reason_to_keep
+from mpass.match.minference_op import match_marked
+from mpass.match.multi_head_attention import match_mha
 from mpass.match.sdpa import match_sdpa
-from mpass.match.subgraph import called_graph, inline_subgraphs, reason_to_keep
-from mpass.site import AttentionSite, layer_index, module_path
 
 __all__ = ["find_attention", "inline_subgraphs"]
 

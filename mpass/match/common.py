@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from mpass.site import AttentionSite, example, layer_index, module_path, shape_of, source_line
+from mpass.graph.site import AttentionSite, example, layer_index, module_path, shape_of, source_line
 
 
 def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:

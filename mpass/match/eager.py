@@ -11,9 +11,10 @@ from __future__ import annotations
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from mpass.mask import MaskProof, MaskProver
-from mpass.mask_expr import axis
-from mpass.mask_reader import op_name
+from mpass.graph.site import AttentionSite, shape_of
+from mpass.masks.expressions import axis
+from mpass.masks.prover import MaskProof, MaskProver
+from mpass.masks.reader import op_name
 from mpass.match.common import (
     gradient_reason,
     is_tensor,
@@ -22,9 +23,8 @@ from mpass.match.common import (
 )
 from mpass.match.eager_scores import Chain, read_scores, shape_problem, trace_scores
 from mpass.match.eager_weights import Weights, trace_weights
-from mpass.match.product import Product, bind_scores, bind_value, operands
-from mpass.match.repeat import original, original_pair
-from mpass.site import AttentionSite, shape_of
+from mpass.match.products import Product, bind_scores, bind_value, operands
+from mpass.match.repeat_kv import original, original_pair
 
 
 def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:

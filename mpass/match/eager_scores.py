@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import fx
 
-from mpass.mask import MaskProver
-from mpass.mask_expr import number
-from mpass.mask_reader import op_name, same_view
+from mpass.graph.site import example, shape_of
+from mpass.masks.expressions import number
+from mpass.masks.prover import MaskProver
+from mpass.masks.reader import op_name, same_view
 from mpass.match.common import (
     constant_number,
     is_tensor,
 )
-from mpass.match.product import is_product
-from mpass.site import example, shape_of
+from mpass.match.products import is_product
 
 CASTS = frozenset("to type to_copy type_as float double half bfloat16 contiguous".split())
 FACTORS = frozenset("mul multiply div divide truediv true_divide".split())

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import fx
 
-from mpass.mask_reader import op_name
+from mpass.graph.site import shape_of
+from mpass.masks.reader import op_name
 from mpass.match.common import (
     dropout_reason,
     is_tensor,
 )
 from mpass.match.eager_scores import CASTS, FACTORS, MASKS, MAX_STEPS, RESHAPES
-from mpass.match.product import is_product, operands
-from mpass.site import shape_of
+from mpass.match.products import is_product, operands
 
 DROPOUTS = frozenset({"dropout", "feature_dropout"})
 OTHERS = frozenset({"nan_to_num", "clamp", "relu", "pow"})

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mpass.mask import MaskProver
+from mpass.graph.site import AttentionSite, MaskMeaning, shape_of
+from mpass.masks.prover import MaskProver
 from mpass.match.common import (
     constant_scale,
     dropout_reason,
@@ -20,8 +21,7 @@ from mpass.match.common import (
     same_size,
     shape_reason,
 )
-from mpass.match.repeat import original_pair
-from mpass.site import AttentionSite, MaskMeaning, shape_of
+from mpass.match.repeat_kv import original_pair
 
 TARGETS = (
     torch._C._nn.scaled_dot_product_attention,

@@ -1,0 +1,96 @@
+"""What the ops really did while a model ran, for those who ask: `with record() as log: ...`.
+
+Off, it costs one context-variable read per op call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mpass.lowering.index import AttentionMask, SparseIndex
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One executed sparse attention.
+
+    layer: as in the graph, -1 if unknown; lowering: "cpu", "triton", "reference" or "dense";
+    density: share of the mask's cells computed, fp64 [B, H]; num_queries, num_keys: lengths;
+    index_bytes: memory of the index; reason: why dense attention ran, in words.
+    """
+
+    layer: int
+    lowering: str
+    density: Tensor
+    num_queries: int
+    num_keys: int
+    index_bytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """What one sparse attention read, its values aside; arguments as of the op.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D].
+    """
+
+    query: Tensor
+    key: Tensor
+    index: SparseIndex
+    mask: AttentionMask
+    scale: float
+    softcap: float
+    sinks: Tensor | None
+
+
+@dataclass(slots=True)
+class Log:
+    """Calls in the order in which they ran; `inspect` sees each with what it read, as it runs.
+
+    dense_reason: why the estimation of the next call was left out, if it was.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    dense_reason: str = ""
+    inspect: Callable[[Call, Operands], None] | None = None
+
+    def density(self) -> float:
+        """Mean density over all calls, batch rows and heads; 1.0 if nothing was recorded."""
+        if not self.calls:
+            return 1.0
+        return sum(float(call.density.mean()) for call in self.calls) / len(self.calls)
+
+
+_active: ContextVar[Log | None] = ContextVar("mpass_record", default=None)
+
+
+def active_log() -> Log | None:
+    """The log that calls are to be added to, or None."""
+    return _active.get()
+
+
+def note_dense(reason: str) -> None:
+    """Tell the log why an estimator leaves its work undone: dense attention will run."""
+    log = active_log()
+    if log is not None:
+        log.dense_reason = reason
+
+
+@contextmanager
+def record(inspect: Callable[[Call, Operands], None] | None = None) -> Iterator[Log]:
+    """Collect what every sparse attention inside the block computes, a `Call` each.
+
+    inspect: called with every Call and its operands; nothing keeps them afterwards.
+    """
+    log = Log(inspect=inspect)
+    token = _active.set(log)
+    try:
+        yield log
+    finally:
+        _active.reset(token)

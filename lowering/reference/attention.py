@@ -1,0 +1,218 @@
+"""What the sparse ops mean, in plain torch: the truth that generated kernels are tested against.
+
+Nothing here builds an Nq x Nk tensor: queries are taken a chunk of blocks at a time.
+Letters: B batch, H query heads, Hk key/value heads, Nq queries, Nk keys, D head_dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mpass.lowering.index import (
+    ALL_BLOCKS,
+    ALL_DIAGONALS,
+    BLOCK,
+    AttentionMask,
+    SparseIndex,
+    first_query_block,
+    num_key_blocks,
+    num_query_blocks,
+)
+
+CHUNK_BLOCKS = 8
+"""Query blocks computed at a time: the largest temporary is [B, H, CHUNK_BLOCKS * BLOCK, Nk]."""
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: SparseIndex,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Exact softmax attention over the keys that `index` selects and `mask` allows.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv] in the query's
+    dtype. Head h reads kv head h // (H // Hk). softcap: scores become softcap * tanh(s / softcap)
+    if it is > 0. sinks: float [H], one more logit per head that takes probability and has no value.
+    A row with nothing to see gives zeros. Computed in fp32, fp64 inputs in fp64.
+    """
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    out = empty_output(query, value)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    keys = repeat_kv(key, heads).to(wide)
+    values = repeat_kv(value, heads).to(wide)
+    for rows in query_chunks(num_queries, mask.query_offset):
+        visible = visible_rows(index, mask, rows, batch=batch, num_keys=num_keys)
+        scores = query[:, :, rows].to(wide) @ keys.transpose(-1, -2) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[:, :, rows] = (masked_softmax(scores, visible, sinks) @ values).to(out.dtype)
+    return out
+
+
+def masked_softmax(scores: Tensor, visible: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the visible keys; rows that see nothing are zero, not NaN."""
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+    return torch.softmax(scores, dim=-1).nan_to_num(0.0)
+
+
+def query_chunks(num_queries: int, query_offset: int) -> Iterator[slice]:
+    """Slices of query rows whose bounds lie on the block grid of absolute positions."""
+    start = 0
+    while start < num_queries:
+        block = (query_offset + start) // BLOCK
+        stop = min(num_queries, (block + CHUNK_BLOCKS) * BLOCK - query_offset)
+        yield slice(start, stop)
+        start = stop
+
+
+def visible_rows(
+    index: SparseIndex, mask: AttentionMask, rows: slice, *, batch: int, num_keys: int
+) -> Tensor:
+    """The cells that are computed for some query rows: bool [B, H, rows, Nk].
+
+    `rows` must lie on the block grid (see `query_chunks`). This is the meaning of the format.
+    """
+    device = index.column_index.device
+    first = first_query_block(mask.query_offset)
+    positions = torch.arange(
+        mask.query_offset + rows.start, mask.query_offset + rows.stop, device=device
+    )
+    row_blocks = positions // BLOCK
+    blocks = torch.arange(int(row_blocks[0]), int(row_blocks[-1]) + 1, device=device)
+    selected = selected_blocks(index, blocks - first, blocks, num_key_blocks(num_keys))
+    columns = selected_columns(index, batch, num_keys)
+
+    keys = torch.arange(num_keys, device=device)
+    local = row_blocks - blocks[0]
+    in_blocks = selected[:, :, local][..., keys // BLOCK]
+    before = keys[None, :] < (row_blocks * BLOCK)[:, None]
+    in_columns = columns[:, :, None, :] & (before if mask.causal else torch.ones_like(before))
+    return (in_blocks | in_columns) & allowed_cells(mask, positions, num_keys)
+
+
+def allowed_cells(mask: AttentionMask, positions: Tensor, num_keys: int) -> Tensor:
+    """What the attention mask alone allows: bool, broadcastable to [B, H, rows, Nk].
+
+    positions: absolute positions of the query rows.
+    """
+    keys = torch.arange(num_keys, device=positions.device)
+    distance = positions[:, None] - keys[None, :]
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if mask.causal:
+        allowed &= distance >= 0
+    if mask.window > 0:
+        allowed &= distance < mask.window
+    allowed = allowed[None, None]
+    if mask.key_mask is not None:
+        allowed = allowed & mask.key_mask[:, None, None, :]
+    return allowed
+
+
+def selected_blocks(index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
+    """Key blocks that the query blocks select: bool [B, H, rows, num_blocks].
+
+    Every one, also those that a mask will hide, where an index says so in one word.
+    rows: rows of the lists; blocks: the same query blocks on the absolute grid.
+    """
+    device = blocks.device
+    per_head = []
+    for slot in index.head_slots:
+        if slot >= 0:
+            counts = index.block_count[:, slot, rows]
+            entries = index.block_index[:, slot, rows].long()
+            table = torch.zeros(*counts.shape, num_blocks + 1, dtype=torch.bool, device=device)
+            live = torch.arange(entries.shape[-1], device=device) < counts[..., None]
+            table.scatter_(-1, torch.where(live, entries, num_blocks), True)
+            table |= (counts == ALL_BLOCKS)[..., None]
+            per_head.append(table[..., :num_blocks])
+            continue
+        counts = index.diagonal_count[:, -1 - slot]
+        entries = index.diagonal_index[:, -1 - slot].long()
+        size = max(num_blocks, int(blocks[-1]) + 1)
+        table = torch.zeros(counts.shape[0], size + 1, dtype=torch.bool, device=device)
+        live = torch.arange(entries.shape[-1], device=device) < counts[:, None]
+        table.scatter_(-1, torch.where(live & (entries < size), entries, size), True)
+        table |= (counts == ALL_DIAGONALS)[:, None]
+        distance = blocks[:, None] - torch.arange(num_blocks, device=device)[None, :]
+        per_head.append(table[:, distance.clamp(min=0)] & (distance >= 0))
+    return torch.stack(per_head, dim=1)
+
+
+def selected_columns(index: SparseIndex, batch: int, num_keys: int) -> Tensor:
+    """Single keys that the heads select: bool [B, H, Nk]."""
+    entries = index.column_index.long()
+    live = torch.arange(entries.shape[-1], device=entries.device) < index.column_count[..., None]
+    table = torch.zeros(
+        batch, entries.shape[1], num_keys + 1, dtype=torch.bool, device=entries.device
+    )
+    table.scatter_(-1, torch.where(live, entries, num_keys), True)
+    return table[..., :num_keys]
+
+
+def computed_mask(
+    index: SparseIndex, mask: AttentionMask, *, batch: int, num_queries: int, num_keys: int
+) -> Tensor:
+    """All cells that are computed: bool [B, H, Nq, Nk]. Small N only: it is an N x N tensor."""
+    chunks = [
+        visible_rows(index, mask, rows, batch=batch, num_keys=num_keys)
+        for rows in query_chunks(num_queries, mask.query_offset)
+    ]
+    return torch.cat(chunks, dim=2)
+
+
+def density(
+    index: SparseIndex, mask: AttentionMask, *, batch: int, num_queries: int, num_keys: int
+) -> Tensor:
+    """Share of the mask's cells that are computed, per batch row and head: fp64 [B, H].
+
+    Counted a chunk of query blocks at a time; exact. A batch row without any cell has density 0.
+    """
+    heads = len(index.head_slots)
+    device = index.column_index.device
+    computed = torch.zeros(batch, heads, dtype=torch.int64, device=device)
+    total = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    for rows in query_chunks(num_queries, mask.query_offset):
+        positions = torch.arange(rows.start, rows.stop, device=device) + mask.query_offset
+        computed += visible_rows(index, mask, rows, batch=batch, num_keys=num_keys).sum((2, 3))
+        total += allowed_cells(mask, positions, num_keys).expand(batch, -1, -1, -1).sum((2, 3))
+    return computed.double() / total.clamp(min=1).double()
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """[B, H, Nq, Dv] laid out as [B, Nq, H, Dv]: the layout that the output projection reads."""
+    batch, heads, num_queries, _ = query.shape
+    return query.new_empty(batch, num_queries, heads, value.shape[-1]).transpose(1, 2)
+
+
+def repeat_kv(tensor: Tensor, heads: int) -> Tensor:
+    """[B, Hk, N, D] -> [B, H, N, D], each kv head repeated for its group of query heads."""
+    return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
+
+
+__all__ = [
+    "allowed_cells",
+    "computed_mask",
+    "density",
+    "empty_output",
+    "masked_softmax",
+    "num_query_blocks",
+    "query_chunks",
+    "repeat_kv",
+    "selected_blocks",
+    "selected_columns",
+    "sparse_attention",
+    "visible_rows",
+]

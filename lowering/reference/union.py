@@ -1,0 +1,87 @@
+"""Blocks by estimated attention and single keys by that of the last queries, in one index.
+
+Letters: B batch, H query heads, Hk kv heads, h heads asked for, Nq queries, Nk keys, D head_dim,
+C query blocks of a chunk, J key blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.reference.block_lists import candidates, keep_mass, list_index
+from mpass.lowering.reference.pooled_keys import pooled_keys, row_scores
+from mpass.lowering.reference.vertical_slash import largest, last_query_sums
+
+
+@dataclass(frozen=True, slots=True)
+class UnionRule:
+    """What one head keeps; see mpass.patterns.union for the meaning of each number."""
+
+    mass: float
+    row_share: float
+    columns: int
+    sink_blocks: int
+    local_blocks: int
+    last_blocks: int
+    rows: int
+    pool: int
+    max_blocks: int
+    last_queries: int
+
+
+def union_index(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    heads: Sequence[int],
+    rules: Sequence[UnionRule],
+    *,
+    scale: float,
+) -> SparseIndex:
+    """The index of `mpass.patterns.union` for the given heads, one rule each.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D].
+    """
+    group = query.shape[1] // key.shape[1]
+    runs = [
+        pooled_keys(key[:, head // group], mask, rule.pool)
+        for head, rule in zip(heads, rules, strict=True)
+    ]
+
+    def kept_blocks(i: int, blocks: Tensor) -> Tensor:
+        rule = rules[i]
+        scores, greatest = row_scores(
+            query[:, heads[i]], *runs[i], mask, blocks, scale=scale, rows=rule.rows, pool=rule.pool
+        )
+        choice = candidates(
+            query,
+            key,
+            mask,
+            blocks,
+            scores,
+            sink_blocks=rule.sink_blocks,
+            local_blocks=rule.local_blocks,
+            last_blocks=rule.last_blocks,
+            max_blocks=rule.max_blocks,
+        )
+        return keep_mass(choice, rule.mass, greatest >= rule.row_share)
+
+    width = union_width(rules)
+    columns = None
+    if width.max_columns:
+        looking = [rule.last_queries for rule in rules]
+        sums, _ = last_query_sums(query, key, mask, heads, scale=scale, looking=looking)
+        columns = largest(sums, [rule.columns for rule in rules]) & (sums > 0)
+    return list_index(query, mask, len(heads), width, kept_blocks, columns)
+
+
+def union_width(rules: Sequence[UnionRule]) -> IndexWidth:
+    """Buffer sizes of `union_index`, from the limits alone."""
+    return IndexWidth(
+        max_blocks=max(rule.max_blocks for rule in rules),
+        max_columns=max(rule.columns for rule in rules),
+    )

@@ -1,0 +1,181 @@
+"""Looking into a model's attentions while it runs, through the same matched graph as the backend.
+
+Every site that the backend could make sparse is replaced by one call of a Python function, so the
+search sees query, key and value of any model that is served, and decides what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpass.graph.site import AttentionSite
+from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
+from mpass.match import find_attention
+from mpass.patterns.base import Pattern
+from mpass.plan import reason_to_skip
+from mpass.rewrite import as_argument, copy_meta, insert_keys, remove_dead
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What one attention reads: query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv]."""
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: AttentionMask
+    scale: float
+    softcap: float
+    sinks: Tensor | None
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
+
+
+Attend = Callable[[Operands], Tensor]
+
+
+class Instrument:
+    """A compiled forward whose attentions all go through `attend`, which may be changed at will.
+
+    layers: of the sites found so far, in graph order; skipped: why other sites stayed as they are.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.attend: Attend = attend_dense
+        self.layers: list[int] = []
+        self.skipped: list[str] = []
+        self.compiled = torch.compile(forward, backend=self.backend, dynamic=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Beyond its limit Dynamo would run the model uncompiled, unseen by `attend`.
+        with (
+            torch.no_grad(),
+            torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
+        ):
+            return self.compiled(*args, **kwargs)
+
+    def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Replace the sites of a graph; it runs as it is, nothing else is compiled."""
+        taken: set[int] = set()
+        for site in find_attention(gm):
+            reason = reason_to_skip(site)
+            if not reason and (site.mask is None or not site.mask.causal):
+                reason = "not causal"
+            if not reason and (site.layer < 0 or site.layer in taken):
+                reason = "its layer has no number of its own"
+            if reason:
+                self.skipped.append(f"{site.path or site.output.name}: {reason}")
+                continue
+            taken.add(site.layer)
+            replace_site(gm.graph, site, self.call)
+        remove_dead(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        self.layers = sorted({*self.layers, *taken})
+        return gm.forward
+
+    def call(self, layer: int, *arguments: Any) -> Tensor:
+        """What stands in the graph: the arguments of an attention, flat."""
+        query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = arguments
+        mask = AttentionMask(causal, int(offset), window, key_mask)
+        return self.attend(Operands(layer, query, key, value, mask, scale, softcap, sinks))
+
+
+def replace_site(graph: fx.Graph, site: AttentionSite, call: Callable[..., Tensor]) -> None:
+    """Put `call` in the place of a site that `reason_to_skip` has nothing against."""
+    mask = site.mask
+    if mask is None:
+        raise AssertionError(f"site {site.path or site.output.name} has no proven mask")
+
+    def attention(*arguments: Any) -> Tensor:
+        return call(*arguments)
+
+    with graph.inserting_before(site.output):
+        key, value, key_mask = insert_keys(graph, site, mask)
+        output = graph.call_function(
+            attention,
+            (
+                site.layer,
+                site.query,
+                key,
+                value,
+                key_mask,
+                site.sinks,
+                as_argument(graph, mask.query_offset),
+                mask.window,
+                mask.causal,
+                site.scale,
+                site.softcap,
+            ),
+        )
+        copy_meta(site.output, output)
+        if site.output_transposed:
+            output = graph.call_method("transpose", (output, 1, 2))
+            copy_meta(site.output, output)
+    site.output.replace_all_uses_with(output)
+
+
+def attend_dense(operands: Operands) -> Tensor:
+    """The attention as the model has it, by the fastest dense kernel that the backend has."""
+    query, key, value = operands.query, operands.key, operands.value
+    lowering = choose_lowering(query, key, value, softcap=operands.softcap, sinks=operands.sinks)
+    out: Tensor = lowering.function("dense_attention")(
+        query,
+        key,
+        value,
+        operands.mask,
+        scale=operands.scale,
+        softcap=operands.softcap,
+        sinks=operands.sinks,
+    )
+    return out
+
+
+def attend_sparse(operands: Operands, patterns: Sequence[Pattern]) -> Tensor:
+    """The attention with a pattern per query head, by the lowering that the backend would use."""
+    return attend_index(operands, estimate_heads(operands, patterns))
+
+
+def attend_index(operands: Operands, index: SparseIndex) -> Tensor:
+    """Sparse attention over an index."""
+    query, key, value = operands.query, operands.key, operands.value
+    lowering = choose_lowering(query, key, value, softcap=operands.softcap, sinks=operands.sinks)
+    out: Tensor = lowering.function("sparse_attention")(
+        query,
+        key,
+        value,
+        index,
+        operands.mask,
+        scale=operands.scale,
+        softcap=operands.softcap,
+        sinks=operands.sinks,
+    )
+    return out
+
+
+def estimate_heads(operands: Operands, patterns: Sequence[Pattern]) -> SparseIndex:
+    """The index of all query heads, one pattern each, as the rewritten graph would estimate it."""
+    groups: dict[type[Pattern], list[int]] = {}
+    for head, pattern in enumerate(patterns):
+        groups.setdefault(type(pattern), []).append(head)
+    parts = [
+        cls.estimate(
+            operands.query,
+            operands.key,
+            operands.mask,
+            heads,
+            [patterns[head] for head in heads],
+            scale=operands.scale,
+        )
+        for cls, heads in groups.items()
+    ]
+    return parts[0] if len(parts) == 1 else join_indexes(parts, list(groups.values()))

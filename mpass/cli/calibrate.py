@@ -1,0 +1,187 @@
+"""`mpass calibrate`: search a pattern per head for a model, and say what it is worth."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+RETRIEVAL_TASKS = ("niah_single_2", "passkey")
+"""Retrieval prompts of a search; the answers of held-out ones come from other seeds."""
+
+SHORT_PROMPT = 1024
+"""Tokens of the retrieval prompts that are run layer by layer."""
+
+
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(help="smollm2, gemma3, a folder in transformers' format, a GGUF file.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path(
+        "minference.json"
+    ),
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Texts to search on, best of several kinds: names or files."),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Texts to check on; the rest of --text if not given.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the texts, comma separated.")] = "8192",
+    check_lengths: Annotated[
+        str | None, typer.Option(help="Tokens of the held-out texts; --lengths if not given.")
+    ] = None,
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option("--pattern", help="Candidates, as NAME or 'NAME(8, 64)'; many if not given."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Attention time as a share of that of dense attention.")
+    ] = 0.25,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Instead of a budget: most predicted divergence, nats per token."),
+    ] = None,
+    retrieval_weight: Annotated[
+        float, typer.Option(help="Weight of retrieval answers beside texts; 0 for none.")
+    ] = 0.3,
+    retrieval_lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of retrieval prompts; those of 1024 and less are also run layer by layer. "
+            "1024 and the longest of --lengths if not given."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    state: Annotated[
+        Path | None, typer.Option(help="File to resume from; OUTPUT.state if not given.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the heatmap here (SVG).")] = None,
+) -> None:
+    """Search which pattern each head should use, under a budget; write a config.
+
+    Measures every pattern on every head, how much each layer matters, and what the kernels cost
+    here; checks the choice on text that the search did not see. Can be stopped and started again.
+    """
+    from mpass.calibration.report import check_table, choice_table, heatmap
+    from mpass.calibration.search import Settings, run_calibration
+    from mpass.config.pattern_text import parse_dtype, parse_pattern
+    from mpass.models.load import load_model
+
+    console = Console()
+    candidates = [parse_pattern(pattern) for pattern in patterns] if patterns else None
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
+    text_lengths = parse_lengths("lengths", lengths)
+    if retrieval_lengths is None:
+        prompt_lengths = sorted({SHORT_PROMPT, max(text_lengths)})
+    else:
+        prompt_lengths = parse_lengths("retrieval_lengths", retrieval_lengths)
+    searched, checked = make_inputs(
+        tokenizer,
+        text or ["code"],
+        held_out,
+        text_lengths,
+        parse_lengths("check_lengths", check_lengths or lengths),
+        prompt_lengths if retrieval_weight > 0 else [],
+    )
+    settings = Settings(
+        budget=None if max_loss is not None else budget,
+        max_loss=max_loss,
+        retrieval_weight=retrieval_weight,
+    )
+    start = time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("starting", total=None)
+
+        def announce(step: str, done: int, total: int) -> None:
+            progress.update(bar, description=step, completed=done, total=total)
+
+        outcome = run_calibration(
+            loaded,
+            searched,
+            held_out=checked,
+            candidates=candidates,
+            settings=settings,
+            state=state or output.with_name(output.name + ".state"),
+            announce=announce,
+        )
+    outcome.config.save(output)
+    if picture is not None:
+        picture.write_text(heatmap(outcome), "utf-8")
+    console.print(choice_table(outcome))
+    if outcome.checks:
+        console.print(check_table(outcome))
+    console.print(f"wrote {output} after {time.perf_counter() - start:.0f} s")
+
+
+def parse_lengths(option: str, text: str) -> list[int]:
+    """`4096,8192` as numbers; raises OptionValueError."""
+    from mpass.errors import OptionValueError
+
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 256:
+        raise OptionValueError(option, text, "numbers of tokens, 256 and more, comma separated")
+    return lengths
+
+
+def make_inputs(
+    tokenizer: Any,
+    texts: list[str],
+    held_out: list[str] | None,
+    lengths: list[int],
+    check_lengths: list[int],
+    retrieval_lengths: list[int],
+) -> tuple[list[Any], list[Any]]:
+    """Inputs to search on and to check on. No text is in both: without held-out texts the checks
+    take what follows in the searched ones."""
+    from mpass.models.texts import find_text, load_tokens
+
+    searched: list[Any] = []
+    checked: list[Any] = []
+    longest = max(lengths)
+    for name in texts:
+        content = find_text(name).read()
+        searched += [load_tokens(content, tokenizer, length) for length in lengths]
+        if held_out is None:
+            checked += [
+                load_tokens(content, tokenizer, longest + length)[:, longest:]
+                for length in check_lengths
+            ]
+    for name in held_out or ():
+        content = find_text(name).read()
+        checked += [load_tokens(content, tokenizer, length) for length in check_lengths]
+    if retrieval_lengths:
+        searched += retrieval_prompts(tokenizer, texts[0], retrieval_lengths, first_seed=1000)
+        checked += retrieval_prompts(tokenizer, texts[0], [max(retrieval_lengths)], first_seed=2000)
+    return searched, checked
+
+
+def retrieval_prompts(
+    tokenizer: Any, text: str, lengths: list[int], *, first_seed: int
+) -> list[Any]:
+    """A prompt of each retrieval task and length, hidden in a text."""
+    from mpass.evaluate.run import make_sample
+    from mpass.evaluate.tasks import make_haystack
+    from mpass.models.texts import find_text
+
+    content = find_text(text).read()
+    hay = make_haystack(text, content)
+    return [
+        make_sample(task, length, first_seed + i, None, content, hay, tokenizer)
+        for length in lengths
+        for i, task in enumerate(RETRIEVAL_TASKS)
+    ]

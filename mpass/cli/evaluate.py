@@ -1,0 +1,114 @@
+"""`mpass eval`: what sparse prefill costs in accuracy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mpass.cli.progress import steps, waiting
+from mpass.errors import OptionValueError
+from mpass.models.texts import TEXTS
+
+ALL_TASKS = "all"
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="smollm2, gemma3, a folder in transformers' format, or a GGUF file."),
+    ] = "smollm2",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Retrieval tasks, needle_grid, perplexity and perplexity_sliding, separated by "
+            "commas; 'all' for all of them."
+        ),
+    ] = "niah_single_1,niah_single_2,passkey,perplexity",
+    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "4096",
+    patterns: Annotated[
+        str,
+        typer.Option(
+            help="Patterns as in `mpass demo`, separated by semicolons; 'auto' is the backend's "
+            "own choice."
+        ),
+    ] = "auto",
+    samples: Annotated[int, typer.Option(help="Seeds of each task and length.")] = 5,
+    text: Annotated[
+        str, typer.Option(help="Haystack and text: a UTF-8 file, or " + ", ".join(TEXTS))
+    ] = next(iter(TEXTS)),
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    min_seq_len: Annotated[int, typer.Option(help="Prompts shorter than this stay dense.")] = 0,
+    inner_backend: Annotated[
+        str,
+        typer.Option(help="What compiles the rest of the graph: inductor, aot_eager or eager."),
+    ] = "eager",
+    generate: Annotated[
+        bool, typer.Option(help="Also score what dense decoding writes after the prefill.")
+    ] = True,
+    output: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="JSON lines; what is in there is not measured again."),
+    ] = Path("eval.jsonl"),
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write pictures (SVG) there.")
+    ] = None,
+) -> None:
+    """Measure what sparse prefill costs in accuracy: retrieval, scored strictly, and perplexity.
+
+    The answer of a retrieval task stands inside the sparse prefill, and each of its tokens must be
+    the most likely one. Perplexity is compared with dense attention on the same windows of text.
+    """
+    if output.is_dir() or not output.parent.is_dir():
+        raise OptionValueError("output", str(output), "a file in a folder that exists")
+    if plots is not None and plots.is_file():
+        raise OptionValueError("plots", str(plots), "a folder")
+    # transformers warns that generation leaves the model's positions: the last tokens may.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with waiting("Starting"):
+        from mpass.evaluate.charts import write_plots
+        from mpass.evaluate.plan import GRID, LOSSES, Plan, check_plan, list_inputs
+        from mpass.evaluate.run import evaluate as run_plan
+        from mpass.evaluate.summary import summarize
+        from mpass.evaluate.tables import render_summaries
+        from mpass.evaluate.tasks import TASKS
+
+        names = split_list(tasks, ",")
+        plan = Plan(
+            model=model,
+            tasks=(*TASKS, GRID, *LOSSES) if names == (ALL_TASKS,) else names,
+            lengths=tuple(parse_int("lengths", item) for item in split_list(lengths, ",")),
+            patterns=split_list(patterns, ";"),
+            samples=samples,
+            text=text,
+            dtype=dtype,
+            device=device,
+            min_seq_len=min_seq_len,
+            inner_backend=inner_backend,
+            generate=generate,
+        )
+        check_plan(plan)
+    with steps(len(list(list_inputs(plan)))) as announce:
+        lines = run_plan(plan, output, announce)
+    summaries = summarize(lines)
+    Console().print(render_summaries(summaries))
+    if plots is not None:
+        for path in write_plots(plots, lines, summaries):
+            typer.echo(f"Wrote {path}")
+
+
+def split_list(text: str, separator: str) -> tuple[str, ...]:
+    """The parts of an option that holds several values."""
+    return tuple(part.strip() for part in text.split(separator) if part.strip())
+
+
+def parse_int(name: str, text: str) -> int:
+    """A whole number given to an option; raises OptionValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionValueError(name, text, "whole numbers, separated by commas") from None

@@ -1,0 +1,48 @@
+"""`mpass profile`: what sparse attention does on one prompt, head by head."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mpass.cli import prompt
+
+
+def profile(
+    model: prompt.MODEL,
+    text: prompt.TEXT = "code",
+    length: prompt.LENGTH = 8192,
+    pattern: prompt.PATTERN = None,
+    config: prompt.CONFIG = None,
+    dtype: prompt.DTYPE = "bf16",
+    device: prompt.DEVICE = "cpu",
+    min_seq_len: prompt.MIN_SEQ_LEN = None,
+    query_blocks: Annotated[
+        int,
+        typer.Option(help="Blocks of 64 queries compared with exact attention; 0 for all."),
+    ] = 64,
+    output: prompt.OUTPUT = None,
+) -> None:
+    """Compare a model's sparse attention with the exact one on a prompt, head by head.
+
+    Prints density, recall and times per layer and what to do about the worst heads; a page for
+    `--output FILE.html` shows what every head looks at.
+    """
+    prompt.check_output(output)
+    import torch
+
+    from mpass.inspection.profiling import profile as profile_model
+
+    body, inputs = prompt.load_prompt(model, text, length, dtype, device)
+    options = prompt.pass_options(pattern, config, min_seq_len)
+    tell = prompt.tell_progress()
+    with torch.inference_mode():
+        done = profile_model(
+            body, inputs, options=options, max_query_blocks=query_blocks, progress=tell
+        )
+    tell("")
+    typer.echo(str(done))
+    if output is not None:
+        done.save(output)
+        typer.echo(f"Saved to {output}")

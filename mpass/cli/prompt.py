@@ -1,0 +1,87 @@
+"""What the commands about one prompt share: the model's body, its inputs, the options."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpass.errors import OptionValueError
+from mpass.models.texts import TEXTS
+
+MODEL = Annotated[
+    str, typer.Argument(help="smollm2, gemma3, a folder in transformers' format, a GGUF file.")
+]
+TEXT = Annotated[str, typer.Option(help="Text of the prompt: a UTF-8 file, or " + ", ".join(TEXTS))]
+LENGTH = Annotated[int, typer.Option(help="Tokens of the prompt.")]
+PATTERN = Annotated[
+    str | None, typer.Option(help="Pattern of every head: NAME or 'NAME(1000, 512)'.")
+]
+CONFIG = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A pattern per layer and head: JSON.")
+]
+DTYPE = Annotated[str, typer.Option(help="bf16, fp16 or fp32.")]
+DEVICE = Annotated[str, typer.Option(help="cpu or cuda.")]
+MIN_SEQ_LEN = Annotated[int | None, typer.Option(help="Prompts shorter than this stay dense.")]
+OUTPUT = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Save here: a page for .html, else JSON.")
+]
+
+
+def load_prompt(
+    model: str, text: str, length: int, dtype: str, device: str
+) -> tuple[Any, dict[str, Any]]:
+    """The body of a model (embedding and layers) and its keyword arguments for a text."""
+    from mpass.config.pattern_text import parse_dtype
+    from mpass.models.load import load_model
+    from mpass.models.texts import find_text, load_tokens
+
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
+    tokens = load_tokens(find_text(text).read(), tokenizer, length)
+    return loaded.get_decoder(), {"input_ids": tokens.to(device), "use_cache": True}
+
+
+def pass_options(
+    pattern: str | None, config: Path | None, min_seq_len: int | None
+) -> dict[str, Any]:
+    """The options of a compile from those of a command."""
+    from mpass.config.pattern_text import parse_pattern
+    from mpass.config.sparse_config import SparseConfig
+
+    options: dict[str, Any] = {}
+    if pattern is not None:
+        options["pattern"] = parse_pattern(pattern)
+    if config is not None:
+        options["config"] = SparseConfig.load(config)
+    if min_seq_len is not None:
+        options["min_seq_len"] = min_seq_len
+    return options
+
+
+def tell_progress(every: float = 10.0) -> Callable[[str], None]:
+    """A function that shows on stderr what is done: one line on a terminal, else now and then.
+
+    every: seconds between the lines of a log. An empty text clears the line.
+    """
+    last = float("-inf")
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{text}")
+        elif text and time.monotonic() - last >= every:
+            sys.stderr.write(f"{text}\n")
+            last = time.monotonic()
+        sys.stderr.flush()
+
+    return tell
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse a file that cannot be written before anything runs."""
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise OptionValueError("output", str(output), "a file in a folder that exists")

@@ -1,0 +1,55 @@
+"""Patterns and dtypes as the command line writes them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import TYPE_CHECKING
+
+from mpass.errors import DtypeError, OptionValueError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mpass.patterns.base import Pattern
+
+
+def parse_pattern(text: str) -> Pattern:
+    """A pattern from `name`, `name(1000, 512)` or `name(slash_size=512)`.
+
+    `str(pattern)` writes the second form.
+    Raises UnknownPatternError, PatternValueError, and OptionValueError for what is not a call.
+    """
+    from mpass.patterns.base import find_pattern
+
+    malformed = OptionValueError("pattern", text, "NAME, NAME(1, 2) or NAME(field=1)")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise malformed from None
+    if isinstance(tree, ast.Name):
+        return find_pattern(tree.id)()
+    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name)):
+        raise malformed
+    cls = find_pattern(tree.func.id)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    try:
+        values = dict(zip(fields, map(ast.literal_eval, tree.args), strict=False))
+        named = {str(item.arg): ast.literal_eval(item.value) for item in tree.keywords}
+    except ValueError:
+        raise malformed from None
+    unknown = [name for name in named if name not in fields or name in values]
+    if unknown or len(tree.args) > len(fields):
+        at_fault = unknown[0] if unknown else f"{len(tree.args)} values"
+        allowed = f"{cls.name} with the fields {', '.join(fields) or '(none)'}, each once"
+        raise OptionValueError("pattern", f"{text}: {at_fault}", allowed)
+    return cls(**values, **named)
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """The dtype of a short name (`bf16`); raises DtypeError."""
+    from mpass.models.load import DTYPES
+
+    if text not in DTYPES:
+        raise DtypeError(text, ", ".join(DTYPES))
+    return DTYPES[text]

@@ -1,0 +1,1 @@
+"""The captured graph: its nodes, what it writes in place, and the attentions found in it."""

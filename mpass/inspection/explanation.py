@@ -1,0 +1,314 @@
+"""What the compiler makes of a model, without compiling it: `mpass.explain(model, *args)`.
+
+The model is captured, rewritten and run once with plain torch (no Inductor), so the densities are
+those of this very input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpass.backend import apply_passes, compile_rest
+from mpass.debug import open_trace
+from mpass.decisions import decision_as_dict
+from mpass.files import write_whole
+from mpass.graph.printing import count_ops, readable, value_of
+from mpass.graph.site import shape_of
+from mpass.inspection.outline import Outline, outline
+from mpass.lowering.recorder import Log, record
+from mpass.options import Options, parse_options
+from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, find_pattern
+from mpass.plan import AttentionPlan, Skip
+from mpass.report import SiteReport
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What one attention is predicted to cost, and what it did cost on this input.
+
+    num_queries, num_keys: lengths when it was compiled; predicted: per head, the most that
+    estimation and attention cost over the work of dense attention; density: per head, the share of
+    the mask's cells that was computed, empty if the attention did not run; lowering: what ran it,
+    and reason why if that was dense attention; index_bytes: memory of its index.
+    """
+
+    num_queries: int
+    num_keys: int
+    predicted: tuple[float, ...]
+    density: tuple[float, ...] = ()
+    lowering: str = ""
+    reason: str = ""
+    index_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class GraphExplanation:
+    """One captured graph.
+
+    sites, details and costs: one per attention, in order; ops: calls by name before and after;
+    seconds: per pass; mask_bytes: the largest mask that the rewrite made unnecessary.
+    """
+
+    sites: tuple[SiteReport, ...]
+    details: tuple[dict[str, Any], ...]
+    costs: tuple[SiteCost, ...]
+    ops_before: dict[str, int]
+    ops_after: dict[str, int]
+    outline_before: Outline
+    outline_after: Outline
+    captured: str
+    rewritten: str
+    seconds: dict[str, float]
+    mask_bytes: int
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo ended a graph early. source: the user's line."""
+
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What became of a model: `print` it, read its fields, or `save` it as JSON or HTML."""
+
+    model: str
+    graphs: tuple[GraphExplanation, ...]
+    breaks: tuple[GraphBreak, ...]
+    min_seq_len: int
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """Every attention of every graph."""
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why attentions stay dense, with how many do."""
+        return Counter(site.reason for site in self.sites if site.reason)
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of the largest index: one lives at a time."""
+        return max((cost.index_bytes for g in self.graphs for cost in g.costs), default=0)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Memory of the largest mask that is no longer made."""
+        return max((graph.mask_bytes for graph in self.graphs), default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the graphs' code and drawings, fit for JSON."""
+        hidden = ("captured", "rewritten", "outline_before", "outline_after")
+        graphs = [
+            dataclasses.asdict(
+                dataclasses.replace(graph, outline_before=None, outline_after=None)  # type: ignore[arg-type]
+            )
+            for graph in self.graphs
+        ]
+        return {
+            "model": self.model,
+            "min_seq_len": self.min_seq_len,
+            "breaks": [dataclasses.asdict(item) for item in self.breaks],
+            "graphs": [{k: v for k, v in graph.items() if k not in hidden} for graph in graphs],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `.html` as a page, anything else as JSON."""
+        target = Path(path)
+        if target.suffix == ".html":
+            from mpass.inspection.page import build_page
+
+            write_whole(target, build_page(self))
+        else:
+            write_whole(target, json.dumps(self.as_dict(), indent=1, default=str) + "\n")
+
+    def __str__(self) -> str:
+        from mpass.inspection.tables import render_explanation
+
+        return render_explanation(self)
+
+
+@dataclass(slots=True)
+class Capture:
+    """A backend that rewrites as `minference` does and keeps what it saw."""
+
+    options: Options
+    graphs: list[GraphExplanation] = field(default_factory=list)
+    breaks: list[GraphBreak] = field(default_factory=list)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        before, captured = clone(gm), readable(gm)
+        trace = open_trace(gm, self.options)
+        report = apply_passes(gm, self.options, trace)
+        sites = [decision.site.output.name for decision in trace.decisions]
+        self.graphs.append(
+            GraphExplanation(
+                sites=report.sites,
+                details=tuple(decision_as_dict(d) for d in trace.decisions),
+                costs=tuple(predict_cost(decision) for decision in trace.decisions),
+                ops_before=dict(count_ops(before)),
+                ops_after=dict(count_ops(gm)),
+                outline_before=outline(before, sites),
+                outline_after=outline(gm, sites),
+                captured=captured,
+                rewritten=readable(gm),
+                seconds=trace.seconds,
+                mask_bytes=dropped_bytes(before, gm, trace.decisions),
+            )
+        )
+        self.breaks += graph_breaks(gm)
+        return compile_rest(gm, example_inputs, self.options)
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Which attentions of a model become sparse on these inputs, which do not, and why.
+
+    args, kwargs: what the model is called with; options, dynamic: as of torch.compile. Runs the
+    model once, in the caller's gradient mode. Raises what the options raise.
+    """
+    capture = make_capture(options)
+    log = run_captured(capture, model, args, kwargs, dynamic)
+    return finish_explanation(model, capture, log)
+
+
+def make_capture(options: Mapping[str, Any] | None) -> Capture:
+    """A capture that runs graphs in plain torch unless the options name an inner backend."""
+    return Capture(parse_options(None, {"inner_backend": "eager", **(options or {})}))
+
+
+def run_captured(
+    capture: Capture,
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic: bool | None,
+    inspect: Callable[..., None] | None = None,
+) -> Log:
+    """Compile a model by a capture and run it once; `inspect` sees every sparse attention."""
+    original = getattr(model, "_orig_mod", model)
+    with record(inspect) as log:
+        torch.compile(original, backend=capture, dynamic=dynamic)(*args, **kwargs)
+    return log
+
+
+def finish_explanation(model: Callable[..., Any], capture: Capture, log: Log) -> Explanation:
+    """Join what was compiled with what ran.
+
+    Sparse sites run in the order of their graphs, and each graph's in order, unless a graph runs
+    twice or breaks; calls are therefore matched by layer where layers are known.
+    """
+    calls = list(log.calls)
+    graphs = []
+    for graph in capture.graphs:
+        costs = []
+        for site, cost in zip(graph.sites, graph.costs, strict=True):
+            call = next((c for c in calls if c.layer == site.layer), None)
+            if site.status == "sparse" and call is not None:
+                calls.remove(call)
+                cost = dataclasses.replace(
+                    cost,
+                    density=tuple(call.density.mean(0).tolist()),
+                    lowering=call.lowering,
+                    reason=call.reason,
+                    index_bytes=call.index_bytes,
+                )
+            costs.append(cost)
+        graphs.append(dataclasses.replace(graph, costs=tuple(costs)))
+    original = getattr(model, "_orig_mod", model)
+    name = getattr(original, "__name__", type(original).__name__)
+    return Explanation(name, tuple(graphs), tuple(capture.breaks), capture.options.shortest)
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph that later passes do not touch."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    if output is not None:
+        graph.output(output)
+    return fx.GraphModule(gm, graph)
+
+
+def predict_cost(decision: AttentionPlan | Skip) -> SiteCost:
+    """The cost of a site by its patterns' own formulas; dense costs 1.0 per head."""
+    site = decision.site
+    shapes = [shape_of(node) for node in (site.query, site.key)]
+    if any(len(shape) != 4 for shape in shapes):
+        return SiteCost(0, 0, ())
+    num_queries, num_keys = (hint(shape[2]) for shape in shapes)
+    if isinstance(decision, Skip):
+        return SiteCost(num_queries, num_keys, (1.0,) * hint(shapes[0][1]))
+    predicted = tuple(
+        predicted_share(pattern, num_keys, site.head_dim) for pattern in decision.patterns
+    )
+    return SiteCost(num_queries, num_keys, predicted)
+
+
+@functools.lru_cache(maxsize=4096)
+def predicted_share(pattern: Pattern, num_keys: int, head_dim: int) -> float:
+    """Work of a pattern over that of dense causal attention, by the formulas of both."""
+    values = {LENGTH: num_keys, HEAD_DIM: head_dim}
+    dense = find_pattern("dense")().cost().subs(values)
+    return float(pattern.cost().subs(values) / dense)
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as a number: of a symbol, its value now (no guard is added)."""
+    if isinstance(size, int):
+        return size
+    value = size.node.hint
+    return int(value) if value is not None else 0
+
+
+def dropped_bytes(
+    before: fx.GraphModule, after: fx.GraphModule, decisions: Sequence[AttentionPlan | Skip]
+) -> int:
+    """Bytes of the largest [.., Nq, Nk] tensor of a sparse site that the rewrite removed."""
+    lengths = {
+        (cost.num_queries, cost.num_keys)
+        for decision in decisions
+        if isinstance(decision, AttentionPlan)
+        for cost in [predict_cost(decision)]
+    }
+    kept = {node.name for node in after.graph.nodes}
+    largest = 0
+    for node in before.graph.nodes:
+        value = value_of(node)
+        if node.name in kept or not isinstance(value, torch.Tensor) or value.dim() < 2:
+            continue
+        sizes = [hint(size) for size in value.shape]
+        if (sizes[-2], sizes[-1]) in lengths:
+            numbers = 1
+            for size in sizes:
+                numbers *= size
+            largest = max(largest, numbers * value.element_size())
+    return largest
+
+
+def graph_breaks(gm: fx.GraphModule) -> list[GraphBreak]:
+    """Why Dynamo ended this graph, if it had to."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return []
+    frames = reason.user_stack
+    source = f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else ""
+    return [GraphBreak(str(reason.reason).strip(), source)]

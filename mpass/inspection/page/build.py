@@ -1,0 +1,219 @@
+"""Build the page from data: everything inlined, nothing fetched.
+
+The drawing library is D3 (see vendor/); pictures are drawn by the browser from the data below.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import json
+import zlib
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from torch import Tensor
+
+from mpass.graph.printing import op_changes
+from mpass.inspection.explanation import Explanation, GraphExplanation, SiteCost
+from mpass.inspection.kernels import kernel_details
+from mpass.inspection.outline import Outline
+from mpass.inspection.profiling import LayerProfile, Profile
+from mpass.inspection.tables import in_bytes, span
+from mpass.lowering.kernel_sources import KernelSource
+from mpass.report import SiteReport
+from mpass.text_table import count_patterns
+
+SCRIPTS = ("base.js", "heads.js", "graph.js", "tables.js")
+"""In the order in which they are run."""
+
+
+def build_page(explanation: Explanation, profile: Profile | None = None) -> str:
+    """The page of an explanation, with the maps and times of a profile if there is one."""
+    folder = files("mpass.inspection.page")
+    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((folder / "page.html.jinja").read_text("utf-8"))
+    payload = json.dumps(page_data(explanation, profile), separators=(",", ":"))
+    return template.render(
+        title=html.escape(f"{explanation.model} through mpass"),
+        style=(folder / "style.css").read_text("utf-8"),
+        highlight_style=highlight_style(),
+        library=(folder / "vendor" / "d3.min.js").read_text("utf-8"),
+        scripts=[(folder / "js" / name).read_text("utf-8") for name in SCRIPTS],
+        # "</script>" inside of a string would end the element.
+        data=payload.replace("<", "\\u003c"),
+    )
+
+
+def page_data(explanation: Explanation, profile: Profile | None = None) -> dict[str, Any]:
+    """What the page's scripts read."""
+    rows = head_rows(explanation, profile)
+    names = {head["pattern"].split("(")[0] for row in rows for head in row["heads"]}
+    return {
+        "tiles": tiles(explanation, profile),
+        "summary": summary(explanation),
+        "patterns": sorted(names - {""}),
+        "profiled": profile is not None and bool(profile.layers),
+        "rows": rows,
+        "graphs": [graph_data(graph) for graph in explanation.graphs if graph.sites],
+        "breaks": [dataclasses.asdict(item) for item in explanation.breaks],
+        "seconds": profile.seconds if profile else {},
+        "kernels": [kernel_data(kernel) for kernel in (profile.kernels if profile else ())],
+    }
+
+
+def tiles(explanation: Explanation, profile: Profile | None) -> list[tuple[str, str]]:
+    """What the page says first: figures, and what they are of."""
+    sites = explanation.sites
+    sparse = sum(site.status == "sparse" for site in sites)
+    graphs = len(explanation.graphs)
+    shown = [
+        (f"{sparse} of {len(sites)}", f"attentions sparse in {graphs} graph{'s' * (graphs != 1)}")
+    ]
+    heads = [head for layer in profile.layers for head in layer.heads] if profile else []
+    if profile and heads:
+        density = sum(head.density for head in heads) / len(heads)
+        recall = sum(head.recall for head in heads) / len(heads)
+        shown += [
+            (f"{profile.layers[0].num_keys:,}", "keys"),
+            (f"{density:.1%}", "density, mean over heads"),
+            (f"{recall:.1%}", "recall, mean over heads"),
+        ]
+    if profile and (total := sum(profile.seconds.values())):
+        ours = profile.seconds["index"] + profile.seconds["attention"]
+        shown.append((f"{ours / total:.0%}", "of time in sparse attention"))
+    if explanation.index_bytes:
+        shown.append((in_bytes(explanation.index_bytes), "index of one layer"))
+    if explanation.mask_bytes:
+        shown.append((in_bytes(explanation.mask_bytes), "mask no longer made"))
+    return shown
+
+
+def summary(explanation: Explanation) -> str:
+    """From which length on attention is sparse, and the most frequent reasons why not."""
+    text = f"Prompts of {explanation.min_seq_len} tokens and more are sparse. "
+    for reason, count in explanation.reasons.most_common(3):
+        text += f"Dense, {count} x: {reason}. "
+    return text
+
+
+def head_rows(explanation: Explanation, profile: Profile | None) -> list[dict[str, Any]]:
+    """A row of the layer x head map per attention, measured or not."""
+    measured = {layer.layer: layer for layer in profile.layers} if profile else {}
+    rows = []
+    for graph in explanation.graphs:
+        for site, cost in zip(graph.sites, graph.costs, strict=True):
+            layer = measured.pop(site.layer, None) if site.status == "sparse" else None
+            rows.append(head_row(site, cost, layer))
+    return rows
+
+
+def head_row(site: SiteReport, cost: SiteCost, layer: LayerProfile | None) -> dict[str, Any]:
+    """One attention of the map; heads without a measurement have nulls."""
+    heads: list[dict[str, Any]] = [
+        {
+            "pattern": site.patterns[head] if site.patterns else "",
+            "density": cost.density[head] if head < len(cost.density) else None,
+            "predicted": cost.predicted[head] if head < len(cost.predicted) else None,
+            "recall": None,
+            "worst": [0, 0, 0],
+            "advice": "",
+        }
+        for head in range(site.num_heads)
+    ]
+    row: dict[str, Any] = {
+        "label": str(site.layer) if site.layer >= 0 else site.path or "-",
+        "path": site.path,
+        "reason": site.reason,
+        "source": site.source,
+        "measured": layer is not None,
+        "lowering": cost.lowering,
+        "ran_because": cost.reason,
+        "heads": heads,
+    }
+    if layer is None:
+        return row
+    for values, head in zip(heads, layer.heads, strict=True):
+        values |= {
+            "density": round(head.density, 6),
+            "recall": round(head.recall, 6),
+            "worst": [head.worst[0], head.worst[1], round(head.worst[2], 4)],
+            "advice": head.advice,
+        }
+    return row | {
+        "lowering": layer.lowering,
+        "num_queries": layer.num_queries,
+        "num_keys": layer.num_keys,
+        "index_bytes": layer.index_bytes,
+        "index_seconds": layer.index_seconds,
+        "attention_seconds": layer.attention_seconds,
+        "all_queries": layer.all_queries,
+        "looked": len(layer.query_blocks),
+        "side": layer.computed.shape[-1],
+        "maps": pack_maps(layer.computed, layer.exact),
+    }
+
+
+def pack_maps(computed: Tensor, exact: Tensor) -> str:
+    """Two maps uint8 [H, R, R] of levels 0..15 as one byte per cell, deflated, in base64."""
+    cells = (computed << 4 | exact).contiguous().numpy().tobytes()
+    return base64.b64encode(zlib.compress(cells, 9)).decode("ascii")
+
+
+def graph_data(graph: GraphExplanation) -> dict[str, Any]:
+    """A graph's outlines, its sites in words, its calls that changed, its pass times."""
+    sites = []
+    for site, details, cost in zip(graph.sites, graph.details, graph.costs, strict=True):
+        shown = {
+            name: details[name] for name in ("query", "key", "value", "scale", "mask", "proof")
+        }
+        sites.append(
+            dataclasses.asdict(site)
+            | shown
+            | {
+                "patterns": count_patterns(site.patterns),
+                "origin": details["patterns from"],
+                "predicted": span(cost.predicted),
+                "density": span(cost.density),
+            }
+        )
+    return {
+        "before": outline_data(graph.outline_before),
+        "after": outline_data(graph.outline_after),
+        "sites": sites,
+        "ops": op_changes(graph.ops_before, graph.ops_after),
+        "seconds": graph.seconds,
+    }
+
+
+def outline_data(outline: Outline) -> dict[str, Any]:
+    """An outline as lists."""
+    return {
+        "boxes": [
+            {"kind": box.kind, "label": box.label, "layer": box.layer, "text": box.text()}
+            for box in outline.boxes
+        ],
+        "edges": outline.edges,
+    }
+
+
+def kernel_data(kernel: KernelSource) -> dict[str, Any]:
+    """A kernel's source as highlighted HTML."""
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import get_lexer_by_name
+
+    code = highlight(kernel.source, get_lexer_by_name(kernel.language), HtmlFormatter())
+    return {"name": kernel.name, "html": code, "details": kernel_details(kernel)}
+
+
+def highlight_style() -> str:
+    """Pygments' colors for both themes."""
+    from pygments.formatters import HtmlFormatter
+
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="monokai").get_style_defs('[data-theme="dark"] .highlight')
+    clear = ".highlight, [data-theme] .highlight { background: none; }"
+    return f"{light}\n{dark}\n{clear}"

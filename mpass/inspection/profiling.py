@@ -1,0 +1,318 @@
+"""What sparse attention did on one prompt: `mpass.profile(model, inputs)`.
+
+Per layer and head: what was selected, the density really computed, the recall of the exact
+attention, and the time of estimation and attention. Memory stays O(N): every layer is measured
+while it runs, and what it read is not kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpass.files import write_whole
+from mpass.inspection.advice import advise
+from mpass.inspection.explanation import Explanation, finish_explanation, make_capture, run_captured
+from mpass.inspection.recall import Recall, measure_recall
+from mpass.lowering.cpu.spec import STRIP
+from mpass.lowering.cpu.support import best_instruction_set, dtype_name
+from mpass.lowering.density import density as count_density
+from mpass.lowering.kernel_sources import KernelSource, generated_sources
+from mpass.lowering.recorder import Call, Operands
+
+DENSE_OPS = (
+    "aten::scaled_dot_product_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+)
+"""How dense attention shows in torch's profiler, outermost first."""
+
+
+@dataclass(frozen=True)
+class HeadProfile:
+    """One query head of one layer.
+
+    density: share of the mask's cells that the index selects; recall: share of the exact attention
+    on them, mean over queries; worst: query block, key block and the share of that query block's
+    attention that was lost between them; advice: what to do about it, "" for nothing.
+    """
+
+    head: int
+    pattern: str
+    density: float
+    recall: float
+    worst: tuple[int, int, float]
+    advice: str
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProfile:
+    """One sparse attention.
+
+    lowering: what ran it ("dense" where the op found that cheaper); index_seconds,
+    attention_seconds: of a second, unobserved run; query_blocks: those whose recall was measured;
+    computed, exact: uint8 [H, R, R], see mpass.inspection.recall.Recall.
+    """
+
+    layer: int
+    path: str
+    lowering: str
+    num_queries: int
+    num_keys: int
+    index_bytes: int
+    index_seconds: float
+    attention_seconds: float
+    query_blocks: tuple[int, ...]
+    all_queries: bool
+    heads: tuple[HeadProfile, ...]
+    computed: Tensor
+    exact: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What happened on a prompt: `print` it, read its fields, or `save` it as JSON or HTML.
+
+    seconds: of one run, by part ("index", "attention", "dense attention", "rest"); kernels: the
+    generated sources in use.
+    """
+
+    explanation: Explanation
+    layers: tuple[LayerProfile, ...]
+    seconds: dict[str, float]
+    kernels: tuple[KernelSource, ...]
+
+    def worst_heads(self, count: int) -> list[tuple[LayerProfile, HeadProfile]]:
+        """The heads that lost most of their attention, worst first."""
+        pairs = [(layer, head) for layer in self.layers for head in layer.heads]
+        return sorted(pairs, key=lambda pair: pair[1].recall)[:count]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but maps, graphs and sources, fit for JSON."""
+        hidden = ("computed", "exact", "heads")
+        layers = []
+        for layer in self.layers:
+            names = [field.name for field in dataclasses.fields(layer) if field.name not in hidden]
+            values = {name: getattr(layer, name) for name in names}
+            layers.append(values | {"heads": [dataclasses.asdict(head) for head in layer.heads]})
+        return self.explanation.as_dict() | {"seconds": self.seconds, "layers": layers}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `.html` as a page, anything else as JSON."""
+        target = Path(path)
+        if target.suffix == ".html":
+            from mpass.inspection.page import build_page
+
+            write_whole(target, build_page(self.explanation, self))
+        else:
+            write_whole(target, json.dumps(self.as_dict(), indent=1, default=str) + "\n")
+
+    def __str__(self) -> str:
+        from mpass.inspection.tables import render_profile
+
+        return render_profile(self)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What kernels are chosen by. softcap: whether there is one."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    softcap: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A call, the density of what it selected (fp64 [H], also where dense ran), and its recall."""
+
+    call: Call
+    density: Tensor
+    recall: Recall
+
+
+def profile(
+    model: Callable[..., Any],
+    inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    max_query_blocks: int = 64,
+    resolution: int = 128,
+    progress: Callable[[str], object] | None = None,
+) -> Profile:
+    """Run a model on a prompt and compare its sparse attention with the exact one.
+
+    inputs: a tensor, positional arguments or keyword arguments; options, dynamic: as of
+    torch.compile, "inner_backend" is "eager" unless they say otherwise; max_query_blocks: blocks of
+    64 queries per layer whose exact attention is computed, evenly spread over the prompt (0 for
+    all); resolution: rows and columns of the maps; progress: told in words what is done. Runs the
+    model three times, in the caller's gradient mode. Raises what the options raise.
+    """
+    args, kwargs = split_inputs(inputs)
+    measured: list[Measured] = []
+    queries: set[Queries] = set()
+    capture = make_capture(options)
+    tell = progress or (lambda text: None)
+
+    def inspect(call: Call, operands: Operands) -> None:
+        sizes = {"batch": operands.query.shape[0], "num_queries": call.num_queries}
+        share = count_density(operands.index, operands.mask, **sizes, num_keys=call.num_keys)
+        recall = measure_recall(
+            operands, max_query_blocks=max_query_blocks or 1 << 30, resolution=resolution
+        )
+        measured.append(Measured(call, share.mean(0).cpu(), recall))
+        query = operands.query
+        softcap = operands.softcap > 0
+        queries.add(Queries(query.device.type, query.dtype, query.shape[-1], softcap))
+        total = sum(site.status == "sparse" for graph in capture.graphs for site in graph.sites)
+        tell(f"measured {len(measured)} of {total} attentions")
+
+    tell("capturing the model")
+    log = run_captured(capture, model, args, kwargs, dynamic, inspect)
+    tell("timing two runs")
+    explanation = finish_explanation(model, capture, log)
+    compiled = torch.compile(getattr(model, "_orig_mod", model), backend=capture, dynamic=dynamic)
+    steps, seconds = time_ops(lambda: compiled(*args, **kwargs))
+    if len(steps) != len(measured):
+        steps = [(0.0, 0.0)] * len(measured)
+    layers = tuple(
+        describe_layer(item, explanation, step) for item, step in zip(measured, steps, strict=True)
+    )
+    kernels = tuple(kernel for kernel in generated_sources() if serves(kernel, queries))
+    return Profile(explanation, layers, seconds, kernels)
+
+
+def serves(kernel: KernelSource, queries: Collection[Queries]) -> bool:
+    """Whether a kernel of this process is for such queries.
+
+    The process may have run other models before, whose kernels say nothing about this one.
+    """
+    spec: Any = kernel.spec
+    for seen in queries:
+        if seen.device == "cpu" and kernel.language == "cpp":
+            made_for = (spec.input, spec.head_dim, spec.instruction_set, spec.strip)
+            estimator = spec.kernel != "attention"  # these multiply in bf16 whatever the dtype
+            name = dtype_name(seen.dtype)
+            isa = best_instruction_set(torch.bfloat16 if estimator else seen.dtype)
+            softcap = estimator or spec.softcap == seen.softcap
+            if made_for == (name, seen.head_dim, isa, STRIP) and softcap:
+                return True
+        elif seen.device != "cpu" and kernel.language == "python":
+            # Kernels without a head_dim of their own work on scores and indexes.
+            if spec.head_dim in (0, seen.head_dim):
+                return True
+    return False
+
+
+def split_inputs(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, list | tuple):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def describe_layer(
+    item: Measured, explanation: Explanation, seconds: tuple[float, float]
+) -> LayerProfile:
+    """Put what was measured of one call into words and numbers."""
+    call, recall = item.call, item.recall
+    site = next(
+        (s for s in explanation.sites if s.layer == call.layer and s.status == "sparse"), None
+    )
+    names = site.patterns if site else ("",) * len(recall.recall)
+    heads = tuple(
+        HeadProfile(
+            head=head,
+            pattern=names[head],
+            density=float(item.density[head]),
+            recall=float(recall.recall[head]),
+            worst=recall.worst[head],
+            advice=advise(
+                names[head],
+                float(recall.recall[head]),
+                float(item.density[head]),
+                recall.lost_by_distance[head],
+                recall.lost_by_block[head],
+                dense_reason=call.reason,
+            ),
+        )
+        for head in range(len(recall.recall))
+    )
+    return LayerProfile(
+        layer=call.layer,
+        path=site.path if site else "",
+        lowering=call.lowering,
+        num_queries=call.num_queries,
+        num_keys=call.num_keys,
+        index_bytes=call.index_bytes,
+        index_seconds=seconds[0],
+        attention_seconds=seconds[1],
+        query_blocks=tuple(recall.query_blocks),
+        all_queries=recall.all_queries,
+        heads=heads,
+        computed=recall.computed,
+        exact=recall.exact,
+    )
+
+
+def time_ops(run: Callable[[], object]) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """Seconds of estimation and attention per sparse attention in order, and of all parts.
+
+    The second of two runs is timed, so that nothing is compiled in it.
+    """
+    run()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    cuda = torch.cuda.is_available()
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        total = time.perf_counter() - start
+    steps: list[tuple[float, float]] = []
+    parts = dict.fromkeys(("index", "attention", "dense attention"), 0.0)
+    index = 0.0
+    for name, seconds in outermost_ops(profiler.events(), cuda):
+        if not name.startswith("minference::"):
+            parts["dense attention"] += seconds
+        elif name == "minference::sparse_attention":
+            steps.append((index, seconds))
+            parts["index"] += index
+            parts["attention"] += seconds
+            index = 0.0
+        elif name == "minference::check_block_lists":  # comes after its attention
+            parts["attention"] += seconds
+        else:
+            index += seconds
+    return steps, parts | {"rest": max(0.0, total - sum(parts.values()))}
+
+
+def outermost_ops(events: Sequence[Any], cuda: bool) -> Iterator[tuple[str, float]]:
+    """Attention ops that no other one contains, in order, with their seconds."""
+    end = float("-inf")
+    for event in sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end)):
+        if not (event.name.startswith("minference::") or event.name in DENSE_OPS):
+            continue
+        if event.time_range.start < end:
+            continue
+        end = event.time_range.end
+        device_time = getattr(event, "device_time_total", 0) if cuda else 0
+        yield event.name, (device_time or event.cpu_time_total) / 1e6

@@ -1,0 +1,290 @@
+"""What an attention mask means, proven from the sub-graph that builds it.
+
+The mask is read as a condition on (b, h, q, k), split at its `and`s and sorted; what has no known
+form makes the whole mask unproven. Masks shared by many layers are proven once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mpass.graph.site import Length, MaskMeaning, example, shape_of, source_line
+from mpass.graph.writes import StorageWrites
+from mpass.masks.conjuncts import MaskSizes, MaskTerms, at_most, sort_terms, visible
+from mpass.masks.emitter import Emitter, as_length, find_key_mask
+from mpass.masks.expressions import (
+    BATCH,
+    HEAD,
+    KEY,
+    QUERY,
+    Expr,
+    NotUnderstood,
+    axis,
+    number,
+    substitute,
+)
+from mpass.masks.reader import GraphReader, is_one, op_name
+from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
+from mpass.masks.rules.indexing import INDEX_RULES
+from mpass.masks.rules.values import VALUE_RULES
+from mpass.masks.rules.views import SHAPE_RULES
+
+RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
+
+INDICES = (BATCH, HEAD, QUERY, KEY)
+
+
+@dataclass(frozen=True)
+class MaskProof:
+    """What a mask was proven to mean, or why it was not; the condition that it was read as."""
+
+    meaning: MaskMeaning | None
+    reason: str = ""
+    condition: Expr | None = None
+
+
+class MaskProver:
+    """Proofs for the masks of one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.writes = StorageWrites(graph)
+        self.reader = GraphReader(self.writes, RULES)
+        self._memo: dict[tuple[object, ...], MaskProof] = {}
+
+    def prove_mask(
+        self, mask: fx.Node, query: fx.Node, key: fx.Node, at: fx.Node, heads: int | None = None
+    ) -> MaskProof:
+        """The meaning of a bool mask (True: seen) or an additive one, as the node `at` reads it.
+
+        mask broadcasts to [B, H, Nq, Nk] of query [B, H, Nq, D] and key [B, Hk, Nk, D].
+        """
+        sizes = mask_sizes(query, key)
+        write = self.writes.last_write(mask, self.writes.position[at])
+        memo = (mask, write, sizes)
+        if memo not in self._memo:
+            condition = mask_condition(self.reader, mask, sizes, at)
+            self._memo[memo] = self.prove_condition(condition, sizes, key, at)
+        return self._memo[memo]
+
+    def prove_steps(
+        self, steps: Sequence[tuple[fx.Node, fx.Node]], query: fx.Node, key: fx.Node, at: fx.Node
+    ) -> MaskProof:
+        """The meaning of masks put on raw scores [B, H, Nq, Nk], op by op.
+
+        steps: (op, its argument that carries the scores); the ops are add, sub, masked_fill, where
+        and casts. The scores are read as zero, so what remains is 0 where a key is seen.
+        """
+        sizes = mask_sizes(query, key)
+        value: Expr = sympy.Integer(0)
+        for op, carried in steps:
+            try:
+                value = self.reader.read_step(op, carried, value)
+            except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
+                return MaskProof(None, f"{op_name(op)} on the scores: {reason}")
+        condition = visible(value)
+        if condition is None:
+            return MaskProof(None, f"additive bias, no mask: {blame(value, self.reader)}")
+        condition = rename(condition, 4)
+        memo = (condition, sizes)
+        if memo not in self._memo:
+            self._memo[memo] = self.prove_condition(condition, sizes, key, at)
+        return self._memo[memo]
+
+    def prove_mask_mod(
+        self,
+        graph: fx.Graph,
+        arguments: Mapping[fx.Node, Expr],
+        sizes: MaskSizes,
+        key: fx.Node,
+        at: fx.Node,
+    ) -> MaskProof:
+        """The meaning of a mask_mod(b, h, q, k); `arguments`: what its placeholders stand for."""
+        reader = self.reader.inner(StorageWrites(graph), arguments)
+        output = next(node for node in reversed(graph.nodes) if node.op == "output")
+        result = output.args[0]
+        result = result[0] if isinstance(result, (list, tuple)) else result
+        if not isinstance(result, fx.Node):
+            return MaskProof(None, "mask_mod returns a constant")
+        condition = visible(reader.read(result, output))
+        if condition is None:
+            return MaskProof(None, "mask_mod does not return a condition")
+        return self.prove_condition(condition, sizes, key, at)
+
+    def prove_condition(
+        self,
+        condition: Expr | str,
+        sizes: MaskSizes,
+        key: fx.Node,
+        at: fx.Node,
+    ) -> MaskProof:
+        """The meaning of a condition on (b, h, q, k); a string is why there is none."""
+        if isinstance(condition, str):
+            return MaskProof(None, condition)
+        try:
+            meaning = assemble(sort_terms(condition, sizes), sizes, self.reader, key, at)
+            return MaskProof(meaning, "", condition)
+        except NotUnderstood as reason:
+            return MaskProof(None, str(reason), condition)
+
+
+def mask_sizes(query: fx.Node, key: fx.Node) -> MaskSizes:
+    """Sizes of the mask of query [B, H, Nq, D] and key [B, Hk, Nk, D]."""
+    batch, heads, queries, _ = shape_of(query)
+    return MaskSizes(number(batch), number(heads), number(queries), number(shape_of(key)[2]))
+
+
+def mask_condition(reader: GraphReader, mask: fx.Node, sizes: MaskSizes, at: fx.Node) -> Expr | str:
+    """When a mask lets a key be seen, in b, h, q, k; or why that cannot be said."""
+    shape = example(mask).shape
+    if len(shape) > 4:
+        return f"mask {mask} has {len(shape)} dimensions"
+    full = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)[4 - len(shape) :]
+    for size, whole in zip(shape, full, strict=True):
+        if not is_one(size) and number(size) != whole:
+            return f"mask {mask} of shape {tuple(shape)} does not fit the scores"
+    expr = reader.read(mask, at)
+    condition = visible(expr)
+    if condition is None:
+        return f"additive bias, no mask: {blame(expr, reader)}"
+    return rename(condition, len(shape))
+
+
+def rename(condition: Expr, rank: int) -> Expr:
+    """Name the axes of a mask of some rank as b, h, q, k."""
+    return substitute(condition, {axis(i): INDICES[4 - rank + i] for i in range(rank)})
+
+
+def assemble(
+    terms: MaskTerms, sizes: MaskSizes, reader: GraphReader, key: fx.Node, at: fx.Node
+) -> MaskMeaning:
+    """The meaning of sorted terms. Raises NotUnderstood with the reason why there is none."""
+    if terms.unknown:
+        raise NotUnderstood(describe(terms.unknown[0], reader))
+    like = (*shape_of(key), *lengths(reader))
+    proof: list[str] = []
+    offset: Length | fx.Node = 0
+    window = 0
+    if terms.offset is not None:
+        offset = query_offset(terms.offset, like, reader)
+        proof.append(f"causal: k <= q + {terms.offset}" if terms.offset != 0 else "causal: k <= q")
+    if terms.width is not None:
+        window = window_size(terms, sizes)
+        if window:
+            proof.append(f"window of {window}: q - k < {terms.width}")
+    valid = terms.valid
+    if valid is not None and at_most(sizes.keys, valid):
+        valid = None
+    valid_keys = None
+    if valid is not None:
+        valid_keys = as_length(valid, like)
+        if valid_keys is None:
+            raise NotUnderstood(f"number of valid keys {valid} is not a size")
+        proof.append(f"valid keys: k < {valid}")
+    key_mask = None
+    if terms.padding:
+        key_mask = key_mask_node(terms, sizes, reader, key, at)
+        proof.append(f"padding: {sympy.And(*terms.padding)}")
+    proof += [f"always true: {term}" for term in terms.dropped]
+    return MaskMeaning(
+        causal=terms.offset is not None,
+        query_offset=offset,
+        window=window,
+        key_mask=key_mask,
+        valid_keys=valid_keys,
+        proof=tuple(proof) or ("every key is seen",),
+    )
+
+
+def lengths(reader: GraphReader) -> list[torch.SymInt]:
+    """A SymInt of the graph, if there is one: the way into its shape environment."""
+    for node in reader.writes.position:
+        value = node.meta.get("example_value", node.meta.get("val"))
+        if isinstance(value, torch.SymInt):
+            return [value]
+        if isinstance(value, torch.Tensor):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt):
+                    return [size]
+    return []
+
+
+def query_offset(expr: Expr, like: Sequence[Length], reader: GraphReader) -> Length | fx.Node:
+    """Position of the first query, as a number or as the tensor that holds it."""
+    if expr.atoms(AppliedUndef):
+        node = reader.sources.get(getattr(expr.func, "__name__", ""))
+        if isinstance(expr, AppliedUndef) and node and not reader.writes.ever_written(node):
+            return node
+        raise NotUnderstood(f"the first query's position is known at run time only: {expr}")
+    offset = as_length(expr, like)
+    if offset is None:
+        raise NotUnderstood(f"query offset {expr} is not a size")
+    if isinstance(offset, int) and offset < 0:
+        raise NotUnderstood(f"queries do not see their own position: k <= q - {-offset}")
+    if not statically_known_true(offset >= 0):
+        raise NotUnderstood(f"query offset {expr} might be negative")
+    return offset
+
+
+def window_size(terms: MaskTerms, sizes: MaskSizes) -> int:
+    """Size of the sliding window, the query's own position included; 0 if it hides nothing."""
+    width = terms.width
+    assert width is not None
+    if at_most(sizes.queries, width):
+        return 0
+    if terms.offset is None:
+        raise NotUnderstood(f"sliding window without causality: q - k < {width}")
+    window = width + terms.offset
+    if not isinstance(window, sympy.Integer):
+        raise NotUnderstood(f"sliding window of {window} is not a constant")
+    if window < 1:
+        raise NotUnderstood(f"sliding window of {window} hides every key")
+    return int(window)
+
+
+def key_mask_node(
+    terms: MaskTerms, sizes: MaskSizes, reader: GraphReader, key: fx.Node, at: fx.Node
+) -> fx.Node:
+    """Bool [B, Nk] for terms in b and k: a tensor of the graph, or a new one made of its inputs."""
+    condition = sympy.And(*terms.padding)
+    implied = [term for term in terms.dropped if not term.has(HEAD, QUERY)]
+    for candidate in (condition, sympy.And(condition, *implied)):
+        node = find_key_mask(reader, candidate, sizes)
+        if node is not None:
+            return node
+    return Emitter(reader, key, at).key_mask(condition)
+
+
+def describe(term: Expr, reader: GraphReader) -> str:
+    """Why a term is of no known form, in words."""
+    symbols = term.free_symbols
+    if HEAD in symbols:
+        return f"mask differs per head: {blame(term, reader)}"
+    steps = {sympy.expand(call.args[0]).coeff(QUERY) for call in term.atoms(sympy.floor)}
+    chunks = {1 / step for step in steps if step.is_Rational and step.p == 1}
+    if isinstance(term, sympy.Eq) and chunks:
+        return f"chunked attention in chunks of {next(iter(chunks))} positions"
+    if term.atoms(AppliedUndef):
+        return f"mask is not proven: {blame(term, reader)}"
+    return f"mask term {term} is neither causal, window nor padding"
+
+
+def blame(expr: Expr, reader: GraphReader) -> str:
+    """The ops and inputs that an expression depends on and that could not be read."""
+    parts = []
+    for atom in sorted(expr.atoms(AppliedUndef), key=str):
+        name = atom.func.__name__
+        node = reader.sources[name]
+        if node.op in ("placeholder", "get_attr"):
+            parts.append(f"{node.name} is an input whose values are unknown when compiling")
+            continue
+        place = source_line(node)
+        failure = reader.failures.get(name, op_name(node))
+        parts.append(f"{failure}" + (f" at {place}" if place else ""))
+    return "; ".join(dict.fromkeys(parts)) or str(expr)

@@ -1,0 +1,213 @@
+"""Rules for indexing and for assignment to a part.
+
+The element of the result is an element of the operand at other indices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mpass.graph.site import example
+from mpass.masks.expressions import (
+    Expr,
+    NotUnderstood,
+    axis,
+    compare,
+    is_truth,
+    number,
+    select,
+    substitute,
+)
+from mpass.masks.reader import Call, Rule, align, dimension, plain, registrar
+from mpass.masks.rules.values import cast
+
+INDEX_RULES: dict[str, Rule] = {}
+
+rule = registrar(INDEX_RULES)
+
+
+# -- indexing ---------------------------------------------------------------------------------
+
+
+@rule("getitem", "index")
+def getitem(call: Call) -> Expr:
+    """x[...] with None, slices, integers, an ellipsis and integer tensors."""
+    expr, shape = call.tensor()
+    index = call.argument(1, "indices")
+    items = list(index) if isinstance(index, (list, tuple)) else [index]
+    if call.node.target is torch.ops.aten.index.Tensor:
+        items = [slice(None) if item is None else item for item in items]
+    return expr.xreplace(index_map(call, shape, items))
+
+
+def index_map(call: Call, shape: torch.Size, items: list[Any]) -> dict[Expr, Expr]:
+    """Which index of the operand each index of x[items] reads."""
+    items = full_index(items, len(shape))
+    tensors = [item for item in items if isinstance(item, fx.Node)]
+    if any(is_truth(call.read(item)) for item in tensors):
+        raise NotUnderstood("indexing by a mask")
+    block = max((example(item).dim() for item in tensors), default=0)
+    places = [i for i, item in enumerate(items) if is_advanced(item, bool(tensors))]
+    adjacent = not places or places[-1] - places[0] + 1 == len(places)
+
+    replacement: dict[Expr, Expr] = {}
+    source, target = 0, 0 if adjacent else block
+    start = 0
+    for place, item in enumerate(items):
+        if place in places:
+            if adjacent and place == places[0]:
+                start, target = target, target + block
+            replacement[axis(source)] = gathered(call, item, start, block, shape[source])
+            source += 1
+        elif item is None:
+            target += 1
+        elif isinstance(item, slice):
+            begin, step = slice_bounds(item, shape[source])
+            replacement[axis(source)] = begin + step * axis(target)
+            source, target = source + 1, target + 1
+        else:
+            replacement[axis(source)] = from_start(number(item), shape[source])
+            source += 1
+    return replacement
+
+
+def full_index(items: list[Any], rank: int) -> list[Any]:
+    """An index with the ellipsis and what is left out at the end written as whole slices."""
+    if any(isinstance(item, bool) for item in items):
+        raise NotUnderstood("indexing by True or False")
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    missing = [slice(None)] * (rank - used)
+    dots = [i for i, item in enumerate(items) if item is Ellipsis]
+    if not dots:
+        return [plain_slice(item) for item in items] + missing
+    return [plain_slice(i) for i in items[: dots[0]] + missing + items[dots[0] + 1 :]]
+
+
+def plain_slice(item: Any) -> Any:
+    """A slice or integer with nodes for numbers replaced by these."""
+    if isinstance(item, slice):
+        return slice(plain(item.start), plain(item.stop), plain(item.step))
+    return plain(item)
+
+
+def is_advanced(item: Any, with_tensors: bool) -> bool:
+    """Whether an item takes part in advanced indexing; integers do beside tensors."""
+    if isinstance(item, fx.Node):
+        return True
+    return with_tensors and item is not None and not isinstance(item, slice)
+
+
+def gathered(call: Call, item: Any, start: int, block: int, size: Any) -> Expr:
+    """The index that an index tensor, broadcast to the block of them, holds."""
+    if not isinstance(item, fx.Node):
+        return from_start(number(item), size)
+    expr = call.read(item)
+    if not expr.is_nonnegative:
+        raise NotUnderstood("indexing by values that might be negative")
+    rank = example(item).dim()
+    shift = start + block - rank
+    return substitute(expr, {axis(i): axis(i + shift) for i in range(rank)})
+
+
+def slice_bounds(item: slice, size: Any) -> tuple[Expr, Expr]:
+    """First index and step of a slice of a dimension."""
+    step = number(1 if item.step is None else item.step)
+    if not (step.is_integer and step.is_positive):
+        raise NotUnderstood("slice with a step that is not positive")
+    if item.start is None:
+        return number(0), step
+    begin = from_start(number(item.start), size)
+    return (number(0) if begin.is_negative else begin), step
+
+
+def from_start(index: Expr, size: Any) -> Expr:
+    """An index counted from the start of a dimension."""
+    if index.is_nonnegative:
+        return index
+    if index.is_negative:
+        return number(size) + index
+    raise NotUnderstood(f"index {index} of unknown sign")
+
+
+@rule("select", "slice", "narrow")
+def piece(call: Call) -> Expr:
+    """x.select(dim, i), aten.slice(x, dim, start, end, step), x.narrow(dim, start, length)."""
+    expr, shape = call.tensor()
+    dim = dimension(call.argument(1, "dim", 0), len(shape))
+    start = call.argument(2, "index", call.argument(2, "start"))
+    if "select" in str(call.node.target):
+        items: list[Any] = [slice(None)] * dim + [start]
+    elif "narrow" in str(call.node.target):
+        items = [slice(None)] * dim + [slice(start, None)]
+    else:
+        items = [slice(None)] * dim + [slice(start, None, call.argument(4, "step", 1))]
+    if isinstance(start, fx.Node):
+        raise NotUnderstood("slice from a tensor")
+    return expr.xreplace(index_map(call, shape, items))
+
+
+@rule("gather", "take_along_dim")
+def gather(call: Call) -> Expr:
+    expr, shape = call.tensor()
+    place, name = (1, "dim") if "gather" in str(call.node.target) else (2, "dim")
+    dim = dimension(call.argument(place, name), len(shape))
+    index = call.operand(3 - place, "index" if place == 1 else "indices")
+    if not index.is_nonnegative:
+        raise NotUnderstood("gathering by values that might be negative")
+    # take_along_dim broadcasts: an operand's dimension of size 1 has no index in its expression.
+    return expr.xreplace({axis(dim): index})
+
+
+@rule("index_select")
+def index_select(call: Call) -> Expr:
+    expr, shape = call.tensor()
+    dim = dimension(call.argument(1, "dim"), len(shape))
+    index, _ = call.tensor(2, "index")
+    if not index.is_nonnegative:
+        raise NotUnderstood("selecting by values that might be negative")
+    return expr.xreplace({axis(dim): index.xreplace({axis(0): axis(dim)})})
+
+
+@rule("setitem")
+def setitem(call: Call) -> Expr:
+    """x[slices] = value: the value inside the slices, x elsewhere."""
+    expr, shape = call.tensor()
+    index = call.argument(1)
+    items = full_index(list(index) if isinstance(index, (list, tuple)) else [index], len(shape))
+    value = call.argument(2)
+    inside: list[Expr] = []
+    local: dict[Expr, Expr] = {}
+    kept = [i for i, item in enumerate(items) if isinstance(item, slice)]
+    for i, (item, size) in enumerate(zip(items, shape, strict=True)):
+        if isinstance(item, slice):
+            begin, end = setitem_bounds(item, number(size))
+            inside += [
+                compare(relation, axis(i), bound)
+                for relation, bound in ((sympy.Ge, begin), (sympy.Lt, end))
+                if bound not in (number(0), number(size))
+            ]
+            local[axis(kept.index(i))] = axis(i) - begin
+        elif isinstance(item, (int, torch.SymInt)):
+            inside.append(compare(sympy.Eq, axis(i), from_start(number(item), size)))
+        else:
+            raise NotUnderstood("assignment by tensor, mask or new dimension")
+    if isinstance(value, fx.Node):
+        written = align(call.read(value), example(value).dim(), len(kept))
+        written = substitute(written, local)
+    else:
+        written = number(value)
+    dtype = example(call.node.args[0]).dtype  # type: ignore[arg-type]
+    written = cast(written, dtype)
+    return select(sympy.And(*inside), written, expr)
+
+
+def setitem_bounds(item: slice, size: Expr) -> tuple[Expr, Expr]:
+    """First index of a slice and the one after its last."""
+    begin, step = slice_bounds(item, size)
+    if step != 1:
+        raise NotUnderstood("assignment with a step")
+    return begin, size if item.stop is None else from_start(number(item.stop), size)

@@ -1,0 +1,255 @@
+"""Rules for ops that make values, convert, compare or choose between them: element of the result
+from elements of the operands.
+
+A rule either is exact or raises `NotUnderstood`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+
+from mpass.masks.expressions import (
+    Expr,
+    NotUnderstood,
+    Where,
+    as_number,
+    as_truth,
+    axis,
+    compare,
+    is_truth,
+    lift,
+    negate,
+    number,
+    select,
+)
+from mpass.masks.reader import Call, Rule, registrar
+
+VALUE_RULES: dict[str, Rule] = {}
+
+EXACT_DTYPES = (torch.int64, torch.int32, torch.float64, torch.float32)
+"""dtypes that hold every position of a sequence exactly (float32 below 2**24)."""
+
+LARGE = 4096.0
+"""Numbers of at least this magnitude stand for infinity in a mask, so rounding is no matter."""
+
+
+rule = registrar(VALUE_RULES)
+
+
+# -- constants --------------------------------------------------------------------------------
+
+
+@rule("placeholder")
+def placeholder(call: Call) -> Expr:
+    return call.reader.unknown(call.node)
+
+
+@rule("get_attr")
+def get_attr(call: Call) -> Expr:
+    """A constant of one element that tracing lifted out of the program; else an input."""
+    name = str(call.node.target)
+    owner = call.node.graph.owning_module
+    value = getattr(owner, name, None) if owner is not None and "." not in name else None
+    lifted = "tensor_constant" in name or "lifted_tensor" in name
+    if lifted and isinstance(value, torch.Tensor) and value.numel() == 1:
+        return number(value.item())
+    return call.reader.unknown(call.node)
+
+
+@rule("arange")
+def arange(call: Call) -> Expr:
+    start, end, step = number(0), call.argument(0, "end"), number(1)
+    second = call.argument(1)
+    if second is not None and not isinstance(second, torch.dtype):
+        start, end = number(call.argument(0)), second
+        step = number(call.argument(2, "step", 1))
+    elif "start" in call.node.kwargs:
+        start = number(call.argument(99, "start"))
+        end, step = call.argument(99, "end", end), number(call.argument(99, "step", 1))
+    number(end)
+    if not (start.is_integer and step.is_integer) or call.dtype not in EXACT_DTYPES:
+        raise NotUnderstood("arange of fractions, or in a dtype that does not hold every position")
+    return start + step * axis(0)
+
+
+@rule("ones", "new_ones", "ones_like")
+def ones(call: Call) -> Expr:
+    return sympy.true if call.dtype == torch.bool else number(1)
+
+
+@rule("zeros", "new_zeros", "zeros_like", "zero")
+def zeros(call: Call) -> Expr:
+    return sympy.false if call.dtype == torch.bool else number(0)
+
+
+@rule("full", "new_full", "full_like")
+def full(call: Call) -> Expr:
+    return stored(call, call.argument(1, "fill_value"))
+
+
+@rule("fill")
+def fill(call: Call) -> Expr:
+    return stored(call, call.argument(1, "value"))
+
+
+@rule("tensor", "scalar_tensor", "as_tensor")
+def tensor(call: Call) -> Expr:
+    value = call.argument(0, "data", call.argument(0, "s"))
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (list, tuple)):
+        raise NotUnderstood("a tensor of several constants")
+    return stored(call, value)
+
+
+def stored(call: Call, value: Any) -> Expr:
+    """A number as the result's dtype holds it."""
+    return cast(call.broadcast(value), call.dtype)
+
+
+# -- dtype ------------------------------------------------------------------------------------
+
+
+@rule("to", "type", "to_copy", "type_as", "float", "double", "half", "bfloat16", "int", "long")
+@rule("bool", "convert_element_type", "copy", "lift_fresh_copy", "lift_fresh")
+@rule("contiguous", "clone", "detach", "alias", "cpu", "cuda")
+def convert(call: Call) -> Expr:
+    """dtype and device conversions, and copies: the value as the result's dtype holds it."""
+    if call.node.target in ("copy_", torch.ops.aten.copy_.default, torch.ops.aten.copy.default):
+        return cast(call.operand(1, "src"), call.dtype)
+    expr, _ = call.tensor()
+    return cast(expr, call.dtype)
+
+
+def cast(expr: Expr, dtype: torch.dtype) -> Expr:
+    """The value of an expression in another dtype."""
+    if dtype == torch.bool:
+        return as_truth(expr)
+    return lift(lambda value: cast_number(value, dtype), as_number(expr))
+
+
+def cast_number(value: Expr, dtype: torch.dtype) -> Expr:
+    """A number in another dtype, if that holds it exactly; very large magnitudes may be rounded."""
+    if value.is_number:
+        if value in (0, 1) or fits(float(value), dtype):
+            return value
+        raise NotUnderstood(f"{dtype} does not hold {value}")
+    if dtype not in EXACT_DTYPES:
+        raise NotUnderstood(f"{dtype} does not hold every value of {value}")
+    if not dtype.is_floating_point and not value.is_integer:
+        raise NotUnderstood(f"fractions cut off by {dtype}")
+    return value
+
+
+def fits(value: float, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds a number exactly, or as a magnitude that only hides a key."""
+    if not dtype.is_floating_point:
+        if dtype == torch.bool or not value.is_integer():
+            return False
+        return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+    if math.isinf(value) or abs(value) >= LARGE:
+        return True
+    digits = 1 - math.log2(torch.finfo(dtype).eps)
+    return (math.frexp(value)[0] * 2.0**digits).is_integer() and abs(value) >= 2.0**-14
+
+
+# -- logic and comparison ---------------------------------------------------------------------
+
+
+def logical(function: Callable[..., Expr]) -> Rule:
+    """A rule for a logical op on two operands; bitwise ops on integers are not understood."""
+
+    def apply(call: Call) -> Expr:
+        return function(as_truth(call.operand(0, "input")), as_truth(call.operand(1)))
+
+    return apply
+
+
+def bitwise(function: Callable[..., Expr]) -> Rule:
+    """The same for a bitwise op, which is logical on truth values only."""
+
+    def apply(call: Call) -> Expr:
+        left, right = call.operand(0, "input"), call.operand(1)
+        if not (is_truth(left) and is_truth(right)):
+            raise NotUnderstood("bitwise op on integers")
+        return function(left, right)
+
+    return apply
+
+
+def exclusive(left: Expr, right: Expr) -> Expr:
+    return select(left, negate(right), right)
+
+
+VALUE_RULES |= {
+    "logical_and": logical(sympy.And),
+    "logical_or": logical(sympy.Or),
+    "logical_xor": logical(exclusive),
+    **dict.fromkeys(("and", "bitwise_and"), bitwise(sympy.And)),
+    **dict.fromkeys(("or", "bitwise_or"), bitwise(sympy.Or)),
+    **dict.fromkeys(("xor", "bitwise_xor"), bitwise(exclusive)),
+}
+
+
+@rule("logical_not")
+def logical_not(call: Call) -> Expr:
+    return negate(as_truth(call.operand(0, "input")))
+
+
+@rule("invert", "inv", "bitwise_not", "not")
+def invert(call: Call) -> Expr:
+    expr = call.operand(0, "input")
+    if not is_truth(expr):
+        raise NotUnderstood("bitwise not on integers")
+    return negate(expr)
+
+
+def comparison(relation: Any) -> Rule:
+    def apply(call: Call) -> Expr:
+        return compare(relation, call.operand(0, "input"), call.operand(1))
+
+    return apply
+
+
+VALUE_RULES |= {
+    name: comparison(relation)
+    for names, relation in (
+        (("le", "less_equal"), sympy.Le),
+        (("lt", "less"), sympy.Lt),
+        (("ge", "greater_equal"), sympy.Ge),
+        (("gt", "greater"), sympy.Gt),
+        (("eq",), sympy.Eq),
+        (("ne", "not_equal"), sympy.Ne),
+    )
+    for name in names
+}
+
+
+@rule("where")
+def where(call: Call) -> Expr:
+    """torch.where(condition, x, y), or x.where(condition, y)."""
+    condition, yes, no = call.operand(0, "condition"), call.operand(1), call.operand(2)
+    if call.node.op == "call_method":
+        condition, yes = yes, condition
+    return stored_choice(call, as_truth(condition), yes, no)
+
+
+@rule("masked_fill")
+def masked_fill(call: Call) -> Expr:
+    return stored_choice(
+        call,
+        as_truth(call.operand(1, "mask")),
+        call.operand(2, "value"),
+        call.operand(0),
+    )
+
+
+def stored_choice(call: Call, condition: Expr, yes: Expr, no: Expr) -> Expr:
+    if call.dtype == torch.bool:
+        return select(condition, as_truth(yes), as_truth(no))
+    return cast(Where(condition, as_number(yes), as_number(no)), call.dtype)

@@ -1,0 +1,98 @@
+"""Whether to estimate an index at all: what can be decided before a pattern's estimator runs."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpass.lowering.crossover import EstimatedWork
+from mpass.lowering.dispatch import Lowering, choose_lowering
+from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
+from mpass.patterns.base.pattern import Pattern
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadPatterns:
+    """The patterns of the heads of one op, all of one class, and the width of their index.
+
+    Compared by identity, so that they are cheap keys: `mpass.patterns.base.patterns_of` makes one
+    per set of arguments.
+    """
+
+    patterns: tuple[Pattern, ...]
+    width: IndexWidth
+
+
+def reason_for_dense(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    own: HeadPatterns,
+    *,
+    dense_above: float,
+    min_seq_len: int,
+) -> str:
+    """Why dense attention will run whatever these heads select, in words; "" to estimate.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D]; own: the patterns of the op's heads. Read from sizes
+    alone. On CPUs the pattern's least work and the estimator's measured cost count, unless
+    `dense_above` is 1 or more; elsewhere dense attention is chosen by length only.
+    """
+    num_keys = key.shape[2]
+    if num_keys < min_seq_len:
+        return f"{num_keys} keys, sparse from {min_seq_len} on"
+    plain = mask.causal and mask.window == 0 and mask.query_offset == 0
+    if dense_above >= 1.0 or query.device.type != "cpu" or not plain:
+        return ""
+    heads = query.shape[0] * len(own.patterns)
+    if query.shape[2] != num_keys or heads * num_keys == 0:
+        return ""
+    return decide(
+        choose_lowering(query, key, key),
+        own,
+        query.dtype,
+        query.shape[3],
+        heads,
+        max(1, heads * key.shape[1] // query.shape[1]),
+        num_keys,
+        dense_above,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def decide(
+    lowering: Lowering,
+    own: HeadPatterns,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    dense_above: float,
+) -> str:
+    """`reason_for_dense` by what the patterns compute at least, and by what estimating costs."""
+    counts = Counter(own.patterns)
+    share = sum(p.least_share(length) * n for p, n in counts.items()) / len(own.patterns)
+    names = ", ".join(str(pattern) for pattern in counts)
+    if share > dense_above:
+        return f"{names} computes {share:.0%} of the work or more, dense above {dense_above:.0%}"
+    usual = counts.most_common(1)[0][0]
+
+    def estimate(query: Tensor, key: Tensor) -> SparseIndex:
+        timed = [usual] * query.shape[1]
+        scale = query.shape[3] ** -0.5
+        return type(usual).estimate(
+            query, key, AttentionMask(), range(len(timed)), timed, scale=scale
+        )
+
+    exact = all(pattern.budgeted for pattern in own.patterns)
+    work = EstimatedWork(
+        dtype, head_dim, head_dim, heads, kv_heads, length, share, exact, str(usual), estimate
+    )
+    if lowering.function("estimation_pays")(work):
+        return ""
+    return f"estimating {names} over {length} keys does not pay here"

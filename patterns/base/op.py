@@ -1,0 +1,123 @@
+"""The op of a pattern, `minference::<name>`: its fields are arguments, one value per head.
+
+Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpass.lowering.index import (
+    AttentionMask,
+    diagonal_slots,
+    empty_index,
+    list_slots,
+    num_query_blocks,
+    whole_index,
+)
+from mpass.lowering.ops import NAMESPACE, IndexTensors
+from mpass.lowering.recorder import note_dense
+from mpass.patterns.base.crossover import HeadPatterns, reason_for_dense
+from mpass.patterns.base.pattern import Pattern
+
+
+def define_index_op(cls: type[Pattern]) -> None:
+    """Define the op that runs `cls.estimate`: the pattern's fields as one list argument each.
+
+    dense_above and min_seq_len are those of `minference::sparse_attention`. Where they say before
+    anything is estimated that dense attention will run, nothing is: the index selects every key.
+    """
+    kinds = {"int": "int[]", "float": "float[]", "bool": "bool[]"}
+    fields = dataclasses.fields(cls)
+    arguments = "".join(f", {kinds[str(field.type)]} {field.name}" for field in fields)
+    schema = (
+        "(Tensor query, Tensor key, Tensor? key_mask, int[] heads, SymInt query_offset, "
+        "int window, bool causal, float scale, float dense_above, "
+        f"SymInt min_seq_len{arguments}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    def estimate(
+        query: Tensor,
+        key: Tensor,
+        key_mask: Tensor | None,
+        heads: Sequence[int],
+        query_offset: int,
+        window: int,
+        causal: bool,
+        scale: float,
+        dense_above: float,
+        min_seq_len: int,
+        *parameters: Sequence[Any],
+    ) -> IndexTensors:
+        own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
+        mask = AttentionMask(causal, query_offset, window, key_mask)
+        reason = reason_for_dense(
+            query, key, mask, own, dense_above=dense_above, min_seq_len=min_seq_len
+        )
+        if reason:
+            note_dense(reason)
+            rows = num_query_blocks(query.shape[2], query_offset)
+            slots = head_slots(cls, len(heads))
+            return whole_index(query, rows, own.width, slots).tensors()
+        return cls.estimate(query, key, mask, heads, own.patterns, scale=scale).tensors()
+
+    def fake(
+        query: Tensor,
+        key: Tensor,
+        key_mask: Tensor | None,
+        heads: Sequence[int],
+        query_offset: int,
+        window: int,
+        causal: bool,
+        scale: float,
+        dense_above: float,
+        min_seq_len: int,
+        *parameters: Sequence[Any],
+    ) -> IndexTensors:
+        own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
+        rows = num_query_blocks(query.shape[2], query_offset)
+        return empty_index(query, rows, own.width, head_slots(cls, len(heads))).tensors()
+
+    op = torch.library.custom_op(
+        f"{NAMESPACE}::{cls.name}", estimate, mutates_args=(), schema=schema
+    )
+    op.register_fake(fake)
+
+
+@functools.lru_cache(maxsize=4096)
+def patterns_of(
+    cls: type[Pattern], num_heads: int, parameters: tuple[tuple[Any, ...], ...]
+) -> HeadPatterns:
+    """The pattern of each head from its op's arguments: per field, one value per head."""
+    patterns = [cls(*values) for values in zip(*parameters, strict=True)] or [cls()] * num_heads
+    return HeadPatterns(tuple(patterns), cls.width(patterns))
+
+
+def index_op(cls: type[Pattern]) -> torch._ops.OpOverload:
+    """The registered op of a pattern."""
+    op: torch._ops.OpOverload = getattr(torch.ops.minference, cls.name).default
+    return op
+
+
+def head_slots(cls: type[Pattern], num_heads: int) -> tuple[int, ...]:
+    """`head_slots` of an index that a pattern estimates for `num_heads` heads."""
+    return list_slots(num_heads) if cls.form == "lists" else diagonal_slots(num_heads)
+
+
+def shared_slots(patterns: Sequence[Pattern], slots: Sequence[int]) -> tuple[int, ...]:
+    """`head_slots` in which heads of one static pattern all read the row of the first of them.
+
+    patterns, slots: one per head. The rows are equal anyway; named by one number, a kernel can take
+    several query heads of a kv head together.
+    """
+    first: dict[Pattern, int] = {}
+    return tuple(
+        first.setdefault(pattern, slot) if pattern.static else slot
+        for pattern, slot in zip(patterns, slots, strict=True)
+    )

@@ -1,0 +1,130 @@
+"""The GPU benchmark where there is no GPU: it says so, and its dry run is right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.gpu import densities
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
+from benchmarks.gpu.summary import goals
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.reference import attention as reference
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_without_a_gpu_it_ends_with_one_line(capsys):
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "GPU" in out
+
+
+def test_dry_run_checks_kernels_and_goes_on_from_its_file(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    arguments = ["--smoke", "--only", "check/plain", "--out", str(path)]
+    assert main(arguments) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["ok"] for row in rows.values()] == [True]
+    assert main(arguments) == 0
+    assert json.loads(path.read_text())["rows"] == rows
+    assert "checks: 1 of 1 right" in capsys.readouterr().out
+
+
+def smoke(path, only):
+    """Rows of a dry run of some sections."""
+    assert main(["--smoke", "--only", only, "--out", str(path)]) == 0
+    return json.loads(path.read_text())["rows"]
+
+
+def test_dry_run_compiles_the_model_for_both_backends(tmp_path):
+    rows = smoke(tmp_path / "rows.json", "prefill/")  # a rule of FlexPrefill's has that in its name
+    rows = {name: row for name, row in rows.items() if name.startswith("prefill/")}
+    assert set(rows) == {"prefill/minference/130", "prefill/inductor/130"}
+    assert all(row["ms"] > 0 for row in rows.values())
+
+
+def test_dry_run_measures_estimation_and_the_attention_after_it(tmp_path):
+    (row,) = smoke(tmp_path / "rows.json", "estimation/x_attention").values()
+    assert row["share"] == row["ms"] / row["attention_ms"] and row["index_share_of_kv"] > 0
+
+
+@pytest.mark.slow
+def test_dry_run_of_every_section_has_a_figure_or_a_reason_in_every_row(tmp_path):
+    rows = smoke(tmp_path / "rows.json", "/130")
+    sections = {name.split("/")[0] for name in rows}
+    assert sections == {"attention", "estimation", "whole", "capture", "crossover", "prefill"}
+    assert not [(name, row) for name, row in rows.items() if "error" in row]
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.7, 1.0])
+def test_random_lists_have_the_density_asked_for(density):
+    query = torch.empty(1, 2, 2000, 8)
+    index = list_index(query, density)
+    rows = index.block_count.shape[2]
+    for head in range(2):
+        for row in range(rows):
+            count = int(index.block_count[0, head, row])
+            entries = index.block_index[0, head, row, :count].tolist()
+            assert entries == sorted(set(entries)) and entries[-1] == row
+            assert count == max(1, -(-int(density * 1000 * (row + 1)) // 1000))
+
+
+def test_lists_take_a_density_for_each_head():
+    index = list_index(torch.empty(1, 3, 6400, 8), [0.1, 0.5, 1.0])
+    shares = index.block_count[0].sum(-1) / (100 * 101 / 2)
+    assert (shares - torch.tensor([0.1, 0.5, 1.0])).abs().max() < 0.02
+
+
+def test_recorded_densities_are_spread_over_the_heads(tmp_path, monkeypatch):
+    rows = {"2048": {"densities": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}, "8192": {"densities": [0.05]}}
+    path = tmp_path / "densities.json"
+    monkeypatch.setattr(densities, "PATH", path)
+    assert densities.recorded() == []
+    path.write_text(json.dumps({"patterns": {"union": rows}}))
+    assert densities.load_densities("union", 1000, 3) == (0.2, 0.4, 0.6)
+    assert densities.load_densities("union", 10**6, 2) == (0.05, 0.05)
+    assert densities.recorded() == []
+    rows["2048"]["adjacent"] = 0.5
+    path.write_text(json.dumps({"patterns": {"union": rows, "a_shape": {"2048": {}}}}))
+    assert densities.recorded() == ["union"]
+
+
+def test_adjacent_entries_of_lists_are_counted():
+    index = list_index(torch.empty(1, 1, 640, 8), 1.0)
+    assert densities.adjacent_share(index) == [1.0]
+    index.block_index[0, 0, :, :4] = torch.tensor([0, 2, 4, 5])
+    index.block_count.fill_(4)
+    assert abs(densities.adjacent_share(index)[0] - 1 / 3) < 1e-6
+
+
+def test_goals_are_held_against_the_rows_that_are_there():
+    rows = {
+        "attention/density 1/131072": {"ms": 200.0, "tflops": 400.0},
+        "attention/density 0.05/131072": {"ms": 12.0, "tflops": 310.0},
+        "attention/flash/131072": {"ms": 220.0},
+        "attention/cudnn/131072": {"error": "not built"},
+        "whole/block top k 0.05/131072": {"ms": 20.0},
+        "crossover/1024": {"slowdown": 1.05},
+        "prefill/minference/131072": {"ms": 5000.0},
+        "prefill/inductor/131072": {"skipped": "too long"},
+        "capture/union/1024": {"ms": 1.0, "difference": 0.0, "ok": True},
+    }
+    found = {goal: (round(value, 3), met) for goal, value, met in goals(rows)}
+    assert found == {
+        "131072: TFLOP/s at density 0.05": (310.0, True),
+        "131072: rate at density 0.05 over that at 1": (0.775, False),
+        "131072: whole op at density 0.05 over SDPA": (11.0, True),
+        "1024: time of the compiled default over inductor's": (1.05, False),
+        "capture/union/1024: difference of the replayed graph": (0.0, True),
+    }
+
+
+def test_flops_count_the_tiles_that_are_computed():
+    query = torch.empty(1, 2, 256, 8)
+    sizes = {"batch": 1, "num_queries": 256, "num_keys": 256}
+    for index in (dense_index(query), list_index(query, 0.5)):
+        cells = reference.computed_mask(index, AttentionMask(causal=False), **sizes)
+        assert computed_flops(index, 256, 8) == 4 * 8 * int(cells.sum())

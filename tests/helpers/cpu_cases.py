@@ -1,0 +1,188 @@
+"""Random indexes and inputs for the tests of the generated C++."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from mpass.lowering import cpu
+from mpass.lowering.cpu.attention import run_attention
+from mpass.lowering.cpu.spec import KernelSpec
+from mpass.lowering.cpu.support import best_instruction_set, dtype_name, instruction_sets
+from mpass.lowering.index import (
+    ALL_BLOCKS,
+    ALL_DIAGONALS,
+    AttentionMask,
+    IndexWidth,
+    SparseIndex,
+    empty_index,
+    first_query_block,
+    num_key_blocks,
+    num_query_blocks,
+)
+from mpass.lowering.reference import attention as reference
+
+PROBE = torch.zeros(1, 1, 1, 64)
+REASON = cpu.unsupported(PROBE, PROBE, PROBE)
+needs_kernels = pytest.mark.skipif(REASON is not None, reason=f"no generated C++ here: {REASON}")
+
+CASES = [
+    (dtype, name)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for name in instruction_sets()
+    if dtype == torch.bfloat16 or name in ("avx512", "avx2")
+]
+ESTIMATE_CASES = [
+    (dtype, name)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for name in instruction_sets()
+]
+"""Estimators take products in bf16 where the instruction set has them, whatever the input."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def random_index(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    head_slots: tuple[int, ...],
+    num_queries: int,
+    num_keys: int,
+    mask: AttentionMask,
+    density: float,
+) -> SparseIndex:
+    """A valid index with random contents: counts differ between rows, heads and batch rows."""
+    blocks = num_query_blocks(num_queries, mask.query_offset)
+    first, key_blocks = first_query_block(mask.query_offset), num_key_blocks(num_keys)
+    query = torch.empty(batch, len(head_slots), num_queries, 1)
+    width = IndexWidth(key_blocks, first + blocks, min(num_keys, 200))
+    index = empty_index(query, blocks, width, head_slots)
+
+    def chance(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def fill(count: torch.Tensor, entries: torch.Tensor, chosen: torch.Tensor) -> None:
+        positions = chosen.nonzero().flatten()[: entries.numel()]
+        count.fill_(len(positions))
+        entries[: len(positions)] = positions
+
+    for b in range(batch):
+        for row in range(index.block_count.shape[1]):
+            for i in range(blocks):
+                chosen = chance(key_blocks) < density
+                if mask.causal:
+                    chosen[first + i + 1 :] = False
+                    chosen[min(first + i, key_blocks - 1)] = True
+                fill(index.block_count[b, row, i], index.block_index[b, row, i], chosen)
+                if chance(1).item() < 0.1:
+                    index.block_count[b, row, i] = ALL_BLOCKS
+        for row in range(index.diagonal_count.shape[1]):
+            chosen = chance(first + blocks) < density
+            chosen[0] = True
+            fill(index.diagonal_count[b, row], index.diagonal_index[b, row], chosen)
+            if chance(1).item() < 0.2:
+                index.diagonal_count[b, row] = ALL_DIAGONALS
+        for h in range(len(head_slots)):
+            chosen = chance(num_keys) < density * chance(1)
+            fill(index.column_count[b, h], index.column_index[b, h], chosen)
+    return index
+
+
+def random_inputs(
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    *,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    value_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query as projections give it, [B, N, H, D] transposed; value a slice of a wider tensor."""
+    query = torch.randn(batch, num_queries, heads, head_dim, generator=generator).transpose(1, 2)
+    key = torch.randn(batch, kv_heads, num_keys, head_dim, generator=generator)
+    value = torch.randn(batch, kv_heads, num_keys, value_dim + 3, generator=generator)
+    return query.to(dtype), key.to(dtype), value.to(dtype)[..., :value_dim]
+
+
+def assert_matches_reference(
+    spec: KernelSpec,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    index: SparseIndex,
+    mask: AttentionMask,
+    **numbers: object,
+) -> None:
+    wide = [tensor.double() for tensor in inputs]
+    expected = reference.sparse_attention(*wide, index, mask, **numbers)
+    found = run_attention(spec, *inputs, index, mask, **numbers)
+    assert found.stride() == reference.empty_output(inputs[0], inputs[2]).stride()
+    error = (found.double() - expected).abs().max().item()
+    assert error <= TOLERANCE[inputs[0].dtype] * max(1.0, expected.abs().max().item())
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn) -> dict[str, object]:
+    causal = draw(st.booleans())
+    num_queries = draw(st.integers(1, 300))
+    offset = draw(st.integers(0, 200)) if causal else 0
+    extra = draw(st.integers(0, 70))
+    forms = draw(st.lists(st.booleans(), min_size=1, max_size=4))
+    slots, lists, diagonals = [], 0, 0
+    for is_list in forms:
+        if is_list or not causal:
+            slots.append(lists)
+            lists += 1
+        else:
+            diagonals += 1
+            slots.append(-diagonals)
+    kv_heads = draw(st.sampled_from([n for n in (1, 2, 4) if len(slots) % n == 0]))
+    return {
+        "causal": causal,
+        "num_queries": num_queries,
+        "num_keys": offset + num_queries + extra,
+        "offset": offset,
+        "window": draw(st.sampled_from([0, 0, 1, 63, 64, 65, 130])) if causal else 0,
+        "padding": draw(st.sampled_from([0.0, 0.0, 0.1, 0.9, 1.0])),
+        "slots": tuple(slots),
+        "kv_heads": kv_heads,
+        "batch": draw(st.integers(1, 2)),
+        "density": draw(st.sampled_from([0.0, 0.2, 0.7, 1.0])),
+        "seed": draw(st.integers(0, 2**20)),
+        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
+    }
+
+
+def run_case(case: dict[str, object]) -> None:
+    """Compare one drawn case; also what the AddressSanitizer run calls."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    key_mask = None
+    if case["padding"] > 0:
+        shape = (case["batch"], case["num_keys"])
+        key_mask = torch.rand(shape, generator=generator) >= case["padding"]
+    mask = AttentionMask(case["causal"], case["offset"], case["window"], key_mask)
+    sizes = {name: case[name] for name in ("batch", "num_queries", "num_keys")}
+    index = random_index(
+        generator, head_slots=case["slots"], mask=mask, density=case["density"], **sizes
+    )
+    inputs = random_inputs(
+        generator,
+        case["dtype"],
+        heads=len(case["slots"]),
+        kv_heads=case["kv_heads"],
+        head_dim=40,
+        value_dim=24,
+        **sizes,
+    )
+    spec = KernelSpec(dtype_name(case["dtype"]), 40, 24, best_instruction_set(case["dtype"]))
+    assert_matches_reference(spec, inputs, index, mask, scale=0.2)
+
+
+def assert_same_index(found: SparseIndex, expected: SparseIndex) -> None:
+    assert found.head_slots == expected.head_slots
+    for ours, theirs in zip(found.tensors(), expected.tensors(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)

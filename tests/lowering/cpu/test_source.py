@@ -1,0 +1,151 @@
+"""The generated C++ itself: readable, the same text for the same spec, and right under AMX too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpass.lowering import cpu
+from mpass.lowering.cpu import library
+from mpass.lowering.cpu.attention import run_attention
+from mpass.lowering.cpu.spec import KernelSpec, generate_source
+from mpass.lowering.cpu.support import instruction_sets
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.reference import attention as reference
+from mpass.lowering.reference import vertical_slash as estimate
+from tests.helpers.cpu_cases import assert_same_index, needs_kernels, random_index, random_inputs
+
+GOLDEN = Path(__file__).parent / "golden"
+SPECS = {
+    "attention_bf16_avx512.cpp": KernelSpec("bfloat16", 128, 128, "avx512_bf16"),
+    "attention_bf16_amx.cpp": KernelSpec("bfloat16", 128, 128, "amx"),
+    "attention_fp16_avx2_softcap.cpp": KernelSpec("float16", 64, 80, "avx2", softcap=True),
+    "estimate_fp32_avx512.cpp": KernelSpec("float32", 64, 64, "avx512", kernel="estimate"),
+}
+EMULATED_TILES = r"""
+#include <immintrin.h>
+#include <cstdint>
+#include <cstring>
+// Tile registers as plain memory, for machines without AMX; 8 tiles of 16 rows x 64 bytes.
+#undef _tile_loadconfig
+#undef _tile_storeconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#undef _tile_dpbssd
+static thread_local struct { uint8_t config[64]; unsigned char data[8][16][64]; } tiles;
+static void emulated_load(int t, const void* base, long stride) {
+  for (int r = 0; r < 16; ++r)
+    std::memcpy(tiles.data[t][r], (const char*)base + r * stride, 64);
+}
+static void emulated_store(int t, void* base, long stride) {
+  for (int r = 0; r < 16; ++r) std::memcpy((char*)base + r * stride, tiles.data[t][r], 64);
+}
+static float emulated_float(const unsigned char* p) {
+  uint16_t half; std::memcpy(&half, p, 2);
+  uint32_t bits = uint32_t(half) << 16; float x; std::memcpy(&x, &bits, 4); return x;
+}
+static void emulated_dot(int c, int a, int b) {
+  if (tiles.config[0] != 1) __builtin_trap();  // tiles used without a configuration
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 16; ++n) {
+        float acc; std::memcpy(&acc, tiles.data[c][m] + 4 * n, 4);
+        for (int pair = 0; pair < 2; ++pair)
+          acc += emulated_float(tiles.data[a][m] + 4 * k + 2 * pair) *
+              emulated_float(tiles.data[b][k] + 4 * n + 2 * pair);
+        std::memcpy(tiles.data[c][m] + 4 * n, &acc, 4);
+      }
+}
+static void emulated_byte_dot(int c, int a, int b) {
+  if (tiles.config[0] != 1) __builtin_trap();
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 16; ++n) {
+        int32_t acc; std::memcpy(&acc, tiles.data[c][m] + 4 * n, 4);
+        for (int i = 0; i < 4; ++i)
+          acc += int(int8_t(tiles.data[a][m][4 * k + i])) * int8_t(tiles.data[b][k][4 * n + i]);
+        std::memcpy(tiles.data[c][m] + 4 * n, &acc, 4);
+      }
+}
+#define _tile_loadconfig(p) std::memcpy(tiles.config, (p), 64)
+#define _tile_storeconfig(p) std::memcpy((p), tiles.config, 64)
+#define _tile_release() std::memset(tiles.config, 0, 64)
+#define _tile_zero(t) std::memset(tiles.data[t], 0, 1024)
+#define _tile_loadd(t, p, s) emulated_load(t, p, s)
+#define _tile_stored(t, p, s) emulated_store(t, p, s)
+#define _tile_dpbf16ps(c, a, b) emulated_dot(c, a, b)
+#define _tile_dpbssd(c, a, b) emulated_byte_dot(c, a, b)
+"""
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_generated_source_is_the_accepted_one(name: str) -> None:
+    """MPASS_ACCEPT_GOLDEN=1 accepts a change of the templates."""
+    source = generate_source(SPECS[name])
+    path = GOLDEN / name
+    if os.environ.get("MPASS_ACCEPT_GOLDEN") == "1":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert source == path.read_text(), "MPASS_ACCEPT_GOLDEN=1 accepts the new source"
+
+
+def test_source_does_not_depend_on_what_varies_between_calls() -> None:
+    source = generate_source(SPECS["attention_bf16_avx512.cpp"])
+    assert "{{" not in source
+    assert "{%" not in source
+    for name in ("num_keys", "window", "query_offset", "column_count"):
+        assert f"a.{name}" in source
+
+
+@needs_kernels
+@pytest.mark.skipif(
+    "avx512_bf16" not in instruction_sets(), reason="the AMX source converts with AVX512-bf16"
+)
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_amx_source_is_right_on_emulated_tiles(
+    head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = tmp_path / "tiles.h"
+    header.write_text(EMULATED_TILES)
+    flags = (*library.EXTRA_FLAGS, "-include", str(header))
+    monkeypatch.setattr(library, "EXTRA_FLAGS", flags)
+    monkeypatch.setattr(library, "load_library", library.load_library.__wrapped__)
+    monkeypatch.setattr("mpass.lowering.cpu.attention.load_library", library.load_library)
+    monkeypatch.setattr("mpass.lowering.cpu.budget_estimators.load_library", library.load_library)
+
+    generator = torch.Generator().manual_seed(2)
+    sizes = {"batch": 1, "num_queries": 203, "num_keys": 250}
+    mask = AttentionMask(query_offset=47)
+    index = random_index(generator, head_slots=(0, -1), mask=mask, density=0.5, **sizes)
+    query, key, value = random_inputs(
+        generator, torch.bfloat16, heads=2, kv_heads=1, head_dim=head_dim, value_dim=72, **sizes
+    )
+    spec = KernelSpec("bfloat16", head_dim, 72, "amx")
+    found = run_attention(spec, query, key, value, index, mask, scale=0.125)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    expected = reference.sparse_attention(*wide, index, mask, scale=0.125)
+    assert (found.double() - expected).abs().max() < 2e-2
+
+    budgets = {"scale": 0.125, "vertical_sizes": [40, 60], "slash_sizes": [120, 130]}
+    spec = KernelSpec("bfloat16", head_dim, head_dim, "amx", kernel="estimate")
+    assert_same_index(
+        cpu.vertical_slash_index(query, key, mask, [0, 1], **budgets, spec=spec),
+        estimate.vertical_slash_index(query, key, mask, [0, 1], **budgets),
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kernel", "function"), [("attention", "sparse_attention"), ("union", "union_index")]
+)
+def test_amx_source_compiles_with_the_real_instructions(kernel: str, function: str) -> None:
+    spec = KernelSpec("bfloat16", 64, 64, "amx", kernel=kernel)
+    flags = ("-mavx512f", "-mavx512bw", "-mavx512dq", *library.INSTRUCTION_FLAGS["amx"])
+    built = library.compile_source(generate_source(spec), label="amx", extra_flags=flags)
+    assert built[function]

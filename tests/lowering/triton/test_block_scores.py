@@ -1,0 +1,258 @@
+"""Generated lists of key blocks, interpreted, against plain torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mpass.lowering import dispatch
+from mpass.lowering.index import AttentionMask, IndexWidth, empty_index
+from mpass.lowering.reference import block_scores as estimate_tiles
+from mpass.lowering.reference import union as estimate_union
+from mpass.lowering.reference import vertical_slash as reference
+from mpass.lowering.reference import x_attention as estimate_antidiagonal
+from mpass.lowering.reference.block_scores import TileRule
+from mpass.lowering.reference.pooled_keys import pooled_keys
+from mpass.lowering.reference.union import UnionRule
+from mpass.lowering.reference.x_attention import AntidiagonalRule
+from mpass.lowering.triton import antidiagonal_index, block_top_k_index, tile_index, union_index
+from mpass.lowering.triton import block_scores as blocks
+from mpass.lowering.triton import pooled_keys as pooled
+from mpass.lowering.triton import x_attention as antidiagonal
+from mpass.lowering.triton.launch import device_ints
+from mpass.patterns.base import find_pattern
+from mpass.patterns.base import scored as lists
+from tests.helpers.triton_cases import assert_same, padding, poisoned_memory
+from tests.helpers.truth import random_attention
+
+LENGTH, SCALE = 333, 0.3
+MASKS = {
+    "plain": AttentionMask(),
+    "window": AttentionMask(window=130),
+    "narrow window": AttentionMask(window=1),
+    "padding": AttentionMask(key_mask=padding(2, LENGTH)),
+    "offset": AttentionMask(query_offset=77),
+    "bidirectional": AttentionMask(causal=False),
+    "all": AttentionMask(window=90, query_offset=77, key_mask=padding(2, LENGTH)),
+}
+HEADS = [3, 0, 2]
+
+TOP_P = TileRule(None, 0.6, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=5)
+MAX = TileRule(0.5, None, 64, sink_blocks=0, local_blocks=1, last_blocks=1, max_blocks=5)
+TILES = {
+    "share": [MAX, dataclasses.replace(MAX, share=0.9, block_size=128, max_blocks=6), MAX],
+    "mass": [
+        TOP_P,
+        dataclasses.replace(TOP_P, mass=0.9, block_size=128, sink_blocks=0, max_blocks=4),
+        dataclasses.replace(TOP_P, mass=1.0, last_blocks=1),
+    ],
+}
+UNION = [
+    UnionRule(0.6, 1.0, 33, 1, 2, 0, rows=16, pool=8, max_blocks=6, last_queries=16),
+    UnionRule(0.6, 0.3, 0, 0, 1, 0, rows=64, pool=64, max_blocks=6, last_queries=64),
+    UnionRule(0.5, 0.3, 17, 0, 1, 1, rows=16, pool=8, max_blocks=3, last_queries=32),
+]
+ANTIDIAGONAL = [
+    AntidiagonalRule(0.6, 8, 64, 1, 1, 0, max_blocks=5),
+    AntidiagonalRule(0.5, 16, 192, 0, 1, 1, max_blocks=6),
+    AntidiagonalRule(0.9, 64, 128, 1, 1, 0, max_blocks=4),
+]
+
+
+def tensors(mask: AttentionMask, *, head_dim: int = 32, dtype: torch.dtype = torch.float32):
+    batch = 1 if mask.key_mask is None else mask.key_mask.shape[0]
+    query, key, _ = random_attention(
+        batch,
+        num_queries=LENGTH - mask.query_offset,
+        num_keys=LENGTH,
+        head_dim=head_dim,
+        dtype=dtype,
+        seed=1,
+    )
+    return query * 2, key
+
+
+def agreement(index, expected) -> float:
+    """Share of equal entries in the tensor where most differ."""
+    pairs = zip(index.tensors(), expected.tensors(), strict=True)
+    return min(float((ours == theirs).float().mean()) for ours, theirs in pairs if ours.numel())
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_block_top_k_selects_what_the_reference_selects(mask):
+    query, key = tensors(mask)
+    options = {"top_k": [1, 2, 50], "block_sizes": [64, 128, 64]}
+    with poisoned_memory():
+        index = block_top_k_index(query, key, mask, HEADS, **options)
+    assert_same(index, reference.block_top_k_index(query, key, mask, HEADS, **options))
+
+
+def test_block_scores_taken_in_turns_select_the_same(monkeypatch):
+    query, key, _ = random_attention(num_queries=500, num_keys=577, seed=3)
+    mask = AttentionMask(query_offset=77)
+    options = {"top_k": [2, 1], "block_sizes": [128, 64]}
+    expected = reference.block_top_k_index(query, key, mask, [0, 3], **options)
+    monkeypatch.setattr(blocks, "SCORE_BYTES", 1)
+    assert_same(block_top_k_index(query, key, mask, [0, 3], **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0, 70])
+def test_block_means_equal_reference(dtype, offset):
+    query, _, _ = random_attention(2, num_queries=190, head_dim=48, dtype=dtype)
+    mask = AttentionMask(key_mask=padding(2, 190 + offset))
+    heads = [2, 1]
+    rows = query.float() if dtype == torch.bfloat16 else query
+    with poisoned_memory():
+        means, _ = pooled.pooled_means(
+            rows,
+            device_ints(heads, rows.device),
+            128,
+            mask,
+            offset=offset,
+            dtype=torch.float32,
+        )
+    for place, head in enumerate(heads):
+        truth = reference.pooled_means(query[:, head], 128, mask, offset=offset)
+        assert (means[:, place] - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [4, 8, 64, 192])
+def test_means_of_runs_of_keys_equal_reference(size):
+    _, key, _ = random_attention(2, num_queries=190, head_dim=48)
+    mask = AttentionMask(key_mask=padding(2, 190))
+    with poisoned_memory():
+        means, weights = pooled.pooled_keys(key, mask, size)
+    for head in range(2):
+        truth, counts = pooled_keys(key[:, head], mask, size, max(size, 64))
+        assert (means[:, head] - truth).abs().max() < 1e-5
+        assert torch.equal(weights[:, head] >= 0, counts > 0)
+        assert (weights[:, head].exp2() - counts).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", TILES)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_tiles_select_what_the_reference_selects(mask, kind):
+    query, key = tensors(mask)
+    arguments = (query, key, mask, HEADS, TILES[kind])
+    with poisoned_memory():
+        index = tile_index(*arguments, scale=SCALE)
+    assert_same(index, estimate_tiles.tile_index(*arguments, scale=SCALE))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_union_selects_what_the_reference_selects(mask):
+    query, key = tensors(mask)
+    arguments = (query, key, mask, HEADS, UNION)
+    with poisoned_memory():
+        index = union_index(*arguments, scale=SCALE)
+    assert_same(index, estimate_union.union_index(*arguments, scale=SCALE))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_antidiagonals_select_what_the_reference_selects(mask):
+    query, key = tensors(mask)
+    arguments = (query, key, mask, HEADS, ANTIDIAGONAL)
+    with poisoned_memory():
+        index = antidiagonal_index(*arguments, scale=SCALE)
+    assert_same(index, estimate_antidiagonal.antidiagonal_index(*arguments, scale=SCALE))
+
+
+@pytest.mark.parametrize("stride", [1, 4, 32])
+def test_antidiagonals_of_any_stride_and_head_size_select_what_the_reference_selects(stride):
+    mask = AttentionMask(query_offset=300, key_mask=padding(2, LENGTH))
+    query, key = tensors(mask, head_dim=80)
+    rule = AntidiagonalRule(0.6, stride, 128, 1, 1, 0, max_blocks=4)
+    arguments = (query, key, mask, [1, 2], [rule, rule])
+    with poisoned_memory():
+        index = antidiagonal_index(*arguments, scale=SCALE)
+    assert_same(index, estimate_antidiagonal.antidiagonal_index(*arguments, scale=SCALE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_lists_in_half_precision_nearly_equal_reference(dtype):
+    # Means are rounded to the dtype of the keys, so that near-equal scores may change places.
+    mask = MASKS["padding"]
+    query, key = tensors(mask, head_dim=80, dtype=dtype)
+    for kind in TILES:
+        arguments = (query, key, mask, HEADS, TILES[kind])
+        expected = estimate_tiles.tile_index(*arguments, scale=0.1)
+        assert agreement(tile_index(*arguments, scale=0.1), expected) >= 0.97
+    arguments = (query, key, mask, HEADS, UNION)
+    expected = estimate_union.union_index(*arguments, scale=0.1)
+    assert agreement(union_index(*arguments, scale=0.1), expected) >= 0.97
+    arguments = (query, key, mask, HEADS, ANTIDIAGONAL)
+    expected = estimate_antidiagonal.antidiagonal_index(*arguments, scale=0.1)
+    assert agreement(antidiagonal_index(*arguments, scale=0.1), expected) >= 0.97
+
+
+def test_scores_taken_in_turns_give_the_same_lists(monkeypatch):
+    mask = MASKS["offset"]
+    query, key = tensors(mask)
+    tiles = (query, key, mask, HEADS, TILES["mass"])
+    union = (query, key, mask, HEADS, UNION)
+    groups = (query, key, mask, HEADS, ANTIDIAGONAL)
+    expected = tile_index(*tiles, scale=SCALE), union_index(*union, scale=SCALE)
+    together = antidiagonal_index(*groups, scale=SCALE)
+    monkeypatch.setattr(blocks, "SCORE_BYTES", 1)
+    assert_same(antidiagonal_index(*groups, scale=SCALE), together)
+    assert_same(tile_index(*tiles, scale=SCALE), expected[0])
+    assert_same(union_index(*union, scale=SCALE), expected[1])
+
+
+def test_rows_wider_than_a_chunk_are_listed_whole():
+    # 2048 scores are one chunk; rules alone are checked here, on scores made up.
+    generator = torch.Generator().manual_seed(0)
+    query = torch.zeros(1, 1, 64, 16)
+    key = torch.zeros(1, 1, 3000 * 64, 16)
+    mask = AttentionMask(query_offset=2999 * 64)
+    scores = torch.rand(1, 1, 1, 3000, generator=generator)
+    scores[..., 5::7] = 0.25  # ties, of which some are kept
+    index = empty_index(query, 1, IndexWidth(max_blocks=1500), [0])
+    for rule, limit in (("top_k", 1500), ("row_mass", 1000)):
+        rules = device_ints(blocks.ListRule(0, limit, 1, 2, 0, 0.99).numbers(), query.device)
+        blocks.list_blocks(
+            index, scores, rule, rules, query, key, mask,
+            rows=(0, 1), first_score_row=2999, repeat=1,
+        )  # fmt: skip
+        forced = [2999] if rule == "top_k" else [0, 2998, 2999]
+        order = torch.sort(scores[0, 0, 0], descending=True, stable=True).indices.tolist()
+        best = sorted([*forced, *[i for i in order if i not in forced]][:limit])
+        assert int(index.block_count) == limit
+        assert index.block_index[0, 0, 0, :limit].tolist() == best
+
+
+def test_blocks_that_a_row_asked_for_come_before_better_ones_and_count_as_held():
+    query, key = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 8 * 64, 16)
+    mask = AttentionMask(query_offset=7 * 64)
+    scores = torch.tensor([0.5, -0.1, 4.0, 3.0, -0.2, 3.0, 0.0, 1.0]).view(1, 1, 1, 8)
+    for share, limit, expected in (
+        (0.05, 8, [1, 4, 7]),
+        (0.40, 8, [1, 2, 4, 7]),
+        (0.50, 8, [1, 2, 3, 4, 7]),  # ties: the smaller of 3 and 5
+        (0.95, 8, [1, 2, 3, 4, 5, 7]),
+        (1.00, 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (1.00, 4, [1, 2, 4, 7]),
+        (0.50, 2, [4, 7]),
+    ):
+        index = empty_index(query, 1, IndexWidth(max_blocks=8), [0])
+        rules = device_ints(blocks.ListRule(0, limit, 0, 1, 0, share).numbers(), query.device)
+        blocks.list_blocks(
+            index, scores, "row_mass", rules, query, key, mask,
+            rows=(0, 1), first_score_row=7, repeat=1,
+        )  # fmt: skip
+        assert index.block_index[0, 0, 0, : int(index.block_count)].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["union", "block_max", "block_top_p", "x_attention"])
+def test_a_gpu_takes_the_generated_estimator_of_the_pattern(name, monkeypatch):
+    pattern = find_pattern(name)()
+    query, key, _ = random_attention(num_queries=130)
+    monkeypatch.setattr(lists, "choose_lowering", lambda *_: dispatch.Lowering("triton"))
+    called = []
+    for module in (blocks, antidiagonal):
+        monkeypatch.setattr(module, "list_blocks", lambda *_, **__: called.append(name))
+    type(pattern).estimate(query, key, AttentionMask(), [0], [pattern], scale=1.0)
+    assert called

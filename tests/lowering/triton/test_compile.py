@@ -1,0 +1,236 @@
+"""Generated kernels compiled to machine code without a GPU: spills, shared memory, matrix units.
+
+The default run compiles a few; `pytest -m slow tests/lowering/triton/test_compile.py` the whole
+matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mpass.lowering.triton.compile import (
+    Report,
+    attention_report,
+    compile_kernel,
+    table_spec,
+)
+from mpass.lowering.triton.spec import (
+    GROUP_TILE,
+    SHARED_MEMORY,
+    KernelSpec,
+    parts,
+    score_warps,
+    select_warps,
+)
+
+MAX_SPILL = 16
+"""Bytes of spilled registers that a kernel of the table may have."""
+
+MATRIX_UNIT = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+
+HEAD_DIMS = [64, 80, 96, 128, 192, 256]
+
+FLAGS = {
+    "lists": {},
+    "lists_columns": {"columns": True},
+    "diagonals_columns": {"form": "diagonals", "columns": True},
+    "mixed_columns": {"form": "mixed", "columns": True},
+    "window": {"form": "mixed", "columns": True, "window": True},
+    "padding": {"form": "mixed", "columns": True, "padding": True},
+    "capped": {"form": "mixed", "columns": True, "softcap": True},
+    "everything": {
+        "form": "mixed",
+        "columns": True,
+        "window": True,
+        "padding": True,
+        "softcap": True,
+        "sinks": True,
+    },
+}
+
+
+def block_spec(rule: str, width: int, **flags) -> KernelSpec:
+    """The listing kernel of rows of `width` scores."""
+    return KernelSpec("blocks", tile=width, rule=rule, num_warps=select_warps(width), **flags)
+
+
+def score_spec(template: str, head_dim: int, **values) -> KernelSpec:
+    """A kernel of estimation that multiplies query rows with means, or groups with groups."""
+    shape = {"num_warps": score_warps(head_dim), "num_stages": 2}
+    if template == "group_scores":
+        shape = {"num_warps": 8, "num_stages": 3, "tile": GROUP_TILE}
+    return KernelSpec(template, head_dim=head_dim, **shape, **values)
+
+
+SMALL_KERNELS = [
+    (KernelSpec("ints", num_warps=1), "write_ints"),
+    (KernelSpec("rows", num_warps=1), "plan_rows"),
+    (
+        KernelSpec("rows", form="mixed", columns=True, window=True, padding=True, num_warps=1),
+        "plan_rows",
+    ),
+    (KernelSpec("columns", head_dim=192, value_dim=128), "gather_columns"),
+    (KernelSpec("last_queries", head_dim=128, num_stages=2), "row_statistics"),
+    (
+        KernelSpec("last_queries", head_dim=128, window=True, padding=True, num_stages=2),
+        "sum_probabilities",
+    ),
+    (
+        KernelSpec("last_queries", head_dim=256, num_warps=8, num_stages=2),
+        "sum_probabilities",
+    ),
+    (KernelSpec("select", tile=1024, window=True), "mark_distances"),
+    (KernelSpec("select", tile=1024), "list_columns"),
+    (KernelSpec("select", tile=1024), "list_diagonals"),
+    (KernelSpec("pool", head_dim=128, pool=64, padding=True), "pool_runs"),
+    (KernelSpec("pool", head_dim=256, pool=8, padding=True), "pool_runs"),
+    (block_spec("top_k", 2048, window=True), "list_blocks"),
+    (block_spec("share", 2048, target="sm_80"), "list_blocks"),
+    (block_spec("row_mass", 16384, window=True, padding=True), "list_blocks"),
+    (score_spec("tile_scores", 128), "score_tiles"),
+    (score_spec("row_scores", 128, rows=16, pool=8, target="sm_80"), "score_rows"),
+    (score_spec("sampled_rows", 128), "row_totals"),
+    (score_spec("sampled_rows", 128, window=True, padding=True), "sum_columns"),
+    (score_spec("group_scores", 128, pool=8), "score_groups"),
+    (score_spec("group_scores", 128, pool=8, window=True), "sum_groups"),
+]
+
+
+def check_attention(spec: KernelSpec) -> Report:
+    report = attention_report(spec)
+    assert report.spill_bytes <= MAX_SPILL
+    assert report.shared_bytes <= SHARED_MEMORY[spec.target]
+    # Two products per loop body, each over the parts of its dimension, at least.
+    bodies = 3 if spec.columns else 2
+    products = len(parts(spec.head_dim, spec.target)) + len(parts(spec.value_dim, spec.target))
+    assert report.matrix_ops[MATRIX_UNIT[spec.target]] >= bodies * products
+    others = {op: n for op, n in report.matrix_ops.items() if op != MATRIX_UNIT[spec.target]}
+    assert not any(others.values())
+    return report
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim", "flags"),
+    [
+        ("sm_90", 128, "lists"),
+        ("sm_90", 128, "diagonals_columns"),
+        ("sm_90", 96, "everything"),
+        ("sm_80", 128, "mixed_columns"),
+        ("sm_80", 64, "everything"),
+    ],
+)
+def test_attention_of_the_table_does_not_spill(target, head_dim, flags):
+    check_attention(table_spec(target, head_dim, **FLAGS[flags]))
+
+
+def test_heads_of_a_static_pattern_together_do_not_spill():
+    report = check_attention(table_spec("sm_90", 128, form="diagonals", columns=True, pack=2))
+    assert report.num_warps == 8
+
+
+@pytest.mark.parametrize(("spec", "kernel"), SMALL_KERNELS, ids=lambda x: getattr(x, "template", x))
+def test_small_kernels_do_not_spill(spec, kernel):
+    report = compile_kernel(spec, kernel)
+    assert report.spill_bytes <= MAX_SPILL
+    assert report.shared_bytes <= SHARED_MEMORY[spec.target]
+
+
+def test_report_tells_how_many_programs_fit_a_multiprocessor():
+    report = attention_report(table_spec("sm_90", 128))
+    by_registers = 65536 // (report.registers * 32 * report.num_warps)
+    assert report.programs(SHARED_MEMORY["sm_90"]) == min(
+        by_registers, SHARED_MEMORY["sm_90"] // report.shared_bytes
+    )
+    assert report.programs(SHARED_MEMORY["sm_90"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_matrix_of_attention_kernels_does_not_spill(target, head_dim, dtype, flags):
+    check_attention(table_spec(target, head_dim, dtype=dtype, **FLAGS[flags]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_matrix_of_packed_kernels_does_not_spill(target, head_dim):
+    from mpass.lowering.triton.spec import attention_tile
+
+    if attention_tile(target, head_dim, head_dim).max_pack < 2:
+        pytest.skip("the table packs no heads at this size")
+    check_attention(table_spec(target, head_dim, pack=2, form="mixed"))
+    for flags in (
+        {"window": True, "softcap": True},
+        {"columns": True},
+        {"columns": True, "window": True},
+        {"columns": True, "window": True, "padding": True, "softcap": True, "sinks": True},
+    ):
+        check_attention(table_spec(target, head_dim, pack=2, form="mixed", **flags))
+        check_attention(table_spec(target, head_dim, pack=2, form="diagonals", **flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_100", "gfx942"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("flags", ["lists", "diagonals_columns", "everything"])
+def test_other_targets_compile(target, head_dim, flags):
+    spec = table_spec(target, head_dim, **FLAGS[flags])
+    report = attention_report(spec)
+    assert report.shared_bytes <= SHARED_MEMORY[target]
+    assert report.matrix_ops[MATRIX_UNIT[target]] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize(("spec", "kernel"), SMALL_KERNELS, ids=lambda x: getattr(x, "template", x))
+def test_small_kernels_compile_for_every_target(target, spec, kernel):
+    report = compile_kernel(dataclasses.replace(spec, target=target), kernel)
+    assert report.shared_bytes <= SHARED_MEMORY[target]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [256, 1024, 4096, 8192, 16384])
+@pytest.mark.parametrize("rule", ["top_k", "share", "mass", "row_mass"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_lists_of_every_length_of_prompt_do_not_spill(target, rule, width):
+    flags = {} if rule == "top_k" else {"window": True, "padding": True}
+    for spec in (block_spec(rule, width), block_spec(rule, width, **flags)):
+        report = compile_kernel(dataclasses.replace(spec, target=target), "list_blocks")
+        assert report.spill_bytes <= MAX_SPILL
+
+
+SCORES = {
+    "score_tiles": ("tile_scores", {}),
+    "score_rows": ("row_scores", {"rows": 16, "pool": 8}),
+    "score_rows of whole blocks": ("row_scores", {"rows": 64, "pool": 64}),
+    "score_rows of single keys": ("row_scores", {"rows": 8, "pool": 1}),
+    "row_totals": ("sampled_rows", {}),
+    "sum_columns": ("sampled_rows", {}),
+    "score_groups": ("group_scores", {"pool": 8}),
+    "score_groups of 16": ("group_scores", {"pool": 16}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_matrix_of_block_scores_does_not_spill(target, head_dim, name, dtype):
+    template, values = SCORES[name]
+    for flags in ({}, {"window": True, "padding": True}):
+        spec = score_spec(template, head_dim, target=target, dtype=dtype, **values, **flags)
+        report = compile_kernel(spec, name.split()[0])
+        assert report.spill_bytes <= MAX_SPILL
+        assert report.shared_bytes <= SHARED_MEMORY[target]
+        assert report.matrix_ops[MATRIX_UNIT[target]] > 0

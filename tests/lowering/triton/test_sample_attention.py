@@ -1,0 +1,82 @@
+"""sample_attention's columns and flex_prefill's lists, interpreted, against plain torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.reference import flex_prefill as estimate_flex
+from mpass.lowering.reference import sample_attention as reference
+from mpass.lowering.reference.flex_prefill import FlexRule
+from mpass.lowering.reference.sample_attention import SampledRule
+from mpass.lowering.triton import flex_index, sampled_index
+from tests.helpers.triton_cases import assert_same, padding, poisoned_memory
+from tests.helpers.truth import random_attention
+
+LENGTH, SCALE = 333, 0.3
+RULE = SampledRule(0.7, 0.3, 0.2, max_window=100, max_columns=200)
+RULES = [RULE, dataclasses.replace(RULE, coverage=1.0, max_columns=90), RULE]
+HEADS = [3, 0, 2]
+MASKS = {
+    "plain": AttentionMask(),
+    "window": AttentionMask(window=130),
+    "padding": AttentionMask(key_mask=padding(2, LENGTH)),
+    "offset": AttentionMask(query_offset=77),
+    "all": AttentionMask(window=90, query_offset=77, key_mask=padding(2, LENGTH)),
+}
+
+
+def tensors(mask: AttentionMask, *, head_dim: int = 32, dtype: torch.dtype = torch.float32):
+    batch = 1 if mask.key_mask is None else mask.key_mask.shape[0]
+    num_queries = LENGTH - mask.query_offset
+    query, key, _ = random_attention(
+        batch, num_queries=num_queries, num_keys=LENGTH, head_dim=head_dim, dtype=dtype, seed=1
+    )
+    return query * 2, key
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_sampled_rows_select_what_the_reference_selects(mask):
+    arguments = (*tensors(mask), mask, HEADS, RULES)
+    with poisoned_memory():
+        index = sampled_index(*arguments, scale=SCALE)
+    assert_same(index, reference.sampled_index(*arguments, scale=SCALE))
+
+
+@pytest.mark.parametrize("row_share", [0.001, 1.0])
+def test_one_row_and_every_row_select_what_the_reference_selects(row_share):
+    mask = MASKS["offset"]
+    rules = [RULE, dataclasses.replace(RULE, row_share=row_share)]
+    arguments = (*tensors(mask, head_dim=80), mask, [1, 3], rules)
+    with poisoned_memory():
+        index = sampled_index(*arguments, scale=0.1)
+    assert_same(index, reference.sampled_index(*arguments, scale=0.1))
+
+
+def test_sampled_rows_in_half_precision_give_nearly_the_same_columns():
+    mask = MASKS["padding"]
+    arguments = (*tensors(mask, dtype=torch.bfloat16), mask, HEADS, RULES)
+    index = sampled_index(*arguments, scale=SCALE)
+    expected = reference.sampled_index(*arguments, scale=SCALE)
+    same = (index.column_index == expected.column_index).float().mean()
+    assert same >= 0.97
+
+
+FLEX = FlexRule(0.6, 0.1, 64, 192, 64, max_blocks=5)
+FLEX_RULES = {
+    "columns and diagonals": [dataclasses.replace(FLEX, tau=0.0), FLEX],
+    "pooled queries": [dataclasses.replace(FLEX, tau=1.0, gamma=0.9), FLEX],
+    "larger blocks": [dataclasses.replace(FLEX, block_size=128, max_blocks=4, tau=0.3)] * 2,
+}
+
+
+@pytest.mark.parametrize("rules", FLEX_RULES.values(), ids=FLEX_RULES)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_flex_prefill_selects_what_the_reference_selects(mask, rules):
+    arguments = (*tensors(mask), mask, [3, 0], rules)
+    with poisoned_memory():
+        index = flex_index(*arguments, scale=SCALE)
+    assert_same(index, estimate_flex.flex_index(*arguments, scale=SCALE))

@@ -1,0 +1,136 @@
+"""What a CUDA graph forbids does not happen: reading the device, copying host data, changing sizes.
+
+Seen without a GPU in the torch ops around the launches; the launches themselves only enqueue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpass.lowering import triton as lowering
+from mpass.lowering.index import AttentionMask, IndexWidth
+from mpass.lowering.reference.block_scores import TileRule
+from mpass.lowering.reference.flex_prefill import FlexRule
+from mpass.lowering.reference.sample_attention import SampledRule
+from mpass.lowering.reference.union import UnionRule
+from mpass.lowering.reference.x_attention import AntidiagonalRule
+from mpass.lowering.triton import attention, launch
+from mpass.lowering.triton import block_scores as blocks
+from mpass.lowering.triton import pooled_keys as pooled
+from mpass.lowering.triton import sample_attention as sampled
+from mpass.lowering.triton import vertical_slash as estimate
+from mpass.lowering.triton import x_attention as antidiagonal
+from mpass.patterns.base import find_pattern
+from tests.helpers.triton_cases import SLOTS, padding, random_index
+from tests.helpers.truth import random_attention
+
+READS_THE_DEVICE = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
+
+
+TILES = TileRule(0.5, None, 128, 1, 1, 1, 9)
+UNION = UnionRule(0.5, 0.5, 20, 1, 1, 1, 16, 8, 9, 64)
+FLEX = FlexRule(0.9, 0.1, 64, 1024, 128, 9)
+SAMPLED = SampledRule(0.9, 0.1, 0.1, 100, 50)
+ANTIDIAGONAL = AntidiagonalRule(0.5, 8, 128, 1, 1, 1, 9)
+
+
+class OpNames(TorchDispatchMode):
+    """Collects the names of all torch ops that run inside, and counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.split(".")[0])
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names and grids of the kernels that are launched, instead of running them."""
+    seen = []
+
+    def enqueue(spec, kernel, grid, *arguments):
+        seen.append((kernel, grid))
+        if kernel == "write_ints":
+            arguments[0].zero_()  # torch indexes with these
+
+    for module in (launch, antidiagonal, attention, blocks, estimate, pooled, sampled):
+        monkeypatch.setattr(module, "launch", enqueue)
+    return seen
+
+
+MASKS = {
+    "plain": AttentionMask(),
+    "all": AttentionMask(True, 40, 90, padding(2, 300)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_attention_is_three_launches_and_no_host_sync(mask, launches):
+    num_queries = 300 - mask.query_offset
+    query, key, value = random_attention(2, num_queries=num_queries, num_keys=300)
+    index = random_index(
+        SLOTS["mixed"],
+        mask,
+        batch=2,
+        num_queries=num_queries,
+        num_keys=300,
+        width=IndexWidth(3, 3, 70),
+    )
+    with OpNames() as ops:
+        lowering.sparse_attention(
+            query, key, value, index, mask, scale=0.2, softcap=2.0, sinks=torch.ones(4)
+        )
+    assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
+    # The mixed form reads each head's slot, which one more launch writes.
+    names = [kernel for kernel, _ in launches]
+    assert names == ["write_ints", "plan_rows", "gather_columns", "sparse_attention"]
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_estimation_has_no_host_sync_and_no_launch_per_head(mask, launches):
+    query, key, _ = random_attention(2, num_queries=300 - mask.query_offset, num_keys=300)
+    counts = []
+    for heads in ([0], [0, 1, 2, 3]):
+        launches.clear()
+        sizes = [50] * len(heads)
+        with OpNames() as ops:
+            lowering.vertical_slash_index(
+                query, key, mask, heads, scale=0.2, vertical_sizes=sizes, slash_sizes=sizes
+            )
+            lowering.block_top_k_index(
+                query, key, mask, heads, top_k=sizes, block_sizes=[64] * len(heads)
+            )
+            for rule in (TILES, dataclasses.replace(TILES, share=None, mass=0.5)):
+                lowering.tile_index(query, key, mask, heads, [rule] * len(heads), scale=0.2)
+            lowering.union_index(query, key, mask, heads, [UNION] * len(heads), scale=0.2)
+            lowering.sampled_index(query, key, mask, heads, [SAMPLED] * len(heads), scale=0.2)
+            lowering.flex_index(query, key, mask, heads, [FLEX] * len(heads), scale=0.2)
+            rules = [ANTIDIAGONAL] * len(heads)
+            lowering.antidiagonal_index(query, key, mask, heads, rules, scale=0.2)
+        assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
+        counts.append(sum(kernel != "write_ints" for kernel, _ in launches))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", ["a_shape", "strided", "tri_shape", "dense"])
+def test_static_patterns_have_no_host_sync_and_no_op_per_head(name, mask):
+    cls = find_pattern(name)
+    query, key, _ = random_attention(2, num_queries=300 - mask.query_offset, num_keys=300)
+    counts = []
+    for heads in ([0, 1], [0, 1, 2, 3]):
+        with OpNames() as ops:
+            cls.estimate(query, key, mask, heads, [cls()] * len(heads), scale=0.2)
+        assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
+        counts.append(ops.count)
+    assert counts[0] == counts[1]
