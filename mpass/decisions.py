@@ -8,7 +8,8 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.site import MaskMeaning, example
+from mpass.graph.nodes import example
+from mpass.graph.site import MaskMeaning
 from mpass.plan import AttentionPlan, Skip
 from mpass.text_table import count_patterns
 

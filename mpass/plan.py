@@ -18,7 +18,8 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from mpass.errors import ConfigMismatchError
-from mpass.graph.site import AttentionSite, Length, example, shape_of
+from mpass.graph.nodes import example, shape_of
+from mpass.graph.site import AttentionSite, Length
 from mpass.lowering.dispatch import choose_lowering
 from mpass.options import Options
 from mpass.patterns.base import Pattern

@@ -21,7 +21,8 @@ from torch import fx
 from mpass.config.decorators import overrides_of
 from mpass.config.sparse_config import LayerConfig, Span, SparseConfig, builtin_default
 from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
-from mpass.graph.site import AttentionSite, example
+from mpass.graph.nodes import example
+from mpass.graph.site import AttentionSite
 from mpass.options import DEFAULT_MIN_SEQ_LEN, Options
 from mpass.patterns.base import Pattern
 

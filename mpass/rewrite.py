@@ -14,8 +14,9 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.site import AttentionSite, Length, MaskMeaning, shape_of
-from mpass.graph.writes import remove_dead
+from mpass.graph.dead_code import remove_dead
+from mpass.graph.nodes import shape_of, value_of
+from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.lowering.index import join_slots
 from mpass.patterns.base import Pattern, head_slots, index_op, shared_slots
 from mpass.plan import AttentionPlan
@@ -185,7 +186,7 @@ def build_expression(graph: fx.Graph, expression: sympy.Expr) -> int | fx.Node:
 def find_symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
     """The input that is a shape symbol, or a new node with the size of a tensor input that is."""
     for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("example_value", node.meta.get("val"))
+        value = value_of(node)
         if isinstance(value, torch.SymInt) and value.node.expr == symbol:
             return node
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mpass.graph.site import example
+from mpass.graph.nodes import example
 from mpass.lowering.cpu import sparse_attention, unsupported
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, diagonal_slots, whole_index
 from mpass.patterns.base import Pattern

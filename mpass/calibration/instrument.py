@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpass.graph.dead_code import remove_dead
 from mpass.graph.site import AttentionSite
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.match import find_attention
 from mpass.patterns.base import Pattern
 from mpass.plan import reason_to_skip
-from mpass.rewrite import as_argument, copy_meta, insert_keys, remove_dead
+from mpass.rewrite import as_argument, copy_meta, insert_keys
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpass.graph.nodes import value_of
+
 
 def readable(gm: fx.GraphModule) -> str:
     """A graph as Python code with shapes, strides and devices, nodes made by passes included."""
@@ -61,12 +63,7 @@ def without_guards(node: fx.Node) -> Iterator[None]:
     yield
 
 
-def value_of(node: fx.Node) -> Any:
-    """The example value of a node, or None."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
-def op_name(node: fx.Node) -> str:
+def full_op_name(node: fx.Node) -> str:
     """What a node calls: `aten.add.Tensor`, `torch.nn.functional.silu`, `.view`; "" for no call."""
     if node.op == "call_method":
         return f".{node.target}"
@@ -83,7 +80,7 @@ def op_name(node: fx.Node) -> str:
 
 def count_ops(gm: fx.GraphModule) -> Counter[str]:
     """Calls of a graph by name."""
-    return Counter(name for node in gm.graph.nodes if (name := op_name(node)))
+    return Counter(name for node in gm.graph.nodes if (name := full_op_name(node)))
 
 
 def op_changes(before: Mapping[str, int], after: Mapping[str, int]) -> list[tuple[str, int, int]]:

@@ -5,17 +5,14 @@ Nothing here edits a graph.
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-Length = int | torch.SymInt
+from mpass.graph.nodes import head_count, shape_of
 
-TORCH = os.path.dirname(torch.__file__) + os.sep
-"""Where torch's own Python files lie."""
+Length = int | torch.SymInt
 
 
 @dataclass(frozen=True)
@@ -92,58 +89,3 @@ class AttentionSite:
     @property
     def head_dim(self) -> int:
         return int(shape_of(self.query)[-1])
-
-
-def example(node: fx.Node) -> torch.Tensor:
-    """The fake tensor that a node stands for, from Dynamo's graph or an exported one."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"node {node.name} has no example tensor")
-    return value
-
-
-def shape_of(node: fx.Node) -> torch.Size:
-    """Shape of the tensor that a node stands for."""
-    return example(node).shape
-
-
-def head_count(node: fx.Node) -> int:
-    """Heads of a tensor [.., H, N, D]; 1 if it has none (such a site stays dense)."""
-    shape = shape_of(node)
-    return int(shape[-3]) if len(shape) >= 3 else 1
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module that a node was traced in: `model.layers.3.self_attn`.
-
-    Empty when the compiled module is itself the attention's owner.
-    """
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['self'\]\.?|^L__self___", "", path)
-    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
-    return re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".")
-
-
-def layer_index(path: str) -> int:
-    """Layer number that a module path names: its first integer component, or -1.
-
-    T5's `encoder.block.3.layer.0.SelfAttention` has two; the block is the first.
-    """
-    for part in path.split("."):
-        if part.isdecimal():
-            return int(part)
-    return -1
-
-
-def source_line(node: fx.Node) -> str:
-    """The innermost line of the user's model that a node came from: `file:line, in name`.
-
-    Lines inside of torch (flex_attention is one of its Python functions) say nothing to a user.
-    """
-    trace = node.meta.get("stack_trace") or ""
-    frames: list[tuple[str, str, str]] = re.findall(r'File "(.*)", line (\d+), in (\S+)', trace)
-    own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
-    return "{}:{}, in {}".format(*own[-1]) if own else ""

@@ -23,8 +23,8 @@ from mpass.backend import apply_passes, compile_rest
 from mpass.debug import open_trace
 from mpass.decisions import decision_as_dict
 from mpass.files import write_whole
-from mpass.graph.printing import count_ops, readable, value_of
-from mpass.graph.site import shape_of
+from mpass.graph.nodes import shape_of, value_of
+from mpass.graph.printing import count_ops, readable
 from mpass.inspection.outline import Outline, outline
 from mpass.lowering.recorder import Log, record
 from mpass.options import Options, parse_options

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from mpass.graph.printing import op_name
-from mpass.graph.site import layer_index, module_path
+from mpass.graph.nodes import layer_index, module_path
+from mpass.graph.printing import full_op_name
 
 NAMED_OPS = 4
 """Most frequent calls that a box names."""
@@ -69,7 +69,7 @@ def outline(gm: fx.GraphModule, sites: Collection[str]) -> Outline:
             if not boxes or (boxes[-1].kind, boxes[-1].label) != (kind, label):
                 boxes.append(Box(kind, label, layer_index(label)))
         place[node] = len(boxes) - 1
-        if name := op_name(node):
+        if name := full_op_name(node):
             boxes[-1].ops[name] += 1
     edges = {
         (place[source], place[node])
@@ -83,7 +83,7 @@ def outline(gm: fx.GraphModule, sites: Collection[str]) -> Outline:
 
 def own_box(node: fx.Node, sites: Collection[str]) -> Box | None:
     """A box for an attention or for index estimation; None for every other node."""
-    name = op_name(node)
+    name = full_op_name(node)
     ours = name.startswith("minference.")
     if not ours and node.name not in sites:
         return None
@@ -105,9 +105,9 @@ def is_index_part(node: fx.Node) -> bool:
     """Whether a node only unpacks an index."""
     sources = node.all_input_nodes
     return (
-        op_name(node).endswith("getitem")
+        full_op_name(node).endswith("getitem")
         and len(sources) == 1
-        and op_name(sources[0]).startswith("minference.")
+        and full_op_name(sources[0]).startswith("minference.")
     )
 
 

@@ -1,4 +1,4 @@
-"""Sorting the conjuncts of a mask: causal, window, valid length, padding, or unknown.
+"""Classifying the conjuncts of a mask: causal, window, valid length, padding, or unknown.
 
 A mask is the condition under which query q of batch row b and head h sees key k. It is split at its
 `and`s; each part must be one of the forms that the sparse ops know, or the mask is not proven.
@@ -34,7 +34,7 @@ class MaskSizes:
 
 @dataclass
 class MaskTerms:
-    """The sorted conjuncts.
+    """The classified conjuncts of a mask.
 
     offset: of `k <= q + offset`. width: of `q - k < width`, before the offset is known.
     valid: of `k < valid`. padding: terms in b and k only. unknown: terms of no known form.
@@ -66,11 +66,11 @@ def visible(expr: Expr) -> Expr | None:
     return None
 
 
-def sort_terms(condition: Expr, sizes: MaskSizes) -> MaskTerms:
-    """Sort the conjuncts of a mask's condition."""
+def classify_conjuncts(condition: Expr, sizes: MaskSizes) -> MaskTerms:
+    """Classify the conjuncts of a mask's condition."""
     terms = MaskTerms()
     for term in conjuncts(condition):
-        sort_term(term, sizes, terms)
+        classify_conjunct(term, sizes, terms)
     if terms.valid is not None and terms.offset is not None:
         # The last query sees no key beyond its own position: a longer valid length says nothing.
         if at_most(sizes.queries + terms.offset, terms.valid):
@@ -91,8 +91,8 @@ def conjuncts(condition: Expr) -> list[Expr]:
     return [condition]
 
 
-def sort_term(term: Expr, sizes: MaskSizes, terms: MaskTerms) -> None:
-    """Add one conjunct to the sorted terms."""
+def classify_conjunct(term: Expr, sizes: MaskSizes, terms: MaskTerms) -> None:
+    """Classify one conjunct and add it to `terms`."""
     symbols = term.free_symbols
     if HEAD in symbols:
         terms.unknown.append(term)
@@ -102,7 +102,7 @@ def sort_term(term: Expr, sizes: MaskSizes, terms: MaskTerms) -> None:
         rest = sympy.expand(difference)
         of_key, of_query = rest.coeff(KEY), rest.coeff(QUERY)
         rest = sympy.expand(rest - of_key * KEY - of_query * QUERY)
-        if not rest.has(KEY, QUERY) and sort_linear(of_key, of_query, rest, terms):
+        if not rest.has(KEY, QUERY) and classify_linear(of_key, of_query, rest, terms):
             return
         if QUERY not in symbols and has_function(rest):
             # `k <= position` of a single query: the position is data, no row of a key mask.
@@ -116,8 +116,8 @@ def sort_term(term: Expr, sizes: MaskSizes, terms: MaskTerms) -> None:
         terms.unknown.append(term)
 
 
-def sort_linear(of_key: Expr, of_query: Expr, rest: Expr, terms: MaskTerms) -> bool:
-    """Sort `of_key * k + of_query * q + rest <= 0`; False if it is of no known form."""
+def classify_linear(of_key: Expr, of_query: Expr, rest: Expr, terms: MaskTerms) -> bool:
+    """Classify `of_key * k + of_query * q + rest <= 0`; False if it is of no known form."""
     if (of_key, of_query) == (1, -1):
         bound = smaller(terms.offset, -rest)
         if bound is not None:

@@ -15,7 +15,8 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mpass.graph.site import Length, example
+from mpass.graph.nodes import example, value_of
+from mpass.graph.site import Length
 from mpass.masks.conjuncts import MaskSizes
 from mpass.masks.expressions import BATCH, KEY, Expr, NotUnderstood, Where, axis, is_truth, number
 from mpass.masks.reader import GraphReader, is_one
@@ -177,11 +178,6 @@ class Emitter:
         return function(*args, **kwargs)
 
 
-def value_of(node: fx.Node) -> Any:
-    """What a node stands for while compiling."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def length_node(graph: fx.Graph, expr: Expr, before: fx.Node) -> fx.Node | None:
     """The first node before another that stands for an expression of sizes."""
     for node in graph.nodes:
@@ -203,6 +199,6 @@ def as_length(expr: Expr, like: Sequence[Length]) -> Length | None:
         if isinstance(size, torch.SymInt):
             if size.node.expr == expr:
                 return size
-            environment = size.node.shape_env
-            return environment.create_symintnode(expr, hint=None)
+            shape_env = size.node.shape_env
+            return shape_env.create_symintnode(expr, hint=None)
     return None

@@ -3,7 +3,7 @@
 A tensor [s0, s1, ...] is the expression of its element [i0, i1, ...] in the symbols `axis(0)`,
 `axis(1)`, ... . Integers are sympy integers, truth values sympy booleans; a choice between numbers
 is a `Where`. What is not understood is an uninterpreted function of the indices (`unknown` in
-mask_reader), which makes every reading sound: nothing is ever assumed about it.
+masks/reader.py), which makes every reading sound: nothing is ever assumed about it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What an attention mask means, proven from the sub-graph that builds it.
 
-The mask is read as a condition on (b, h, q, k), split at its `and`s and sorted; what has no known
-form makes the whole mask unproven. Masks shared by many layers are proven once.
+The mask is read as a condition on (b, h, q, k) and split at its `and`s; a part that has none of the
+known forms makes the whole mask unproven. Masks shared by many layers are proven once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mpass.graph.site import Length, MaskMeaning, example, shape_of, source_line
+from mpass.graph.nodes import example, op_name, shape_of, source_line, value_of
+from mpass.graph.site import Length, MaskMeaning
 from mpass.graph.writes import StorageWrites
-from mpass.masks.conjuncts import MaskSizes, MaskTerms, at_most, sort_terms, visible
+from mpass.masks.conjuncts import MaskSizes, MaskTerms, at_most, classify_conjuncts, visible
 from mpass.masks.emitter import Emitter, as_length, find_key_mask
 from mpass.masks.expressions import (
     BATCH,
@@ -30,7 +31,7 @@ from mpass.masks.expressions import (
     number,
     substitute,
 )
-from mpass.masks.reader import GraphReader, is_one, op_name
+from mpass.masks.reader import GraphReader, is_one
 from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
 from mpass.masks.rules.indexing import INDEX_RULES
 from mpass.masks.rules.values import VALUE_RULES
@@ -90,7 +91,7 @@ class MaskProver:
                 return MaskProof(None, f"{op_name(op)} on the scores: {reason}")
         condition = visible(value)
         if condition is None:
-            return MaskProof(None, f"additive bias, no mask: {blame(value, self.reader)}")
+            return MaskProof(None, f"additive bias, no mask: {explain_unknown(value, self.reader)}")
         condition = rename(condition, 4)
         memo = (condition, sizes)
         if memo not in self._memo:
@@ -128,7 +129,7 @@ class MaskProver:
         if isinstance(condition, str):
             return MaskProof(None, condition)
         try:
-            meaning = assemble(sort_terms(condition, sizes), sizes, self.reader, key, at)
+            meaning = assemble(classify_conjuncts(condition, sizes), sizes, self.reader, key, at)
             return MaskProof(meaning, "", condition)
         except NotUnderstood as reason:
             return MaskProof(None, str(reason), condition)
@@ -152,7 +153,7 @@ def mask_condition(reader: GraphReader, mask: fx.Node, sizes: MaskSizes, at: fx.
     expr = reader.read(mask, at)
     condition = visible(expr)
     if condition is None:
-        return f"additive bias, no mask: {blame(expr, reader)}"
+        return f"additive bias, no mask: {explain_unknown(expr, reader)}"
     return rename(condition, len(shape))
 
 
@@ -164,7 +165,7 @@ def rename(condition: Expr, rank: int) -> Expr:
 def assemble(
     terms: MaskTerms, sizes: MaskSizes, reader: GraphReader, key: fx.Node, at: fx.Node
 ) -> MaskMeaning:
-    """The meaning of sorted terms. Raises NotUnderstood with the reason why there is none."""
+    """The meaning of classified terms. Raises NotUnderstood with the reason why there is none."""
     if terms.unknown:
         raise NotUnderstood(describe(terms.unknown[0], reader))
     like = (*shape_of(key), *lengths(reader))
@@ -205,7 +206,7 @@ def assemble(
 def lengths(reader: GraphReader) -> list[torch.SymInt]:
     """A SymInt of the graph, if there is one: the way into its shape environment."""
     for node in reader.writes.position:
-        value = node.meta.get("example_value", node.meta.get("val"))
+        value = value_of(node)
         if isinstance(value, torch.SymInt):
             return [value]
         if isinstance(value, torch.Tensor):
@@ -265,17 +266,17 @@ def describe(term: Expr, reader: GraphReader) -> str:
     """Why a term is of no known form, in words."""
     symbols = term.free_symbols
     if HEAD in symbols:
-        return f"mask differs per head: {blame(term, reader)}"
+        return f"mask differs per head: {explain_unknown(term, reader)}"
     steps = {sympy.expand(call.args[0]).coeff(QUERY) for call in term.atoms(sympy.floor)}
     chunks = {1 / step for step in steps if step.is_Rational and step.p == 1}
     if isinstance(term, sympy.Eq) and chunks:
         return f"chunked attention in chunks of {next(iter(chunks))} positions"
     if term.atoms(AppliedUndef):
-        return f"mask is not proven: {blame(term, reader)}"
+        return f"mask is not proven: {explain_unknown(term, reader)}"
     return f"mask term {term} is neither causal, window nor padding"
 
 
-def blame(expr: Expr, reader: GraphReader) -> str:
+def explain_unknown(expr: Expr, reader: GraphReader) -> str:
     """The ops and inputs that an expression depends on and that could not be read."""
     parts = []
     for atom in sorted(expr.atoms(AppliedUndef), key=str):

@@ -1,7 +1,7 @@
 """Reading a graph backwards: what is the element of this tensor at its indices?
 
 Reading stops at what it does not understand and names it by an uninterpreted function, so a wrong
-answer would need a wrong rule (mask_*rules.py), not a missing one.
+answer would need a wrong rule (masks/rules), not a missing one.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
-from mpass.graph.site import example
+from mpass.graph.nodes import example, op_name, value_of
 from mpass.graph.writes import StorageWrites, storage_of
 from mpass.masks.expressions import Expr, NotUnderstood, axis, number, substitute
 
-Rule = Callable[["Call"], Expr]
+Rule = Callable[["OpCall"], Expr]
 
 
 class GraphReader:
@@ -64,7 +63,7 @@ class GraphReader:
         """One op applied to a value that stands for one of its arguments; the rest is read."""
         shape = example(call).shape
         rule = self.rules[op_name(call)]
-        return drop_unit_axes(rule(Call(self, call, shape, (carried, value))), shape)
+        return drop_unit_axes(rule(OpCall(self, call, shape, (carried, value))), shape)
 
     def known(self) -> Iterator[tuple[fx.Node, Expr]]:
         """The tensors read so far that nothing ever writes to, with their expressions."""
@@ -86,7 +85,7 @@ class GraphReader:
             rule = self.rules.get(op_name(call))
             if rule is None:
                 raise NotUnderstood("this op is not understood")
-            return drop_unit_axes(rule(Call(self, call, shape)), shape)
+            return drop_unit_axes(rule(OpCall(self, call, shape)), shape)
         except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
             return self.unknown(result, f"{op_name(call)}: {reason}", call)
 
@@ -110,7 +109,7 @@ class GraphReader:
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One op that is being read: its arguments by place or name, its result's shape."""
 
     reader: GraphReader
@@ -128,14 +127,14 @@ class Call:
         """An argument with nodes that stand for numbers replaced by these numbers."""
         args, kwargs = self.node.args, self.node.kwargs
         value = args[place] if place < len(args) else kwargs.get(name, default)
-        return plain(value)
+        return unwrap_constant(value)
 
     def rest(self, start: int, name: str = "") -> tuple[Any, ...]:
         """Sizes given one by one or as one list, from a place on."""
         value = self.argument(start, name)
         if isinstance(value, (list, tuple)):
-            return tuple(plain(item) for item in value)
-        return tuple(plain(item) for item in self.node.args[start:])
+            return tuple(unwrap_constant(item) for item in value)
+        return tuple(unwrap_constant(item) for item in self.node.args[start:])
 
     def tensor(self, place: int = 0, name: str = "input") -> tuple[Expr, torch.Size]:
         """Element expression and shape of a tensor argument."""
@@ -158,14 +157,14 @@ class Call:
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the result."""
-        value = self.node.meta.get("example_value", self.node.meta.get("val"))
+        value = value_of(self.node)
         return value.dtype if isinstance(value, torch.Tensor) else example(self.node.args[0]).dtype  # type: ignore[arg-type]
 
 
-def plain(value: Any) -> Any:
+def unwrap_constant(value: Any) -> Any:
     """The int, float or SymInt that a node stands for; other values as they are."""
     if isinstance(value, fx.Node):
-        meta = value.meta.get("example_value", value.meta.get("val"))
+        meta = value_of(value)
         if isinstance(meta, (bool, int, float, torch.SymInt)):
             return meta
     return value
@@ -203,38 +202,6 @@ def same_view(left: fx.Node, right: object) -> bool:
 def geometry(tensor: torch.Tensor) -> list[Expr]:
     """Sizes, strides and offset of a tensor in its storage."""
     return [*map(number, (*tensor.shape, *tensor.stride(), tensor.storage_offset()))]
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of an op, the same for a function, a method, an in-place method and an aten op."""
-    target: Any = node.target
-    if node.op not in ("call_function", "call_method"):
-        return node.op
-    if node.op == "call_method":
-        name = str(target)
-    elif target is getattr:
-        name = str(node.args[1])
-    elif isinstance(target, OpOverload):
-        name = target.overloadpacket.__name__
-    else:
-        name = getattr(target, "__name__", str(target))
-    inplace = INPLACE_NAMES.get(name)
-    if inplace is not None:
-        return inplace
-    return name.strip("_")
-
-
-INPLACE_NAMES = {
-    "iadd": "add",
-    "isub": "sub",
-    "imul": "mul",
-    "itruediv": "truediv",
-    "ifloordiv": "floordiv",
-    "imod": "mod",
-    "iand": "and",
-    "ior": "or",
-    "ixor": "xor",
-}
 
 
 def registrar(rules: dict[str, Rule]) -> Callable[..., Callable[[Rule], Rule]]:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from mpass.graph.site import AttentionSite, layer_index, module_path
+from mpass.graph.nodes import layer_index, module_path
+from mpass.graph.site import AttentionSite
 from mpass.masks.prover import MaskProver
 from mpass.match.eager import match_eager
 from mpass.match.flex_attention import match_flex

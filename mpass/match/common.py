@@ -7,22 +7,18 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from mpass.graph.site import AttentionSite, example, layer_index, module_path, shape_of, source_line
-
-
-def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
-    """Whether two sizes are equal for every length; asks without adding a guard."""
-    return bool(statically_known_true(left == right))
-
-
-def is_tensor(node: object) -> bool:
-    """Whether a graph argument is a node that stands for a tensor."""
-    if not isinstance(node, fx.Node):
-        return False
-    return isinstance(node.meta.get("example_value", node.meta.get("val")), torch.Tensor)
+from mpass.graph.nodes import (
+    example,
+    layer_index,
+    module_path,
+    same_size,
+    shape_of,
+    source_line,
+    value_of,
+)
+from mpass.graph.site import AttentionSite
 
 
 def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
@@ -69,7 +65,7 @@ def constant_number(value: object) -> float | None:
     graph per length.
     """
     if isinstance(value, fx.Node):
-        value = value.meta.get("example_value", value.meta.get("val"))
+        value = value_of(value)
         if not isinstance(value, torch.SymFloat):
             return None
     if isinstance(value, torch.SymFloat):

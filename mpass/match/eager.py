@@ -11,16 +11,11 @@ from __future__ import annotations
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from mpass.graph.site import AttentionSite, shape_of
+from mpass.graph.nodes import is_tensor, op_name, shape_of
+from mpass.graph.site import AttentionSite
 from mpass.masks.expressions import axis
 from mpass.masks.prover import MaskProof, MaskProver
-from mpass.masks.reader import op_name
-from mpass.match.common import (
-    gradient_reason,
-    is_tensor,
-    make_site,
-    shape_reason,
-)
+from mpass.match.common import gradient_reason, make_site, shape_reason
 from mpass.match.eager_scores import Chain, read_scores, shape_problem, trace_scores
 from mpass.match.eager_weights import Weights, trace_weights
 from mpass.match.products import Product, bind_scores, bind_value, operands

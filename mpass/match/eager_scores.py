@@ -11,14 +11,11 @@ from typing import Any
 
 from torch import fx
 
-from mpass.graph.site import example, shape_of
+from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.masks.expressions import number
 from mpass.masks.prover import MaskProver
-from mpass.masks.reader import op_name, same_view
-from mpass.match.common import (
-    constant_number,
-    is_tensor,
-)
+from mpass.masks.reader import same_view
+from mpass.match.common import constant_number
 from mpass.match.products import is_product
 
 CASTS = frozenset("to type to_copy type_as float double half bfloat16 contiguous".split())

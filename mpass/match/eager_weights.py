@@ -7,12 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from mpass.graph.site import shape_of
-from mpass.masks.reader import op_name
-from mpass.match.common import (
-    dropout_reason,
-    is_tensor,
-)
+from mpass.graph.nodes import is_tensor, op_name, shape_of
+from mpass.match.common import dropout_reason
 from mpass.match.eager_scores import CASTS, FACTORS, MASKS, MAX_STEPS, RESHAPES
 from mpass.match.products import is_product, operands
 

@@ -15,13 +15,13 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.site import AttentionSite, Length, ListedBlocks, MaskMeaning, shape_of
+from mpass.graph.nodes import is_tensor, op_name, shape_of
+from mpass.graph.site import AttentionSite, Length, ListedBlocks, MaskMeaning
 from mpass.lowering.block_mask import BlockLists, lists_agree
 from mpass.lowering.index import AttentionMask
 from mpass.masks.expressions import BATCH, HEAD, KEY, QUERY, Expr
 from mpass.masks.prover import MaskProof, MaskProver, mask_sizes
-from mpass.masks.reader import op_name
-from mpass.match.common import constant_scale, gradient_reason, is_tensor, make_site, shape_reason
+from mpass.match.common import constant_scale, gradient_reason, make_site, shape_reason
 from mpass.match.eager_scores import CASTS, FACTORS, constant_factor
 
 LISTS = slice(2, 6)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpass.graph.site import module_path
-from mpass.graph.writes import StorageWrites, remove_dead, written_by
-from mpass.masks.reader import op_name
+from mpass.graph.dead_code import remove_dead
+from mpass.graph.nodes import module_path, op_name, value_of
+from mpass.graph.writes import StorageWrites, written_by
 
 CALLS = (
     torch.ops.higher_order.tag_activation_checkpoint,
@@ -68,7 +68,7 @@ def reason_to_keep(node: fx.Node, writes: StorageWrites) -> str:
     module = called_graph(node)
     if module is None or not holds_attention(module):
         return "no attention inside"
-    values = [user.meta.get("example_value") for user in node.users]
+    values = [value_of(user) for user in node.users]
     if any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
         return "gradients are recorded: run under torch.no_grad() or torch.inference_mode()"
     if any(written_by(inner) for inner in module.graph.nodes):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from mpass.graph.nodes import value_of
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.match.common import gradient_reason, make_site, shape_reason
 
@@ -23,7 +24,7 @@ def match_marked(node: fx.Node, _prover: object) -> AttentionSite | None:
     arguments: Any = node.args
     query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = arguments
     if isinstance(offset, fx.Node):
-        offset = offset.meta.get("example_value", offset.meta.get("val"))
+        offset = value_of(offset)
     mask = MaskMeaning(
         causal=bool(causal),
         query_offset=offset,

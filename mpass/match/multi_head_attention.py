@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from mpass.graph.nodes import is_tensor
 from mpass.graph.site import AttentionSite
 from mpass.masks.prover import MaskProver
-from mpass.match.common import is_tensor, make_site
+from mpass.match.common import make_site
 
 OPS = {
     torch.nn.functional.multi_head_attention_forward: "nn.MultiheadAttention",

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from mpass.graph.site import shape_of
-from mpass.masks.reader import op_name
-from mpass.match.common import is_tensor
+from mpass.graph.nodes import is_tensor, op_name, shape_of
 
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 IDENTITY = (0, 1, 2, 3)

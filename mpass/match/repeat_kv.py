@@ -13,11 +13,10 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from mpass.graph.site import example, shape_of
+from mpass.graph.nodes import example, is_tensor, op_name, same_size, shape_of
 from mpass.masks.expressions import Expr, axis
 from mpass.masks.prover import RULES, MaskProver
-from mpass.masks.reader import GraphReader, drop_unit_axes, op_name
-from mpass.match.common import is_tensor, same_size
+from mpass.masks.reader import GraphReader, drop_unit_axes
 
 STRUCTURAL = frozenset(
     "getitem index unsqueeze squeeze expand expand_as broadcast_to reshape view unsafe_view "

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mpass.graph.site import AttentionSite, MaskMeaning, shape_of
+from mpass.graph.nodes import is_tensor, same_size, shape_of
+from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.masks.prover import MaskProver
 from mpass.match.common import (
     constant_scale,
     dropout_reason,
     gradient_reason,
-    is_tensor,
     make_site,
-    same_size,
     shape_reason,
 )
 from mpass.match.repeat_kv import original_pair

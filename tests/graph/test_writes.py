@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from mpass.graph.writes import StorageWrites, remove_dead
+from mpass.graph.dead_code import remove_dead
+from mpass.graph.writes import StorageWrites
 
 
 def capture(function, *args) -> fx.GraphModule:

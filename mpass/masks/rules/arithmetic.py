@@ -23,7 +23,7 @@ from mpass.masks.expressions import (
     number,
     select,
 )
-from mpass.masks.reader import Call, Rule, dimension, registrar
+from mpass.masks.reader import OpCall, Rule, dimension, registrar
 from mpass.masks.rules.values import EXACT_DTYPES, cast_number
 
 ARITHMETIC_RULES: dict[str, Rule] = {}
@@ -40,7 +40,7 @@ rule = registrar(ARITHMETIC_RULES)
 def arithmetic(function: Callable[..., Expr]) -> Rule:
     """A rule for arithmetic on two operands; `alpha` scales the second."""
 
-    def apply(call: Call) -> Expr:
+    def apply(call: OpCall) -> Expr:
         left, right = as_number(call.operand(0, "input")), as_number(call.operand(1))
         alpha = call.argument(2, "alpha", 1)
         if alpha != 1:
@@ -50,7 +50,7 @@ def arithmetic(function: Callable[..., Expr]) -> Rule:
     return apply
 
 
-def exact(call: Call, expr: Expr) -> Expr:
+def exact(call: OpCall, expr: Expr) -> Expr:
     """A computed value, where the dtype that it is computed in cannot round or wrap it."""
     if call.dtype == torch.bool:
         return as_truth(expr)
@@ -88,17 +88,17 @@ ARITHMETIC_RULES |= {
 
 
 @rule("neg", "negative")
-def neg(call: Call) -> Expr:
+def neg(call: OpCall) -> Expr:
     return exact(call, lift(lambda value: -value, as_number(call.operand(0, "input"))))
 
 
 @rule("floordiv", "floor_divide")
-def floor_divide(call: Call) -> Expr:
+def floor_divide(call: OpCall) -> Expr:
     return quotient(call)
 
 
 @rule("div", "divide", "truediv", "true_divide")
-def divide(call: Call) -> Expr:
+def divide(call: OpCall) -> Expr:
     """Division with rounding_mode="floor"; true division of constants only."""
     rounding = call.argument(2, "rounding_mode")
     if rounding == "floor":
@@ -116,7 +116,7 @@ def divide(call: Call) -> Expr:
     return exact(call, lift(apply, as_number(call.operand(0, "input")), as_number(call.operand(1))))
 
 
-def quotient(call: Call) -> Expr:
+def quotient(call: OpCall) -> Expr:
     def apply(left: Expr, right: Expr) -> Expr:
         if not (left.is_integer and right.is_integer and right.is_positive):
             raise NotUnderstood("floor division by what is not a positive integer")
@@ -126,7 +126,7 @@ def quotient(call: Call) -> Expr:
 
 
 @rule("remainder", "mod")
-def remainder(call: Call) -> Expr:
+def remainder(call: OpCall) -> Expr:
     def apply(left: Expr, right: Expr) -> Expr:
         if not (left.is_integer and right.is_integer and right.is_positive):
             raise NotUnderstood("remainder by what is not a positive integer")
@@ -136,7 +136,7 @@ def remainder(call: Call) -> Expr:
 
 
 @rule("abs", "absolute")
-def absolute(call: Call) -> Expr:
+def absolute(call: OpCall) -> Expr:
     zero = number(0)
 
     def apply(value: Expr) -> Expr:
@@ -146,7 +146,7 @@ def absolute(call: Call) -> Expr:
 
 
 @rule("minimum", "maximum")
-def extremum(call: Call) -> Expr:
+def extremum(call: OpCall) -> Expr:
     relation = sympy.Le if "min" in str(call.node.target) else sympy.Ge
 
     def apply(left: Expr, right: Expr) -> Expr:
@@ -159,7 +159,7 @@ def extremum(call: Call) -> Expr:
 
 
 @rule("tril", "triu")
-def triangle(call: Call) -> Expr:
+def triangle(call: OpCall) -> Expr:
     """Zero above (tril) or below (triu) a diagonal of the last two dimensions."""
     expr, shape = call.tensor()
     row, column = axis(len(shape) - 2), axis(len(shape) - 1)
@@ -171,7 +171,7 @@ def triangle(call: Call) -> Expr:
 
 
 @rule("cumsum")
-def cumsum(call: Call) -> Expr:
+def cumsum(call: OpCall) -> Expr:
     """Of a value that does not change along the dimension: value * (index + 1)."""
     expr, shape = call.tensor()
     along = axis(dimension(call.argument(1, "dim"), len(shape)))
@@ -182,7 +182,7 @@ def cumsum(call: Call) -> Expr:
 
 
 @rule("diff")
-def diff(call: Call) -> Expr:
+def diff(call: OpCall) -> Expr:
     """First difference along a dimension, with at most one value prepended."""
     expr, shape = call.tensor()
     dim = dimension(call.argument(2, "dim", -1), len(shape))

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.site import example
+from mpass.graph.nodes import example
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -22,7 +22,7 @@ from mpass.masks.expressions import (
     select,
     substitute,
 )
-from mpass.masks.reader import Call, Rule, align, dimension, plain, registrar
+from mpass.masks.reader import OpCall, Rule, align, dimension, registrar, unwrap_constant
 from mpass.masks.rules.values import cast
 
 INDEX_RULES: dict[str, Rule] = {}
@@ -34,7 +34,7 @@ rule = registrar(INDEX_RULES)
 
 
 @rule("getitem", "index")
-def getitem(call: Call) -> Expr:
+def getitem(call: OpCall) -> Expr:
     """x[...] with None, slices, integers, an ellipsis and integer tensors."""
     expr, shape = call.tensor()
     index = call.argument(1, "indices")
@@ -44,7 +44,7 @@ def getitem(call: Call) -> Expr:
     return expr.xreplace(index_map(call, shape, items))
 
 
-def index_map(call: Call, shape: torch.Size, items: list[Any]) -> dict[Expr, Expr]:
+def index_map(call: OpCall, shape: torch.Size, items: list[Any]) -> dict[Expr, Expr]:
     """Which index of the operand each index of x[items] reads."""
     items = full_index(items, len(shape))
     tensors = [item for item in items if isinstance(item, fx.Node)]
@@ -70,7 +70,7 @@ def index_map(call: Call, shape: torch.Size, items: list[Any]) -> dict[Expr, Exp
             replacement[axis(source)] = begin + step * axis(target)
             source, target = source + 1, target + 1
         else:
-            replacement[axis(source)] = from_start(number(item), shape[source])
+            replacement[axis(source)] = normalize_index(number(item), shape[source])
             source += 1
     return replacement
 
@@ -83,15 +83,17 @@ def full_index(items: list[Any], rank: int) -> list[Any]:
     missing = [slice(None)] * (rank - used)
     dots = [i for i, item in enumerate(items) if item is Ellipsis]
     if not dots:
-        return [plain_slice(item) for item in items] + missing
-    return [plain_slice(i) for i in items[: dots[0]] + missing + items[dots[0] + 1 :]]
+        return [unwrap_slice(item) for item in items] + missing
+    return [unwrap_slice(i) for i in items[: dots[0]] + missing + items[dots[0] + 1 :]]
 
 
-def plain_slice(item: Any) -> Any:
+def unwrap_slice(item: Any) -> Any:
     """A slice or integer with nodes for numbers replaced by these."""
     if isinstance(item, slice):
-        return slice(plain(item.start), plain(item.stop), plain(item.step))
-    return plain(item)
+        return slice(
+            unwrap_constant(item.start), unwrap_constant(item.stop), unwrap_constant(item.step)
+        )
+    return unwrap_constant(item)
 
 
 def is_advanced(item: Any, with_tensors: bool) -> bool:
@@ -101,10 +103,10 @@ def is_advanced(item: Any, with_tensors: bool) -> bool:
     return with_tensors and item is not None and not isinstance(item, slice)
 
 
-def gathered(call: Call, item: Any, start: int, block: int, size: Any) -> Expr:
+def gathered(call: OpCall, item: Any, start: int, block: int, size: Any) -> Expr:
     """The index that an index tensor, broadcast to the block of them, holds."""
     if not isinstance(item, fx.Node):
-        return from_start(number(item), size)
+        return normalize_index(number(item), size)
     expr = call.read(item)
     if not expr.is_nonnegative:
         raise NotUnderstood("indexing by values that might be negative")
@@ -120,11 +122,11 @@ def slice_bounds(item: slice, size: Any) -> tuple[Expr, Expr]:
         raise NotUnderstood("slice with a step that is not positive")
     if item.start is None:
         return number(0), step
-    begin = from_start(number(item.start), size)
+    begin = normalize_index(number(item.start), size)
     return (number(0) if begin.is_negative else begin), step
 
 
-def from_start(index: Expr, size: Any) -> Expr:
+def normalize_index(index: Expr, size: Any) -> Expr:
     """An index counted from the start of a dimension."""
     if index.is_nonnegative:
         return index
@@ -134,7 +136,7 @@ def from_start(index: Expr, size: Any) -> Expr:
 
 
 @rule("select", "slice", "narrow")
-def piece(call: Call) -> Expr:
+def select_slice(call: OpCall) -> Expr:
     """x.select(dim, i), aten.slice(x, dim, start, end, step), x.narrow(dim, start, length)."""
     expr, shape = call.tensor()
     dim = dimension(call.argument(1, "dim", 0), len(shape))
@@ -151,7 +153,7 @@ def piece(call: Call) -> Expr:
 
 
 @rule("gather", "take_along_dim")
-def gather(call: Call) -> Expr:
+def gather(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     place, name = (1, "dim") if "gather" in str(call.node.target) else (2, "dim")
     dim = dimension(call.argument(place, name), len(shape))
@@ -163,7 +165,7 @@ def gather(call: Call) -> Expr:
 
 
 @rule("index_select")
-def index_select(call: Call) -> Expr:
+def index_select(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     dim = dimension(call.argument(1, "dim"), len(shape))
     index, _ = call.tensor(2, "index")
@@ -173,7 +175,7 @@ def index_select(call: Call) -> Expr:
 
 
 @rule("setitem")
-def setitem(call: Call) -> Expr:
+def setitem(call: OpCall) -> Expr:
     """x[slices] = value: the value inside the slices, x elsewhere."""
     expr, shape = call.tensor()
     index = call.argument(1)
@@ -192,7 +194,7 @@ def setitem(call: Call) -> Expr:
             ]
             local[axis(kept.index(i))] = axis(i) - begin
         elif isinstance(item, (int, torch.SymInt)):
-            inside.append(compare(sympy.Eq, axis(i), from_start(number(item), size)))
+            inside.append(compare(sympy.Eq, axis(i), normalize_index(number(item), size)))
         else:
             raise NotUnderstood("assignment by tensor, mask or new dimension")
     if isinstance(value, fx.Node):
@@ -210,4 +212,4 @@ def setitem_bounds(item: slice, size: Expr) -> tuple[Expr, Expr]:
     begin, step = slice_bounds(item, size)
     if step != 1:
         raise NotUnderstood("assignment with a step")
-    return begin, size if item.stop is None else from_start(number(item.stop), size)
+    return begin, size if item.stop is None else normalize_index(number(item.stop), size)

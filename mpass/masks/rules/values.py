@@ -27,7 +27,7 @@ from mpass.masks.expressions import (
     number,
     select,
 )
-from mpass.masks.reader import Call, Rule, registrar
+from mpass.masks.reader import OpCall, Rule, registrar
 
 VALUE_RULES: dict[str, Rule] = {}
 
@@ -45,12 +45,12 @@ rule = registrar(VALUE_RULES)
 
 
 @rule("placeholder")
-def placeholder(call: Call) -> Expr:
+def placeholder(call: OpCall) -> Expr:
     return call.reader.unknown(call.node)
 
 
 @rule("get_attr")
-def get_attr(call: Call) -> Expr:
+def get_attr(call: OpCall) -> Expr:
     """A constant of one element that tracing lifted out of the program; else an input."""
     name = str(call.node.target)
     owner = call.node.graph.owning_module
@@ -62,7 +62,7 @@ def get_attr(call: Call) -> Expr:
 
 
 @rule("arange")
-def arange(call: Call) -> Expr:
+def arange(call: OpCall) -> Expr:
     start, end, step = number(0), call.argument(0, "end"), number(1)
     second = call.argument(1)
     if second is not None and not isinstance(second, torch.dtype):
@@ -78,27 +78,27 @@ def arange(call: Call) -> Expr:
 
 
 @rule("ones", "new_ones", "ones_like")
-def ones(call: Call) -> Expr:
+def ones(call: OpCall) -> Expr:
     return sympy.true if call.dtype == torch.bool else number(1)
 
 
 @rule("zeros", "new_zeros", "zeros_like", "zero")
-def zeros(call: Call) -> Expr:
+def zeros(call: OpCall) -> Expr:
     return sympy.false if call.dtype == torch.bool else number(0)
 
 
 @rule("full", "new_full", "full_like")
-def full(call: Call) -> Expr:
+def full(call: OpCall) -> Expr:
     return stored(call, call.argument(1, "fill_value"))
 
 
 @rule("fill")
-def fill(call: Call) -> Expr:
+def fill(call: OpCall) -> Expr:
     return stored(call, call.argument(1, "value"))
 
 
 @rule("tensor", "scalar_tensor", "as_tensor")
-def tensor(call: Call) -> Expr:
+def tensor(call: OpCall) -> Expr:
     value = call.argument(0, "data", call.argument(0, "s"))
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
@@ -107,7 +107,7 @@ def tensor(call: Call) -> Expr:
     return stored(call, value)
 
 
-def stored(call: Call, value: Any) -> Expr:
+def stored(call: OpCall, value: Any) -> Expr:
     """A number as the result's dtype holds it."""
     return cast(call.broadcast(value), call.dtype)
 
@@ -118,7 +118,7 @@ def stored(call: Call, value: Any) -> Expr:
 @rule("to", "type", "to_copy", "type_as", "float", "double", "half", "bfloat16", "int", "long")
 @rule("bool", "convert_element_type", "copy", "lift_fresh_copy", "lift_fresh")
 @rule("contiguous", "clone", "detach", "alias", "cpu", "cuda")
-def convert(call: Call) -> Expr:
+def convert(call: OpCall) -> Expr:
     """dtype and device conversions, and copies: the value as the result's dtype holds it."""
     if call.node.target in ("copy_", torch.ops.aten.copy_.default, torch.ops.aten.copy.default):
         return cast(call.operand(1, "src"), call.dtype)
@@ -164,7 +164,7 @@ def fits(value: float, dtype: torch.dtype) -> bool:
 def logical(function: Callable[..., Expr]) -> Rule:
     """A rule for a logical op on two operands; bitwise ops on integers are not understood."""
 
-    def apply(call: Call) -> Expr:
+    def apply(call: OpCall) -> Expr:
         return function(as_truth(call.operand(0, "input")), as_truth(call.operand(1)))
 
     return apply
@@ -173,7 +173,7 @@ def logical(function: Callable[..., Expr]) -> Rule:
 def bitwise(function: Callable[..., Expr]) -> Rule:
     """The same for a bitwise op, which is logical on truth values only."""
 
-    def apply(call: Call) -> Expr:
+    def apply(call: OpCall) -> Expr:
         left, right = call.operand(0, "input"), call.operand(1)
         if not (is_truth(left) and is_truth(right)):
             raise NotUnderstood("bitwise op on integers")
@@ -197,12 +197,12 @@ VALUE_RULES |= {
 
 
 @rule("logical_not")
-def logical_not(call: Call) -> Expr:
+def logical_not(call: OpCall) -> Expr:
     return negate(as_truth(call.operand(0, "input")))
 
 
 @rule("invert", "inv", "bitwise_not", "not")
-def invert(call: Call) -> Expr:
+def invert(call: OpCall) -> Expr:
     expr = call.operand(0, "input")
     if not is_truth(expr):
         raise NotUnderstood("bitwise not on integers")
@@ -210,7 +210,7 @@ def invert(call: Call) -> Expr:
 
 
 def comparison(relation: Any) -> Rule:
-    def apply(call: Call) -> Expr:
+    def apply(call: OpCall) -> Expr:
         return compare(relation, call.operand(0, "input"), call.operand(1))
 
     return apply
@@ -231,7 +231,7 @@ VALUE_RULES |= {
 
 
 @rule("where")
-def where(call: Call) -> Expr:
+def where(call: OpCall) -> Expr:
     """torch.where(condition, x, y), or x.where(condition, y)."""
     condition, yes, no = call.operand(0, "condition"), call.operand(1), call.operand(2)
     if call.node.op == "call_method":
@@ -240,7 +240,7 @@ def where(call: Call) -> Expr:
 
 
 @rule("masked_fill")
-def masked_fill(call: Call) -> Expr:
+def masked_fill(call: OpCall) -> Expr:
     return stored_choice(
         call,
         as_truth(call.operand(1, "mask")),
@@ -249,7 +249,7 @@ def masked_fill(call: Call) -> Expr:
     )
 
 
-def stored_choice(call: Call, condition: Expr, yes: Expr, no: Expr) -> Expr:
+def stored_choice(call: OpCall, condition: Expr, yes: Expr, no: Expr) -> Expr:
     if call.dtype == torch.bool:
         return select(condition, as_truth(yes), as_truth(no))
     return cast(Where(condition, as_number(yes), as_number(no)), call.dtype)

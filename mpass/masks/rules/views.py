@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.site import example
+from mpass.graph.nodes import example, op_name
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -23,7 +23,7 @@ from mpass.masks.expressions import (
     select,
     substitute,
 )
-from mpass.masks.reader import Call, Rule, align, dimension, is_one, op_name, plain, registrar
+from mpass.masks.reader import OpCall, Rule, align, dimension, is_one, registrar, unwrap_constant
 
 SHAPE_RULES: dict[str, Rule] = {}
 
@@ -34,26 +34,26 @@ rule = registrar(SHAPE_RULES)
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(call: Call) -> Expr:
+def expand(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     return align(expr, len(shape), len(call.shape))
 
 
 @rule("unsqueeze")
-def unsqueeze(call: Call) -> Expr:
+def unsqueeze(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     dim = dimension(call.argument(1, "dim"), len(shape) + 1)
     return substitute(expr, {axis(i): axis(i + 1) for i in range(dim, len(shape))})
 
 
 @rule("permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims")
-def permute(call: Call) -> Expr:
+def permute(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     order = permutation(call, len(shape))
     return substitute(expr, {axis(old): axis(new) for new, old in enumerate(order)})
 
 
-def permutation(call: Call, rank: int) -> list[int]:
+def permutation(call: OpCall, rank: int) -> list[int]:
     """The operand's dimension that each dimension of the result is."""
     name = op_name(call.node)
     order = list(range(rank))
@@ -73,7 +73,7 @@ def permutation(call: Call, rank: int) -> list[int]:
 
 @rule("view", "reshape", "squeeze", "flatten", "unflatten", "view_as", "reshape_as")
 @rule("unsafe_view", "view_copy", "reshape_copy")
-def reshape(call: Call) -> Expr:
+def reshape(call: OpCall) -> Expr:
     """Any change of shape in row-major order."""
     expr, shape = call.tensor()
     if isinstance(call.argument(1), torch.dtype):
@@ -139,7 +139,7 @@ def is_smaller(left: Expr, right: Expr) -> bool:
 
 
 @rule("repeat", "tile")
-def repeat(call: Call) -> Expr:
+def repeat(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     shift = len(call.shape) - len(shape)
     replacement = {
@@ -153,7 +153,7 @@ def repeat(call: Call) -> Expr:
 
 
 @rule("repeat_interleave")
-def repeat_interleave(call: Call) -> Expr:
+def repeat_interleave(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     repeats, dim = call.argument(1, "repeats"), call.argument(2, "dim")
     if not isinstance(repeats, int) or dim is None:
@@ -172,7 +172,7 @@ def is_empty(node: fx.Node) -> bool:
 
 
 @rule("pad", "constant_pad_nd")
-def pad(call: Call) -> Expr:
+def pad(call: OpCall) -> Expr:
     """Constant padding at either end of trailing dimensions; negative padding cuts."""
     expr, shape = call.tensor()
     amounts = call.argument(1, "pad")
@@ -185,7 +185,9 @@ def pad(call: Call) -> Expr:
     moved: dict[Expr, Expr] = {}
     for pair in range(len(amounts) // 2):
         dim = len(shape) - 1 - pair
-        before, after = (number(plain(amount)) for amount in amounts[2 * pair : 2 * pair + 2])
+        before, after = (
+            number(unwrap_constant(amount)) for amount in amounts[2 * pair : 2 * pair + 2]
+        )
         if before != 0:
             moved[axis(dim)] = axis(dim) - before
             inside.append(compare(sympy.Ge, axis(dim), before))
@@ -199,7 +201,7 @@ def pad(call: Call) -> Expr:
 
 
 @rule("cat", "concat", "concatenate")
-def cat(call: Call) -> Expr:
+def cat(call: OpCall) -> Expr:
     """Two or more tensors, one after the other along a dimension."""
     tensors = call.argument(0, "tensors")
     if not isinstance(tensors, (list, tuple)):
@@ -215,13 +217,13 @@ def cat(call: Call) -> Expr:
     for node, start, end in reversed(list(zip(nodes, starts, starts[1:], strict=False))):
         expr = call.read(node)
         if is_one(example(node).shape[dim]):
-            piece_expr = expr
+            part = expr
         else:
-            piece_expr = substitute(expr, {along: along - start})
+            part = substitute(expr, {along: along - start})
         if result is None:
-            result = piece_expr
+            result = part
         else:
-            result = select(compare(sympy.Lt, along, end), piece_expr, result)
+            result = select(compare(sympy.Lt, along, end), part, result)
     if result is None:
         raise NotUnderstood("cat of nothing")
     return result

@@ -1,0 +1,123 @@
+"""What one node of a captured graph stands for, calls, and comes from.
+
+Nothing here edits a graph or adds a guard to its shapes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+TORCH = os.path.dirname(torch.__file__) + os.sep
+"""Where torch's own Python files lie."""
+
+INPLACE_NAMES = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "truediv",
+    "ifloordiv": "floordiv",
+    "imod": "mod",
+    "iand": "and",
+    "ior": "or",
+    "ixor": "xor",
+}
+"""Operators' names that an assignment like `x += y` has, and those of the ops they stand for."""
+
+
+def value_of(node: fx.Node) -> Any:
+    """The value that a node has while compiling (a fake tensor, a size), or None if none is known.
+
+    Dynamo keeps it as "example_value", an exported graph as "val".
+    """
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def example(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that a node stands for, from Dynamo's graph or an exported one."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"node {node.name} has no example tensor")
+    return value
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    """Shape of the tensor that a node stands for."""
+    return example(node).shape
+
+
+def head_count(node: fx.Node) -> int:
+    """Heads of a tensor [.., H, N, D]; 1 if it has none (such a site stays dense)."""
+    shape = shape_of(node)
+    return int(shape[-3]) if len(shape) >= 3 else 1
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that a node was traced in: `model.layers.3.self_attn`.
+
+    Empty when the compiled module is itself the attention's owner.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\['self'\]\.?|^L__self___", "", path)
+    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
+    return re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".")
+
+
+def layer_index(path: str) -> int:
+    """Layer number that a module path names: its first integer component, or -1.
+
+    T5's `encoder.block.3.layer.0.SelfAttention` has two; the block is the first.
+    """
+    for part in path.split("."):
+        if part.isdecimal():
+            return int(part)
+    return -1
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's model that a node came from: `file:line, in name`.
+
+    Lines inside of torch (flex_attention is one of its Python functions) say nothing to a user.
+    """
+    trace = node.meta.get("stack_trace") or ""
+    frames: list[tuple[str, str, str]] = re.findall(r'File "(.*)", line (\d+), in (\S+)', trace)
+    own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
+    return "{}:{}, in {}".format(*own[-1]) if own else ""
+
+
+def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal for every length; asks without adding a guard."""
+    return bool(statically_known_true(left == right))
+
+
+def is_tensor(node: object) -> bool:
+    """Whether a graph argument is a node that stands for a tensor."""
+    return isinstance(node, fx.Node) and isinstance(value_of(node), torch.Tensor)
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of an op, the same for a function, a method, an in-place method and an aten op."""
+    target: Any = node.target
+    if node.op not in ("call_function", "call_method"):
+        return node.op
+    if node.op == "call_method":
+        name = str(target)
+    elif target is getattr:
+        name = str(node.args[1])
+    elif isinstance(target, OpOverload):
+        name = target.overloadpacket.__name__
+    else:
+        name = getattr(target, "__name__", str(target))
+    inplace = INPLACE_NAMES.get(name)
+    if inplace is not None:
+        return inplace
+    return name.strip("_")
