@@ -57,6 +57,7 @@ class AttentionSite:
     repetition of kv heads; output is the node whose uses the rewritten attention takes over, and
     `output_transposed` tells that it is [B, Nq, H, Dv] instead of [B, H, Nq, Dv].
     mask: what the mask means, or None with `unproven` telling why.
+    spelling: how the attention is written, by a name of mpass.match.spellings.
     dense_reason: why the site must stay dense whatever the mask (dropout, weights returned, ...).
     listed: flex_attention's lists of blocks, if they may say something else than the mask.
     """
@@ -67,7 +68,7 @@ class AttentionSite:
     value: fx.Node
     scale: float
     mask: MaskMeaning | None
-    spelling: str
+    spelling: str = ""
     path: str = ""
     layer: int = -1
     softcap: float = 0.0

@@ -9,17 +9,10 @@ from torch import fx
 from mpass.graph.nodes import layer_index, module_path
 from mpass.graph.site import AttentionSite
 from mpass.masks.prover import MaskProver
-from mpass.match.eager import match_eager
-from mpass.match.flex_attention import match_flex
 from mpass.match.inline import called_graph, inline_subgraphs, reason_to_keep
-from mpass.match.minference_op import match_marked
-from mpass.match.multi_head_attention import match_mha
-from mpass.match.sdpa import match_sdpa
+from mpass.match.spellings import SPELLINGS
 
-__all__ = ["find_attention", "inline_subgraphs"]
-
-MATCHERS = (match_sdpa, match_eager, match_flex, match_mha, match_marked)
-"""One per spelling: (node, prover) -> the site around the node, or None."""
+__all__ = ["SPELLINGS", "find_attention", "inline_subgraphs"]
 
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
@@ -32,7 +25,9 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     prover = MaskProver(gm.graph)
     sites: list[AttentionSite] = []
     for node in list(gm.graph.nodes):
-        sites += [site for match in MATCHERS if (site := match(node, prover)) is not None]
+        for spelling in SPELLINGS:
+            if spelling.starts_at(node) and (site := spelling.match(node, prover)) is not None:
+                sites.append(replace(site, spelling=spelling.name))
         inner = called_graph(node)
         if inner is not None:
             reason = reason_to_keep(node, prover.writes) or "inside of a sub-graph"

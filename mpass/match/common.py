@@ -85,9 +85,9 @@ def constant_scale(scale: object, query: fx.Node) -> float | None:
     return constant_number(scale)
 
 
-def make_site(output: fx.Node, spelling: str, **fields: Any) -> AttentionSite:
+def make_site(output: fx.Node, **fields: Any) -> AttentionSite:
     """A site at `output`, with its place in the user's model filled in."""
     path = module_path(output)
     fields.setdefault("path", path)
     fields.setdefault("layer", layer_index(fields["path"]))
-    return AttentionSite(output=output, spelling=spelling, source=source_line(output), **fields)
+    return AttentionSite(output=output, source=source_line(output), **fields)

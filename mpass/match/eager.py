@@ -20,6 +20,7 @@ from mpass.match.eager_scores import Chain, read_scores, shape_problem, trace_sc
 from mpass.match.eager_weights import Weights, trace_weights
 from mpass.match.products import Product, bind_scores, bind_value, operands
 from mpass.match.repeat_kv import original, original_pair
+from mpass.match.spelling import Spelling
 
 
 def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
@@ -63,7 +64,6 @@ def build_site(
         proof = prover.prove_steps(scores.masks, query, key, chain.softmax)
     return make_site(
         output,
-        "eager",
         query=query,
         key=key,
         value=value,
@@ -83,7 +83,6 @@ def dense_site(chain: Chain, weights: Weights, reason: str) -> AttentionSite:
     value = next(node for node in operands(weights.output) if node is not weights.operand)
     return make_site(
         weights.output,
-        "eager",
         query=query,
         key=key,
         value=value,
@@ -132,3 +131,6 @@ def written_late(
         if node in prover.writes.position and prover.writes.written_between(node, product, output):
             return f"{node.name} is written in place before the output"
     return ""
+
+
+SPELLING = Spelling("eager", match_eager, frozenset({"softmax"}))

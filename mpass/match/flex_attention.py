@@ -23,12 +23,13 @@ from mpass.masks.expressions import BATCH, HEAD, KEY, QUERY, Expr
 from mpass.masks.prover import MaskProof, MaskProver, mask_sizes
 from mpass.match.common import constant_scale, gradient_reason, make_site, shape_reason
 from mpass.match.eager_scores import CASTS, FACTORS, constant_factor
+from mpass.match.spelling import Spelling
 
 LISTS = slice(2, 6)
 """Places of kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices in a BlockMask."""
 
 
-def match_flex(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
+def match_flex_attention(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     """The site of a flex_attention call; None if the node is none."""
     if node.op != "call_function" or node.target is not torch.ops.higher_order.flex_attention:
         return None
@@ -51,7 +52,6 @@ def match_flex(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         proof, listed = prove_blocks(node, block_mask, query, key, prover)
     return make_site(
         output,
-        "flex",
         query=query,
         key=key,
         value=value,
@@ -165,7 +165,7 @@ def block_problem(
         return "blocks of the BlockMask are not known when compiling"
     if meaning.valid_keys is not None:
         return "a BlockMask over fewer keys than there are is not served"
-    num_queries, num_keys = hint(shape_of(query)[2]), hint(shape_of(key)[2])
+    num_queries, num_keys = length_now(shape_of(query)[2]), length_now(shape_of(key)[2])
     if lists.kv_num_blocks.shape[-1] != -(-num_queries // lists.query_block):
         return "the BlockMask is for another length"
     offset = meaning.query_offset
@@ -176,7 +176,7 @@ def block_problem(
         key_mask = real_value(meaning.key_mask)
         if key_mask is None:
             return ""  # Computed in the graph: left to the check in the calls.
-    mask = AttentionMask(meaning.causal, hint(offset), meaning.window, key_mask)
+    mask = AttentionMask(meaning.causal, length_now(offset), meaning.window, key_mask)
     if not bool(lists_agree(lists, mask, num_queries, num_keys)):
         return "blocks of the BlockMask are not those of its mask_mod"
     return ""
@@ -201,7 +201,7 @@ def known_value(item: fx.Node, node: fx.Node, prover: MaskProver) -> torch.Tenso
     if item.op == "placeholder":
         return real_value(item)
     number = constant_of(item, node, prover)
-    return None if number is None else torch.full([hint(n) for n in shape_of(item)], number)
+    return None if number is None else torch.full([length_now(n) for n in shape_of(item)], number)
 
 
 def constant_of(item: fx.Node, node: fx.Node, prover: MaskProver) -> int | None:
@@ -231,9 +231,12 @@ def is_fake(value: torch.Tensor) -> bool:
     return isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
 
 
-def hint(length: Length) -> int:
+def length_now(length: Length) -> int:
     """A length in the call that is being compiled."""
     if isinstance(length, torch.SymInt):
         value = length.node.hint
         return int(value) if value is not None else int(sympy.Integer(length.node.expr))
     return int(length)
+
+
+SPELLING = Spelling("flex", match_flex_attention, frozenset({"flex_attention"}))

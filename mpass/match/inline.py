@@ -17,19 +17,11 @@ from torch import fx
 from mpass.graph.dead_code import remove_dead
 from mpass.graph.nodes import module_path, op_name, value_of
 from mpass.graph.writes import StorageWrites, written_by
+from mpass.match.spellings import SPELLINGS
 
 CALLS = (
     torch.ops.higher_order.tag_activation_checkpoint,
     torch.ops.higher_order.invoke_subgraph,
-)
-
-ATTENTION = frozenset(
-    {
-        "scaled_dot_product_attention",
-        "softmax",
-        "flex_attention",
-        "multi_head_attention_forward",
-    }
 )
 
 
@@ -83,7 +75,7 @@ def reason_to_keep(node: fx.Node, writes: StorageWrites) -> str:
 def holds_attention(module: fx.GraphModule) -> bool:
     """Whether a graph or one that it calls has an op that attention is matched at."""
     for node in module.graph.nodes:
-        if node.op in ("call_function", "call_method") and op_name(node) in ATTENTION:
+        if any(spelling.starts_at(node) for spelling in SPELLINGS):
             return True
         inner = called_graph(node)
         if inner is not None and holds_attention(inner):

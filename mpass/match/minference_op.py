@@ -12,17 +12,26 @@ from torch import fx
 from mpass.graph.nodes import value_of
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.match.common import gradient_reason, make_site, shape_reason
+from mpass.match.spelling import Spelling
 
-TARGET = "minference.attention.default"
+OP_NAME = "minference::attention"
+TARGETS = ("minference.attention.default", "minference.attention")
+"""The op as it stands in a graph: its one overload, or the name that a user calls it by."""
+
+ARGUMENTS = ("query key value key_mask sinks query_offset window causal scale softcap").split()
+"""The op's arguments in order; mpass.lowering.ops has them."""
+
 PROOF = "told by attn_implementation='minference'"
 
 
-def match_marked(node: fx.Node, _prover: object) -> AttentionSite | None:
-    """The site of a marked attention; None if the node is none."""
-    if node.op != "call_function" or str(node.target) != TARGET:
+def match_minference_op(node: fx.Node, _prover: object) -> AttentionSite | None:
+    """The site of a call of `minference::attention`; None if the node is none."""
+    if node.op != "call_function" or str(node.target) not in TARGETS:
         return None
-    arguments: Any = node.args
-    query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = arguments
+    arguments: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | node.kwargs
+    query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = (
+        arguments[name] for name in ARGUMENTS
+    )
     if isinstance(offset, fx.Node):
         offset = value_of(offset)
     mask = MaskMeaning(
@@ -34,7 +43,6 @@ def match_marked(node: fx.Node, _prover: object) -> AttentionSite | None:
     )
     return make_site(
         node,
-        "minference",
         query=query,
         key=key,
         value=value,
@@ -44,3 +52,6 @@ def match_marked(node: fx.Node, _prover: object) -> AttentionSite | None:
         sinks=sinks,
         dense_reason=shape_reason(query, key, value) or gradient_reason(node),
     )
+
+
+SPELLING = Spelling("minference", match_minference_op, frozenset({OP_NAME}))

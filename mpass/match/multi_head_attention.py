@@ -12,6 +12,7 @@ from mpass.graph.nodes import is_tensor
 from mpass.graph.site import AttentionSite
 from mpass.masks.prover import MaskProver
 from mpass.match.common import make_site
+from mpass.match.spelling import Spelling
 
 OPS = {
     torch.nn.functional.multi_head_attention_forward: "nn.MultiheadAttention",
@@ -19,8 +20,10 @@ OPS = {
     torch._native_multi_head_attention: "nn.MultiheadAttention's fast path",
 }
 
+OP_NAMES = frozenset({function.__name__.strip("_") for function in OPS})
 
-def match_mha(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
+
+def match_multi_head_attention(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     """The dense site of an opaque multi-head attention; None if the node is none."""
     if node.op != "call_function" or node.target not in OPS:
         return None
@@ -35,7 +38,6 @@ def match_mha(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     )
     return make_site(
         node,
-        "mha",
         query=query,
         key=key,
         value=value,
@@ -44,3 +46,6 @@ def match_mha(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         unproven=reason,
         dense_reason=reason,
     )
+
+
+SPELLING = Spelling("mha", match_multi_head_attention, OP_NAMES)

@@ -21,6 +21,7 @@ from mpass.match.common import (
     shape_reason,
 )
 from mpass.match.repeat_kv import original_pair
+from mpass.match.spelling import Spelling
 
 TARGETS = (
     torch._C._nn.scaled_dot_product_attention,
@@ -70,7 +71,6 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     mask, unproven = mask_of(node, call, prover)
     return make_site(
         node,
-        "sdpa",
         query=call.query,
         key=key,
         value=value,
@@ -106,3 +106,6 @@ def reason_to_stay(call: SdpaCall, scale: float | None) -> str:
     if scale is None:
         return "scale is not a constant"
     return dropout_reason(call.dropout_p)
+
+
+SPELLING = Spelling("sdpa", match_sdpa, frozenset({"scaled_dot_product_attention"}))

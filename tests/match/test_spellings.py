@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+import mpass
+import mpass.lowering.ops
 from mpass.match import find_attention, inline_subgraphs
 from tests.helpers.recording import record
 
@@ -371,6 +373,45 @@ def test_attention_in_sub_graphs_is_found_per_call(kind, x):
     assert all(each.site.mask is not None and each.error() < 1e-5 for each in found)
     with torch.no_grad():
         torch.testing.assert_close(result, model(x))
+
+
+class MarkedStack(nn.Module):
+    """Checkpointed blocks whose attention is the op of attn_implementation="minference"."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op = op
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+
+    def attention(self, layer, x):
+        y = layer(x)
+        told = (None, None, 0, 0, True, D**-0.5, 0.0)
+        return x + self.op(y, y, y, *told)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.utils.checkpoint.checkpoint(self.attention, layer, x, use_reentrant=False)
+        return x
+
+
+def test_checkpointed_attention_by_our_own_op_is_found(x):
+    model = MarkedStack(torch.ops.minference.attention).eval()
+    found, result = record(model, x)
+    assert [each.site.spelling for each in found] == ["minference"] * 3
+    assert [each.site.dense_reason for each in found] == [""] * 3
+    assert all(each.error() < 1e-5 for each in found)
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x))
+
+
+def test_checkpointed_attention_by_our_own_op_becomes_sparse(x):
+    model = MarkedStack(torch.ops.minference.attention.default).eval()
+    options = {"min_seq_len": 1, "inner_backend": "eager", "pattern": "a_shape"}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="minference", options=options)(x)
+    assert [site.reason for site in mpass.last_report().sites] == [""] * 3
+    assert len(mpass.last_report().sparse_sites) == 3
 
 
 def test_checkpointed_attention_under_gradients_is_left_alone(x):
