@@ -28,13 +28,13 @@ from frontier import dense_states, rounded
 from run_summaries import Vectors
 from torch import Tensor
 
-from mpass.config.pattern_text import parse_dtype, parse_pattern
+from mpass.config.pattern_text import parse_pattern
 from mpass.evaluate.demo import environment
 from mpass.evaluate.score import compare_all
 from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference.pooled_keys import pooled_keys
-from mpass.models.load import load_model
+from mpass.models.load import load_model, parse_dtype
 from mpass.models.prefill import prefill
 from mpass.models.texts import find_text, load_tokens
 from mpass.patterns.union import Union

@@ -27,7 +27,6 @@ import torch
 from frontier_report import show
 from torch import Tensor
 
-from mpass.config.pattern_text import parse_dtype
 from mpass.evaluate.demo import environment
 from mpass.evaluate.plan import DENSE, read_lines
 from mpass.evaluate.runner import compile_dense, mean_density, sparse_options, window_layers
@@ -35,7 +34,7 @@ from mpass.evaluate.score import compare_all
 from mpass.files import cache_dir
 from mpass.inspection.profiling import outermost_ops
 from mpass.lowering.recorder import Call, record
-from mpass.models.load import load_model
+from mpass.models.load import load_model, parse_dtype
 from mpass.models.prefill import compile_body, prefill
 from mpass.models.texts import find_text, load_tokens
 from mpass.patterns.base import registered_patterns

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from mpass.config.pattern_text import parse_dtype, parse_pattern
+from mpass.config.pattern_text import parse_pattern
 from mpass.lowering.recorder import record
+from mpass.models.load import parse_dtype
 from mpass.text_table import open_console
 
 

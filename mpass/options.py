@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mpass.config.layer import as_pattern, check_length
 from mpass.config.presets import PRESETS, with_preset
-from mpass.config.sparse_config import SparseConfig, as_pattern, check_length
+from mpass.config.sparse_config import SparseConfig
 from mpass.errors import OptionValueError, UnknownOptionError, UnknownPatternError
 from mpass.patterns.base import Pattern, registered_patterns
 

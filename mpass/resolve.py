@@ -19,7 +19,9 @@ from pathlib import Path
 from torch import fx
 
 from mpass.config.decorators import overrides_of
-from mpass.config.sparse_config import LayerConfig, Span, SparseConfig, builtin_default
+from mpass.config.layer import LayerConfig
+from mpass.config.spans import Span
+from mpass.config.sparse_config import SparseConfig, builtin_default
 from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
 from mpass.graph.nodes import example
 from mpass.graph.site import AttentionSite

@@ -12,8 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mpass.config.pattern_text import parse_dtype
-from mpass.models.load import load_model
+from mpass.models.load import load_model, parse_dtype
 from mpass.models.texts import find_text, load_tokens
 
 

@@ -70,8 +70,8 @@ def calibrate(
     """
     from mpass.calibration.report import check_table, choice_table, heatmap
     from mpass.calibration.search import Settings, run_calibration
-    from mpass.config.pattern_text import parse_dtype, parse_pattern
-    from mpass.models.load import load_model
+    from mpass.config.pattern_text import parse_pattern
+    from mpass.models.load import load_model, parse_dtype
 
     console = Console()
     candidates = [parse_pattern(pattern) for pattern in patterns] if patterns else None

@@ -36,8 +36,7 @@ def load_prompt(
     model: str, text: str, length: int, dtype: str, device: str
 ) -> tuple[Any, dict[str, Any]]:
     """The body of a model (embedding and layers) and its keyword arguments for a text."""
-    from mpass.config.pattern_text import parse_dtype
-    from mpass.models.load import load_model
+    from mpass.models.load import load_model, parse_dtype
     from mpass.models.texts import find_text, load_tokens
 
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)

@@ -23,7 +23,8 @@ from torch import fx, nn
 from torch.fx.traceback import annotate
 
 from mpass.config.json_format import JsonObject, layer_from_json, layer_to_json
-from mpass.config.sparse_config import LayerConfig, Span, as_layer, as_pattern, as_span
+from mpass.config.layer import LayerConfig, as_layer, as_pattern
+from mpass.config.spans import Span, as_span
 from mpass.errors import OptionValueError
 from mpass.patterns.base import Pattern
 
@@ -177,13 +178,13 @@ def make_override(
 
 def real(pattern: Any) -> Any:
     """Patterns from what `plain` made of them; raises as as_pattern does."""
-    from mpass.config.json_format import parse_pattern
+    from mpass.config.json_format import pattern_from_json
 
     if isinstance(pattern, list):
         return [real(item) for item in pattern]
     if isinstance(pattern, dict):
         if "pattern" in pattern:
-            return parse_pattern(pattern)
+            return pattern_from_json(pattern)
         return {key: real(item) for key, item in pattern.items()}
     return None if pattern is None else as_pattern(pattern)
 

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mpass.config.sparse_config import LayerConfig, Span, SparseConfig, as_span
+from mpass.config.layer import ConfigFields, LayerConfig
+from mpass.config.minference_format import looks_like_minference, parse_minference
+from mpass.config.spans import Span, as_span
 from mpass.errors import ConfigFileError, MpassError, PatternValueError
 from mpass.files import write_whole
 from mpass.patterns.base import Pattern, find_pattern
@@ -33,7 +35,7 @@ MAX_DEPTH = 64
 T = TypeVar("T")
 
 
-def load_config(path: Path) -> SparseConfig:
+def load_config(path: Path) -> ConfigFields:
     """Read a file in any format that `parse_config` knows; raises ConfigFileError."""
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -46,7 +48,7 @@ def load_config(path: Path) -> SparseConfig:
     return parse_config(text, path)
 
 
-def save_config(config: SparseConfig, path: Path) -> None:
+def save_config(config: ConfigFields, path: Path) -> None:
     """Write our own format whole; raises ConfigFileError if the place cannot be written."""
     text = config_to_json(config)
     try:
@@ -55,10 +57,8 @@ def save_config(config: SparseConfig, path: Path) -> None:
         raise ConfigFileError(path, [("$", f"cannot be written: {error.strerror}")]) from error
 
 
-def parse_config(text: str, source: str | Path) -> SparseConfig:
+def parse_config(text: str, source: str | Path) -> ConfigFields:
     """The config that a JSON text describes: ours, MInference's or Qwen's. source: for errors."""
-    from mpass.config.minference_format import looks_like_minference, parse_minference
-
     document = parse_json(text, source)
     if looks_like_minference(document):
         return parse_minference(document, source)
@@ -133,7 +133,7 @@ def schema_faults(document: Any) -> list[tuple[str, str]]:
     return faults
 
 
-def parse_own(document: Any, source: str | Path) -> SparseConfig:
+def parse_own(document: Any, source: str | Path) -> ConfigFields:
     """A config from our own format; raises ConfigFileError."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         known = f'ours has "format": "{FORMAT}", MInference\'s is a list over layers'
@@ -147,7 +147,7 @@ def parse_own(document: Any, source: str | Path) -> SparseConfig:
         raise ConfigFileError(source, faults)
 
     check = Checker()
-    default = check.value("$.default", parse_pattern, document.get("default"))
+    default = check.value("$.default", pattern_from_json, document.get("default"))
     layers: list[tuple[Span, LayerConfig]] = []
     for key, item in document.get("layers", {}).items():
         path = f"$.layers[{key!r}]"
@@ -166,16 +166,8 @@ def parse_own(document: Any, source: str | Path) -> SparseConfig:
     for key, number in numbers.items():
         if isinstance(number, float):  # 32.0 is an integer to JSON Schema
             numbers[key] = int(number)
-    config = check.value(
-        "$",
-        lambda _: SparseConfig(
-            default, layers, provenance=document.get("provenance", {}), **numbers
-        ),
-        document,
-    )
-    if config is None:
-        raise ConfigFileError(source, check.faults)
-    return config
+    provenance = tuple(document.get("provenance", {}).items())
+    return ConfigFields(default, tuple(layers), provenance=provenance, **numbers)
 
 
 class Checker:
@@ -201,7 +193,7 @@ def parse_layer(item: Any, path: str, check: Checker) -> LayerConfig | None:
         item = {"heads": item}
     elif isinstance(item, str) or "pattern" in item:
         item = {"default": item}
-    default = check.value(f"{path}.default", parse_pattern, item.get("default"))
+    default = check.value(f"{path}.default", pattern_from_json, item.get("default"))
     heads, num_heads = parse_heads(item.get("heads", {}), f"{path}.heads", check)
     named = item.get("num_heads", num_heads)
     if num_heads is not None and named != num_heads:
@@ -224,12 +216,12 @@ def parse_heads(
 ) -> tuple[tuple[tuple[int, Pattern], ...], int | None]:
     """The heads of a layer, and their number if all are listed."""
     if isinstance(item, list):
-        patterns = [check.value(f"{path}[{i}]", parse_pattern, p) for i, p in enumerate(item)]
+        patterns = [check.value(f"{path}[{i}]", pattern_from_json, p) for i, p in enumerate(item)]
         return tuple((i, p) for i, p in enumerate(patterns) if p is not None), len(item)
     heads: dict[int, Pattern] = {}
     for key, value in item.items():
         span = check.value(f"{path}[{key!r}]", functools.partial(as_span, what="head"), key)
-        pattern = check.value(f"{path}[{key!r}]", parse_pattern, value)
+        pattern = check.value(f"{path}[{key!r}]", pattern_from_json, value)
         if span is None or pattern is None:
             continue
         if span.last is None:
@@ -243,7 +235,7 @@ def parse_heads(
     return tuple(sorted(heads.items(), key=lambda entry: entry[0])), None
 
 
-def parse_pattern(value: str | Mapping[str, Any]) -> Pattern:
+def pattern_from_json(value: str | Mapping[str, Any]) -> Pattern:
     """A pattern from its name, or from an object with its name and parameters."""
     if isinstance(value, str):
         return find_pattern(value)()
@@ -304,7 +296,7 @@ def head_spans(heads: tuple[tuple[int, Pattern], ...]) -> list[tuple[Span, Patte
     return spans
 
 
-def config_to_json(config: SparseConfig) -> str:
+def config_to_json(config: ConfigFields) -> str:
     """Our own format: one key a line, one layer a line."""
     head: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in ("num_layers", "num_heads", "num_kv_heads", "min_seq_len"):

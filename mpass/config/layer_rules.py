@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mpass.config.sparse_config import LayerConfig, PatternLike, Span, SparseConfig, as_pattern
+from mpass.config.layer import LayerConfig, PatternLike, as_pattern
+from mpass.config.spans import Span
+from mpass.config.sparse_config import SparseConfig
 from mpass.patterns.tri_shape import TriShape
 
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpass.config.sparse_config import MAX_COUNT, LayerConfig, Span, SparseConfig
+from mpass.config.layer import ConfigFields, LayerConfig
+from mpass.config.spans import MAX_COUNT, Span
 from mpass.errors import ConfigFileError, MpassError
 from mpass.patterns.a_shape import AShape
 from mpass.patterns.base import Pattern
@@ -49,7 +50,7 @@ def looks_like_minference(document: Any) -> bool:
     return keyed or any(key in document for key in QWEN_KEYS)
 
 
-def parse_minference(document: Any, source: str | Path) -> SparseConfig:
+def parse_minference(document: Any, source: str | Path) -> ConfigFields:
     """The config of such a document; raises ConfigFileError with all that is wrong."""
     faults: Faults = []
     path = "$"
@@ -65,7 +66,7 @@ def parse_minference(document: Any, source: str | Path) -> SparseConfig:
         faults.append((path, "names no layer"))
     if faults:
         raise ConfigFileError(source, faults)
-    return SparseConfig(DEFAULT, layers, num_layers=len(layers))
+    return ConfigFields(DEFAULT, tuple(layers), num_layers=len(layers))
 
 
 def numbered(document: Any, path: str, what: str, faults: Faults) -> Iterator[tuple[int, Any, str]]:
@@ -129,7 +130,7 @@ def parse_entry(entry: Any, path: str, faults: Faults) -> Pattern | None:
         return None
 
 
-def config_to_minference(config: SparseConfig) -> str:
+def config_to_minference(config: ConfigFields) -> str:
     """The list over layers, as MInference reads it.
 
     A head that has the format's own default by `config.default` is left out, as it may be. Raises

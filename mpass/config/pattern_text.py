@@ -6,11 +6,9 @@ import ast
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mpass.errors import DtypeError, OptionValueError
+from mpass.errors import OptionValueError
 
 if TYPE_CHECKING:
-    import torch
-
     from mpass.patterns.base import Pattern
 
 
@@ -44,12 +42,3 @@ def parse_pattern(text: str) -> Pattern:
         allowed = f"{cls.name} with the fields {', '.join(fields) or '(none)'}, each once"
         raise OptionValueError("pattern", f"{text}: {at_fault}", allowed)
     return cls(**values, **named)
-
-
-def parse_dtype(text: str) -> torch.dtype:
-    """The dtype of a short name (`bf16`); raises DtypeError."""
-    from mpass.models.load import DTYPES
-
-    if text not in DTYPES:
-        raise DtypeError(text, ", ".join(DTYPES))
-    return DTYPES[text]

@@ -21,12 +21,12 @@ from rich.text import Text
 from torch import Tensor
 
 import mpass
-from mpass.config.pattern_text import parse_dtype, parse_pattern
+from mpass.config.pattern_text import parse_pattern
 from mpass.config.sparse_config import SparseConfig
 from mpass.errors import OptionValueError, UnknownTextError
 from mpass.files import write_whole
 from mpass.lowering.recorder import record
-from mpass.models.load import check_device, load_config, load_model, load_tokenizer
+from mpass.models.load import check_device, load_config, load_model, load_tokenizer, parse_dtype
 from mpass.models.prefill import (
     Predictions,
     compile_body,

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpass.config.pattern_text import parse_dtype, parse_pattern
+from mpass.config.pattern_text import parse_pattern
 from mpass.errors import OptionValueError, nearest
 from mpass.evaluate.tasks import TASKS
-from mpass.models.load import check_device
+from mpass.models.load import check_device, parse_dtype
 from mpass.models.texts import find_text
 from mpass.options import INNER_BACKENDS
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpass.config.pattern_text import parse_dtype
 from mpass.errors import OptionValueError
 from mpass.evaluate.demo import environment
 from mpass.evaluate.plan import (
@@ -29,7 +28,7 @@ from mpass.evaluate.plan import (
 from mpass.evaluate.runner import Runner
 from mpass.evaluate.samples import Sample, fit
 from mpass.evaluate.tasks import Haystack, grid_puzzle, make_haystack, make_puzzle
-from mpass.models.load import load_config, load_model
+from mpass.models.load import load_config, load_model, parse_dtype
 from mpass.models.texts import find_text, load_tokens
 
 

@@ -256,3 +256,10 @@ def quiet(transformers: ModuleType) -> Iterator[None]:
     finally:
         if shown:
             log.enable_progress_bar()
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """The dtype of a short name (`bf16`); raises DtypeError."""
+    if text not in DTYPES:
+        raise DtypeError(text, ", ".join(DTYPES))
+    return DTYPES[text]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import mpass
 from mpass.config.json_format import schema
-from mpass.config.sparse_config import LayerConfig
+from mpass.config.layer import LayerConfig
 from mpass.errors import ConfigFileError
 from tests.helpers.minference_files import per_head
 

@@ -11,7 +11,9 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mpass
-from mpass.config.sparse_config import LayerConfig, Span, builtin_default
+from mpass.config.layer import LayerConfig
+from mpass.config.spans import Span
+from mpass.config.sparse_config import builtin_default
 from mpass.errors import ConfigMismatchError, MpassError, OptionValueError, UnknownPatternError
 from mpass.options import parse_options
 from tests.helpers.toys import Attention, Decoder, compile_toy
