@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
+from mpass.lowering.kernel_sources import KernelSource
 from mpass.match import find_attention, inline_subgraphs
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, plan_attention
@@ -35,7 +36,7 @@ def minference(
     anything is compiled (Dynamo shows them inside of its BackendCompilerFailed).
     """
     parsed = parse_options(mode, options)
-    trace = open_trace(gm, parsed)
+    trace = open_trace(gm, parsed, kernel_details)
     report = apply_passes(gm, parsed, trace)
     compiled = compile_rest(gm, example_inputs, parsed)
     trace.mark("inner compiler")
@@ -74,3 +75,13 @@ def compile_rest(
     else:
         compiled = torch._dynamo.lookup_backend(options.inner_backend)(gm, list(example_inputs))
     return compiled
+
+
+def kernel_details(kernel: KernelSource) -> tuple[tuple[str, str], ...]:
+    """What a kernel was made for and what its compiler says of it, for the debug folder.
+
+    The compilers are imported when the first kernel is asked about.
+    """
+    from mpass.inspection import kernels
+
+    return kernels.kernel_details(kernel)

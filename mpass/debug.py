@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,10 @@ SCRATCH = ".writing-"
 """Folders being written begin so, with the number of the process next."""
 
 
+KernelDetails = Callable[[KernelSource], Iterable[tuple[str, str]]]
+"""Names and values that stand beside a kernel's source: what it is for, what its compiler says."""
+
+
 class DebugFolderWarning(UserWarning):
     """A debug folder that could not be written; the compile went on without it."""
 
@@ -53,13 +57,15 @@ class DebugFolderWarning(UserWarning):
 class Trace:
     """One graph on its way through the passes.
 
-    root: the debug folder, None if there is none; captured: the graph as text before the passes,
+    root: the debug folder, None if there is none; kernel_details: what is written beside a kernel's
+    source there; captured: the graph as text before the passes,
     empty if nobody reads it; ops: its calls by name; seconds: time of each pass, in order;
     last: when the latest step ended; decisions: one per site, after the last pass; folder: this
     graph's own folder, once written.
     """
 
     root: Path | None
+    kernel_details: KernelDetails
     captured: str = ""
     ops: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -83,18 +89,22 @@ def debug_root(options: Options) -> Path | None:
     return Path(folder).expanduser().absolute()
 
 
-def open_trace(gm: fx.GraphModule, options: Options) -> Trace:
-    """Start tracing a graph before any pass has touched it."""
+def open_trace(gm: fx.GraphModule, options: Options, kernel_details: KernelDetails) -> Trace:
+    """Start tracing a graph before any pass has touched it.
+
+    kernel_details: names and values to write beside the source of a kernel. It comes from the
+    caller because it asks compilers, which nothing here knows.
+    """
     emit_graph("captured", gm)
     root = debug_root(options)
     if root is None:
-        return Trace(None)
+        return Trace(None, kernel_details)
     # A debugging aid: whatever goes wrong in it must not take the user's compile along.
     try:
-        return Trace(root, readable(gm), count_ops(gm))
+        return Trace(root, kernel_details, readable(gm), count_ops(gm))
     except Exception as error:
         warn_once(root, in_one_line(error))
-        return Trace(None)
+        return Trace(None, kernel_details)
 
 
 def close_trace(
@@ -126,7 +136,7 @@ def close_trace(
                 "timings.json": as_json(trace.seconds),
             },
         )
-        watch_kernels(trace.root)
+        watch_kernels(trace.root, trace.kernel_details)
     except Exception as error:
         warn_once(trace.root, in_one_line(error))
     trace.mark("debug")
@@ -209,10 +219,8 @@ def is_running(process: int) -> bool:
 
 
 @functools.cache
-def watch_kernels(root: Path) -> None:
+def watch_kernels(root: Path, kernel_details: KernelDetails) -> None:
     """Write every kernel of this process into `root/kernels`, now or when it is first built."""
-
-    from mpass.inspection.kernels import kernel_details  # knows the compilers: only when asked
 
     def write(kernel: KernelSource) -> None:
         try:

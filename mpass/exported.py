@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from mpass.backend import apply_passes
+from mpass.backend import apply_passes, kernel_details
 from mpass.debug import finish_trace, open_trace
 from mpass.graph.printing import fake_result
 from mpass.options import parse_options
@@ -31,7 +31,7 @@ def rewrite_exported(
     """
     parsed = parse_options(None, options)
     gm = copy.deepcopy(program.graph_module)
-    trace = open_trace(gm, parsed)
+    trace = open_trace(gm, parsed, kernel_details)
     report = apply_passes(gm, parsed, trace)
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method") and "val" not in node.meta:

@@ -65,8 +65,6 @@ class Report:
         )
 
     def __str__(self) -> str:
-        from mpass.text_table import render_report
-
         return render_report(self)
 
 
@@ -123,3 +121,24 @@ def last_report() -> Report:
 def reports() -> tuple[Report, ...]:
     """Reports of the latest compiled graphs, oldest first."""
     return tuple(_reports)
+
+
+def render_report(report: Report) -> str:
+    """A table of the sites of a report, one row each, with the summary below."""
+    from mpass.text_table import Table, count_patterns, render  # rich: only when printed
+
+    table = Table(title=None)
+    for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason", "from"):
+        table.add_column(column)
+    for site in report.sites:
+        table.add_row(
+            str(site.layer) if site.layer >= 0 else "-",
+            site.path or "-",
+            str(site.num_heads),
+            str(site.num_kv_heads),
+            str(site.head_dim),
+            site.status,
+            site.reason or count_patterns(site.patterns),
+            site.config_source or "-",
+        )
+    return render(table) + report.summary()

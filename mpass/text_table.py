@@ -1,4 +1,4 @@
-"""Reports as text tables."""
+"""Text tables, and what they are printed on."""
 
 from __future__ import annotations
 
@@ -6,32 +6,9 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from mpass.report import Report
-
-
-def render_report(report: Report) -> str:
-    """A table of the sites of a report, one row each, with the summary below."""
-    table = Table(title=None)
-    for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason", "from"):
-        table.add_column(column)
-    for site in report.sites:
-        table.add_row(
-            str(site.layer) if site.layer >= 0 else "-",
-            site.path or "-",
-            str(site.num_heads),
-            str(site.num_kv_heads),
-            str(site.head_dim),
-            site.status,
-            site.reason or count_patterns(site.patterns),
-            site.config_source or "-",
-        )
-    return render(table) + report.summary()
 
 
 def count_patterns(patterns: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,126 +18,36 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpass.backend import apply_passes, compile_rest
+from mpass.backend import apply_passes, compile_rest, kernel_details
 from mpass.debug import open_trace
 from mpass.decisions import decision_as_dict
 from mpass.files import write_whole
 from mpass.graph.nodes import shape_of, value_of
 from mpass.graph.printing import count_ops, readable
-from mpass.inspection.outline import Outline, outline
+from mpass.inspection.outline import outline
+from mpass.inspection.results import ExplanationFields, GraphBreak, GraphExplanation, SiteCost
+from mpass.inspection.tables import render_explanation
 from mpass.lowering.recorder import Log, record
 from mpass.options import Options, parse_options
 from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, find_pattern
 from mpass.plan import AttentionPlan, Skip
-from mpass.report import SiteReport
 
 
 @dataclass(frozen=True)
-class SiteCost:
-    """What one attention is predicted to cost, and what it did cost on this input.
-
-    num_queries, num_keys: lengths when it was compiled; predicted: per head, the most that
-    estimation and attention cost over the work of dense attention; density: per head, the share of
-    the mask's cells that was computed, empty if the attention did not run; lowering: what ran it,
-    and reason why if that was dense attention; index_bytes: memory of its index.
-    """
-
-    num_queries: int
-    num_keys: int
-    predicted: tuple[float, ...]
-    density: tuple[float, ...] = ()
-    lowering: str = ""
-    reason: str = ""
-    index_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class GraphExplanation:
-    """One captured graph.
-
-    sites, details and costs: one per attention, in order; ops: calls by name before and after;
-    seconds: per pass; mask_bytes: the largest mask that the rewrite made unnecessary.
-    """
-
-    sites: tuple[SiteReport, ...]
-    details: tuple[dict[str, Any], ...]
-    costs: tuple[SiteCost, ...]
-    ops_before: dict[str, int]
-    ops_after: dict[str, int]
-    outline_before: Outline
-    outline_after: Outline
-    captured: str
-    rewritten: str
-    seconds: dict[str, float]
-    mask_bytes: int
-
-
-@dataclass(frozen=True)
-class GraphBreak:
-    """Where Dynamo ended a graph early. source: the user's line."""
-
-    reason: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(ExplanationFields):
     """What became of a model: `print` it, read its fields, or `save` it as JSON or HTML."""
-
-    model: str
-    graphs: tuple[GraphExplanation, ...]
-    breaks: tuple[GraphBreak, ...]
-    min_seq_len: int
-
-    @property
-    def sites(self) -> tuple[SiteReport, ...]:
-        """Every attention of every graph."""
-        return tuple(site for graph in self.graphs for site in graph.sites)
-
-    @property
-    def reasons(self) -> Counter[str]:
-        """Why attentions stay dense, with how many do."""
-        return Counter(site.reason for site in self.sites if site.reason)
-
-    @property
-    def index_bytes(self) -> int:
-        """Memory of the largest index: one lives at a time."""
-        return max((cost.index_bytes for g in self.graphs for cost in g.costs), default=0)
-
-    @property
-    def mask_bytes(self) -> int:
-        """Memory of the largest mask that is no longer made."""
-        return max((graph.mask_bytes for graph in self.graphs), default=0)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the graphs' code and drawings, fit for JSON."""
-        hidden = ("captured", "rewritten", "outline_before", "outline_after")
-        graphs = [
-            dataclasses.asdict(
-                dataclasses.replace(graph, outline_before=None, outline_after=None)  # type: ignore[arg-type]
-            )
-            for graph in self.graphs
-        ]
-        return {
-            "model": self.model,
-            "min_seq_len": self.min_seq_len,
-            "breaks": [dataclasses.asdict(item) for item in self.breaks],
-            "graphs": [{k: v for k, v in graph.items() if k not in hidden} for graph in graphs],
-        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.html` as a page, anything else as JSON."""
         target = Path(path)
         if target.suffix == ".html":
-            from mpass.inspection.page import build_page
+            from mpass.inspection.page import build_page  # jinja2, compilers: only when asked
 
             write_whole(target, build_page(self))
         else:
             write_whole(target, json.dumps(self.as_dict(), indent=1, default=str) + "\n")
 
     def __str__(self) -> str:
-        from mpass.inspection.tables import render_explanation
-
         return render_explanation(self)
 
 
@@ -152,7 +61,7 @@ class Capture:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before, captured = clone(gm), readable(gm)
-        trace = open_trace(gm, self.options)
+        trace = open_trace(gm, self.options, kernel_details)
         report = apply_passes(gm, self.options, trace)
         sites = [decision.site.output.name for decision in trace.decisions]
         self.graphs.append(
@@ -254,9 +163,9 @@ def predict_cost(decision: AttentionPlan | Skip) -> SiteCost:
     shapes = [shape_of(node) for node in (site.query, site.key)]
     if any(len(shape) != 4 for shape in shapes):
         return SiteCost(0, 0, ())
-    num_queries, num_keys = (hint(shape[2]) for shape in shapes)
+    num_queries, num_keys = (size_or_zero(shape[2]) for shape in shapes)
     if isinstance(decision, Skip):
-        return SiteCost(num_queries, num_keys, (1.0,) * hint(shapes[0][1]))
+        return SiteCost(num_queries, num_keys, (1.0,) * size_or_zero(shapes[0][1]))
     predicted = tuple(
         predicted_share(pattern, num_keys, site.head_dim) for pattern in decision.patterns
     )
@@ -271,7 +180,7 @@ def predicted_share(pattern: Pattern, num_keys: int, head_dim: int) -> float:
     return float(pattern.cost().subs(values) / dense)
 
 
-def hint(size: int | torch.SymInt) -> int:
+def size_or_zero(size: int | torch.SymInt) -> int:
     """A size as a number: of a symbol, its value now (no guard is added)."""
     if isinstance(size, int):
         return size
@@ -295,7 +204,7 @@ def dropped_bytes(
         value = value_of(node)
         if node.name in kept or not isinstance(value, torch.Tensor) or value.dim() < 2:
             continue
-        sizes = [hint(size) for size in value.shape]
+        sizes = [size_or_zero(size) for size in value.shape]
         if (sizes[-2], sizes[-1]) in lengths:
             numbers = 1
             for size in sizes:

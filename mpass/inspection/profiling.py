@@ -7,7 +7,6 @@ while it runs, and what it read is not kept.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -23,6 +22,8 @@ from mpass.files import write_whole
 from mpass.inspection.advice import advise
 from mpass.inspection.explanation import Explanation, finish_explanation, make_capture, run_captured
 from mpass.inspection.recall import Recall, measure_recall
+from mpass.inspection.results import HeadProfile, LayerProfile, ProfileFields
+from mpass.inspection.tables import render_profile
 from mpass.lowering.cpu.spec import STRIP
 from mpass.lowering.cpu.support import best_instruction_set, dtype_name
 from mpass.lowering.density import density as count_density
@@ -39,88 +40,23 @@ DENSE_OPS = (
 """How dense attention shows in torch's profiler, outermost first."""
 
 
-@dataclass(frozen=True)
-class HeadProfile:
-    """One query head of one layer.
-
-    density: share of the mask's cells that the index selects; recall: share of the exact attention
-    on them, mean over queries; worst: query block, key block and the share of that query block's
-    attention that was lost between them; advice: what to do about it, "" for nothing.
-    """
-
-    head: int
-    pattern: str
-    density: float
-    recall: float
-    worst: tuple[int, int, float]
-    advice: str
-
-
 @dataclass(frozen=True, eq=False)
-class LayerProfile:
-    """One sparse attention.
-
-    lowering: what ran it ("dense" where the op found that cheaper); index_seconds,
-    attention_seconds: of a second, unobserved run; query_blocks: those whose recall was measured;
-    computed, exact: uint8 [H, R, R], see mpass.inspection.recall.Recall.
-    """
-
-    layer: int
-    path: str
-    lowering: str
-    num_queries: int
-    num_keys: int
-    index_bytes: int
-    index_seconds: float
-    attention_seconds: float
-    query_blocks: tuple[int, ...]
-    all_queries: bool
-    heads: tuple[HeadProfile, ...]
-    computed: Tensor
-    exact: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Profile:
-    """What happened on a prompt: `print` it, read its fields, or `save` it as JSON or HTML.
-
-    seconds: of one run, by part ("index", "attention", "dense attention", "rest"); kernels: the
-    generated sources in use.
-    """
+class Profile(ProfileFields):
+    """What happened on a prompt: `print` it, read its fields, or `save` it as JSON or HTML."""
 
     explanation: Explanation
-    layers: tuple[LayerProfile, ...]
-    seconds: dict[str, float]
-    kernels: tuple[KernelSource, ...]
-
-    def worst_heads(self, count: int) -> list[tuple[LayerProfile, HeadProfile]]:
-        """The heads that lost most of their attention, worst first."""
-        pairs = [(layer, head) for layer in self.layers for head in layer.heads]
-        return sorted(pairs, key=lambda pair: pair[1].recall)[:count]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but maps, graphs and sources, fit for JSON."""
-        hidden = ("computed", "exact", "heads")
-        layers = []
-        for layer in self.layers:
-            names = [field.name for field in dataclasses.fields(layer) if field.name not in hidden]
-            values = {name: getattr(layer, name) for name in names}
-            layers.append(values | {"heads": [dataclasses.asdict(head) for head in layer.heads]})
-        return self.explanation.as_dict() | {"seconds": self.seconds, "layers": layers}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `.html` as a page, anything else as JSON."""
         target = Path(path)
         if target.suffix == ".html":
-            from mpass.inspection.page import build_page
+            from mpass.inspection.page import build_page  # jinja2, compilers: only when asked
 
             write_whole(target, build_page(self.explanation, self))
         else:
             write_whole(target, json.dumps(self.as_dict(), indent=1, default=str) + "\n")
 
     def __str__(self) -> str:
-        from mpass.inspection.tables import render_profile
-
         return render_profile(self)
 
 

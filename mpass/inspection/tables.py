@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from mpass.inspection.results import ExplanationFields, ProfileFields, SiteCost
+from mpass.report import SiteReport
 from mpass.text_table import count_patterns, render
 
-if TYPE_CHECKING:
-    from mpass.inspection.explanation import Explanation, SiteCost
-    from mpass.inspection.profiling import Profile
-    from mpass.report import SiteReport
 
-
-def render_explanation(explanation: Explanation) -> str:
+def render_explanation(explanation: ExplanationFields) -> str:
     """A row per attention; below, the graphs, the breaks and the memory."""
     table = Table()
     columns = (
@@ -66,7 +62,7 @@ def words_of(site: SiteReport, cost: SiteCost) -> str:
     return f"{patterns}\nran dense: {cost.reason}" if cost.reason else patterns
 
 
-def render_profile(profile: Profile) -> str:
+def render_profile(profile: ProfileFields) -> str:
     """A row per layer; below, the heads that lost most and what to do about them."""
     table = Table()
     for column in ("layer", "ran", "density", "recall", "worst head", "index ms", "attention ms"):

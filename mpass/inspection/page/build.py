@@ -17,10 +17,15 @@ import jinja2
 from torch import Tensor
 
 from mpass.graph.printing import op_changes
-from mpass.inspection.explanation import Explanation, GraphExplanation, SiteCost
 from mpass.inspection.kernels import kernel_details
 from mpass.inspection.outline import Outline
-from mpass.inspection.profiling import LayerProfile, Profile
+from mpass.inspection.results import (
+    ExplanationFields,
+    GraphExplanation,
+    LayerProfile,
+    ProfileFields,
+    SiteCost,
+)
 from mpass.inspection.tables import in_bytes, span
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.report import SiteReport
@@ -30,7 +35,7 @@ SCRIPTS = ("base.js", "heads.js", "graph.js", "tables.js")
 """In the order in which they are run."""
 
 
-def build_page(explanation: Explanation, profile: Profile | None = None) -> str:
+def build_page(explanation: ExplanationFields, profile: ProfileFields | None = None) -> str:
     """The page of an explanation, with the maps and times of a profile if there is one."""
     folder = files("mpass.inspection.page")
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
@@ -47,7 +52,9 @@ def build_page(explanation: Explanation, profile: Profile | None = None) -> str:
     )
 
 
-def page_data(explanation: Explanation, profile: Profile | None = None) -> dict[str, Any]:
+def page_data(
+    explanation: ExplanationFields, profile: ProfileFields | None = None
+) -> dict[str, Any]:
     """What the page's scripts read."""
     rows = head_rows(explanation, profile)
     names = {head["pattern"].split("(")[0] for row in rows for head in row["heads"]}
@@ -64,7 +71,7 @@ def page_data(explanation: Explanation, profile: Profile | None = None) -> dict[
     }
 
 
-def tiles(explanation: Explanation, profile: Profile | None) -> list[tuple[str, str]]:
+def tiles(explanation: ExplanationFields, profile: ProfileFields | None) -> list[tuple[str, str]]:
     """What the page says first: figures, and what they are of."""
     sites = explanation.sites
     sparse = sum(site.status == "sparse" for site in sites)
@@ -91,7 +98,7 @@ def tiles(explanation: Explanation, profile: Profile | None) -> list[tuple[str, 
     return shown
 
 
-def summary(explanation: Explanation) -> str:
+def summary(explanation: ExplanationFields) -> str:
     """From which length on attention is sparse, and the most frequent reasons why not."""
     text = f"Prompts of {explanation.min_seq_len} tokens and more are sparse. "
     for reason, count in explanation.reasons.most_common(3):
@@ -99,7 +106,9 @@ def summary(explanation: Explanation) -> str:
     return text
 
 
-def head_rows(explanation: Explanation, profile: Profile | None) -> list[dict[str, Any]]:
+def head_rows(
+    explanation: ExplanationFields, profile: ProfileFields | None
+) -> list[dict[str, Any]]:
     """A row of the layer x head map per attention, measured or not."""
     measured = {layer.layer: layer for layer in profile.layers} if profile else {}
     rows = []

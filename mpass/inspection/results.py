@@ -1,0 +1,178 @@
+"""What an explanation and a profile consist of: plain data, for tables and pages to show."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mpass.inspection.outline import Outline
+from mpass.lowering.kernel_sources import KernelSource
+from mpass.report import SiteReport
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What one attention is predicted to cost, and what it did cost on this input.
+
+    num_queries, num_keys: lengths when it was compiled; predicted: per head, the most that
+    estimation and attention cost over the work of dense attention; density: per head, the share of
+    the mask's cells that was computed, empty if the attention did not run; lowering: what ran it,
+    and reason why if that was dense attention; index_bytes: memory of its index.
+    """
+
+    num_queries: int
+    num_keys: int
+    predicted: tuple[float, ...]
+    density: tuple[float, ...] = ()
+    lowering: str = ""
+    reason: str = ""
+    index_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class GraphExplanation:
+    """One captured graph.
+
+    sites, details and costs: one per attention, in order; ops: calls by name before and after;
+    seconds: per pass; mask_bytes: the largest mask that the rewrite made unnecessary.
+    """
+
+    sites: tuple[SiteReport, ...]
+    details: tuple[dict[str, Any], ...]
+    costs: tuple[SiteCost, ...]
+    ops_before: dict[str, int]
+    ops_after: dict[str, int]
+    outline_before: Outline
+    outline_after: Outline
+    captured: str
+    rewritten: str
+    seconds: dict[str, float]
+    mask_bytes: int
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo ended a graph early. source: the user's line."""
+
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class ExplanationFields:
+    """What became of a model, graph by graph."""
+
+    model: str
+    graphs: tuple[GraphExplanation, ...]
+    breaks: tuple[GraphBreak, ...]
+    min_seq_len: int
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """Every attention of every graph."""
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why attentions stay dense, with how many do."""
+        return Counter(site.reason for site in self.sites if site.reason)
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of the largest index: one lives at a time."""
+        return max((cost.index_bytes for g in self.graphs for cost in g.costs), default=0)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Memory of the largest mask that is no longer made."""
+        return max((graph.mask_bytes for graph in self.graphs), default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the graphs' code and drawings, fit for JSON."""
+        hidden = ("captured", "rewritten", "outline_before", "outline_after")
+        graphs = [
+            dataclasses.asdict(
+                dataclasses.replace(graph, outline_before=None, outline_after=None)  # type: ignore[arg-type]
+            )
+            for graph in self.graphs
+        ]
+        return {
+            "model": self.model,
+            "min_seq_len": self.min_seq_len,
+            "breaks": [dataclasses.asdict(item) for item in self.breaks],
+            "graphs": [{k: v for k, v in graph.items() if k not in hidden} for graph in graphs],
+        }
+
+
+@dataclass(frozen=True)
+class HeadProfile:
+    """One query head of one layer.
+
+    density: share of the mask's cells that the index selects; recall: share of the exact attention
+    on them, mean over queries; worst: query block, key block and the share of that query block's
+    attention that was lost between them; advice: what to do about it, "" for nothing.
+    """
+
+    head: int
+    pattern: str
+    density: float
+    recall: float
+    worst: tuple[int, int, float]
+    advice: str
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProfile:
+    """One sparse attention.
+
+    lowering: what ran it ("dense" where the op found that cheaper); index_seconds,
+    attention_seconds: of a second, unobserved run; query_blocks: those whose recall was measured;
+    computed, exact: uint8 [H, R, R], see mpass.inspection.recall.Recall.
+    """
+
+    layer: int
+    path: str
+    lowering: str
+    num_queries: int
+    num_keys: int
+    index_bytes: int
+    index_seconds: float
+    attention_seconds: float
+    query_blocks: tuple[int, ...]
+    all_queries: bool
+    heads: tuple[HeadProfile, ...]
+    computed: Tensor
+    exact: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ProfileFields:
+    """What happened on a prompt.
+
+    seconds: of one run, by part ("index", "attention", "dense attention", "rest"); kernels: the
+    generated sources in use.
+    """
+
+    explanation: ExplanationFields
+    layers: tuple[LayerProfile, ...]
+    seconds: dict[str, float]
+    kernels: tuple[KernelSource, ...]
+
+    def worst_heads(self, count: int) -> list[tuple[LayerProfile, HeadProfile]]:
+        """The heads that lost most of their attention, worst first."""
+        pairs = [(layer, head) for layer in self.layers for head in layer.heads]
+        return sorted(pairs, key=lambda pair: pair[1].recall)[:count]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but maps, graphs and sources, fit for JSON."""
+        hidden = ("computed", "exact", "heads")
+        layers = []
+        for layer in self.layers:
+            names = [field.name for field in dataclasses.fields(layer) if field.name not in hidden]
+            values = {name: getattr(layer, name) for name in names}
+            layers.append(values | {"heads": [dataclasses.asdict(head) for head in layer.heads]})
+        return self.explanation.as_dict() | {"seconds": self.seconds, "layers": layers}
