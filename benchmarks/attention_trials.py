@@ -29,7 +29,7 @@ from run_summaries import Vectors
 from torch import Tensor
 
 from mpass.config.pattern_text import parse_pattern
-from mpass.evaluate.demo import environment
+from mpass.evaluate.environment import describe_environment
 from mpass.evaluate.score import compare_all
 from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex
 from mpass.lowering.reference import attention as reference
@@ -198,7 +198,8 @@ def main() -> None:
             figures = {"density": trial.computed / trial.total} | dataclasses.asdict(losses)
             with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(
-                    json.dumps(words | rounded(figures) | {"versions": environment()}) + "\n"
+                    json.dumps(words | rounded(figures) | {"versions": describe_environment()})
+                    + "\n"
                 )
             loss = losses.sparse - losses.dense
             last = losses.sparse_quarters[-1] - losses.dense_quarters[-1]

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpass.calibration.instrument import Operands
+from mpass.calibration.instrument import AttentionOperands
 from mpass.calibration.kernel_cost import count_work
 from mpass.lowering import cpu
 from mpass.lowering.cpu.cost_constants import (
@@ -139,7 +139,7 @@ def measure(
 
     tiles, columns = (
         float(part.sum()) / heads
-        for part in count_work(index, Operands(0, query, key, key, mask, scale, 0.0, None))
+        for part in count_work(index, AttentionOperands(0, query, key, key, mask, scale, 0.0, None))
     )
     # The model counts a density that makes these tiles, and keys per query that make the columns.
     empty = float(TILES.subs({DENSITY: 0, LENGTH: length}))

@@ -27,7 +27,7 @@ import torch
 from frontier_report import show
 from torch import Tensor
 
-from mpass.evaluate.demo import environment
+from mpass.evaluate.environment import describe_environment
 from mpass.evaluate.plan import DENSE, read_lines
 from mpass.evaluate.runner import compile_dense, mean_density, sparse_options, window_layers
 from mpass.evaluate.score import compare_all
@@ -244,7 +244,7 @@ def run_round(
                 line = dict(zip(KEY, keys, strict=True))
                 line |= rounded(figures | dataclasses.asdict(own))
                 line["command"] = command_of(line, arguments)
-                file.write(json.dumps(line | {"versions": environment()}) + "\n")
+                file.write(json.dumps(line | {"versions": describe_environment()}) + "\n")
 
 
 def rounded(figures: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,6 @@ def kernel_details(kernel: KernelSource) -> tuple[tuple[str, str], ...]:
 
     The compilers are imported when the first kernel is asked about.
     """
-    from mpass.inspection import kernels
+    from mpass.inspection.kernels import kernel_details as ask_compilers
 
-    return kernels.kernel_details(kernel)
+    return ask_compilers(kernel)

@@ -53,17 +53,22 @@ class ConfigMismatchError(MpassError):
 
 
 class ConfigFileError(MpassError):
-    """A config file that cannot be read or written. `faults`: every (JSON path, what is wrong)."""
+    """A config file that cannot be read or written. `errors`: every (JSON path, what is wrong)."""
 
     SHOWN = 20
 
-    def __init__(self, source: object, faults: Iterable[tuple[str, str]]) -> None:
-        self.faults = list(faults)
-        lines = [f"  {path}: {fault}" for path, fault in self.faults[: self.SHOWN]]
-        if len(self.faults) > self.SHOWN:
-            lines.append(f"  ... and {len(self.faults) - self.SHOWN} more")
-        noun = "fault" if len(self.faults) == 1 else "faults"
-        super().__init__("\n".join([f"config {source}: {len(self.faults)} {noun}", *lines]))
+    def __init__(self, source: object, errors: Iterable[tuple[str, str]]) -> None:
+        self.errors = list(errors)
+        lines = [f"  {path}: {message}" for path, message in self.errors[: self.SHOWN]]
+        if len(self.errors) > self.SHOWN:
+            lines.append(f"  ... and {len(self.errors) - self.SHOWN} more")
+        noun = "fault" if len(self.errors) == 1 else "faults"
+        super().__init__("\n".join([f"config {source}: {len(self.errors)} {noun}", *lines]))
+
+    @property
+    def faults(self) -> list[tuple[str, str]]:
+        """The same, by its earlier name."""
+        return self.errors
 
 
 class BudgetError(MpassError):

@@ -23,7 +23,7 @@ from mpass.graph.site import AttentionSite, Length
 from mpass.lowering.dispatch import choose_lowering
 from mpass.options import Options
 from mpass.patterns.base import Pattern
-from mpass.resolve import Choice, resolve_site
+from mpass.resolve import ResolvedPatterns, resolve_site
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -62,17 +62,17 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
     if reason:
         return Skip(site, reason)
     try:
-        choice = resolve_site(site, options)
+        resolved = resolve_site(site, options)
     except ConfigMismatchError as error:
         if site.mask is not None and site.mask.causal:
             raise
         # A vision tower beside the language model that the config is for, most likely.
         return Skip(site, f"not causal, and {error}")
-    site = dataclasses.replace(site, layer=choice.layer)
-    reason = pattern_reason(site, choice.patterns)
+    site = dataclasses.replace(site, layer=resolved.layer)
+    reason = pattern_reason(site, resolved.patterns)
     if reason:
-        return Skip(site, reason, choice.source)
-    return decide_length(site, choice, options)
+        return Skip(site, reason, resolved.source)
+    return decide_length(site, resolved, options)
 
 
 def reason_to_skip(site: AttentionSite) -> str:
@@ -136,21 +136,23 @@ def is_sum_of_products(expression: sympy.Expr) -> bool:
     )
 
 
-def decide_length(site: AttentionSite, choice: Choice, options: Options) -> AttentionPlan | Skip:
+def decide_length(
+    site: AttentionSite, resolved: ResolvedPatterns, options: Options
+) -> AttentionPlan | Skip:
     """Compare the lengths with the least that pays: now, by a guard, or in the op."""
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     if statically_known_true(num_queries == 1):
-        return Skip(site, "decoding: one query", choice.source)
-    shortest = choice.min_seq_len
-    plan = AttentionPlan(site, choice.patterns, options.dense_above, 0, choice.source)
+        return Skip(site, "decoding: one query", resolved.source)
+    shortest = resolved.min_seq_len
+    plan = AttentionPlan(site, resolved.patterns, options.dense_above, 0, resolved.source)
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
         reason = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"
-        return Skip(site, reason, choice.source)
+        return Skip(site, reason, resolved.source)
     fewest = min(FEWEST_QUERIES, shortest)
     if at_least(num_queries, fewest) is False:
         reason = f"{length_in_words(num_queries)} queries, sparse from {fewest} on"
-        return Skip(site, reason, choice.source)
+        return Skip(site, reason, resolved.source)
     return plan if long_enough else dataclasses.replace(plan, min_seq_len=shortest)
 
 

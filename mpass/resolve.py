@@ -33,7 +33,7 @@ SHIPPED = "minference.json"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ResolvedPatterns:
     """What was resolved for one site.
 
     layer: the site's layer, found out if its path did not tell; patterns: one per query head;
@@ -46,7 +46,7 @@ class Choice:
     source: str
 
 
-def resolve_site(site: AttentionSite, options: Options) -> Choice:
+def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     """The patterns of a site. Raises ConfigMismatchError, and ConfigFileError for a shipped file.
 
     May install guards: on the layer's number and on the model's folder, if they decide.
@@ -77,10 +77,12 @@ def resolve_site(site: AttentionSite, options: Options) -> Choice:
     window = site.mask.window if site.mask else 0
     default = builtin_default(example(site.query).device.type, window)
     levels.append(("built-in default", LayerConfig(default, min_seq_len=DEFAULT_MIN_SEQ_LEN)))
-    return choose(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
+    return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 
 
-def choose(layer: int, heads: list[int], levels: list[tuple[str, LayerConfig]]) -> Choice:
+def resolve_heads(
+    layer: int, heads: list[int], levels: list[tuple[str, LayerConfig]]
+) -> ResolvedPatterns:
     """The first level that names a pattern, for each head; the last level names all."""
     picked = [
         next((label, p) for label, own in levels if (p := own.pattern(head))) for head in heads
@@ -93,7 +95,7 @@ def choose(layer: int, heads: list[int], levels: list[tuple[str, LayerConfig]]) 
         source = next(iter(sources))
     else:
         source = ", ".join(f"{label} (heads {in_spans(own)})" for label, own in sources.items())
-    return Choice(layer, tuple(pattern for _, pattern in picked), length, source)
+    return ResolvedPatterns(layer, tuple(pattern for _, pattern in picked), length, source)
 
 
 def in_spans(heads: list[int]) -> str:

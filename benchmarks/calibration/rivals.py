@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.calibration.work import Plan, Work, append, load_window, model_and_tokenizer
-from mpass.calibration.instrument import Operands, attend_dense, estimate_heads
+from mpass.calibration.instrument import AttentionOperands, attend_dense, estimate_heads
 from mpass.calibration.kernel_cost import KernelCost, count_work, fit_kernel, read_clock
 from mpass.calibration.probe import Probe
 from mpass.config.pattern_text import parse_pattern
@@ -97,7 +97,7 @@ def tune_rivals(work: Work, plan: Plan) -> None:
         append(work.rivals, {"name": name, "budget": budget, "pattern": text, "share": share})
 
 
-def some_layers(probe: Probe, tokens: torch.Tensor) -> list[Operands]:
+def some_layers(probe: Probe, tokens: torch.Tensor) -> list[AttentionOperands]:
     """What `LAYERS` evenly spread layers read in a dense run."""
     probe.run(tokens[:, :64], attend_dense)
     layers = probe.instrument.layers
@@ -105,7 +105,7 @@ def some_layers(probe: Probe, tokens: torch.Tensor) -> list[Operands]:
     wanted = set(layers[step // 2 :: step])
     kept = []
 
-    def attend(operands: Operands) -> torch.Tensor:
+    def attend(operands: AttentionOperands) -> torch.Tensor:
         if operands.layer in wanted:
             kept.append(operands)
         return attend_dense(operands)
@@ -115,7 +115,10 @@ def some_layers(probe: Probe, tokens: torch.Tensor) -> list[Operands]:
 
 
 def tune(
-    make: Callable[[float], Pattern], budget: float, layers: Sequence[Operands], kernel: KernelCost
+    make: Callable[[float], Pattern],
+    budget: float,
+    layers: Sequence[AttentionOperands],
+    kernel: KernelCost,
 ) -> tuple[Pattern | None, float]:
     """The pattern whose cost comes closest to the budget from below, and its share of dense."""
     found, share = make(0.0), share_of(make(0.0), layers, kernel)
@@ -134,7 +137,7 @@ def tune(
     return found, share
 
 
-def share_of(pattern: Pattern, layers: Sequence[Operands], kernel: KernelCost) -> float:
+def share_of(pattern: Pattern, layers: Sequence[AttentionOperands], kernel: KernelCost) -> float:
     """Attention time with a pattern in all heads, as a share of dense attention's."""
     spent = 0.0
     for operands in layers:

@@ -18,7 +18,7 @@ from mpass.calibration.search import Calibration, run_calibration
 from mpass.calibration.settings import Settings
 from mpass.cli.calibrate import SHORT_PROMPT, retrieval_prompts
 from mpass.config.sparse_config import SparseConfig
-from mpass.evaluate.demo import environment
+from mpass.evaluate.environment import describe_environment
 from mpass.evaluate.plan import read_lines
 from mpass.evaluate.run import make_sample
 from mpass.evaluate.score import strict_score
@@ -60,7 +60,7 @@ def search(work: Work, plan: Plan) -> None:
             candidates=candidates,
             settings=Settings(budget=budget, objective=OBJECTIVES[name]),
             state=work.state,
-            announce=lambda step, done, total: print(step, flush=True),
+            on_progress=lambda step, done, total: print(step, flush=True),
         )
         outcome.config.save(work.config(name, budget))
         work.config(name, budget).with_suffix(".svg").write_text(heatmap(outcome), "utf-8")
@@ -74,7 +74,7 @@ def search(work: Work, plan: Plan) -> None:
         "shares": shares,
         "uniform": uniform,
         "slopes": slopes,
-        "versions": environment(),
+        "versions": describe_environment(),
     }
     work.search.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.calibration.instrument import Attend, Operands, attend_dense, attend_sparse
+from mpass.calibration.instrument import Attend, AttentionOperands, attend_dense, attend_sparse
 from mpass.calibration.kernel_cost import read_clock
 from mpass.calibration.outcome import Calibration, make_config
 from mpass.calibration.probe import Input, Probe
-from mpass.calibration.settings import Announce
+from mpass.calibration.settings import OnProgress
 from mpass.config.sparse_config import SparseConfig
 from mpass.patterns.dense import Dense
 
@@ -25,7 +25,7 @@ class Timed:
     attend: Attend
     seconds: float = 0.0
 
-    def __call__(self, operands: Operands) -> Tensor:
+    def __call__(self, operands: AttentionOperands) -> Tensor:
         start = read_clock(operands.query.device)
         out = self.attend(operands)
         self.seconds += read_clock(operands.query.device) - start
@@ -33,7 +33,7 @@ class Timed:
 
 
 def check_inputs(
-    probe: Probe, outcome: Calibration, items: Sequence[Input], announce: Announce
+    probe: Probe, outcome: Calibration, items: Sequence[Input], on_progress: OnProgress
 ) -> list[dict[str, Any]]:
     """Run inputs dense, with the choice, and with the best uniform pattern of no more cost.
 
@@ -46,7 +46,7 @@ def check_inputs(
     configs = {"searched": outcome.config, f"uniform {outcome.candidates[number]}": uniform}
     checks = []
     for done, item in enumerate(items):
-        announce(f"held-out input {done + 1} of {len(items)}", done, len(items))
+        on_progress(f"held-out input {done + 1} of {len(items)}", done, len(items))
         longer = item.length > outcome.length
         check: dict[str, Any] = {"kind": item.kind, "length": item.length, "longer": longer}
         exact, check["dense"] = check_input(probe, item, None)
@@ -78,7 +78,7 @@ def check_input(
 def attend_with(config: SparseConfig) -> Attend:
     """Attention as the backend would run it with a config; heads that it leaves open are dense."""
 
-    def attend(operands: Operands) -> Tensor:
+    def attend(operands: AttentionOperands) -> Tensor:
         heads = range(operands.num_heads)
         patterns = [config.pattern(operands.layer, head) or Dense() for head in heads]
         if all(isinstance(pattern, Dense) for pattern in patterns):

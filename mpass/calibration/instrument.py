@@ -24,7 +24,7 @@ from mpass.rewrite import as_argument, copy_meta, insert_keys
 
 
 @dataclass(frozen=True, eq=False)
-class Operands:
+class AttentionOperands:
     """What one attention reads: query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv]."""
 
     layer: int
@@ -41,7 +41,7 @@ class Operands:
         return self.query.shape[1]
 
 
-Attend = Callable[[Operands], Tensor]
+Attend = Callable[[AttentionOperands], Tensor]
 
 
 class Instrument:
@@ -77,7 +77,7 @@ class Instrument:
                 self.skipped.append(f"{site.path or site.output.name}: {reason}")
                 continue
             taken.add(site.layer)
-            replace_site(gm.graph, site, self.call)
+            insert_call(gm.graph, site, self.call)
         remove_dead(gm.graph)
         gm.graph.lint()
         gm.recompile()
@@ -88,10 +88,10 @@ class Instrument:
         """What stands in the graph: the arguments of an attention, flat."""
         query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = arguments
         mask = AttentionMask(causal, int(offset), window, key_mask)
-        return self.attend(Operands(layer, query, key, value, mask, scale, softcap, sinks))
+        return self.attend(AttentionOperands(layer, query, key, value, mask, scale, softcap, sinks))
 
 
-def replace_site(graph: fx.Graph, site: AttentionSite, call: Callable[..., Tensor]) -> None:
+def insert_call(graph: fx.Graph, site: AttentionSite, call: Callable[..., Tensor]) -> None:
     """Put `call` in the place of a site that `reason_to_skip` has nothing against."""
     mask = site.mask
     if mask is None:
@@ -125,7 +125,7 @@ def replace_site(graph: fx.Graph, site: AttentionSite, call: Callable[..., Tenso
     site.output.replace_all_uses_with(output)
 
 
-def attend_dense(operands: Operands) -> Tensor:
+def attend_dense(operands: AttentionOperands) -> Tensor:
     """The attention as the model has it, by the fastest dense kernel that the backend has."""
     query, key, value = operands.query, operands.key, operands.value
     lowering = choose_lowering(query, key, value, softcap=operands.softcap, sinks=operands.sinks)
@@ -141,12 +141,12 @@ def attend_dense(operands: Operands) -> Tensor:
     return out
 
 
-def attend_sparse(operands: Operands, patterns: Sequence[Pattern]) -> Tensor:
+def attend_sparse(operands: AttentionOperands, patterns: Sequence[Pattern]) -> Tensor:
     """The attention with a pattern per query head, by the lowering that the backend would use."""
     return attend_index(operands, estimate_heads(operands, patterns))
 
 
-def attend_index(operands: Operands, index: SparseIndex) -> Tensor:
+def attend_index(operands: AttentionOperands, index: SparseIndex) -> Tensor:
     """Sparse attention over an index."""
     query, key, value = operands.query, operands.key, operands.value
     lowering = choose_lowering(query, key, value, softcap=operands.softcap, sinks=operands.sinks)
@@ -163,7 +163,7 @@ def attend_index(operands: Operands, index: SparseIndex) -> Tensor:
     return out
 
 
-def estimate_heads(operands: Operands, patterns: Sequence[Pattern]) -> SparseIndex:
+def estimate_heads(operands: AttentionOperands, patterns: Sequence[Pattern]) -> SparseIndex:
     """The index of all query heads, one pattern each, as the rewritten graph would estimate it."""
     groups: dict[type[Pattern], list[int]] = {}
     for head, pattern in enumerate(patterns):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from mpass.calibration.instrument import Operands, attend_dense, attend_index
+from mpass.calibration.instrument import AttentionOperands, attend_dense, attend_index
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -76,7 +76,7 @@ def seconds_of(
     return best
 
 
-def fit_kernel(operands: Operands) -> KernelCost:
+def fit_kernel(operands: AttentionOperands) -> KernelCost:
     """Time dense attention, the sparse kernel over all tiles, and over one diagonal and columns."""
     query, device = operands.query, operands.query.device
     heads, num_keys = operands.num_heads, operands.key.shape[2]
@@ -104,7 +104,7 @@ def fit_kernel(operands: Operands) -> KernelCost:
     return KernelCost(tile, max(tile, (columns - few_tiles * tile) / gathered), dense)
 
 
-def count_work(index: SparseIndex, operands: Operands) -> tuple[Tensor, Tensor]:
+def count_work(index: SparseIndex, operands: AttentionOperands) -> tuple[Tensor, Tensor]:
     """Tiles and tiles of columns that each head computes: two fp64 [H], summed over the batch.
 
     Columns inside of selected blocks are counted too, and a window is not looked at: upper bounds.

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpass.calibration.instrument import Operands, estimate_heads
-from mpass.calibration.kernel_cost import count_work, read_clock
-from mpass.inspection.recall import spread
+from mpass.calibration.instrument import AttentionOperands, attend_dense, estimate_heads
+from mpass.calibration.kernel_cost import KernelCost, count_work, fit_kernel, read_clock
+from mpass.calibration.probe import Input, Probe
+from mpass.calibration.settings import OnProgress, Settings
+from mpass.calibration.state import State
+from mpass.errors import CalibrationError
+from mpass.inspection.recall import evenly_spaced
 from mpass.lowering.index import (
     BLOCK,
     SparseIndex,
@@ -54,7 +58,7 @@ class LayerMeasures:
 
 @torch.no_grad()
 def measure_layer(
-    operands: Operands,
+    operands: AttentionOperands,
     candidates: Sequence[Pattern],
     *,
     max_query_blocks: int,
@@ -76,7 +80,7 @@ def measure_layer(
     first = first_query_block(operands.mask.query_offset)
     blocks = num_query_blocks(operands.query.shape[2], operands.mask.query_offset)
     if rows is None:
-        local = spread(blocks, max_query_blocks)
+        local = evenly_spaced(blocks, max_query_blocks)
     else:
         local = sorted({(operands.mask.query_offset + row) // BLOCK - first for row in rows})
     error = torch.zeros(len(candidates), operands.num_heads, dtype=torch.float64)
@@ -101,7 +105,7 @@ def measure_layer(
 
 
 def compare_block(
-    operands: Operands,
+    operands: AttentionOperands,
     indexes: Sequence[SparseIndex],
     tables: Sequence[Tensor],
     row: int,
@@ -161,7 +165,7 @@ def compare_block(
     return kept.double().sum((0, 3)).T, lost, len(picked) * operands.query.shape[0]
 
 
-def exact_weights(operands: Operands, rows: Sequence[int], seen: int) -> Tensor:
+def exact_weights(operands: AttentionOperands, rows: Sequence[int], seen: int) -> Tensor:
     """Softmax weights of some queries over the first `seen` keys: fp32 [B, H, rows, seen]."""
     positions = torch.tensor(rows, device=operands.query.device) + operands.mask.query_offset
     keys = reference.repeat_kv(operands.key[:, :, :seen], operands.num_heads).float()
@@ -170,3 +174,61 @@ def exact_weights(operands: Operands, rows: Sequence[int], seen: int) -> Tensor:
         scores = operands.softcap * torch.tanh(scores / operands.softcap)
     allowed = reference.allowed_cells(operands.mask, positions, operands.key.shape[2])[..., :seen]
     return reference.masked_softmax(scores, allowed, operands.sinks)
+
+
+def measure_inputs(
+    probe: Probe,
+    items: Sequence[Input],
+    candidates: Sequence[Pattern],
+    settings: Settings,
+    kept: State,
+    on_progress: OnProgress,
+) -> tuple[list[dict[int, LayerMeasures]], KernelCost, tuple[int, int]]:
+    """Dense runs over all inputs; per input the measures of each layer.
+
+    Also the kernels' cost at the longest text, and the numbers of query and kv heads.
+    """
+    longest = max((i for i in items if i.kind == "text"), key=lambda item: item.length)
+    for number, item in enumerate(items):
+        if f"input {number}" in kept:
+            continue
+        done = 0
+
+        def attend(operands: AttentionOperands, number: int = number, item: Input = item) -> Tensor:
+            nonlocal done
+            key = f"measures {number} {operands.layer}"
+            out = attend_dense(operands)
+            if operands.mask.window > 0:  # cheap already, and its far keys are never seen
+                return out
+            if item is longest and "kernel" not in kept:
+                kept["kernel"] = fit_kernel(operands).as_dict()
+                kept["heads"] = [operands.num_heads, operands.key.shape[1]]
+            if key not in kept:
+                kept[key] = measure_layer(
+                    operands,
+                    candidates,
+                    max_query_blocks=settings.query_blocks,
+                    rows=None if item.kind == "text" else item.rows.tolist(),
+                ).as_lists()
+            done += 1
+            total = len(probe.instrument.layers)
+            on_progress(f"input {number + 1} of {len(items)}: layer {operands.layer}", done, total)
+            return out
+
+        probe.run(item.tokens, attend)
+        kept[f"input {number}"] = probe.instrument.layers
+    found: list[dict[int, LayerMeasures]] = []
+    for number in range(len(items)):
+        layers = kept[f"input {number}"]
+        keys = {layer: f"measures {number} {layer}" for layer in layers}
+        found.append(
+            {
+                layer: LayerMeasures.from_lists(kept[key])
+                for layer, key in keys.items()
+                if key in kept
+            }
+        )
+    if not found[0]:
+        reasons = "; ".join(sorted(set(probe.instrument.skipped))[:3]) or "no attention was found"
+        raise CalibrationError(f"no layer can be made sparse: {reasons}")
+    return found, KernelCost(**kept["kernel"]), tuple(kept["heads"])

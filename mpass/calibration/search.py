@@ -20,14 +20,14 @@ from typing import Any
 
 from mpass.calibration.candidates import default_candidates
 from mpass.calibration.check import check_inputs
-from mpass.calibration.inputs import measure_inputs
 from mpass.calibration.knapsack import choose_under_budget, choose_under_loss
+from mpass.calibration.measure import measure_inputs
 from mpass.calibration.outcome import Calibration, make_config
 from mpass.calibration.predict import head_costs, predicted_losses, weigh
 from mpass.calibration.probe import Probe, as_input
 from mpass.calibration.provenance import describe, fingerprint
 from mpass.calibration.sensitivity import measure_slopes
-from mpass.calibration.settings import Announce, Settings, check_settings
+from mpass.calibration.settings import OnProgress, Settings, check_settings
 from mpass.calibration.state import State
 from mpass.config.sparse_config import SparseConfig
 from mpass.errors import CalibrationError
@@ -45,7 +45,7 @@ def calibrate(
     candidates: Sequence[Pattern] | None = None,
     settings: Settings | None = None,
     state: str | Path | None = None,
-    announce: Announce = lambda step, done, total: None,
+    on_progress: OnProgress = lambda step, done, total: None,
 ) -> SparseConfig:
     """Search a SparseConfig for a model; `run_calibration` gives all that was measured with it.
 
@@ -60,7 +60,7 @@ def calibrate(
         candidates=candidates,
         settings=settings,
         state=state,
-        announce=announce,
+        on_progress=on_progress,
     ).config
 
 
@@ -72,7 +72,7 @@ def run_calibration(
     candidates: Sequence[Pattern] | None = None,
     settings: Settings | None = None,
     state: str | Path | None = None,
-    announce: Announce = lambda step, done, total: None,
+    on_progress: OnProgress = lambda step, done, total: None,
 ) -> Calibration:
     """As `calibrate`, with everything that was measured."""
     settings = settings or Settings()
@@ -85,9 +85,9 @@ def run_calibration(
     kept = State(
         None if state is None else Path(state), fingerprint(model, items, offered, settings)
     )
-    measures, kernel, sizes = measure_inputs(probe, items, offered, settings, kept, announce)
+    measures, kernel, sizes = measure_inputs(probe, items, offered, settings, kept, on_progress)
     layers = sorted(measures[0])
-    slopes = measure_slopes(probe, items, layers, settings, kept, announce)
+    slopes = measure_slopes(probe, items, layers, settings, kept, on_progress)
 
     costs = head_costs(items, measures, layers, kernel)
     errors = weigh(items, [[m[n].error for n in layers] for m in measures], settings)
@@ -116,7 +116,7 @@ def run_calibration(
         dense_seconds=dense_seconds,
         length=max(item.length for item in items if item.kind == "text"),
     )
-    checks = check_inputs(probe, outcome, [as_input(value) for value in held_out], announce)
+    checks = check_inputs(probe, outcome, [as_input(value) for value in held_out], on_progress)
     outcome = replace(outcome, checks=checks)
     provenance = describe(model, items, settings, outcome)
     return replace(outcome, config=make_config(chosen, layers, offered, sizes, provenance))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpass.calibration.instrument import Operands, attend_dense, attend_sparse
+from mpass.calibration.instrument import AttentionOperands, attend_dense, attend_sparse
 from mpass.calibration.probe import Input, Probe, shorten
-from mpass.calibration.settings import Announce, Settings
+from mpass.calibration.settings import OnProgress, Settings
 from mpass.calibration.state import State
 from mpass.lowering.index import BLOCK
 from mpass.patterns.a_shape import AShape
@@ -26,7 +26,7 @@ def measure_slopes(
     layers: Sequence[int],
     settings: Settings,
     kept: State,
-    announce: Announce,
+    on_progress: OnProgress,
 ) -> dict[str, Tensor]:
     """Divergence per unit of squared output error of each layer: fp64 [L] per kind of input.
 
@@ -39,7 +39,7 @@ def measure_slopes(
         found = torch.zeros(2, len(layers), dtype=torch.float64)
         for number, item in enumerate(disturbed_inputs(items, kind, settings)):
             name = f"slope {kind} {number}"
-            found += measure_input(probe, item, layers, name, kept, announce)
+            found += measure_input(probe, item, layers, name, kept, on_progress)
         divergence, error = found
         slopes[kind] = torch.where(error > 0, divergence / error.clamp(min=1e-300), 0.0)
     return slopes
@@ -63,16 +63,16 @@ def measure_input(
     layers: Sequence[int],
     name: str,
     kept: State,
-    announce: Announce,
+    on_progress: OnProgress,
 ) -> Tensor:
     """Divergence and squared error, each layer alone made sparse: fp64 [2, L]."""
     missing = [layer for layer in layers if f"{name} {layer}" not in kept]
     exact = probe.run(item.tokens, attend_dense) if missing else None
     for done, layer in enumerate(missing):
-        announce(f"sensitivity to {item.kind}: layer {layer}", done, len(missing))
+        on_progress(f"sensitivity to {item.kind}: layer {layer}", done, len(missing))
         error = 0.0
 
-        def attend(operands: Operands, layer: int = layer) -> Tensor:
+        def attend(operands: AttentionOperands, layer: int = layer) -> Tensor:
             nonlocal error
             out = attend_dense(operands)
             if operands.layer != layer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mpass.errors import OptionValueError
 
-Announce = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Told (what is being done, steps done, steps in all)."""
 
 

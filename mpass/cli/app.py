@@ -107,9 +107,9 @@ def demo(
     # transformers warns that generation leaves the model's positions: 8192 and a few tokens do.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with waiting("Starting"):  # importing torch and transformers takes seconds
-        from mpass.evaluate.demo import Settings, check_settings, render, run_demo
+        from mpass.evaluate.demo import DemoSettings, check_settings, render, run_demo
 
-        settings = Settings(
+        settings = DemoSettings(
             model=model,
             text=text,
             length=length,
@@ -123,8 +123,8 @@ def demo(
             inner_backend=inner_backend,
         )
         check_settings(settings)
-    with steps(settings.steps) as announce:
-        result = run_demo(settings, announce)
+    with steps(settings.steps) as on_progress:
+        result = run_demo(settings, on_progress)
     Console().print(render(result))
     if json_file is not None:
         result.write(json_file)

@@ -104,7 +104,7 @@ def calibrate(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=None)
 
-        def announce(step: str, done: int, total: int) -> None:
+        def on_progress(step: str, done: int, total: int) -> None:
             progress.update(bar, description=step, completed=done, total=total)
 
         outcome = run_calibration(
@@ -114,7 +114,7 @@ def calibrate(
             candidates=candidates,
             settings=settings,
             state=state or output.with_name(output.name + ".state"),
-            announce=announce,
+            on_progress=on_progress,
         )
     outcome.config.save(output)
     if picture is not None:

@@ -92,8 +92,8 @@ def evaluate(
             generate=generate,
         )
         check_plan(plan)
-    with steps(len(list(list_inputs(plan)))) as announce:
-        lines = run_plan(plan, output, announce)
+    with steps(len(list(list_inputs(plan)))) as on_progress:
+        lines = run_plan(plan, output, on_progress)
     summaries = summarize(lines)
     Console().print(render_summaries(summaries))
     if plots is not None:

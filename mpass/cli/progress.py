@@ -44,9 +44,9 @@ def steps(total: int) -> Iterator[Callable[[str], None]]:
         task = progress.add_task("", total=total)
         started = 0
 
-        def announce(message: str) -> None:
+        def on_progress(message: str) -> None:
             nonlocal started
             progress.update(task, description=message, completed=started)
             started += 1
 
-        yield announce
+        yield on_progress

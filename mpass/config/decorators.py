@@ -111,7 +111,7 @@ def configure(
     UnknownPatternError.
     """
     settings = {
-        "pattern": plain(pattern),
+        "pattern": as_json_values(pattern),
         "layers": layers,
         "heads": heads,
         "min_seq_len": min_seq_len,
@@ -135,27 +135,27 @@ def region_annotation(**settings: Any) -> dict[str, str]:
     return annotation(make_override("with configure", **settings))
 
 
-def plain(pattern: Any) -> Any:
+def as_json_values(pattern: Any) -> Any:
     """Patterns as JSON values. Traced by Dynamo: an object made in traced code has no value yet."""
     if isinstance(pattern, Pattern):
         fields = {item.name: getattr(pattern, item.name) for item in dataclasses.fields(pattern)}
         return {"pattern": pattern.name, **fields}
     if isinstance(pattern, (list, tuple)):
-        return [plain(item) for item in pattern]
+        return [as_json_values(item) for item in pattern]
     if isinstance(pattern, dict) and "pattern" not in pattern:
-        return {key: plain(item) for key, item in pattern.items()}
+        return {key: as_json_values(item) for key, item in pattern.items()}
     return pattern
 
 
 def make_override(
     label: str, *, pattern: Any, layers: Any, heads: Any, min_seq_len: Any, head_offset: Any
 ) -> Override:
-    """Check what `configure` was given. Patterns are as `plain` makes them."""
+    """Check what `configure` was given. Patterns are as `as_json_values` makes them."""
     if pattern is None and min_seq_len is None and head_offset is None:
         raise OptionValueError("configure", None, "pattern=, min_seq_len= or head_offset=")
     if head_offset is not None and (type(head_offset) is not int or head_offset < 0):
         raise OptionValueError("configure head_offset", head_offset, "a head, 0 or more")
-    patterns = real(pattern)
+    patterns = patterns_from_json(pattern)
     if heads is not None:
         numbers = head_numbers(heads)
         if isinstance(patterns, Mapping) or patterns is None:
@@ -176,16 +176,16 @@ def make_override(
     )
 
 
-def real(pattern: Any) -> Any:
-    """Patterns from what `plain` made of them; raises as as_pattern does."""
+def patterns_from_json(pattern: Any) -> Any:
+    """Patterns from what `as_json_values` made of them; raises as as_pattern does."""
     from mpass.config.json_format import pattern_from_json
 
     if isinstance(pattern, list):
-        return [real(item) for item in pattern]
+        return [patterns_from_json(item) for item in pattern]
     if isinstance(pattern, dict):
         if "pattern" in pattern:
             return pattern_from_json(pattern)
-        return {key: real(item) for key, item in pattern.items()}
+        return {key: patterns_from_json(item) for key, item in pattern.items()}
     return None if pattern is None else as_pattern(pattern)
 
 

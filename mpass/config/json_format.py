@@ -69,7 +69,7 @@ def parse_json(text: str, source: str | Path) -> Any:
     """A JSON text as plain objects, without duplicate keys, NaN or infinities."""
     try:
         document = json.loads(text, object_pairs_hook=JsonObject)
-        faults = list(text_faults(document, "$", 0))
+        errors = list(text_errors(document, "$", 0))
     except RecursionError as error:
         raise ConfigFileError(source, [("$", "nested too deeply")]) from error
     except json.JSONDecodeError as error:
@@ -77,8 +77,8 @@ def parse_json(text: str, source: str | Path) -> Any:
         raise ConfigFileError(source, [("$", f"not JSON: {error.msg} ({where})")]) from error
     except ValueError as error:  # an integer with more digits than Python converts
         raise ConfigFileError(source, [("$", f"not JSON: {error}")]) from error
-    if faults:
-        raise ConfigFileError(source, faults)
+    if errors:
+        raise ConfigFileError(source, errors)
     return document
 
 
@@ -98,17 +98,17 @@ def child(path: str, key: str) -> str:
     return f"{path}.{key}" if key.isidentifier() else f"{path}[{key!r}]"
 
 
-def text_faults(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
+def text_errors(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
     """What JSON itself lets pass and no config may have, each with its path."""
     if depth > MAX_DEPTH:
         yield path, "nested too deeply"
     elif isinstance(value, JsonObject):
         yield from ((path, f"key {key!r} stands here twice") for key in value.duplicates)
         for key, item in value.items():
-            yield from text_faults(item, child(path, key), depth + 1)
+            yield from text_errors(item, child(path, key), depth + 1)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield from text_faults(item, f"{path}[{i}]", depth + 1)
+            yield from text_errors(item, f"{path}[{i}]", depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         yield path, f"{value} is no number that a config may hold"
 
@@ -121,16 +121,16 @@ def schema() -> Mapping[str, Any]:
     return loaded
 
 
-def schema_faults(document: Any) -> list[tuple[str, str]]:
+def schema_errors(document: Any) -> list[tuple[str, str]]:
     """Where a document departs from config.schema.json, the most telling branch of each `oneOf`."""
     import jsonschema
 
-    faults = []
+    errors = []
     for error in jsonschema.Draft202012Validator(schema()).iter_errors(document):
         best = jsonschema.exceptions.best_match([error])
         message = best.message if len(best.message) < 200 else best.message[:200] + " ..."
-        faults.append((best.json_path, message))
-    return faults
+        errors.append((best.json_path, message))
+    return errors
 
 
 def parse_own(document: Any, source: str | Path) -> ConfigFields:
@@ -140,11 +140,11 @@ def parse_own(document: Any, source: str | Path) -> ConfigFields:
         raise ConfigFileError(source, [("$", f"no format that mpass knows: {known}")])
     if document.get("version") != VERSION or isinstance(document.get("version"), bool):
         found = document.get("version")
-        fault = f"version {found!r} is not known; this mpass reads version {VERSION}"
-        raise ConfigFileError(source, [("$.version", fault)])
-    faults = schema_faults(document)
-    if faults:
-        raise ConfigFileError(source, faults)
+        message = f"version {found!r} is not known; this mpass reads version {VERSION}"
+        raise ConfigFileError(source, [("$.version", message)])
+    errors = schema_errors(document)
+    if errors:
+        raise ConfigFileError(source, errors)
 
     check = Checker()
     default = check.value("$.default", pattern_from_json, document.get("default"))
@@ -156,10 +156,10 @@ def parse_own(document: Any, source: str | Path) -> ConfigFields:
         if span is not None and layer is not None:
             taken = next((other for other, _ in layers if other.overlaps(span)), None)
             if taken is not None:
-                check.faults.append((path, f"overlaps with layers['{taken}']"))
+                check.errors.append((path, f"overlaps with layers['{taken}']"))
             layers.append((span, layer))
-    if check.faults:
-        raise ConfigFileError(source, check.faults)
+    if check.errors:
+        raise ConfigFileError(source, check.errors)
     numbers = {
         key: document.get(key) for key in ("num_layers", "num_heads", "num_kv_heads", "min_seq_len")
     }
@@ -174,21 +174,21 @@ class Checker:
     """Collects what is wrong with the parts of a document instead of stopping at the first."""
 
     def __init__(self) -> None:
-        self.faults: list[tuple[str, str]] = []
+        self.errors: list[tuple[str, str]] = []
 
     def value(self, path: str, parse: Callable[[Any], T], value: Any) -> T | None:
-        """`parse(value)`, or None with the fault noted; None for what is not there."""
+        """`parse(value)`, or None with the message noted; None for what is not there."""
         if value is None:
             return None
         try:
             return parse(value)
         except MpassError as error:
-            self.faults.append((path, str(error)))
+            self.errors.append((path, str(error)))
             return None
 
 
 def parse_layer(item: Any, path: str, check: Checker) -> LayerConfig | None:
-    """A layer from a pattern, a list of patterns or the long form; faults go to `check`."""
+    """A layer from a pattern, a list of patterns or the long form; errors go to `check`."""
     if isinstance(item, list):
         item = {"heads": item}
     elif isinstance(item, str) or "pattern" in item:
@@ -197,7 +197,7 @@ def parse_layer(item: Any, path: str, check: Checker) -> LayerConfig | None:
     heads, num_heads = parse_heads(item.get("heads", {}), f"{path}.heads", check)
     named = item.get("num_heads", num_heads)
     if num_heads is not None and named != num_heads:
-        check.faults.append((f"{path}.num_heads", f"is {named}, but {num_heads} heads are listed"))
+        check.errors.append((f"{path}.num_heads", f"is {named}, but {num_heads} heads are listed"))
     return check.value(
         path,
         lambda _: LayerConfig(
@@ -225,11 +225,11 @@ def parse_heads(
         if span is None or pattern is None:
             continue
         if span.last is None:
-            check.faults.append((f"{path}[{key!r}]", "a span of heads must have an end"))
+            check.errors.append((f"{path}[{key!r}]", "a span of heads must have an end"))
             continue
         for head in range(span.first, span.last + 1):
             if head in heads:
-                check.faults.append((f"{path}[{key!r}]", f"head {head} is named twice"))
+                check.errors.append((f"{path}[{key!r}]", f"head {head} is named twice"))
                 break
             heads[head] = pattern
     return tuple(sorted(heads.items(), key=lambda entry: entry[0])), None
@@ -328,6 +328,6 @@ def layer_from_json(item: Any) -> LayerConfig:
     """The layer that `layer_to_json` wrote; what is wrong with it is a ConfigFileError."""
     check = Checker()
     layer = parse_layer(item, "$", check)
-    if layer is None or check.faults:
-        raise ConfigFileError("<decorator>", check.faults)
+    if layer is None or check.errors:
+        raise ConfigFileError("<decorator>", check.errors)
     return layer

@@ -37,7 +37,7 @@ MAX_SIZE = 1 << 30
 QWEN_KEYS = ("dual_chunk_attention_config", "sparse_attention_config")
 """Keys of a `config_1m.json`, outermost first; the first may be absent."""
 
-Faults = list[tuple[str, str]]
+Errors = list[tuple[str, str]]
 
 
 def looks_like_minference(document: Any) -> bool:
@@ -52,81 +52,81 @@ def looks_like_minference(document: Any) -> bool:
 
 def parse_minference(document: Any, source: str | Path) -> ConfigFields:
     """The config of such a document; raises ConfigFileError with all that is wrong."""
-    faults: Faults = []
+    errors: Errors = []
     path = "$"
     for key in QWEN_KEYS:
         if isinstance(document, Mapping) and key in document:
             document, path = document[key], f"{path}.{key}"
     layers = []
-    for number, item, where in numbered(document, path, "layer", faults):
-        layers.append((Span(number, number), parse_layer(item, where, faults)))
-    if not faults and [span.first for span, _ in layers] != list(range(len(layers))):
-        faults.append((path, "layers must be 0, 1, 2, ... without a gap"))
-    if not layers and not faults:
-        faults.append((path, "names no layer"))
-    if faults:
-        raise ConfigFileError(source, faults)
+    for number, item, where in numbered(document, path, "layer", errors):
+        layers.append((Span(number, number), parse_layer(item, where, errors)))
+    if not errors and [span.first for span, _ in layers] != list(range(len(layers))):
+        errors.append((path, "layers must be 0, 1, 2, ... without a gap"))
+    if not layers and not errors:
+        errors.append((path, "names no layer"))
+    if errors:
+        raise ConfigFileError(source, errors)
     return ConfigFields(DEFAULT, tuple(layers), num_layers=len(layers))
 
 
-def numbered(document: Any, path: str, what: str, faults: Faults) -> Iterator[tuple[int, Any, str]]:
+def numbered(document: Any, path: str, what: str, errors: Errors) -> Iterator[tuple[int, Any, str]]:
     """(number, item, path) of the layers of a file or the heads of a layer, ascending."""
     if isinstance(document, list):
         pairs: list[tuple[Any, Any]] = [(str(i), item) for i, item in enumerate(document)]
     elif isinstance(document, Mapping):
         pairs = list(document.items())
     else:
-        faults.append((path, f"must be a list over {what}s or an object keyed by {what}"))
+        errors.append((path, f"must be a list over {what}s or an object keyed by {what}"))
         return
     numbers: dict[int, tuple[Any, str]] = {}
     for key, item in pairs:
         where = f"{path}[{key}]" if isinstance(document, list) else f"{path}[{key!r}]"
         number = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else MAX_COUNT
         if number >= MAX_COUNT:
-            faults.append((where, f"{what} {key[:40]!r} is no number below {MAX_COUNT}"))
+            errors.append((where, f"{what} {key[:40]!r} is no number below {MAX_COUNT}"))
         elif number in numbers:
-            faults.append((where, f"{what} {number} is named twice"))
+            errors.append((where, f"{what} {number} is named twice"))
         else:
             numbers[number] = (item, where)
     for number in sorted(numbers):
         yield number, *numbers[number]
 
 
-def parse_layer(item: Any, path: str, faults: Faults) -> LayerConfig:
+def parse_layer(item: Any, path: str, errors: Errors) -> LayerConfig:
     """One layer's heads. The numbers that decide nothing are kept as records."""
     heads, records = [], []
-    for head, entry, where in numbered(item, path, "head", faults):
-        pattern = parse_entry(entry, where, faults)
+    for head, entry, where in numbered(item, path, "head", errors):
+        pattern = parse_entry(entry, where, errors)
         if pattern is not None:
             heads.append((head, pattern))
             records.append((head, tuple(entry[1 if pattern == BLOCKS else 3 :])))
     return LayerConfig(None, tuple(heads), None, None, tuple(records))
 
 
-def parse_entry(entry: Any, path: str, faults: Faults) -> Pattern | None:
+def parse_entry(entry: Any, path: str, errors: Errors) -> Pattern | None:
     """The pattern of `[name, a, b]` or `[name, a, b, score]`."""
     if not isinstance(entry, list) or len(entry) not in (3, 4) or not isinstance(entry[0], str):
-        faults.append((path, "must be [pattern, a, b, score]"))
+        errors.append((path, "must be [pattern, a, b, score]"))
         return None
     name, *numbers = entry
     if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
-        faults.append((path, "a, b and score must be numbers"))
+        errors.append((path, "a, b and score must be numbers"))
         return None
     if name == "block_sparse":
         return BLOCKS
     classes = {"vertical_and_slash": VerticalSlash, "stream_llm": AShape}
     if name not in classes:
         known = ", ".join((*classes, "block_sparse"))
-        faults.append((path, f"pattern {name[:40]!r} is not one of {known}"))
+        errors.append((path, f"pattern {name[:40]!r} is not one of {known}"))
         return None
     sizes = numbers[:2]
     if not all(isinstance(size, int) and 0 <= size <= MAX_SIZE for size in sizes):
-        faults.append((path, f"sizes {sizes} must be ints from 0 to {MAX_SIZE}"))
+        errors.append((path, f"sizes {sizes} must be ints from 0 to {MAX_SIZE}"))
         return None
     try:
         return classes[name](*sizes)
     except MpassError as error:
-        faults.append((path, str(error)))
+        errors.append((path, str(error)))
         return None
 
 
@@ -136,12 +136,12 @@ def config_to_minference(config: ConfigFields) -> str:
     A head that has the format's own default by `config.default` is left out, as it may be. Raises
     ConfigFileError for what the format cannot say: other patterns, open spans, unknown sizes.
     """
-    faults: Faults = []
+    errors: Errors = []
     if config.min_seq_len is not None or any(c.min_seq_len is not None for _, c in config.layers):
-        faults.append(("$.min_seq_len", "MInference's format has no shortest length"))
+        errors.append(("$.min_seq_len", "MInference's format has no shortest length"))
     count = config.num_layers or 1 + max((s.last or s.first for s, _ in config.layers), default=-1)
     if any(span.last is None for span, _ in config.layers) and config.num_layers is None:
-        faults.append(("$.num_layers", "must be known where a span of layers is open"))
+        errors.append(("$.num_layers", "must be known where a span of layers is open"))
     rows = []
     for number in range(count):
         layer = config.layer(number)
@@ -151,23 +151,23 @@ def config_to_minference(config: ConfigFields) -> str:
         if default != DEFAULT:
             if num_heads is None or default is None:
                 missing = "num_heads" if num_heads is None else "default"
-                faults.append((f"$.layers.{number}.{missing}", "must be known in this format"))
+                errors.append((f"$.layers.{number}.{missing}", "must be known in this format"))
                 continue
             heads = {head: heads.get(head, default) for head in range(num_heads)}
         records = dict(layer.records)
         rows.append(
             {
-                str(head): entry_of(pattern, records.get(head), f"$.layers.{number}.{head}", faults)
+                str(head): entry_of(pattern, records.get(head), f"$.layers.{number}.{head}", errors)
                 for head, pattern in heads.items()
             }
         )
-    if faults:
-        raise ConfigFileError("<MInference's format>", faults)
+    if errors:
+        raise ConfigFileError("<MInference's format>", errors)
     return json.dumps(rows)
 
 
 def entry_of(
-    pattern: Pattern, record: tuple[int | float, ...] | None, path: str, faults: Faults
+    pattern: Pattern, record: tuple[int | float, ...] | None, path: str, errors: Errors
 ) -> list[Any]:
     """`[name, a, b, score]`; the score is 0 where none is known."""
     if isinstance(pattern, VerticalSlash):
@@ -177,6 +177,6 @@ def entry_of(
     elif pattern == BLOCKS:
         return ["block_sparse", *(record or (100, 1, 0))]
     else:
-        faults.append((path, f"{pattern} has no name in MInference's format"))
+        errors.append((path, f"{pattern} has no name in MInference's format"))
         return []
     return [name, *sizes, *((0,) if record is None else record)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import time
 from collections import Counter
@@ -20,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-import mpass
 from mpass.config.pattern_text import parse_pattern
 from mpass.config.sparse_config import SparseConfig
 from mpass.errors import OptionValueError, UnknownTextError
+from mpass.evaluate.environment import describe_environment
 from mpass.files import write_whole
 from mpass.lowering.recorder import record
 from mpass.models.load import check_device, load_config, load_model, load_tokenizer, parse_dtype
@@ -41,7 +39,7 @@ from mpass.report import Report, reports
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """What to run.
 
     length: tokens of the prompt; pattern: as `parse_pattern` reads it, None for the backend's
@@ -122,7 +120,7 @@ class FirstRun:
     seconds: float
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: DemoSettings) -> None:
     """Raise the error of whatever is wrong, before anything is loaded or run."""
     parse_dtype(settings.dtype)
     check_device(settings.device)
@@ -139,7 +137,7 @@ def check_settings(settings: Settings) -> None:
     find_text(settings.text)
 
 
-def load_prompt(settings: Settings) -> Tensor:
+def load_prompt(settings: DemoSettings) -> Tensor:
     """The prompt [1, length], taken from the text before the model's weights are read.
 
     Raises OptionValueError if the model's positions end before `length`, TextTooShortError if the
@@ -163,15 +161,17 @@ def load_prompt(settings: Settings) -> Tensor:
     return load_tokens(text, load_tokenizer(settings.model, dtype=dtype), settings.length)
 
 
-def run_demo(settings: Settings, announce: Callable[[str], None] = lambda step: None) -> Result:
-    """Run the prompt dense and sparse; `announce` is told each of the `settings.steps` steps.
+def run_demo(
+    settings: DemoSettings, on_progress: Callable[[str], None] = lambda step: None
+) -> Result:
+    """Run the prompt dense and sparse; `on_progress` is told each of the `settings.steps` steps.
 
     Raises the errors of `check_settings`, `load_prompt` and `load_model`, all before a model runs.
     """
     check_settings(settings)
-    announce(f"Reading {settings.text}")
+    on_progress(f"Reading {settings.text}")
     tokens = load_prompt(settings).to(settings.device)
-    announce(f"Loading {settings.model}")
+    on_progress(f"Loading {settings.model}")
     model, tokenizer = load_model(
         settings.model, dtype=parse_dtype(settings.dtype), device=settings.device
     )
@@ -179,24 +179,24 @@ def run_demo(settings: Settings, announce: Callable[[str], None] = lambda step: 
     # Other compiles of the same classes in this process would count towards Dynamo's limit.
     torch._dynamo.reset()
     inner = settings.inner_backend
-    announce(f"Compiling dense ({inner}) and first prefill of {settings.length} tokens")
-    dense = first_run(model, tokens, settings.new_tokens, inner, None, announce)
-    announce(f"Compiling sparse (minference) and first prefill of {settings.length} tokens")
+    on_progress(f"Compiling dense ({inner}) and first prefill of {settings.length} tokens")
+    dense = first_run(model, tokens, settings.new_tokens, inner, None, on_progress)
+    on_progress(f"Compiling sparse (minference) and first prefill of {settings.length} tokens")
     known = reports()
     with record() as log:
         sparse = first_run(
-            model, tokens, settings.new_tokens, "minference", settings.options(), announce
+            model, tokens, settings.new_tokens, "minference", settings.options(), on_progress
         )
     report = prefill_report(known)
 
     runs: dict[str, list[float]] = {"dense": [], "sparse": []}
     for i in range(settings.repeats):
-        announce(f"Timing prefills, dense and sparse, {i + 1} of {settings.repeats}")
+        on_progress(f"Timing prefills, dense and sparse, {i + 1} of {settings.repeats}")
         # In turn, and each first as often as second: a slow moment of the machine hits both.
         order = (("dense", dense), ("sparse", sparse))
         for name, run in order if i % 2 == 0 else reversed(order):
             runs[name].append(timed_prefill(model, run.forward, tokens))
-    announce("Done")
+    on_progress("Done")
     seconds = {name: statistics.median(values) for name, values in runs.items()}
 
     heads = Counter(
@@ -208,7 +208,7 @@ def run_demo(settings: Settings, announce: Callable[[str], None] = lambda step: 
     agree = dense.predictions.top_token == sparse.predictions.top_token
     return Result(
         settings=dataclasses.asdict(settings),
-        environment=environment(),
+        environment=describe_environment(),
         text=f"{text.title} ({text.license})",
         sites_total=len(report.sites),
         sites_sparse=len(report.sparse_sites),
@@ -236,7 +236,7 @@ def first_run(
     new_tokens: int,
     backend: str,
     options: dict[str, Any] | None,
-    announce: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> FirstRun:
     """Compile the model's body, run the prompt once, judge it, and generate from its cache."""
     start = time.perf_counter()
@@ -244,7 +244,7 @@ def first_run(
     output = prefill(forward, tokens)
     seconds = time.perf_counter() - start
     predictions = predict(model, output.last_hidden_state, tokens)
-    announce(f"Generating {new_tokens} tokens")
+    on_progress(f"Generating {new_tokens} tokens")
     generated = continue_text(model, forward, output, tokens, new_tokens)
     return FirstRun(forward, predictions, generated, seconds)
 
@@ -256,22 +256,6 @@ def prefill_report(known: tuple[Report, ...]) -> Report:
         if id(report) not in seen and report.sites:
             return report
     return Report((), 0)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine: what a figure depends on."""
-    import transformers
-
-    return {
-        "mpass": mpass.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def render(result: Result) -> Group:

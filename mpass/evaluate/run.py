@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpass.errors import OptionValueError
-from mpass.evaluate.demo import environment
+from mpass.evaluate.environment import describe_environment
 from mpass.evaluate.plan import (
     DENSE,
     LOSSES,
@@ -33,11 +33,11 @@ from mpass.models.texts import find_text, load_tokens
 
 
 def evaluate(
-    plan: Plan, output: Path, announce: Callable[[str], None] = lambda step: None
+    plan: Plan, output: Path, on_progress: Callable[[str], None] = lambda step: None
 ) -> list[dict[str, Any]]:
     """Measure what `output` does not have yet, adding a JSON line each; returns all of the plan's.
 
-    announce is told of every input, measured or skipped. Raises the errors of `check_plan`,
+    on_progress is told of every input, measured or skipped. Raises the errors of `check_plan`,
     `load_model` and `load_tokens`.
     """
     check_plan(plan)
@@ -58,7 +58,7 @@ def evaluate(
         if cut_off:
             file.write("\n")
         for task, length, seed, depth in list_inputs(plan):
-            announce(f"{task}, {length} tokens, {seed + 1} of {plan.samples}")
+            on_progress(f"{task}, {length} tokens, {seed + 1} of {plan.samples}")
             cases = {
                 name: Case(plan.model, plan.dtype, plan.text, task, length, seed, name, depth)
                 for name in (DENSE, *plan.patterns)
@@ -69,7 +69,11 @@ def evaluate(
                 continue
             sample = make_sample(task, length, seed, depth, text, haystack, tokenizer)
             for name, measured in runner.measure(sample, missing):
-                line = dataclasses.asdict(cases[name]) | measured | {"versions": environment()}
+                line = (
+                    dataclasses.asdict(cases[name])
+                    | measured
+                    | {"versions": describe_environment()}
+                )
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 done[cases[name]] = line

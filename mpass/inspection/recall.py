@@ -67,7 +67,7 @@ def measure_recall(
     batch, heads, num_queries, _ = query.shape
     num_keys, first = key.shape[2], first_query_block(mask.query_offset)
     rows = num_query_blocks(num_queries, mask.query_offset)
-    local = spread(rows, max_query_blocks)
+    local = evenly_spaced(rows, max_query_blocks)
     blocks = num_key_blocks(num_keys)
     size = min(resolution, max(rows, blocks) if len(local) == rows else len(local))
     keys = reference.repeat_kv(key, heads).float()
@@ -126,7 +126,7 @@ def measure_recall(
     )
 
 
-def spread(total: int, most: int) -> list[int]:
+def evenly_spaced(total: int, most: int) -> list[int]:
     """All of 0..total-1, or `most` of them evenly spread, the last included."""
     if total <= most:
         return list(range(total))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpass
-from mpass.calibration.instrument import Instrument, Operands, attend_dense, estimate_heads
+from mpass.calibration.instrument import AttentionOperands, Instrument, attend_dense, estimate_heads
 from mpass.calibration.kernel_cost import count_work, read_clock
 from mpass.calibration.measure import measure_layer
 from mpass.calibration.probe import Probe, as_input
@@ -72,7 +72,7 @@ def test_the_instrument_sees_every_layer_and_changes_nothing():
     tokens = torch.randint(0, 50, (1, 300))
     seen: list[int] = []
 
-    def attend(given: Operands) -> Tensor:
+    def attend(given: AttentionOperands) -> Tensor:
         seen.append(given.layer)
         assert given.query.shape == (1, 4, 300, 8)
         assert given.key.shape == (1, 2, 300, 8)

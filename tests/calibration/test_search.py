@@ -93,7 +93,7 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
         if len(steps) == 4:
             raise KeyboardInterrupt
 
-    def search(announce) -> mpass.SparseConfig:
+    def search(on_progress) -> mpass.SparseConfig:
         torch._dynamo.reset()
         return mpass.calibrate(
             model,
@@ -101,7 +101,7 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
             candidates=CANDIDATES,
             settings=settings,
             state=state,
-            announce=announce,
+            on_progress=on_progress,
         )
 
     with pytest.raises(KeyboardInterrupt):

