@@ -10,10 +10,26 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help venv demo test slow lint format types clean
+# Tests of a minute or two: the layout, configs, patterns, matching and mask proofs.
+QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.py \
+	tests/match/test_spellings.py tests/patterns tests/calibration/test_knapsack.py \
+	tests/lowering/cpu/test_source.py tests/lowering/triton/test_source.py \
+	tests/benchmarks/test_pattern_pages.py
+
+.PHONY: help venv demo test check slow lint format types clean
 
 help:
-	@echo "make venv | demo | test | slow | lint | format | types | clean   (ARGS= is passed on)"
+	@echo "Every target sets up $(VENV) first if need be. ARGS= is passed on to the command."
+	@echo
+	@echo "  make demo     run a long prompt through a real model, dense and sparse"
+	@echo "  make test     run the tests"
+	@echo "  make check    run lint, the format check, the types and the quick tests"
+	@echo "  make slow     run whole matrices: model families, kernels for every chip"
+	@echo "  make lint     check the style and the format of the code"
+	@echo "  make format   repair the style and the format of the code"
+	@echo "  make types    check the types"
+	@echo "  make venv     set up $(VENV) and nothing else"
+	@echo "  make clean    remove $(VENV), build outputs and caches"
 
 venv: $(STAMP)
 
@@ -32,6 +48,10 @@ demo: venv
 # One thread per worker: two workers with two threads each would only wait for one another.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+# What to run before a commit. CI runs the same checks, and all tests instead of the quick ones.
+check: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(QUICK) $(ARGS)
 
 # Whole matrices: model families, kernels for every chip, the longer evaluations.
 slow: venv
