@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ from mpass.patterns.sample_attention import SampleAttention
 from mpass.patterns.union import Union
 from mpass.patterns.x_attention import XAttention
 from tests.helpers.cpu_cases import ESTIMATE_CASES, assert_same_index, needs_kernels
+from tests.helpers.golden import assert_golden
 from tests.lowering.cpu.test_source import EMULATED_TILES, GOLDEN
 
 pytestmark = needs_kernels
@@ -262,11 +262,7 @@ def test_what_all_keys_share_does_not_cost_union_its_precision() -> None:
 
 @pytest.mark.parametrize("kernel", LIST_KERNELS)
 def test_generated_source_is_the_accepted_one(kernel: str) -> None:
-    """MPASS_ACCEPT_GOLDEN=1 accepts a change of the templates."""
     spec = KernelSpec("bfloat16", 64, 64, "avx512_bf16", kernel=kernel)
     source = generate_source(spec)
-    path = GOLDEN / f"{kernel}_bf16_avx512.cpp"
-    if os.environ.get("MPASS_ACCEPT_GOLDEN") == "1":
-        path.write_text(source)
-    assert source == path.read_text(), "MPASS_ACCEPT_GOLDEN=1 accepts the new source"
+    assert_golden(source, GOLDEN / f"{kernel}_bf16_avx512.cpp")
     assert library.describe_source(spec, source, "x").name.startswith(f"cpu_{kernel}_bfloat16")
