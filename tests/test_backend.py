@@ -14,13 +14,7 @@ FULL = mpass.VerticalSlash(1, 1 << 20)
 """Every key is selected, so the result is that of dense attention."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @torch.no_grad()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.processes import run_python
 
 SCRIPT = """
 import json, sys, torch, mpass
@@ -33,15 +30,7 @@ print(json.dumps({
 
 
 def run(cache: Path, window: int) -> dict[str, float]:
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(window)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", SCRIPT, str(window), TORCHINDUCTOR_CACHE_DIR=str(cache))
     return json.loads(done.stdout)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
 
 import mpass
+from tests.helpers.paths import ROOT
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 WORDS = [f"w{i}" for i in range(61)]
 
 

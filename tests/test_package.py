@@ -12,7 +12,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 FOLDERS = {"mpass": "mpass", "mpass.lowering": "lowering", "mpass.patterns": "patterns"}
 
 LAYERS = [

@@ -17,11 +17,8 @@ FULL = mpass.VerticalSlash(1, 1 << 20)
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
+def registered(fresh_dynamo):
     register_attention()
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def tiny(kind: str, **settings):

@@ -21,13 +21,7 @@ from mpass.evaluate.samples import Sample
 from mpass.lowering.reference.attention import computed_mask, repeat_kv
 from tests.helpers.calibration_cases import CANDIDATES, ToyLanguageModel, inputs, operands
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("offset", [0, 128, 100])

@@ -17,13 +17,7 @@ from mpass.calibration.settings import Settings
 from mpass.errors import CalibrationError, OptionValueError
 from tests.helpers.calibration_cases import CANDIDATES, ToyLanguageModel, inputs
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")

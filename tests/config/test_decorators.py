@@ -12,12 +12,7 @@ from mpass.config.sparse_config import builtin_default
 from mpass.errors import MpassError, OptionValueError
 from tests.helpers.toys import OPTIONS, Attention, Decoder, compile_toy
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 ALWAYS = {"dense_above": 2.0}

@@ -11,9 +11,10 @@ import torch
 import mpass
 from mpass.errors import ConfigFileError
 from tests.helpers.minference_files import ENTRIES, per_head
+from tests.helpers.paths import ROOT
 from tests.helpers.toys import Decoder, compile_toy
 
-PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "minference_configs"
+PUBLISHED = ROOT.parent / "shared" / "data" / "minference_configs"
 
 
 def load(document: object) -> mpass.SparseConfig:

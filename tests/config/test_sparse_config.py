@@ -18,12 +18,7 @@ from mpass.errors import ConfigMismatchError, MpassError, OptionValueError, Unkn
 from mpass.options import parse_options
 from tests.helpers.toys import Attention, Decoder, compile_toy
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def sites() -> tuple[mpass.report.SiteReport, ...]:

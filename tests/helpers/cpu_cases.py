@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mpass.lowering import cpu
 from mpass.lowering.cpu.attention import run_attention
 from mpass.lowering.cpu.spec import KernelSpec
-from mpass.lowering.cpu.support import best_instruction_set, dtype_name, instruction_sets
+from mpass.lowering.cpu.support import best_instruction_set, dtype_name
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -27,18 +27,16 @@ PROBE = torch.zeros(1, 1, 1, 64)
 REASON = cpu.unsupported(PROBE, PROBE, PROBE)
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=f"no generated C++ here: {REASON}")
 
-CASES = [
-    (dtype, name)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    for name in instruction_sets()
-    if dtype == torch.bfloat16 or name in ("avx512", "avx2")
-]
-ESTIMATE_CASES = [
-    (dtype, name)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    for name in instruction_sets()
-]
-"""Estimators take products in bf16 where the instruction set has them, whatever the input."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(dtype: torch.dtype, instruction_set: str) -> bool:
+    """Whether attention in a dtype is generated for an instruction set.
+
+    Estimators are for every pair: products are in bf16 where the instruction set has them.
+    """
+    return dtype == torch.bfloat16 or instruction_set in ("avx512", "avx2")
+
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

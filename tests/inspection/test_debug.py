@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 
 import mpass
 from mpass import debug
+from tests.helpers.processes import run_python
 from tests.helpers.toys import Attention, Decoder, compile_toy
 
 PATTERN = mpass.AShape(16, 64)
@@ -33,13 +32,7 @@ FILES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    debug.warned_roots.cache_clear()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "fresh_debug_warnings")
 
 
 @torch.no_grad()
@@ -338,14 +331,7 @@ with torch.no_grad():
 
 
 def run_script(script=SCRIPT, *arguments, check=True, **variables):
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        check=check,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, **variables},
-    )
+    return run_python("-c", script, *arguments, check=check, **variables)
 
 
 def test_torch_logs_variable_works():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -15,6 +14,7 @@ import mpass
 from mpass.cli.app import app
 from mpass.inspection.draw import as_svg, as_text, draw_pattern, made_up_prompt
 from mpass.patterns.base import registered_patterns
+from tests.helpers.processes import run_python
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -71,7 +71,7 @@ def test_every_pattern_file_draws_itself(name, capsys, monkeypatch):
 
 def test_a_pattern_file_runs_as_a_script(tmp_path):
     target = tmp_path / "picture.svg"
-    subprocess.run([sys.executable, "-m", "mpass.patterns.a_shape", str(target)], check=True)
+    run_python("-m", "mpass.patterns.a_shape", str(target))
     ElementTree.fromstring(target.read_text())
 
 

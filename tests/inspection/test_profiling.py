@@ -24,12 +24,7 @@ from tests.helpers.toys import Decoder
 OPTIONS = {"min_seq_len": 128, "dense_above": 2.0}
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def make_operands(

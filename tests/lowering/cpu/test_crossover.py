@@ -20,6 +20,9 @@ from mpass.patterns.base import crossover as choice
 from tests.helpers.cpu_cases import needs_kernels
 from tests.helpers.truth import random_attention
 
+HEAD_DIM = 40
+"""As in test_estimators: a kernel is compiled once for both."""
+
 CONSTANTS = CostConstants(
     dense_call=1e-5,
     dense_cell=4e-9,
@@ -64,7 +67,7 @@ def run_ops(
     pattern: Pattern, length: int, *, dense_above: float = 0.6, min_seq_len: int = 0, heads: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor, Log]:
     """What both ops of a layer give, what dense attention gives, and what was recorded."""
-    query, key, value = random_attention(heads=heads, num_queries=length)
+    query, key, value = random_attention(heads=heads, num_queries=length, head_dim=HEAD_DIM)
     cls = type(pattern)
     fields = [[number] * heads for number in pattern.parameters().values()]
     scalars = (0, 0, True, 0.2)
@@ -207,7 +210,7 @@ def test_whole_index_selects_every_block_however_short_its_lists_are() -> None:
 @needs_kernels
 @pytest.mark.parametrize("pattern", [mpass.Union(), mpass.VerticalSlash(40, 200)], ids=str)
 def test_another_default_device_changes_nothing(pattern):
-    query, key, value = random_attention(num_queries=300)
+    query, key, value = random_attention(num_queries=300, head_dim=HEAD_DIM)
     mask = AttentionMask(window=100)
     cpu_dense.all_tiles.cache_clear()
     with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,7 @@ from mpass.lowering.cpu import estimators as lists
 from mpass.lowering.cpu import library
 from mpass.lowering.cpu.list_arguments import LIST_KERNELS
 from mpass.lowering.cpu.spec import KernelSpec, generate_source
-from mpass.lowering.cpu.support import dtype_name
+from mpass.lowering.cpu.support import dtype_name, instruction_sets
 from mpass.lowering.index import AttentionMask, SparseIndex
 from mpass.lowering.reference import block_scores as estimate_tiles
 from mpass.lowering.reference import flex_prefill as estimate_flex
@@ -28,7 +28,9 @@ from mpass.patterns.flex_prefill import FlexPrefill
 from mpass.patterns.sample_attention import SampleAttention
 from mpass.patterns.union import Union
 from mpass.patterns.x_attention import XAttention
-from tests.helpers.cpu_cases import ESTIMATE_CASES, assert_same_index, needs_kernels
+from tests.helpers.cpu_cases import DTYPES, assert_same_index, needs_kernels
+from tests.helpers.golden import assert_golden
+from tests.helpers.pairwise import pairwise
 from tests.lowering.cpu.test_source import EMULATED_TILES, GOLDEN
 
 pytestmark = needs_kernels
@@ -132,13 +134,34 @@ def assert_nearly_the_same(found: SparseIndex, expected: SparseIndex) -> None:
     assert total - both <= 0.02 * total + 4
 
 
-@pytest.mark.parametrize(("dtype", "instruction_set"), ESTIMATE_CASES)
-@pytest.mark.parametrize("kernel", ESTIMATORS)
-@pytest.mark.parametrize("window", [0, 1, 200])
-@pytest.mark.parametrize(("offset", "padded"), [(0, False), (63, True), (100, False)])
+WINDOWS = [0, 1, 200]
+PLACES = [(0, False), (63, True), (100, False)]
+"""Position of the first query; whether keys are padding."""
+
+CASES = pairwise(ESTIMATORS, DTYPES, instruction_sets(), WINDOWS, PLACES)
+SOURCES = list(itertools.product(ESTIMATORS, DTYPES, instruction_sets()))
+"""Each makes another generated source."""
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "instruction_set", "window", "place"), CASES, ids=str)
 def test_generated_code_selects_what_plain_torch_selects(
-    kernel: str, dtype: torch.dtype, instruction_set: str, window: int, offset: int, padded: bool
+    kernel: str, dtype: torch.dtype, instruction_set: str, window: int, place: tuple[int, bool]
 ) -> None:
+    check_against_plain_torch(kernel, dtype, instruction_set, window, place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "window", "place"), pairwise(SOURCES, WINDOWS, PLACES), ids=str)
+def test_every_generated_source_selects_what_plain_torch_selects(
+    source: tuple[str, torch.dtype, str], window: int, place: tuple[int, bool]
+) -> None:
+    check_against_plain_torch(*source, window, place)
+
+
+def check_against_plain_torch(
+    kernel: str, dtype: torch.dtype, instruction_set: str, window: int, place: tuple[int, bool]
+) -> None:
+    offset, padded = place
     generated, plain, rules = ESTIMATORS[kernel]
     sizes = {"num_queries": 901 - offset, "num_keys": 901}
     query, key = inputs(dtype, batch=2, kv_heads=2, seed=1, **sizes)
@@ -262,11 +285,7 @@ def test_what_all_keys_share_does_not_cost_union_its_precision() -> None:
 
 @pytest.mark.parametrize("kernel", LIST_KERNELS)
 def test_generated_source_is_the_accepted_one(kernel: str) -> None:
-    """MPASS_ACCEPT_GOLDEN=1 accepts a change of the templates."""
     spec = KernelSpec("bfloat16", 64, 64, "avx512_bf16", kernel=kernel)
     source = generate_source(spec)
-    path = GOLDEN / f"{kernel}_bf16_avx512.cpp"
-    if os.environ.get("MPASS_ACCEPT_GOLDEN") == "1":
-        path.write_text(source)
-    assert source == path.read_text(), "MPASS_ACCEPT_GOLDEN=1 accepts the new source"
+    assert_golden(source, GOLDEN / f"{kernel}_bf16_avx512.cpp")
     assert library.describe_source(spec, source, "x").name.startswith(f"cpu_{kernel}_bfloat16")

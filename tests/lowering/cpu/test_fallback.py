@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import stat
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import torch
 from mpass.lowering.cpu import library, support
 from mpass.lowering.dispatch import choose_lowering
 from tests.helpers.cpu_cases import needs_kernels
+from tests.helpers.processes import run_python
 
 QUERY = torch.zeros(1, 2, 8, 16)
 
@@ -55,12 +54,10 @@ def fresh_probes() -> Iterator[None]:
 
 def run_script(tmp_path: Path, **environment: str) -> list[str]:
     """The warnings of a new process with an empty disk cache."""
-    own = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=own, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    cache = str(tmp_path / "cache")
+    return run_python(
+        "-c", SCRIPT, TORCHINDUCTOR_CACHE_DIR=cache, **environment
+    ).stdout.splitlines()
 
 
 def failing_compiler(folder: Path) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +17,8 @@ from mpass.lowering.index import (
     empty_index,
 )
 from tests.helpers.cpu_cases import needs_kernels
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_python
 
 THREADS = 16
 STEP = 64 << 10  # less than what one thread works on
@@ -28,16 +27,13 @@ STEPS = 192
 
 @needs_kernels
 def test_running_out_of_memory_raises_at_every_allocation() -> None:
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+    done = run_python(
+        __file__,
+        PYTHONPATH=str(ROOT),
+        MALLOC_ARENA_MAX="1",
+        MALLOC_TRIM_THRESHOLD_="0",
+        MALLOC_MMAP_THRESHOLD_="65536",
     )
-    assert done.returncode == 0, done.stderr[-4000:]
     raised, returned = map(int, done.stdout.split())
     assert raised > THREADS
     assert returned > 0

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from mpass.lowering import cpu
 from tests.helpers.cpu_cases import REASON, attention_cases, run_case
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_python
 
 
 def sanitizer_library() -> str | None:
@@ -35,16 +35,13 @@ def sanitizer_library() -> str | None:
 )
 def test_kernels_stay_inside_of_their_buffers() -> None:
     # No leak check: the interpreter itself leaks by design.
-    environment = os.environ | {
-        "LD_PRELOAD": sanitizer_library() or "",
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "PYTHONMALLOC": "malloc",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+    done = run_python(
+        __file__,
+        LD_PRELOAD=sanitizer_library() or "",
+        ASAN_OPTIONS="detect_leaks=0:abort_on_error=0",
+        PYTHONPATH=str(ROOT),
+        PYTHONMALLOC="malloc",
     )
-    assert done.returncode == 0, done.stderr[-4000:]
     assert "cases passed" in done.stdout
 
 

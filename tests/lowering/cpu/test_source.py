@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference import vertical_slash as estimate
 from tests.helpers.cpu_cases import assert_same_index, needs_kernels, random_index, random_inputs
+from tests.helpers.golden import assert_golden
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECS = {
@@ -86,13 +86,7 @@ static void emulated_byte_dot(int c, int a, int b) {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_generated_source_is_the_accepted_one(name: str) -> None:
-    """MPASS_ACCEPT_GOLDEN=1 accepts a change of the templates."""
-    source = generate_source(SPECS[name])
-    path = GOLDEN / name
-    if os.environ.get("MPASS_ACCEPT_GOLDEN") == "1":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source)
-    assert source == path.read_text(), "MPASS_ACCEPT_GOLDEN=1 accepts the new source"
+    assert_golden(generate_source(SPECS[name]), GOLDEN / name)
 
 
 def test_source_does_not_depend_on_what_varies_between_calls() -> None:

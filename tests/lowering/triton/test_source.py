@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +24,8 @@ from mpass.lowering.triton.spec import (
     query_heads_per_program,
     target_of,
 )
+from tests.helpers.golden import assert_golden
+from tests.helpers.processes import run_python
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -114,10 +113,7 @@ def test_source_is_the_golden_text(name):
     assert "{{" not in text and "{%" not in text
     assert all(len(line) <= 100 for line in text.splitlines())
     assert not any(line != line.rstrip() for line in text.splitlines())
-    path = GOLDEN / f"{name}.py.expected"
-    if os.environ.get("MPASS_ACCEPT") == "1":
-        path.write_text(text)
-    assert text == path.read_text(), f"{path} differs; MPASS_ACCEPT=1 takes the new text"
+    assert_golden(text, GOLDEN / f"{name}.py.expected")
 
 
 def test_every_template_has_a_golden_text():
@@ -171,7 +167,7 @@ def test_importing_the_lowering_does_not_import_triton():
         "mpass.lowering.triton.vertical_slash, mpass.lowering.triton.block_scores; "
         "sys.exit('triton' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    run_python("-c", code)
 
 
 def test_unsupported_tells_why_in_words():
