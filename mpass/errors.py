@@ -89,6 +89,17 @@ class ShapeError(MpassError):
     """Tensors whose shapes do not make an attention."""
 
 
+class MaskShapeError(ShapeError):
+    """A mask in words (mpass.transformers_attention) that is about another number of keys."""
+
+    def __init__(self, layer: int, shape: tuple[int, ...], num_keys: int) -> None:
+        super().__init__(
+            f"layer {layer}: the mask of shape {list(shape)} does not describe {num_keys} keys. "
+            "Give the model an attention mask that is as long as cache and prompt together, or "
+            'load it with attn_implementation="sdpa".'
+        )
+
+
 class DtypeError(MpassError):
     """A dtype that no lowering serves."""
 

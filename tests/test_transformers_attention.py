@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mpass
-from mpass.transformers_attention import describe_mask, register_attention
+from mpass.errors import MaskShapeError
+from mpass.transformers_attention import attention_forward, describe_mask, register_attention
 from tests.helpers.toys import RecordingBackend
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -72,7 +73,7 @@ def test_model_equals_eager_compiled_and_not(kind, settings, padded):
         assert backend.count("minference.sparse_attention") == 2
         biggest = (
             max(
-                value.numel()
+                value.untyped_storage().nbytes()
                 for gm in backend.after
                 for node in gm.graph.nodes
                 if isinstance(value := node.meta.get("example_value"), torch.Tensor)
@@ -136,3 +137,113 @@ def test_image_blocks_get_their_mask_built():
     )
     assert mask.shape == (1, 1, 5, 5)
     assert mask[0, 0, 1, 3]
+
+
+def loss_and_gradients(model, ids, mask, **arguments):
+    model.zero_grad()
+    out = model(ids, attention_mask=mask, **arguments)
+    out.logits[mask.bool()].float().square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return out.logits.detach(), gradients
+
+
+@pytest.mark.parametrize(("kind", "settings"), [*MODELS, ("gpt_oss", {"sliding_window": 40})])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_equal_those_of_eager(kind, settings, batch):
+    """With gradients on, words must keep causality, windows, softcap and sinks."""
+    ours, eager = tiny(kind, **settings)
+    ids = torch.randint(0, 99, (batch, 130))
+    mask = torch.ones_like(ids)
+    mask[-1, : 33 * (batch - 1)] = 0
+    logits, gradients = loss_and_gradients(ours, ids, mask)
+    truth, expected = loss_and_gradients(eager, ids, mask)
+    assert torch.allclose(logits[mask.bool()], truth[mask.bool()], atol=2e-4)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-4), name
+
+
+def test_no_token_changes_with_later_ones_under_gradients():
+    ours, _ = tiny("llama")
+    ids = torch.randint(0, 99, (1, 100))
+    changed = ids.clone()
+    changed[0, 99] = (ids[0, 99] + 1) % 99
+    first, second = (
+        ours(i, attention_mask=torch.ones_like(i)).logits[0, :99] for i in (ids, changed)
+    )
+    assert torch.equal(first, second)
+
+
+def test_dropout_keeps_the_mask():
+    """Dropout of 0.5 zeroes weights, but never shows a later token."""
+    ours, _ = tiny("llama", attention_dropout=0.5)
+    ours.train()
+    ids = torch.randint(0, 99, (1, 100))
+    changed = ids.clone()
+    changed[0, 99] = (ids[0, 99] + 1) % 99
+    outs = []
+    for tokens in (ids, changed):
+        torch.manual_seed(7)
+        outs.append(ours(tokens, attention_mask=torch.ones_like(tokens)).logits[0, :99])
+    assert torch.equal(outs[0], outs[1])
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("gpt_oss", {"sliding_window": 40}), ("llama", {})])
+@torch.no_grad()
+def test_masks_of_the_user_keep_sinks(kind, settings):
+    ours, eager = tiny(kind, **settings)
+    ids = torch.randint(0, 99, (1, 100))
+    cells = torch.ones(100, 100, dtype=torch.bool).tril()
+    cells[50:, 10:20] = False
+    mask = torch.zeros(100, 100).masked_fill(~cells, torch.finfo(torch.float32).min)[None, None]
+    assert torch.allclose(
+        ours(ids, attention_mask=mask).logits, eager(ids, attention_mask=mask).logits, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_static_cache_generates_as_eager(kind, padded):
+    settings = {} if kind == "llama" else {"sliding_window": 24}
+    ours, eager = tiny(kind, **settings)
+    ids = torch.randint(1, 99, (2, 40))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :9] = 0
+    tokens = [
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=12,
+            do_sample=False,
+            cache_implementation="static",
+            disable_compile=True,
+            pad_token_id=0,
+        )
+        for model in (ours, eager)
+    ]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj"])
+def test_gradients_into_one_projection(projection):
+    """As adapters do: only the values, keys or queries of a frozen model need gradients."""
+    ours, eager = tiny("llama")
+    ids = torch.randint(0, 99, (1, 80))
+    grads = []
+    for model in (ours, eager):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = projection in name
+        grads.append(loss_and_gradients(model, ids, torch.ones_like(ids))[1])
+    assert grads[0].keys() == grads[1].keys() != set()
+    for name, gradient in grads[0].items():
+        assert torch.allclose(gradient, grads[1][name], atol=1e-4), name
+
+
+def test_words_about_other_keys_are_refused():
+    ours, _ = tiny("llama")
+    attention = ours.model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    with pytest.raises(MaskShapeError, match=r"layer 0: .* does not describe 8 keys"):
+        attention_forward(attention, query, key, key, torch.ones(1, 1, 5, dtype=torch.bool))
