@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import mpass
-from mpass.calibration.instrument import Operands
+from mpass.calibration.instrument import AttentionOperands
 from mpass.evaluate.samples import Sample
 from mpass.lowering.index import AttentionMask
 from tests.helpers.toys import Decoder
@@ -27,10 +27,10 @@ class ToyLanguageModel(nn.Module):
         return self.head(3 * self.decoder(self.embedding(tokens)))
 
 
-def operands(length: int = 500, offset: int = 0) -> Operands:
+def operands(length: int = 500, offset: int = 0) -> AttentionOperands:
     query = torch.randn(1, 4, length - offset, 32) * 2
     key, value = torch.randn(1, 2, length, 32), torch.randn(1, 2, length, 16)
-    return Operands(0, query, key, value, AttentionMask(True, offset), 0.2, 0.0, None)
+    return AttentionOperands(0, query, key, value, AttentionMask(True, offset), 0.2, 0.0, None)
 
 
 def inputs(seed: int, length: int = 600) -> list:
