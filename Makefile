@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 # Tests of a minute or two: the layout, configs, patterns, matching and mask proofs.
 QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.py \
-	tests/match/test_spellings.py tests/patterns tests/calibration/test_knapsack.py \
+	tests/match/test_spellings.py tests/patterns/test_patterns.py tests/patterns/test_plugin.py \
+	tests/calibration/test_knapsack.py \
 	tests/lowering/cpu/test_source.py tests/lowering/triton/test_source.py \
 	tests/benchmarks/test_pattern_pages.py
 
