@@ -9,14 +9,22 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
+"""The one place that says the version; the build reads it here."""
 
 _EXPORTS = {
     "AShape": "mpass.patterns.a_shape",
+    "BlockMax": "mpass.patterns.block_max",
     "BlockSparse": "mpass.patterns.block_sparse",
+    "BlockTopP": "mpass.patterns.block_top_p",
     "Dense": "mpass.patterns.dense",
+    "FlexPrefill": "mpass.patterns.flex_prefill",
+    "SampleAttention": "mpass.patterns.sample_attention",
+    "Strided": "mpass.patterns.strided",
+    "TriShape": "mpass.patterns.tri_shape",
     "Union": "mpass.patterns.union",
     "VerticalSlash": "mpass.patterns.vertical_slash",
-    "LayerConfig": "mpass.config.sparse_config",
+    "XAttention": "mpass.patterns.x_attention",
+    "LayerConfig": "mpass.config.layer",
     "SparseConfig": "mpass.config.sparse_config",
     "calibrate": "mpass.calibration.search",
     "configure": "mpass.config.decorators",

@@ -12,6 +12,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+import mpass
+from mpass.patterns.base import registered_patterns
 from tests.helpers.paths import ROOT
 
 FOLDERS = {"mpass": "mpass", "mpass.lowering": "lowering", "mpass.patterns": "patterns"}
@@ -173,6 +175,20 @@ def test_importing_mpass_is_light():
     assert out.strip() == "[]"
 
 
+def test_every_name_of_mpass_is_there():
+    for name in mpass.__all__:
+        assert getattr(mpass, name) is not None, name
+
+
+def test_every_pattern_of_ours_is_a_name_of_mpass():
+    own = {
+        cls
+        for cls in registered_patterns().values()
+        if cls.__module__.startswith("mpass.patterns.")
+    }
+    assert {getattr(mpass, cls.__name__) for cls in own} == own
+
+
 def test_importing_torch_does_not_import_mpass():
     assert run("import sys, torch; print('mpass' in sys.modules)").strip() == "False"
 
@@ -224,6 +240,7 @@ def test_wheel_holds_one_top_level_package(tmp_path):
     for path in (ROOT / "lowering").rglob("*.jinja"):
         assert f"mpass/lowering/{path.relative_to(ROOT / 'lowering')}" in names, path
     assert "mpass/py.typed" in names
+    assert wheel.name.startswith(f"mpass-{mpass.__version__}-")
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     text = zipfile.ZipFile(wheel).read(entry_points).decode()
     assert "[torch_dynamo_backends]\nminference = mpass.backend:minference" in text

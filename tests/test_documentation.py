@@ -1,0 +1,50 @@
+"""The code in README.md and docs/: what it imports is there, and so is every name of mpass."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+import mpass
+from tests.helpers.paths import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), 1)
+]
+
+
+def test_there_is_code_to_look_at():
+    assert len(BLOCKS) >= 5
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_imports_of_a_code_block_work(block):
+    tree = ast.parse(block)
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in imports:
+        modules = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            modules = [str(node.module)]
+        for module in modules:
+            if module.split(".")[0] != "mpass":
+                pytest.importorskip(module.split(".")[0])
+        exec(compile(ast.Module([node], []), "<block>", "exec"), {})
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_names_of_mpass_in_a_code_block_exist(block):
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "mpass"
+    }
+    assert [name for name in used if not hasattr(mpass, name)] == []
