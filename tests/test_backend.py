@@ -8,11 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import mpass
-from tests.helpers.toys import Attention, Decoder, RecordingBackend, compile_toy
-
-FULL = mpass.VerticalSlash(1, 1 << 20)
-"""Every key is selected, so the result is that of dense attention."""
-
+from tests.helpers.toys import EVERY_KEY, Attention, Decoder, RecordingBackend, compile_toy
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -20,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_every_layer_becomes_sparse_and_full_budgets_equal_eager():
     model, x = Decoder().eval(), torch.randn(2, 300, 32)
-    out = compile_toy(model, {"pattern": FULL, "dense_above": 2.0})(x)
+    out = compile_toy(model, {"pattern": EVERY_KEY, "dense_above": 2.0})(x)
     assert torch.allclose(out, model(x), atol=1e-5)
     report = mpass.last_report()
     assert [site.layer for site in report.sites] == [0, 1, 2]
@@ -28,7 +24,7 @@ def test_every_layer_becomes_sparse_and_full_budgets_equal_eager():
     site = report.sites[0]
     assert (site.num_heads, site.num_kv_heads, site.head_dim) == (4, 2, 8)
     assert site.status == "sparse"
-    assert site.patterns == (str(FULL),) * 4
+    assert site.patterns == (str(EVERY_KEY),) * 4
     assert "vertical_slash" in str(report)
     assert report.summary().startswith("3 of 3 attention layers, vertical_slash, prompts of 128")
     assert counters["minference"]["sparse_sites"] == 3
@@ -66,7 +62,7 @@ def test_config_gives_layers_and_heads_their_own_patterns():
 @torch.no_grad()
 def test_one_prefill_graph_serves_all_long_prompts_and_one_dense_the_short():
     model = Decoder(depth=1).eval()
-    backend = RecordingBackend(pattern=FULL, dense_above=2.0)
+    backend = RecordingBackend(pattern=EVERY_KEY, dense_above=2.0)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for length in (300, 90, 200, 512, 100, 128):
         x = torch.randn(1, length, 32)
@@ -176,7 +172,7 @@ def test_inductor_options_and_mode_reach_inductor(monkeypatch):
 @torch.no_grad()
 def test_inductor_compiles_the_rewritten_graph():
     model, x = Decoder(depth=2).eval(), torch.randn(1, 256, 32)
-    options = {"pattern": FULL, "dense_above": 2.0, "inner_backend": "inductor"}
+    options = {"pattern": EVERY_KEY, "dense_above": 2.0, "inner_backend": "inductor"}
     compiled = compile_toy(model, options)
     assert torch.allclose(compiled(x), model(x), atol=1e-5)
     assert len(mpass.last_report().sparse_sites) == 2

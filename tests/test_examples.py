@@ -9,6 +9,7 @@ import torch
 
 import mpass
 from tests.helpers.paths import ROOT
+from tests.helpers.toys import tiny_llama
 
 EXAMPLES = ROOT / "examples"
 WORDS = [f"w{i}" for i in range(61)]
@@ -28,17 +29,8 @@ def llama_folder(tmp_path):
     )
     tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(vocabulary),
-        max_position_embeddings=4096,
-        eos_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    sizes = {"vocab_size": len(vocabulary), "max_position_embeddings": 4096}
+    tiny_llama(**sizes, eos_token_id=None).save_pretrained(tmp_path)
     return tmp_path
 
 

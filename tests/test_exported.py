@@ -8,9 +8,9 @@ from torch.export import Dim, export
 
 import mpass
 from mpass.exported import rewrite_exported
-from tests.helpers.toys import Attention, Decoder
+from tests.helpers.toys import EVERY_KEY, Attention, Decoder
 
-FULL = {"pattern": mpass.VerticalSlash(1, 1 << 20), "min_seq_len": 128, "dense_above": 2.0}
+FULL = {"pattern": EVERY_KEY, "min_seq_len": 128, "dense_above": 2.0}
 
 
 def targets(program):

@@ -7,14 +7,11 @@ import copy
 import pytest
 import torch
 
-import mpass
 from mpass.errors import MaskShapeError
 from mpass.transformers_attention import attention_forward, describe_mask, register_attention
-from tests.helpers.toys import RecordingBackend
+from tests.helpers.toys import EVERY_KEY, RecordingBackend
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
-
-FULL = mpass.VerticalSlash(1, 1 << 20)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +63,7 @@ def test_model_equals_eager_compiled_and_not(kind, settings, padded):
     arguments = {"attention_mask": mask if padded else None, "use_cache": True}
     truth = eager(ids, **arguments).logits[mask.bool()]
     assert torch.allclose(ours(ids, **arguments).logits[mask.bool()], truth, atol=2e-4)
-    backend = RecordingBackend(pattern=FULL, dense_above=2.0)
+    backend = RecordingBackend(pattern=EVERY_KEY, dense_above=2.0)
     out = torch.compile(ours, backend=backend, fullgraph=True)(ids, **arguments)
     assert torch.allclose(out.logits[mask.bool()], truth, atol=2e-4)
     if kind != "llama4_text":
@@ -89,7 +86,7 @@ def test_model_equals_eager_compiled_and_not(kind, settings, padded):
 def test_second_turn_and_decoding_equal_eager():
     ours, eager = tiny("gemma3_text", sliding_window=40)
     ids = torch.randint(0, 99, (1, 260))
-    compiled = torch.compile(ours, backend=RecordingBackend(pattern=FULL, dense_above=2.0))
+    compiled = torch.compile(ours, backend=RecordingBackend(pattern=EVERY_KEY, dense_above=2.0))
     outs = []
     for model in (compiled, eager):
         first = model(ids[:, :100], use_cache=True)

@@ -17,7 +17,7 @@ from mpass.calibration.settings import Settings
 from mpass.errors import CalibrationError, OptionValueError
 from tests.helpers.calibration_cases import CANDIDATES, ToyLanguageModel, inputs
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.xdist_group("search")]
 
 
 @pytest.fixture(scope="module")

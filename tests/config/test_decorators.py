@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import mpass
 from mpass.config.sparse_config import builtin_default
 from mpass.errors import MpassError, OptionValueError
-from tests.helpers.toys import OPTIONS, Attention, Decoder, compile_toy
+from tests.helpers.toys import OPTIONS, Attention, Decoder, compile_toy, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -255,16 +255,7 @@ def test_regional_compilation_shares_one_graph_when_layers_do_not_matter():
 
 @torch.no_grad()
 def test_transformers_layers_compiled_one_by_one():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=32,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = tiny_llama(num_hidden_layers=3)
     sparse = mpass.SparseConfig("dense", {i: shape(i + 1) for i in range(3)}, num_layers=3)
     before = len(mpass.reports())
     for layer in model.model.layers:

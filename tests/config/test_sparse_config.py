@@ -16,7 +16,7 @@ from mpass.config.spans import Span
 from mpass.config.sparse_config import builtin_default
 from mpass.errors import ConfigMismatchError, MpassError, OptionValueError, UnknownPatternError
 from mpass.options import parse_options
-from tests.helpers.toys import Attention, Decoder, compile_toy
+from tests.helpers.toys import Attention, Decoder, compile_toy, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -234,15 +234,7 @@ def test_builtin_default_computes_short_windows_whole():
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "layer by layer"])
 def test_a_config_shipped_in_a_transformers_folder_is_used(tmp_path, regional):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=32,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_llama().save_pretrained(tmp_path)
     mpass.SparseConfig(
         layers={0: mpass.AShape(1, 9), 1: mpass.AShape(2, 9)}, num_layers=2, num_heads=4
     ).save(tmp_path / "minference.json")

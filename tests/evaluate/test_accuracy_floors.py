@@ -27,7 +27,7 @@ LENGTH = 3072
 MOST_LOSS = 0.01
 """Nats per token over dense, over the window and over its last quarter."""
 
-pytestmark = needs_smollm2
+pytestmark = [needs_smollm2, pytest.mark.xdist_group("accuracy_floors")]
 
 
 @dataclasses.dataclass(frozen=True)

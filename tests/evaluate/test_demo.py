@@ -43,6 +43,9 @@ SHORT = DemoSettings(
 )
 
 
+pytestmark = pytest.mark.xdist_group("demo")
+
+
 @pytest.fixture(scope="module")
 def smollm2():
     return load_model("smollm2", dtype=torch.bfloat16)

@@ -15,7 +15,7 @@ from tests.helpers.requirements import needs_smollm2
 
 LENGTH = 512
 
-pytestmark = needs_smollm2
+pytestmark = [needs_smollm2, pytest.mark.xdist_group("dense_by_hand")]
 
 
 @pytest.fixture(scope="module")

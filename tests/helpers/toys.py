@@ -1,18 +1,23 @@
-"""Small models and a backend that keeps the graphs it is given."""
+"""Small models, options for them, and a backend that keeps the graphs it is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import mpass
 from mpass.backend import minference
 
 OPTIONS: dict[str, Any] = {"inner_backend": "eager", "min_seq_len": 128}
 """Options of tests about graphs: no Inductor, sparse from 128 tokens on."""
+
+EVERY_KEY = mpass.VerticalSlash(1, 1 << 20)
+"""A pattern that selects every key: the result is that of dense attention."""
 
 
 class Attention(nn.Module):
@@ -50,6 +55,20 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x
+
+
+def tiny_llama(**sizes: Any) -> nn.Module:
+    """A Llama of transformers with random weights. The test is skipped without transformers."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**small | sizes)).eval()
 
 
 class RecordingBackend:

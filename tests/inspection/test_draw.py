@@ -15,6 +15,7 @@ from mpass.cli.app import app
 from mpass.inspection.draw import as_svg, as_text, draw_pattern, made_up_prompt
 from mpass.patterns.base import registered_patterns
 from tests.helpers.processes import run_python
+from tests.helpers.toys import tiny_llama
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -107,16 +108,8 @@ def test_explain_and_profile_commands_refuse_an_output_in_no_folder(command, tmp
 @pytest.mark.parametrize("command", ["explain", "profile"])
 def test_commands_save_a_page_of_a_local_model(command, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-    )
     folder = tmp_path / "model"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(vocab_size=300).save_pretrained(folder)
     save_byte_tokenizer(transformers, folder)
     target = tmp_path / "page.html"
     arguments = [command, str(folder), "--length", "256", "--min-seq-len", "128", "-o", str(target)]

@@ -39,6 +39,9 @@ KERNEL = KernelSource(
 )
 
 
+pytestmark = pytest.mark.xdist_group("page")
+
+
 @pytest.fixture(scope="module")
 def smol() -> Profile:
     """A profile of a decoder with SmolLM2's 30 layers of 9 heads; layer 29 stays dense."""

@@ -20,25 +20,13 @@ from mpass.models.load import (
 from mpass.models.texts import load_tokens
 from tests.helpers.processes import run_python
 from tests.helpers.requirements import needs_gemma3, needs_smollm2
+from tests.helpers.toys import tiny_llama
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MPASS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def tiny_llama():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=64,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 @needs_smollm2
