@@ -43,7 +43,7 @@ def generate_spec_header(spec: KernelSpec) -> str:
 
 
 def generate_example_header() -> str:
-    """The text of kernels/spec.h: it has the arguments of every kernel, so that all headers parse."""
+    """The text of kernels/spec.h, with the arguments of every kernel: so every header parses."""
     estimators: dict[str, str] = {}
     for kernel in ("fixed_budget", *LIST_KERNELS):
         for name, kind in argument_fields(kernel):

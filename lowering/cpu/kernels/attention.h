@@ -1,13 +1,14 @@
-// Sparse attention of one layer over a SparseIndex: the meaning is lowering/reference/attention.py.
+// Sparse attention of one layer over a SparseIndex. lowering/reference/attention.py says what it
+// means.
 //
 // b batch row      h query head   g kv head       i query block, counted from the first query
 // qb, kb  query and key block on the grid of absolute positions      p position of a query
-// tile    64 queries x 64 keys: a key block, or 64 columns that were gathered
+// tile    64 queries x 64 keys: a key block, or 64 vertical columns that were gathered
 // strip   up to STRIP tiles that share one softmax update
 //
-// Only D, Dv, dtype, the strip's width, softcap and the instruction set are compiled in. Windows,
-// padding, index forms and columns decide something per tile of 64 x 64 cells, where a branch
-// costs nothing; compiling them in would only multiply the libraries.
+// Only D, Dv, dtype, the width of a strip, softcap and the instruction set are compiled in.
+// Windows, padding, index forms and vertical columns decide something once per tile of 64 x 64
+// cells, where a branch costs nothing. Compiling them in would only multiply the libraries.
 #pragma once
 
 #include <omp.h>
@@ -69,7 +70,8 @@ void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p
   });
 }
 
-// The rows of a query block, over its tiles, to `out`. next: what this thread computes after it.
+// Computes the rows of a query block over its tiles and writes them to `out`. `next` is the block
+// that this thread computes after it.
 void attend(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
             const QueryBlock& next) {
   const TensorView query{static_cast<const input*>(a.query), a.query_batch, a.query_head,
@@ -134,7 +136,7 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
     const int64_t out_items = (a.batch - 1) * a.out_batch + (a.heads - 1) * a.out_head +
         (a.num_queries - 1) * a.out_row + VALUE_DIM;
     advise_huge_pages(a.out, out_items * sizeof(input));
-    // Allocated here, because an exception must not leave a thread of the parallel region.
+    // They are allocated here, because an exception must not leave a thread of the parallel region.
     std::deque<AttentionScratch> scratches(a.threads);
     std::deque<std::array<QueryBlock, 2>> query_blocks;
     for (int64_t t = 0; t < a.threads; ++t)
@@ -152,8 +154,9 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
         pack_block(a, in, scratch.staging.get(), t / in.key_blocks / a.kv_heads,
                    t / in.key_blocks % a.kv_heads, t % in.key_blocks);
       const TileScope tiles;
-      // Head by head, the longest rows first: the last tasks are the short ones. A thread takes
-      // one task prefetch, to know what comes after the one that it computes.
+      // Heads come one after the other, and in each the longest rows first, so that the last tasks
+      // are the short ones. A thread takes one task ahead, to know what comes after the one that it
+      // computes.
       const auto take = [&](QueryBlock& block) {
         int64_t t;
 #pragma omp atomic capture

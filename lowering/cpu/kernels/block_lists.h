@@ -1,8 +1,8 @@
-// What estimators of lists share: which key blocks a block of queries keeps, by score. The meaning
-// is lowering/reference/block_lists.py.
+// What the estimators of block lists share: which key blocks a block of queries keeps, by score.
+// lowering/reference/block_lists.py says what it means.
 //
-// b batch row     h entry of `heads`, one query head each     kb key block     p position of a
-// query     size  positions per block of queries and of keys, a multiple of BLOCK
+// b batch row     h entry of `heads`, one query head each     kb key block     p position of a query
+// size  positions per block of queries and of keys, a multiple of BLOCK
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 
 namespace {
 
-// The choice of one block of queries: forced blocks at once, then others by score while there is
-// room. VerticalSlashSums over scores run over the blocks that the mask allows.
+// The choice of one block of queries. Forced blocks are kept at once, then others by score while
+// there is room. Sums over scores run over the blocks that the mask allows.
 struct BlockSelection {
   using Entry = std::pair<float, int32_t>;  // score and -kb: ties go to the smaller block
   int64_t block, low, high;                 // the mask allows key blocks low <= kb < high
@@ -58,7 +58,8 @@ struct BlockSelection {
     }
   }
 
-  // Keeps the best entries of a range of `rest` for as long as `wanted()` and there is room.
+  // Keeps the best entries of a range of `rest` for as long as `wanted()` is true and there is
+  // room.
   template <typename Iterator, typename Wanted>
   void take(Iterator begin, Iterator end, const Wanted& wanted) {
     if (begin == end || room <= 0 || !wanted()) return;
@@ -70,7 +71,7 @@ struct BlockSelection {
     }
   }
 
-  // Keeps the entries of a range, the best of them where there is not room for all.
+  // Keeps the entries of a range, or the best of them where there is not room for all.
   template <typename Iterator>
   void take_all(Iterator begin, Iterator end) {
     if (end - begin > room) {
@@ -84,7 +85,7 @@ struct BlockSelection {
     }
   }
 
-  // Keeps the best others until `mass` of the scores is held; a mass of 1 keeps all.
+  // Keeps the best others until `mass` of the scores is held. A mass of 1 keeps all.
   template <typename Iterator>
   void take_mass(Iterator begin, float mass) {
     const float enough = mass * total;
@@ -100,7 +101,7 @@ struct BlockSelection {
     take_all(rest.begin(), end);
   }
 
-  // The lists of the query blocks that this block of queries consists of.
+  // Writes the lists of the query blocks that this block of queries consists of.
   void write(const EstimateArguments& a, int64_t b, int64_t h, int64_t size) const {
     const int64_t repeat = size / BLOCK, first_block = a.query_offset / BLOCK;
     const int64_t key_blocks = (a.num_keys + BLOCK - 1) / BLOCK;

@@ -1,6 +1,6 @@
-// Fused estimation of lists of key blocks from tiles of queries and mean keys: the meaning is
-// lowering/reference/block_scores.py, with the scores of lowering/reference/pooled_keys.py's
-// tile_scores.
+// Estimates lists of key blocks from tiles of queries and pooled keys, in one pass.
+// lowering/reference/block_scores.py says what it means; the scores are tile_scores of
+// lowering/reference/pooled_keys.py.
 #pragma once
 
 #include <omp.h>
@@ -15,7 +15,8 @@
 
 namespace {
 
-// Adds e^(product - greatest) of one line to the sums of its tile, and keeps `greatest` up to date.
+// Adds e^(product - greatest) of one query row to the sums of its tile, and keeps `greatest` up to
+// date.
 void add_exponentials(float* sums, float* row, const float* weight, RunRange seen, int64_t runs,
                       float scale, float* greatest) {
   hide_edges(row, seen, scale);
@@ -33,7 +34,7 @@ void add_exponentials(float* sums, float* row, const float* weight, RunRange see
           add(load(sums + s), exp2_vec(sub(fma(load(row + s), exponent, load(weight + s)), peak))));
 }
 
-// Lists of one tile of queries.
+// Writes the lists of one tile of queries.
 void choose_tile(const EstimateArguments& a, RunScratch& s, const KeyRuns& runs,
                  const Extent& extent, const TensorView& query, int64_t b, int64_t h,
                  int64_t tile) {
@@ -43,7 +44,7 @@ void choose_tile(const EstimateArguments& a, RunScratch& s, const KeyRuns& runs,
     const int64_t p = tile * size + index, n = p - a.query_offset;
     if (n < 0 || n >= a.num_queries || !query_is_real(a, b, n)) return {0, 0};
     pack_query(a, out, query.at(b, a.heads[h], n));
-    // Only blocks that the row sees whole.
+    // Only the blocks that the row sees whole count.
     const int64_t low = a.window > 0 && p >= a.window ? (p - a.window) / size + 1 : 0;
     return {low, a.causal ? std::min(runs.count, (p + 1) / size) : runs.count};
   };

@@ -1,5 +1,5 @@
-// The blocks of largest mean-pooled score per query block: the meaning is block_top_k_index in
-// lowering/reference/vertical_slash.py.
+// Finds the key blocks of the largest mean-pooled score per query block. block_top_k_index in
+// lowering/reference/ says what it means.
 #pragma once
 
 #include <omp.h>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one pooled row
 
-// Sum of the rows [first, stop) of one head that are no padding; returns how many there are.
+// Sums the rows [first, stop) of one head that are not padding, and returns how many there are.
 template <typename Real>
 float sum_rows(float* out, const TensorView& rows, int64_t b, int64_t head, int64_t first,
                int64_t stop, const Real& real) {
@@ -40,8 +40,8 @@ float sum_rows(float* out, const TensorView& rows, int64_t b, int64_t head, int6
   return count;
 }
 
-// Means over groups of `repeat` blocks, of sums [blocks, POOLED] with their counts. Block 0 of
-// `sums` is the `lead`-th block of its group.
+// Takes means over groups of `repeat` blocks, of sums [blocks, POOLED] with their counts. Block 0
+// of `sums` is the `lead`-th block of its group.
 void pool_blocks(std::vector<float>& means, const float* sums, const float* counts, int64_t blocks,
                  int64_t lead, int64_t repeat) {
   const int64_t groups = (lead + blocks + repeat - 1) / repeat;
@@ -60,7 +60,7 @@ void pool_blocks(std::vector<float>& means, const float* sums, const float* coun
   }
 }
 
-// Lists of the key blocks of largest pooled score, for all query blocks of one head.
+// Writes the lists of the key blocks of the largest pooled score, for all query blocks of one head.
 void select_blocks(const EstimateArguments& a, EstimateScratch& s, const float* query_sums,
                    const float* query_counts, const float* key_sums, const float* key_counts,
                    int64_t key_blocks, int64_t b, int64_t h) {

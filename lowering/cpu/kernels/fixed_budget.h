@@ -1,4 +1,5 @@
-// Estimators of MInference 1.0's patterns, and what they share.
+// The estimators of the patterns whose budgets are fixed, those of MInference 1.0: they share a
+// library because models use them together.
 #pragma once
 
 #include <new>

@@ -1,5 +1,6 @@
-// FlexPrefill's lists: whole columns and diagonals of blocks by coverage, or pairs of blocks where
-// mean queries can be trusted. The meaning is lowering/reference/flex_prefill.py.
+// Estimates FlexPrefill's lists: whole vertical columns and diagonals of blocks by coverage, or
+// pairs of blocks where mean queries can be trusted. lowering/reference/flex_prefill.py says what
+// it means.
 //
 // size  positions per block of queries and of keys     tile  such a block of queries
 #pragma once
@@ -70,7 +71,7 @@ struct FlexPrefillScratch : RunScratch {
   }
 };
 
-// Attention of every PARTS-th product of the last `size` rows of one head.
+// Sums the attention of every PARTS-th product of the last `size` rows of one head.
 void sum_part(const EstimateArguments& a, QueryRowScratch& s, const KeyPanels& keys,
               const LastRows& rows, const TensorView& query, int64_t last, int64_t b, int64_t h,
               int64_t part) {
@@ -89,7 +90,8 @@ void sum_part(const EstimateArguments& a, QueryRowScratch& s, const KeyPanels& k
   }
 }
 
-// Shares of the last rows' attention by key and by distance, of the rows that see any key.
+// Takes the shares of the last rows' attention by key and by distance, over the rows that see any
+// key.
 void take_shares(const EstimateArguments& a, FlexPrefillScratch& s, const LastRows& rows,
                  int64_t last, int64_t b, int64_t h) {
   const int64_t head = b * a.num_heads + h, n = a.num_keys;
@@ -108,7 +110,7 @@ void take_shares(const EstimateArguments& a, FlexPrefillScratch& s, const LastRo
   }
 }
 
-// Blocks whose keys hold `gamma` of the shares, counted as the released code does.
+// Counts the blocks whose keys hold `gamma` of the shares, as the released code counts them.
 int64_t count_covering(const EstimateArguments& a, FlexPrefillScratch& s,
                        const std::vector<float>& shares, int64_t h) {
   for (int64_t j = 0; j < a.num_keys; ++j) s.ranked.get()[j] = rank_score(shares[j], j);
@@ -123,7 +125,7 @@ void sum_blocks(const std::vector<float>& shares, std::vector<float>& blocks, in
   for (size_t j = 0; j < shares.size(); ++j) blocks[j / size] += shares[j];
 }
 
-// Marks the first of some blocks and the best of the others, `count` together.
+// Marks the first of some blocks and the best of the others, `count` of them together.
 void keep_blocks(FlexPrefillScratch& s, const float* scores, int64_t blocks, int64_t count,
                  uint8_t* kept) {
   Ranked* ranked = s.ranked.get();
@@ -135,8 +137,8 @@ void keep_blocks(FlexPrefillScratch& s, const float* scores, int64_t blocks, int
   for (int64_t n = 0; n < std::min(count, blocks); ++n) kept[place_of(ranked[n])] = 1;
 }
 
-// Whether the mean of the last rows, against mean keys, weighs blocks nearly as the rows do: the
-// Jensen-Shannon distance of both.
+// Tells whether the mean of the last rows, against mean keys, weighs blocks nearly as the rows do.
+// The measure is the Jensen-Shannon distance of both.
 bool mean_is_near(const EstimateArguments& a, FlexPrefillScratch& s, const LastRows& rows,
                   const KeyRuns& runs, const TensorView& query, int64_t last, int64_t b,
                   int64_t h) {
@@ -165,8 +167,8 @@ bool mean_is_near(const EstimateArguments& a, FlexPrefillScratch& s, const LastR
   return std::sqrt(std::max(0.0, divergence)) < a.tau[h];
 }
 
-// Attention of mean queries to mean keys, and the pairs of blocks that hold `gamma` of it, over all
-// tiles together.
+// Keeps the pairs of blocks that hold `gamma` of the attention of mean queries to mean keys, over
+// all tiles together.
 void keep_pairs(const EstimateArguments& a, FlexPrefillScratch& s, const KeyRuns& runs,
                 const TensorView& query, int64_t b, int64_t h, int64_t first_tile, int64_t tiles) {
   const int64_t size = a.block_size[h];
@@ -201,7 +203,7 @@ void keep_pairs(const EstimateArguments& a, FlexPrefillScratch& s, const KeyRuns
   for (int64_t n = 0; n < kept; ++n) s.pooled_kept.get()[place_of(s.ranked.get()[n])] = 1;
 }
 
-// What one head keeps, and its lists.
+// Decides what one head keeps, and writes its lists.
 void choose_head(const EstimateArguments& a, FlexPrefillScratch& s, const LastRows& rows,
                  const KeyRuns& runs, const Extent& extent, const TensorView& query, int64_t b,
                  int64_t h) {
@@ -255,7 +257,7 @@ int estimate_flex_prefill(const EstimateArguments& a) {
     const int64_t tiles = end / size + 1 - a.query_offset / size;
     if (a.tau[h] > 0.0f) cells = std::max(cells, tiles * all.of(0, h).count);
   }
-  // Allocated here, because an exception must not leave a thread of the parallel region.
+  // They are allocated here, because an exception must not leave a thread of the parallel region.
   std::deque<FlexPrefillScratch> scratches;
   for (int64_t t = 0; t < a.threads; ++t) scratches.emplace_back(a, all, keys.panels, cells);
 #pragma omp parallel num_threads(a.threads)

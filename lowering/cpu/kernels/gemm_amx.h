@@ -1,4 +1,4 @@
-// The micro-GEMM in AMX tiles of bf16 pairs.
+// The micro-GEMM in AMX tiles of bf16 pairs. gemm.h says what its arguments are.
 #pragma once
 
 #include <immintrin.h>
@@ -18,7 +18,7 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tile registers belong to whoever runs on the thread: others' configuration is put back.
+// Tile registers belong to whoever runs on the thread, so the configuration of others is put back.
 class TileScope {
  public:
   TileScope() {
@@ -37,7 +37,7 @@ class TileScope {
   alignas(64) TileConfig saved_;
 };
 
-// Bytes to fetch per step: none here.
+// Says how many bytes to fetch per step: none here.
 constexpr int fetch_step(int, int, int) { return 0; }
 
 template <bool ACCUMULATE, int FETCH = 0>

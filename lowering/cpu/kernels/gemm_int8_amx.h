@@ -10,7 +10,8 @@ namespace {
 
 constexpr bool INT8_ROWS_ARE_UNSIGNED = false;
 
-// products [rows, BLOCK]: `rows` runs, a multiple of 32, from `first` on, with all lines.
+// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 32, with BLOCK others. The
+// steps are what 1 is worth in each row and in each column.
 inline void multiply_int8(const uint32_t* a, const float* a_step, const uint32_t* b,
                           const float* b_step, const int32_t*, int rows, float* products) {
   for (int n = 0; n < BLOCK; n += 32) {

@@ -7,7 +7,7 @@ namespace {
 
 constexpr bool INT8_ROWS_ARE_UNSIGNED = true;
 
-// R runs from `first` on with all lines: R x 4 accumulators, 4 of lines, 1 of a run.
+// Multiplies R rows with all columns, in R x 4 accumulators, 4 registers of columns and 1 of a row.
 template <int R>
 __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float* a_step,
                                                   const uint32_t* b, const float* b_step,
@@ -39,16 +39,17 @@ __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float
   }
 }
 
-// products [rows, BLOCK]: `rows` runs, a multiple of 2, with all lines.
+// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 2, with BLOCK others. The
+// steps are what 1 is worth in each row and in each column; sums begin with `start`.
 inline void multiply_int8(const uint32_t* a, const float* a_step, const uint32_t* b,
                           const float* b_step, const int32_t* start, int rows, float* products) {
-  const auto multiply_from = [&]<int R>(int r) {
-    multiply_int8_rows<R>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
-  };
   int r = 0;
-  for (; r + 6 <= rows; r += 6) multiply_from.template operator()<6>(r);
-  for (; r + 4 <= rows; r += 4) multiply_from.template operator()<4>(r);
-  for (; r < rows; r += 2) multiply_from.template operator()<2>(r);
+  for (; r + 6 <= rows; r += 6)
+    multiply_int8_rows<6>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+  for (; r + 4 <= rows; r += 4)
+    multiply_int8_rows<4>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+  for (; r < rows; r += 2)
+    multiply_int8_rows<2>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The micro-GEMM in vector registers.
+// The micro-GEMM in vector registers. gemm.h says what its arguments are.
 #pragma once
 
 #include <algorithm>
@@ -9,24 +9,25 @@
 namespace {
 
 constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
-// The register tile: 8 x 3 or 6 x 4 accumulators of 32 registers, 6 x 2 of AVX2's 16; the others
-// hold a row of B and a number of A. 8 divides a block's rows, which is worth 2%; products of bf16
-// pairs gain nothing by it.
+// The register tile has 8 x 3 or 6 x 4 accumulators of 32 registers, or 6 x 2 of AVX2's 16. The
+// others hold a row of B and a number of A. 8 divides the rows of a block, which is worth 2%;
+// products of bf16 pairs gain nothing by it.
 constexpr int VECTORS = LANES == 8 ? 2 : USES_BF16 ? 4 : 3;
 constexpr int ROWS = VECTORS == 3 ? 8 : 6;
 constexpr int FEW_ROWS = 12, FEW_ROW_STEP = 2;  // of a product of few rows
 
 struct TileScope {};
 
-// Bytes to fetch per step, so that a product of BLOCK rows and `steps` x `columns` of B fetches
-// `words`: no more at a time, or the fetches hold up the loads of the product itself.
+// Says how many bytes to fetch per step, so that a product of BLOCK rows and `steps` x `columns` of
+// B fetches `words`. It is no more at a time, or the fetches hold up the loads of the product
+// itself.
 constexpr int fetch_step(int words, int steps, int columns) {
   const int passes = std::max(1, columns / (VECTORS * LANES)) * ((BLOCK + ROWS - 1) / ROWS);
   return (words * int(sizeof(word)) + passes * steps - 1) / (passes * steps);
 }
 
-// R rows from `row` on, V vectors from `column` on. Not inlined: within its callers, GCC 12 runs
-// out of registers for the accumulators.
+// Multiplies R rows from `row` on with V vectors from `column` on. It is not inlined: within its
+// callers, GCC 12 runs out of registers for the accumulators.
 template <int R, int V, bool ACCUMULATE, int FETCH>
 __attribute__((noinline)) void multiply_tile(const word* a, int lda, const word* const* panels,
                                              int num_panels, int steps, int row, int column,

@@ -1,4 +1,4 @@
-// TensorView of the inputs, and arithmetic on positions and bits.
+// Rows of the inputs, and arithmetic on positions and bits.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// One tensor [B, H, N, D], strides in elements, the last one 1.
+// One tensor [B, H, N, D]. Its strides are in elements, and the last one is 1.
 struct TensorView {
   const input* data;
   int64_t batch, head, row;

@@ -1,4 +1,4 @@
-// One call of an estimator, as all of them see it: its arguments, and what of them is padding.
+// What all estimators read of a call: its arguments, and which of its positions are padding.
 //
 // b batch row     h entry of `heads`, one query head each     j key position     n row of `query`
 #pragma once
@@ -15,11 +15,11 @@ inline bool key_is_real(const EstimateArguments& a, int64_t b, int64_t j) {
 }
 
 inline bool query_is_real(const EstimateArguments& a, int64_t b, int64_t n) {
-  // Padding can be read off for queries too where their positions are keys.
+  // Padding can be told of queries too where their positions are keys.
   return a.num_keys < a.query_offset + a.num_queries || key_is_real(a, b, a.query_offset + n);
 }
 
-// What is no padding, per batch row.
+// The span of each batch row that is not padding.
 struct Extent {
   std::vector<int64_t> first_key;   // 0 where there is none
   std::vector<int64_t> last_query;  // row of `query`, -1 where there is none

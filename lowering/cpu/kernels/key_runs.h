@@ -1,8 +1,8 @@
-// KeyRuns of keys. A run is what one column of a product stands for: the mean of `length` keys
+// Runs of keys. A run is what one column of a product stands for: the mean of `length` keys
 // (pooled_keys in lowering/reference/pooled_keys.py), or `length` keys one after the other, which
 // meet as many queries (lowering/reference/x_attention.py).
 //
-// s  run     line  what a run is multiplied with: one query row, or several one after the other
+// s  run
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ namespace {
 
 constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one mean
 
-// KeyRuns of one kv head's keys, packed in panels of 64 runs each: B operands, or rows one after
-// the other.
+// The runs of one kv head's keys, packed in panels of 64 runs each: as B operands, or as rows one
+// after the other.
 struct KeyRuns {
   int64_t count, padded;
   int64_t parts;  // rows of keys that a run consists of
@@ -28,10 +28,11 @@ struct KeyRuns {
   float* weight;  // [padded] what is added to a product, in units of log2; -inf for no keys
 };
 
-// The runs of all heads: those that share a kv head and a length share them.
+// The runs of all heads. Heads with the same kv head and the same length share them.
 class AllKeyRuns {
  public:
-  // length: positions per run, by entry of `heads`; whole: a run keeps its rows, else their mean.
+  // `length` has the positions per run, by entry of `heads`. With `whole` a run keeps its rows,
+  // else it is their mean.
   AllKeyRuns(const EstimateArguments& a, const int32_t* length, bool whole)
       : heads_(lay_out(a, length, whole)),
         panels_(a.batch * words_),
@@ -76,7 +77,8 @@ class AllKeyRuns {
   Buffer<float> weights_;
 };
 
-// Sum of the rows first <= n < stop for which `real(n)`, [POOLED]; returns how many there are.
+// Sums the rows first <= n < stop for which `real(n)` into `sum` [POOLED], and returns how many
+// there are.
 template <typename Real>
 int64_t sum_rows(float* sum, const TensorView& rows, int64_t b, int64_t head, int64_t first,
                  int64_t stop, const Real& real) {
@@ -98,7 +100,7 @@ int64_t sum_rows(float* sum, const TensorView& rows, int64_t b, int64_t head, in
   return count;
 }
 
-// The mean of `count` rows of that sum; zeros if there are none.
+// Packs the mean of the `count` rows of such a sum, or zeros if there are none.
 inline void pack_mean(packed* out, const float* sum, int64_t count) {
   const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
   packed wide[POOLED];
@@ -108,8 +110,8 @@ inline void pack_mean(packed* out, const float* sum, int64_t count) {
   std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
 }
 
-// Means of the 64 runs of one panel, a row of DEPTH words each. sum: room for POOLED floats;
-// log_size: a run weighs as many keys as it has, else as one.
+// Packs the means of the 64 runs of one panel, a row of DEPTH words each. `sum` has room for POOLED
+// floats. With `log_size` a run weighs as many keys as it has, else as one.
 void pool_runs(const EstimateArguments& a, const KeyRuns& runs, float* sum, const TensorView& key,
                int64_t b, int64_t kv_head, int64_t length, int64_t panel, bool log_size,
                word* out) {
@@ -125,7 +127,7 @@ void pool_runs(const EstimateArguments& a, const KeyRuns& runs, float* sum, cons
   }
 }
 
-// The runs that a line sees: low <= s < high.
+// The runs that a query row sees are low <= s < high.
 struct RunRange {
   int64_t low, high;
 };

@@ -1,13 +1,13 @@
-// Softmax weights of the last queries over all keys: the meaning is last_query_sums in
-// lowering/reference/vertical_slash.py.
+// Softmax weights of the last queries over all keys. last_query_sums in
+// lowering/reference/vertical_slash.py says what they mean.
 //
-// j  key position     q  one of the last QUERIES queries     first_row  row of the first one,
-// negative where the prompt has fewer
+// j  key position     q  one of the last QUERIES queries
+// first_row  row of the first one, negative where the prompt has fewer
 //
 // Scores are taken transposed, a row of QUERIES per key: keys need no packing, and the softmax runs
-// down the rows without horizontal sums. The exponentials of a block of keys are
-// relative to that block's own greatest score per query, so that every score is computed and
-// exponentiated once; what a block is to be multiplied with follows when all are done.
+// down the rows without horizontal sums. The exponentials of a block of keys are relative to that
+// block's own greatest score per query, so that every score is computed and exponentiated once.
+// What a block is to be multiplied with follows when all are done.
 #pragma once
 
 #include <algorithm>
@@ -23,12 +23,12 @@ namespace {
 
 static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLOCK");
 
-// Floats per row of a tile of scores: products come in whole column steps.
+// Floats per row of a tile of scores. Products come in whole column steps.
 template <int QUERIES>
 constexpr int SCORE_WIDTH = QUERIES < COLUMN_STEP ? COLUMN_STEP : QUERIES;
 
-// Queries as a B operand, [DEPTH, BLOCK] words; row(q): row q of the input, or null. Their products
-// are to be multiplied with exponent_of_product(): the sign of the scale is in them.
+// Packs queries as a B operand, [DEPTH, BLOCK] words. row(q) is row q of the input, or null. The
+// products are to be multiplied with exponent_of_product(): the sign of the scale is in them.
 template <typename Row>
 void pack_queries(const EstimateArguments& a, word* out, packed* staging, const Row& row) {
   pack_keys(out, staging, [&](int q) { return a.scale != 0 ? row(q) : nullptr; });
@@ -37,7 +37,7 @@ void pack_queries(const EstimateArguments& a, word* out, packed* staging, const 
   }
 }
 
-// The last queries of one head, as a B operand [DEPTH, LAST_QUERIES].
+// Packs the last queries of one head as a B operand [DEPTH, LAST_QUERIES].
 template <int QUERIES = LAST_QUERIES>
 void pack_last_queries(const EstimateArguments& a, word* out, packed* staging,
                        const TensorView& query, int64_t b, int64_t head, int64_t first_row) {
@@ -50,8 +50,8 @@ inline vec exponent_of_product(const EstimateArguments& a) {
   return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
 }
 
-// Products of the keys of one block with the last queries, [BLOCK, SCORE_WIDTH], -inf where the
-// mask hides the key.
+// Multiplies the keys of one block with the last queries, [BLOCK, SCORE_WIDTH]. Where the mask
+// hides a key the product is -inf.
 template <int QUERIES = LAST_QUERIES>
 void score_block(const EstimateArguments& a, const word* queries, packed* staging,
                  const TensorView& key, int64_t b, int64_t kv_head, int64_t first,
@@ -90,8 +90,8 @@ void score_block(const EstimateArguments& a, const word* queries, packed* stagin
   }
 }
 
-// The exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of each
-// query in it; greatest (exponents of 2) and total of them: [QUERIES].
+// Takes the exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of
+// each query in it. `greatest` (as exponents of 2) and `total` of them are [QUERIES].
 template <int QUERIES = LAST_QUERIES>
 void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, float* greatest,
                         float* total) {
@@ -117,8 +117,9 @@ void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, fl
   for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, sum[v]);
 }
 
-// What the exponentials of each block are to be multiplied with to be shares of the softmax, in the
-// place of `greatest`; both arrays are [blocks, QUERIES]. Zeros for a query that sees nothing.
+// Puts in the place of `greatest` what the exponentials of each block are to be multiplied with to
+// be shares of the softmax. Both arrays are [blocks, QUERIES]. A query that sees nothing gets
+// zeros.
 template <int QUERIES = LAST_QUERIES>
 void find_factors(float* greatest, const float* total, int64_t blocks) {
   constexpr int VECTORS_PER_ROW = QUERIES / LANES;

@@ -12,7 +12,7 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
-// Marks the `count` largest of `n` values; ties go to the smaller index, NaN counts as largest.
+// Marks the `count` largest of `n` values. Ties go to the smaller index, and NaN counts as largest.
 void mark_largest(uint8_t* marks, const float* values, int64_t n, int64_t count,
                   std::vector<uint32_t>& order, std::vector<uint32_t>& sorted) {
   if (count >= n) {
@@ -44,7 +44,7 @@ void mark_largest(uint8_t* marks, const float* values, int64_t n, int64_t count,
   }
 }
 
-// Positions of the marks, ascending, zeros behind them.
+// Writes the positions of the marks in ascending order, with zeros behind them.
 void write_list(int32_t* count, int32_t* entries, const uint8_t* marks, int64_t n, int64_t width) {
   int64_t written = 0;
   for (int64_t i = 0; i < n && written < width; ++i)

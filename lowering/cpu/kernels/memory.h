@@ -1,4 +1,4 @@
-// Scratch pool of a call, memory_pool between calls.
+// Scratch memory of a call, and the pool that keeps it between calls.
 #pragma once
 
 #include <sys/mman.h>
@@ -12,8 +12,8 @@
 
 namespace {
 
-// Asks for huge pages for pool that will be written first now: faulting it in 4 KiB at a time
-// costs a tenth of a sparse call.
+// Asks for huge pages for memory that will be written for the first time now. Faulting it in 4 KiB
+// at a time costs a tenth of a sparse call.
 inline void advise_huge_pages(void* data, size_t bytes) {
   constexpr uintptr_t PAGE = 4096, HUGE_PAGE = uintptr_t(1) << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
@@ -22,14 +22,15 @@ inline void advise_huge_pages(void* data, size_t bytes) {
     madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
 }
 
-// Memory between calls. Layers follow one another, and pages that are new to the process cost up to
-// a third of a call on 128 tokens: the system clears them first, and may have lent them elsewhere.
+// Memory is kept between calls, because layers follow one another, and pages that are new to the
+// process cost up to a third of a call on 128 tokens: the system clears them first, and may have
+// lent them elsewhere.
 class MemoryPool {
  public:
   ~MemoryPool() {
     for (const Block& block : blocks_) std::free(block.data);
   }
-  // Memory of just this size, or null.
+  // Returns memory of just this size, or null.
   void* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
@@ -74,7 +75,7 @@ inline MemoryPool& memory_pool() {
   return pool;
 }
 
-// Scratch pool of one call; what it holds at first is of no use.
+// Scratch memory of one call. What it holds at first is undefined.
 template <typename T>
 class Buffer {
  public:

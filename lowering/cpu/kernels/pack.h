@@ -1,4 +1,4 @@
-// Packing: rows of the inputs to the layouts that the micro-GEMM reads.
+// Packing turns rows of the inputs into the layouts that the micro-GEMM reads.
 //
 // rows       [64][depth]        converted to `packed`, zero beyond the data      (A operand)
 // keys       [depth / PAIR][64] words, transposed: one block of K                (B of Q x K^T)
@@ -11,7 +11,7 @@
 
 namespace {
 
-// One row of `dim` inputs to `padded` packed elements, zeros at the end.
+// Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if constexpr (INPUT_IS_PACKED) {
     std::memcpy(out, in, dim * sizeof(packed));
@@ -29,7 +29,7 @@ inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if (dim < padded) std::memset(out + dim, 0, (padded - dim) * sizeof(packed));
 }
 
-// The first `dim` floats of a row as inputs; reads whole vectors.
+// Writes the first `dim` floats of a row as inputs. It reads whole vectors.
 inline void unpack_row(input* out, const float* row, int dim) {
   int d = 0;
   for (; d + LANES <= dim; d += LANES) store(out + d, load(row + d), input_tag{});
@@ -40,7 +40,7 @@ inline void unpack_row(input* out, const float* row, int dim) {
   }
 }
 
-// 64 packed rows of `depth` words -> [depth, 64] words.
+// Transposes 64 packed rows of `depth` words to [depth, 64] words.
 inline void transpose_rows(word* out, const word* rows, int depth) {
   int d = 0;
   for (; d + LANES <= depth; d += LANES)
@@ -50,7 +50,7 @@ inline void transpose_rows(word* out, const word* rows, int depth) {
     for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
 }
 
-// One block of keys: row(r) is row r of the input, or null where there is none.
+// Packs one block of keys. row(r) is row r of the input, or null where there is none.
 template <typename Row>
 void pack_keys(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
@@ -61,7 +61,7 @@ void pack_keys(word* out, packed* rows, const Row& row) {
   transpose_rows(out, reinterpret_cast<const word*>(rows), DEPTH);
 }
 
-// One block of values, as above.
+// Packs one block of values, with row(r) as above.
 template <typename Row>
 void pack_values(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {

@@ -1,12 +1,12 @@
-// Products of means of runs with query_rows in 8-bit numbers, at twice the rate of bf16 pairs. They
-// only choose blocks: each row is rounded to 255 levels of its greatest number.
+// Products of pooled keys with query rows in 8-bit numbers, at twice the rate of bf16 pairs. They
+// only choose blocks, so each row is rounded to 255 levels of its greatest number.
 //
-// All means have the same vector subtracted before, the mean of some keys: a softmax over runs does
-// not see it, and what all keys share would take most of the levels (SageAttention, arXiv
+// The same vector, the mean of some keys, is subtracted from all pooled keys first: softmax is
+// invariant to it, and what all keys share would take most of the levels (SageAttention, arXiv
 // 2410.02367, section 4.2).
 //
-// runs   [padded, INT8_DEPTH] words of four numbers each  (A operand)
-// query_rows  [INT8_DEPTH, BLOCK] words                        (B operand)
+// runs        [padded, INT8_DEPTH] words of four numbers each  (A operand)
+// query rows  [INT8_DEPTH, BLOCK] words                        (B operand)
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t CENTRE_STEP = BLOCK;  // every so many keys make the vector that is subtracted
 
-// Means of the runs of one kv head, weight as in KeyRuns.
+// The pooled keys of one kv head. `weight` is as in KeyRuns.
 struct PooledKeys {
   int64_t count, padded;
   uint32_t* panels;
@@ -32,7 +32,7 @@ struct PooledKeys {
   float* centre;         // [POOLED]
 };
 
-// Those of all heads.
+// The pooled keys of all heads.
 class AllPooledKeys {
  public:
   explicit AllPooledKeys(const EstimateArguments& a)
@@ -61,7 +61,8 @@ class AllPooledKeys {
   Buffer<float> steps_, centres_;
 };
 
-// What a level is worth so that 127 of them are the greatest number of a row [POOLED]; 1 for zeros.
+// Says what a level is worth if 127 of them are the greatest number of a row [POOLED]. A row of
+// zeros gets 1.
 inline float step_of(const float* row) {
   vec most = set1(0.0f);
   for (int d = 0; d < POOLED; d += LANES) {
@@ -72,7 +73,7 @@ inline float step_of(const float* row) {
   return greatest > 0.0f ? greatest / 127 : 1.0f;
 }
 
-// A row [POOLED] in steps, [INT8_DEPTH] words; returns the sum of all its numbers.
+// Writes a row [POOLED] in steps, as [INT8_DEPTH] words, and returns the sum of all its numbers.
 inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
   const vec inverse = set1(1.0f / step);
   alignas(16) int8_t bytes[POOLED];
@@ -85,7 +86,7 @@ inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
   return reduce_add(sum);
 }
 
-// The vector that all means of a kv head have subtracted.
+// Finds the vector that is subtracted from all pooled keys of a kv head.
 void find_centre(const EstimateArguments& a, const PooledKeys& runs, const TensorView& key,
                  int64_t b, int64_t kv_head) {
   float* centre = runs.centre;
@@ -96,7 +97,7 @@ void find_centre(const EstimateArguments& a, const PooledKeys& runs, const Tenso
   for (int d = 0; d < POOLED; d += LANES) store(centre + d, divide(load(centre + d), total));
 }
 
-// Means of the 64 runs of one panel. mean: room for POOLED floats.
+// Pools the keys of the 64 runs of one panel. `mean` has room for POOLED floats.
 void pool_keys(const EstimateArguments& a, const PooledKeys& runs, float* mean,
                const TensorView& key, int64_t b, int64_t kv_head, int64_t length, int64_t panel) {
   for (int64_t run = panel * BLOCK; run < (panel + 1) * BLOCK; ++run) {
@@ -124,7 +125,7 @@ struct PackedQueryRows {
 
   PackedQueryRows() : rows(BLOCK * INT8_DEPTH), words(BLOCK * INT8_DEPTH), row(POOLED) {}
 
-  // row_at(r): row r of the input, or null. The sign of the scale goes into the steps.
+  // row_at(r) is row r of the input, or null. The sign of the scale goes into the steps.
   template <typename RowAt>
   void pack(const EstimateArguments& a, const RowAt& row_at) {
     for (int r = 0; r < BLOCK; ++r) {
@@ -155,8 +156,8 @@ struct PackedQueryRows {
   }
 };
 
-// products [rows, BLOCK]: `rows` runs, a multiple of ROW_STEP, from `first` on, with all
-// query_rows.
+// Computes products [rows, BLOCK] of `rows` runs, a multiple of ROW_STEP, from `first` on, with all
+// query rows.
 inline void multiply_pooled_keys(const PooledKeys& runs, int64_t first, int rows,
                                  const PackedQueryRows& query_rows, float* products) {
   multiply_int8(runs.panels + first * INT8_DEPTH, runs.step + first, query_rows.words.get(),

@@ -1,7 +1,7 @@
-// Products of means of runs with query_rows in words, as all other products are taken.
+// Products of pooled keys with query rows in packed words, as all other products are taken.
 //
-// runs   [padded, DEPTH] words  (A operand)
-// query_rows  [DEPTH, BLOCK] words   (B operand)
+// runs        [padded, DEPTH] words  (A operand)
+// query rows  [DEPTH, BLOCK] words   (B operand)
 #pragma once
 
 #include "gemm.h"
@@ -13,7 +13,7 @@ namespace {
 
 using PooledKeys = KeyRuns;
 
-// Those of all heads.
+// The pooled keys of all heads.
 class AllPooledKeys {
  public:
   explicit AllPooledKeys(const EstimateArguments& a) : all_(a, a.pool, /*whole=*/false) {}
@@ -25,11 +25,11 @@ class AllPooledKeys {
   AllKeyRuns all_;
 };
 
-// Nothing is subtracted from means here.
+// Nothing is subtracted from pooled keys here.
 void find_centre(const EstimateArguments&, const PooledKeys&, const TensorView&, int64_t, int64_t) {
 }
 
-// Means of the 64 runs of one panel. mean: room for POOLED floats.
+// Pools the keys of the 64 runs of one panel. `mean` has room for POOLED floats.
 void pool_keys(const EstimateArguments& a, const PooledKeys& runs, float* mean,
                const TensorView& key, int64_t b, int64_t kv_head, int64_t length, int64_t panel) {
   pool_runs(a, runs, mean, key, b, kv_head, length, panel, true,
@@ -43,15 +43,15 @@ struct PackedQueryRows {
 
   PackedQueryRows() : staging(BLOCK * DEPTH * PAIR), words(DEPTH * BLOCK) {}
 
-  // row_at(r): row r of the input, or null.
+  // row_at(r) is row r of the input, or null.
   template <typename RowAt>
   void pack(const EstimateArguments& a, const RowAt& row_at) {
     pack_queries(a, words.get(), staging.get(), row_at);
   }
 };
 
-// products [rows, BLOCK]: `rows` runs, a multiple of ROW_STEP, from `first` on, with all
-// query_rows.
+// Computes products [rows, BLOCK] of `rows` runs, a multiple of ROW_STEP, from `first` on, with all
+// query rows.
 void multiply_pooled_keys(const PooledKeys& runs, int64_t first, int rows,
                           const PackedQueryRows& query_rows, float* products) {
   const word* words = query_rows.words.get();

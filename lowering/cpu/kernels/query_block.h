@@ -1,5 +1,5 @@
-// What a query block of a head attends to, listed before it is computed: so that what comes next is
-// known, and can be fetched.
+// What a query block of a head attends to. It is listed before it is computed, so that what comes
+// next is known and can be fetched.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@ struct PackedKeyValues {
         valid(a.batch * key_blocks) {}
 };
 
-// 64 keys: a key block, or 64 columns that were gathered.
+// A tile is 64 keys: a key block, or 64 vertical columns that were gathered.
 struct Tile {
   const word *keys, *values;
   TileBounds bounds;
@@ -50,7 +50,7 @@ struct QueryBlock {
   }
 };
 
-// The key block, if some row sees a key of it.
+// Lists the key block if some row sees a key of it.
 void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlock& block,
                 int64_t kb) {
   const int64_t low = kb * BLOCK, high = low + BLOCK - 1;
@@ -70,7 +70,7 @@ void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
                          bounds, !full, valid, low, nullptr});
 }
 
-// Those columns of a chunk that some row sees and whose blocks are not selected.
+// Lists those vertical columns of a chunk that some row sees and whose blocks are not selected.
 void list_vertical_columns(const AttentionArguments& a, const PackedKeyValues& in,
                            QueryBlock& block, int64_t chunk, const int32_t* columns, int64_t size,
                            int64_t limit) {
@@ -93,7 +93,7 @@ void list_vertical_columns(const AttentionArguments& a, const PackedKeyValues& i
        TileBounds{64 - __builtin_clzll(bits)}, edge || bits != ~uint64_t(0), bits, 0, columns});
 }
 
-// All tiles of query block i, counted from the first query.
+// Lists all tiles of query block i, counted from the first query.
 void list_tiles(const AttentionArguments& a, const PackedKeyValues& in, QueryBlock& block,
                 int64_t b, int64_t h, int64_t i) {
   const int64_t qb = a.query_offset / BLOCK + i;
@@ -127,7 +127,7 @@ void list_tiles(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
   std::fill(block.selected.begin(), block.selected.end(), 0);
 }
 
-// Per row of a masked tile, a bit per key that it sees.
+// Fills in, per row of a masked tile, a bit per key that it sees.
 void fill_mask(const AttentionArguments& a, const QueryBlock& block, const Tile& tile,
                uint64_t* row_bits) {
   int behind = 0;  // columns that the row's window has left behind

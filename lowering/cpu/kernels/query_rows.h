@@ -1,14 +1,12 @@
-// Exact attention of single query rows, summed over rows: the meaning is row_attention in
-// lowering/reference/query_rows.py.
+// Exact attention of single query rows, summed over rows. row_attention in
+// lowering/reference/query_rows.py says what it means.
 //
-// row   one query row of a product     panel  64 keys, packed as a B operand
-// tile   scores of QUERY_ROWS query_rows with the keys of a panel; those of all panels stay in a
-// strip
+// row    one query row of a product     panel  64 keys, packed as a B operand
+// tile   scores of QUERY_ROWS rows with the keys of a panel; those of all panels stay in a strip
 //
-// Every score is computed and exponentiated once, relative to the greatest of its row in its
-// tile; what a row of a tile is to be multiplied with follows when all tiles are done. Memory is
-// O(N) per thread, and QUERY_ROWS is small so that a strip of some thousand keys stays in the
-// cache.
+// Every score is computed and exponentiated once, relative to the greatest of its row in its tile.
+// What a row of a tile is to be multiplied with follows when all tiles are done. Memory is O(N) per
+// thread, and QUERY_ROWS is small so that a strip of some thousand keys stays in the cache.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +23,7 @@ namespace {
 
 constexpr int QUERY_ROWS = FEW_ROWS;  // of one product
 
-// A tile is written askew where distances are summed, too: row r begins QUERY_ROWS - 1 - r floats
+// Where distances are summed too, a tile is written askew: row r begins QUERY_ROWS - 1 - r floats
 // into its row, so that a column of the tile is one distance. The rest of the row stays zero.
 constexpr int TILE_WIDTH =
     SUMS_DISTANCES ? (BLOCK + QUERY_ROWS + LANES - 1) / LANES * LANES : BLOCK;
@@ -34,8 +32,8 @@ constexpr int FIRST_ROW = SUMS_DISTANCES ? QUERY_ROWS - 1 : 0,
               TILE_FLOATS = QUERY_ROWS * TILE_WIDTH;
 constexpr int SLOTS = (QUERY_ROWS + LANES - 1) / LANES * LANES;  // numbers of one tile, one per row
 
-// VerticalSlashSums of one head, taken at the same time: a fixed number, so that no number of
-// threads shows.
+// Sums of one head that are taken at the same time. The number is fixed, so that results do not
+// depend on the number of threads.
 constexpr int PARTS = 4;
 
 // The keys of the kv heads that are asked for.
@@ -55,7 +53,7 @@ class KeyPanels {
         if (key_is_real(a, b, j)) real_[b * panels + j / BLOCK] |= uint64_t(1) << j % BLOCK;
   }
 
-  // The t-th of batch * slots * panels.
+  // Packs the t-th of batch * slots * panels.
   void pack(const EstimateArguments& a, const TensorView& key, packed* staging, int64_t t) {
     const int64_t b = t / panels / slots, head = kv_heads_[t / panels % slots];
     const int64_t first = t % panels * BLOCK;
@@ -99,13 +97,13 @@ struct QueryRowScratch {
   }
 };
 
-// QueryRows of one product, in ascending order: row r sees the real keys low[r] <= j < high[r].
+// The rows of one product, in ascending order. Row r sees the real keys low[r] <= j < high[r].
 struct QueryRows {
   int count;
   int64_t low[QUERY_ROWS], high[QUERY_ROWS];
   bool exists[QUERY_ROWS];
 
-  // The query_rows that see anything of a panel are neighbours.
+  // The rows that see anything of a panel are neighbours.
   int first_of(int64_t panel) const {
     int r = 0;
     while (r < count && high[r] <= panel * BLOCK) ++r;
@@ -122,7 +120,7 @@ struct QueryRows {
   }
 };
 
-// row_at(r): row of `query`, which may lie before its first or be padding.
+// row_at(r) is a row of `query`, which may lie before its first or be padding.
 template <typename RowAt>
 QueryRows pack_query_rows(const EstimateArguments& a, QueryRowScratch& s, const TensorView& query,
                           int64_t b, int64_t h, int count, const RowAt& row_at) {
@@ -142,8 +140,8 @@ QueryRows pack_query_rows(const EstimateArguments& a, QueryRowScratch& s, const 
   return query_rows;
 }
 
-// Exponentials of some query_rows of a tile, relative to the greatest exponent of each in it;
-// greatest and total of them: [SLOTS].
+// Takes the exponentials of some rows of a tile, relative to the greatest exponent of each in it.
+// `greatest` and `total` of them are [SLOTS].
 void exponentiate_tile(float* tile, const QueryRows& query_rows, int first, int stop, int64_t panel,
                        uint64_t real, float scale, float* greatest, float* total) {
   const vec factor = set1(scale), sign = set1(scale < 0 ? -1.0f : 1.0f);
@@ -169,8 +167,9 @@ void exponentiate_tile(float* tile, const QueryRows& query_rows, int first, int 
   }
 }
 
-// What the exponentials of each tile are to be multiplied with to be shares of the softmax, in the
-// place of the greatest exponents; seen[r]: whether row r sees a key. One with NaN counts as none.
+// Puts in the place of the greatest exponents what the exponentials of each tile are to be
+// multiplied with to be shares of the softmax. seen[r] tells whether row r sees a key; one with NaN
+// counts as none.
 void find_factors(float* greatest, const float* total, int64_t panels, int count, uint8_t* seen) {
   for (int n = 0; n < SLOTS; n += LANES) {
     vec most = set1(NEGATIVE_INFINITY), sum = set1(0.0f);
@@ -192,7 +191,7 @@ void find_factors(float* greatest, const float* total, int64_t panels, int count
   }
 }
 
-// sums[c] += factor[r] * tile[r][c] over some query_rows.
+// Adds factor[r] * tile[r][c] to sums[c], over some rows.
 template <int COLUMNS>
 void add_tile(float* sums, const float* tile, int stride, const float* factor, int first,
               int stop) {
@@ -207,9 +206,8 @@ void add_tile(float* sums, const float* tile, int stride, const float* factor, i
   for (int v = 0; v < COLUMNS / LANES; ++v) store(sums + v * LANES, sum[v]);
 }
 
-// Adds the softmax weights of the query_rows of one product to `by_key` and, where SUMS_DISTANCES
-// are summed, to `by_distance`: its entry e is the distance `position of row 0 + QUERY_ROWS - 1 -
-// e`.
+// Adds the softmax weights of the rows of one product to `by_key` and, with SUMS_DISTANCES, to
+// `by_distance`: its entry e is the distance `position of row 0 + QUERY_ROWS - 1 - e`.
 void add_query_rows(const EstimateArguments& a, QueryRowScratch& s, const KeyPanels& keys,
                     const QueryRows& query_rows, int64_t b, int64_t h, float* by_key,
                     float* by_distance, uint8_t* seen) {

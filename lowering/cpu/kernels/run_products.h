@@ -1,7 +1,7 @@
-// Products of num_rows with runs of keys, a row of runs per line.
+// Products of query rows with runs of keys, a row of runs per query row.
 //
-// ROWS_AT_ONCE num_rows are multiplied with all runs that they see; what the product leaves stays
-// in a strip of one row of runs per line: memory is O(N) per thread.
+// ROWS_AT_ONCE rows are multiplied with all runs that they see. What the product leaves stays in a
+// strip of one row of runs per query row, so memory is O(N) per thread.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ struct RunScratch {
   }
 };
 
-// Means of the 64 runs of one panel, as a B operand.
+// Packs the means of the 64 runs of one panel as a B operand.
 void pool_panel(const EstimateArguments& a, const KeyRuns& runs, RunScratch& s,
                 const TensorView& key, int64_t b, int64_t kv_head, int64_t length, int64_t panel,
                 bool log_size) {
@@ -43,9 +43,9 @@ void pool_panel(const EstimateArguments& a, const KeyRuns& runs, RunScratch& s,
   transpose_rows(runs.panels + panel * DEPTH * BLOCK, rows, DEPTH);
 }
 
-// QueryRows one after the other: `pack(index, out)` packs one and tells what it sees (nothing:
-// zeros); `add(strip row, seen)` takes its products; `finish(tile)` follows on every `per_tile`
-// num_rows.
+// Visits rows one after the other. `pack(index, out)` packs one and returns what it sees (for
+// nothing it leaves zeros), `add_row(strip row, seen)` takes its products, and `finish(tile)`
+// follows on every `per_tile` rows.
 template <typename Pack, typename Add, typename Finish>
 void visit_rows(RunScratch& s, const KeyRuns& runs, int64_t num_rows, int64_t per_tile,
                 const Pack& pack, const Add& add_row, const Finish& finish) {
@@ -75,16 +75,16 @@ void visit_rows(RunScratch& s, const KeyRuns& runs, int64_t num_rows, int64_t pe
   }
 }
 
-// One query row; zeros where the scale is 0, which makes the products what they are to be.
+// Packs one query row, as zeros where the scale is 0: the products are zero then.
 inline void pack_query(const EstimateArguments& a, packed* out, const input* row) {
   if (a.scale == 0) std::memset(out, 0, DEPTH * sizeof(word));
   else pack_row(out, row, HEAD_DIM, DEPTH * PAIR);
 }
 
-// From products to exponents of 2.
+// The factor from products to exponents of 2.
 inline vec exponent_factor(float scale) { return set1((scale == 0 ? 1.0f : scale) * LOG2E); }
 
-// Hides what a index does not see in the vectors at the edges of what it does.
+// Hides what a row does not see in the vectors at the edges of what it does.
 inline void hide_edges(float* row, RunRange seen, float scale) {
   const int64_t first = seen.low / LANES * LANES, last = (seen.high - 1) / LANES * LANES;
   const float hidden = scale < 0 ? -NEGATIVE_INFINITY : NEGATIVE_INFINITY;
@@ -92,7 +92,7 @@ inline void hide_edges(float* row, RunRange seen, float scale) {
   for (int64_t s = seen.high; s < last + LANES; ++s) row[s] = hidden;
 }
 
-// The greatest exponent of a line.
+// The greatest exponent of a row.
 inline float greatest_of(const float* row, const float* weight, RunRange seen, vec factor) {
   vec top = set1(NEGATIVE_INFINITY);
   for (int64_t s = seen.low / LANES * LANES; s < seen.high; s += LANES)
@@ -100,7 +100,8 @@ inline float greatest_of(const float* row, const float* weight, RunRange seen, v
   return reduce_max(top);
 }
 
-// Softmax of a line: exponentials stay in the strip; returns their sum, or 0 if it sees no keys.
+// Softmax of a row. The exponentials stay in the strip; their sum is returned, or 0 if the row sees
+// no keys.
 inline float exponentiate_row(float* row, const float* weight, RunRange seen, float scale) {
   hide_edges(row, seen, scale);
   const vec factor = exponent_factor(scale);
@@ -116,8 +117,8 @@ inline float exponentiate_row(float* row, const float* weight, RunRange seen, fl
   return reduce_add(total);
 }
 
-// VerticalSlashSums over the runs of each of `blocks` key blocks; the sums over num_rows are zero
-// again.
+// Takes the sums over the runs of each of `blocks` key blocks. The sums over rows are zero again
+// then.
 inline void take_sums(RunScratch& s, int64_t runs, int64_t per_block, int64_t blocks) {
   float* sums = s.sums.get();
   s.selection.scores.resize(blocks);

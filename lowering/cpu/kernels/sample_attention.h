@@ -1,5 +1,5 @@
-// Single keys that hold a share of the attention of sampled rows: the meaning is
-// lowering/reference/sample_attention.py.
+// Finds the vertical columns that hold a share of the attention of sampled rows.
+// lowering/reference/sample_attention.py says what it means.
 #pragma once
 
 #include <omp.h>
@@ -16,7 +16,7 @@
 
 namespace {
 
-// TensorView spread evenly over the real ones of a batch row, the last one included.
+// Rows spread evenly over the real ones of a batch row, the last one included.
 struct EvenlySpacedRows {
   int64_t first = 0, count, rows;
 
@@ -31,7 +31,7 @@ struct EvenlySpacedRows {
   int64_t at(int64_t n) const { return first + (n + 1) * count / rows - 1; }
 };
 
-// Attention of every PARTS-th product of rows of one head, summed per key.
+// Sums the attention of every PARTS-th product of rows of one head, per key.
 void sum_part(const EstimateArguments& a, QueryRowScratch& s, const KeyPanels& keys,
               const TensorView& query, const EvenlySpacedRows& spread, int64_t b, int64_t h,
               int64_t part, float* sums) {
@@ -45,7 +45,7 @@ void sum_part(const EstimateArguments& a, QueryRowScratch& s, const KeyPanels& k
   }
 }
 
-// The fewest keys that hold the coverage, within the limit; sums: of all parts.
+// Writes the fewest keys that hold the coverage, within the limit. `sums` are those of all parts.
 void write_vertical_columns(const EstimateArguments& a, Ranked* entries, uint8_t* marks,
                             const float* sums, int64_t stride, int64_t b, int64_t h) {
   int64_t count = 0;
@@ -58,7 +58,7 @@ void write_vertical_columns(const EstimateArguments& a, Ranked* entries, uint8_t
     total += sum;
   }
   const float coverage = a.coverage[h], enough = coverage * static_cast<float>(total);
-  // Those that do not hold enough, and the next one.
+  // These are the keys that do not hold enough, and the next one.
   const int64_t kept = std::min(count, 1 + take_largest(entries, count, [&](float sum) {
                                          return coverage >= 1.0f || sum < enough;
                                        }));
@@ -82,7 +82,7 @@ int estimate_sample_attention(const EstimateArguments& a) {
   KeyPanels keys(a);
   const int64_t heads = a.batch * a.num_heads, stride = keys.panels * BLOCK;
   const Buffer<float> sums(heads * PARTS * stride);
-  // Allocated here, because an exception must not leave a thread of the parallel region.
+  // They are allocated here, because an exception must not leave a thread of the parallel region.
   std::deque<QueryRowScratch> scratches;
   for (int64_t t = 0; t < a.threads; ++t) scratches.emplace_back(keys.panels);
   const Buffer<Ranked> entries(a.threads * a.num_keys);

@@ -1,4 +1,4 @@
-// One softmax update of a query block: scores of a strip of tiles, their exponentials, P x V.
+// One softmax update of a query block: scores of a strip of tiles, their exponentials, and P x V.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace {
 
-// What one thread query_blocks on.
+// What one thread works on.
 struct AttentionScratch {
   Buffer<packed> query, staging, probabilities;
   Buffer<float> scores, out;
@@ -28,7 +28,7 @@ struct AttentionScratch {
   }
 };
 
-// From scores to exponents of 2.
+// What turns scores into exponents of 2.
 struct Exponents {
   float scale, cap_exponent = 0.0f, cap = 0.0f;
 
@@ -41,10 +41,10 @@ struct Exponents {
   }
 };
 
-// softcap * tanh(score * scale / softcap), in units of log2, over `count` scores.
+// Takes softcap * tanh(score * scale / softcap), in units of log2, of `count` scores.
 inline void cap_scores(float* scores, int count, float to_exponent, float cap) {
   for (int n = 0; n < count; n += LANES) {
-    // tanh(x) = 1 - 2 / (e^2x + 1); at |x| = 20 it is 1 to the last bit.
+    // tanh(x) is 1 - 2 / (e^2x + 1). At |x| = 20 it is 1 to the last bit.
     vec x = mul(load(scores + n), set1(to_exponent));
     x = sub(set1(0.0f), maximum(set1(-57.0f), sub(set1(0.0f), maximum(set1(-57.0f), x))));
     const vec e = add(exp2_vec(x), set1(1.0f));
@@ -52,7 +52,7 @@ inline void cap_scores(float* scores, int count, float to_exponent, float cap) {
   }
 }
 
-// e^(score - maximum) of one row of the strip, as P x V reads it; returns the sum.
+// Takes e^(score - maximum) of one row of the strip, as P x V reads it, and returns the sum.
 inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
   const vec factor = set1(scale), offset = set1(shift);
   vec sum = set1(0.0f);
@@ -73,14 +73,14 @@ inline float exponentiate(packed* out, const float* scores, int width, float sca
   return reduce_add(sum);
 }
 
-// What is read or written soon: fetched into the second cache while other block is done.
+// What is read or written soon: it is fetched into the second cache while other work is done.
 struct Prefetch {
   const word* keys[STRIP];       // a panel per tile of the strip, fetched by its P x V
   const input* query = nullptr;  // rows that are fetched by the softmax of as many rows
   input* out = nullptr;
   int query_rows = 0, out_rows = 0;
 
-  // Inlined always: GCC 12 takes a function that only fetches for one without effect.
+  // It is always inlined: GCC 12 takes a function that only fetches for one without effect.
   __attribute__((always_inline)) void fetch_rows(const AttentionArguments& a, int r) const {
     constexpr int LINE = 64 / sizeof(input);
     for (int d = 0; d < HEAD_DIM && r < query_rows; d += LINE)
@@ -90,7 +90,7 @@ struct Prefetch {
   }
 };
 
-// Scores, exponentials and P x V of `count` tiles, on top of `out`.
+// Adds scores, exponentials and P x V of `count` tiles on top of `out`.
 void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
                const Tile* tiles, int count, const Exponents& exponents, const Prefetch& prefetch) {
   constexpr int FETCH_VALUES = fetch_step(VALUE_WORDS, DEPTH, BLOCK);
@@ -123,7 +123,7 @@ void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBloc
     }
     const float before = s.maximum[r];
     const float after = std::max(before, reduce_max(highest) * exponents.scale);
-    // -inf: nothing visible yet; zero keeps the exponents at -inf instead of NaN.
+    // At -inf nothing is visible yet. Zero keeps the exponents at -inf instead of NaN.
     const float shift = after == NEGATIVE_INFINITY ? 0.0f : after;
     s.scale[r] = before == shift ? 1.0f : std::exp2(before - shift);
     s.maximum[r] = after;

@@ -1,4 +1,4 @@
-// Which part of a tile of scores is seen by anyone.
+// Which part of a tile of scores any row sees.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// The keys of a tile that a row sees: those of the first `keys`, and row r at most `first + r`.
+// The keys of a tile that a row sees: those of the first `keys`, and for row r at most `first + r`.
 struct TileBounds {
   int keys = BLOCK, first = BLOCK;
   int of_row(int r) const { return std::min(keys, first + r); }

@@ -1,4 +1,4 @@
-// Which of many scores are the largest that hold a share of their sum.
+// The largest of many scores that together hold a share of their sum.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace {
 
-// A score, 0 or more, and the place it stands at, as one number: greater scores first, and of equal
-// ones the smaller place. A total order whatever the bits of the score say.
+// A score, 0 or more, and the place it stands at, as one number. Greater scores come first, and of
+// equal ones the smaller place. The order is total whatever the bits of the score say.
 using Ranked = uint64_t;
 
 inline Ranked rank_score(float score, int64_t place) {
@@ -27,8 +27,9 @@ inline float score_of(Ranked ranked) {
 
 inline int64_t place_of(Ranked ranked) { return static_cast<uint32_t>(~ranked); }
 
-// The largest entries, moved to the front, for as long as `within(their sum)`; returns how many.
-// The one that follows them is the next in order. Each step halves what is left: O(count).
+// Moves the largest entries to the front, for as long as `within(their sum)` is true, and returns
+// how many they are. The one that follows them is the next in order. Each step halves what is left,
+// so the cost is O(count).
 template <typename Within>
 int64_t take_largest(Ranked* entries, int64_t count, const Within& within) {
   int64_t first = 0, stop = count;

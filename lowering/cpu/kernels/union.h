@@ -1,14 +1,13 @@
-// Fused estimation of lists of key blocks and of columns: the meaning is
-// lowering/reference/union.py, with the scores of lowering/reference/pooled_keys.py's row_scores.
+// Estimates lists of key blocks and vertical columns in one pass. lowering/reference/union.py says
+// what it means; the scores are row_scores of lowering/reference/pooled_keys.py.
 //
-// row   a query row that is looked at; BLOCK of them, of BLOCK / rows query blocks, make one
-//        product
+// row    a query row that is looked at; BLOCK of them, of BLOCK / rows query blocks, make one product
 // panel  64 runs of keys
 //
-// Products are taken transposed, a row of query_rows per run: a row's softmax runs down the rows,
-// and so do the sums over the runs of a key block. The exponentials of a panel are relative to its
-// own greatest, so that no score is looked at twice: what a row of a panel is to be multiplied with
-// follows when all are done.
+// Products are taken transposed, a row of query rows per run: the softmax of a query row runs down
+// the rows, and so do the sums over the runs of a key block. The exponentials of a panel are
+// relative to its own greatest, so that no score is looked at twice. What a query row of a panel is
+// to be multiplied with follows when all are done.
 #pragma once
 
 #include <omp.h>
@@ -47,7 +46,7 @@ struct UnionScratch {
         sharp(key_blocks) {}
 };
 
-// What BLOCK query_rows see: run s if low[row] <= s < high[row].
+// What BLOCK query rows see: run s if low[row] <= s < high[row].
 struct VisibleRuns {
   float low[BLOCK], high[BLOCK];                                  // whole numbers
   int64_t first = std::numeric_limits<int64_t>::max(), stop = 0;  // runs that any row sees
@@ -64,7 +63,7 @@ struct VisibleRuns {
   }
 };
 
-// Hides what query_rows do not see in the products of one panel.
+// Hides what query rows do not see in the products of one panel.
 void hide_unseen(float* products, const VisibleRuns& visible, int64_t panel, int64_t runs) {
   for (int64_t r = 0; r < runs; ++r) {
     const vec run = set1(static_cast<float>(panel * BLOCK + r));
@@ -78,8 +77,8 @@ void hide_unseen(float* products, const VisibleRuns& visible, int64_t panel, int
   }
 }
 
-// Exponentials of the first `runs` of a panel, summed over the runs of each key block, `ratio`
-// each.
+// Takes the exponentials of the first `runs` of a panel, summed over the runs of each key block,
+// `ratio` each.
 void sum_panel(const float* products, const float* weight, vec exponent, int64_t runs,
                int64_t ratio, float* sums, float* greatest, float* total) {
   constexpr int VECTORS_PER_ROW = BLOCK / LANES;
@@ -110,8 +109,8 @@ void sum_panel(const float* products, const float* weight, vec exponent, int64_t
   for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, all[v]);
 }
 
-// Softmax shares of the key blocks first <= kb < stop: summed over the query_rows of each query
-// block into `scores`, and marked in `sharp` where one row's is at least `least`.
+// Takes softmax shares of the key blocks first <= kb < stop. They are summed over the query rows of
+// each query block into `scores`, and marked in `sharp` where that of one row is at least `least`.
 void score_blocks(UnionScratch& s, int64_t first, int64_t stop, int64_t ratio, int64_t rows,
                   float least) {
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size()), at_once = BLOCK / rows;
@@ -138,7 +137,7 @@ void score_blocks(UnionScratch& s, int64_t first, int64_t stop, int64_t ratio, i
   }
 }
 
-// Shares of all key blocks, for the query_rows of `blocks` query blocks from `first` on.
+// Scores all key blocks, for the query rows of `blocks` query blocks from `first` on.
 void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledKeys& runs,
                       const TensorView& query, int64_t b, int64_t h, int64_t first,
                       int64_t blocks) {
@@ -188,7 +187,7 @@ void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledK
   score_blocks(s, low, high, ratio, rows, a.row_share[h]);
 }
 
-// Lists of the query blocks from `first` on whose query_rows make one product.
+// Writes the lists of the query blocks from `first` on whose query rows make one product.
 void choose_blocks(const EstimateArguments& a, UnionScratch& s, const PooledKeys& runs,
                    const Extent& extent, const TensorView& query, int64_t b, int64_t h,
                    int64_t first, int64_t blocks) {

@@ -1,7 +1,8 @@
-// The vector layer: everything that differs between instruction sets, and nothing else.
+// The vector layer, on top of the header of an instruction set: vector_<name>.h holds all that
+// differs between them, together with gemm_<name>.h.
 //
 // `vec` holds LANES floats. `word` is what a micro-kernel broadcasts and multiplies: one float, or
-// for "bf16" arithmetic a pair of bf16 that belong to two neighbouring steps of the reduction.
+// for bf16 arithmetic a pair of bf16 that belong to two neighbouring steps of the reduction.
 #pragma once
 
 #include <cstdint>
@@ -24,13 +25,13 @@ inline vec dot(vec acc, float a, vec b) { return fma(set1(a), b, acc); }
 inline vec load_words(const float* b) { return load(b); }
 #endif
 
-// The numbers of a word, or a packed number, with the other sign.
+// A word, or a packed number, with the other sign.
 inline float negate(float x) { return -x; }
 inline uint16_t negate(uint16_t bf16) { return bf16 ^ 0x8000; }
 inline uint32_t negate(uint32_t bf16_pair) { return bf16_pair ^ 0x80008000u; }
 
-// 2^x for x <= 126, zero far below; NaN stays NaN. Minimax polynomial on [-1/2, 1/2] after taking
-// out the integer part.
+// 2^x for x <= 126. It is zero far below, and NaN stays NaN. The integer part is taken out, and a
+// minimax polynomial on [-1/2, 1/2] does the rest.
 inline vec exp2_vec(vec x) {
   x = maximum(set1(LOWEST_EXPONENT), x);
   const vec n = round_nearest(x);

@@ -1,4 +1,4 @@
-// AVX2: 8 floats per register.
+// AVX2, with 8 floats per register.
 #pragma once
 
 #include <immintrin.h>
@@ -68,12 +68,12 @@ inline void store(uint16_t* p, vec x, bfloat16_tag) {  // to nearest, ties to ev
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(high));
 }
 
-// Bit n: x[n] >= least[n].
+// Bit n tells whether x[n] >= least[n].
 inline uint32_t at_least(vec x, vec least) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ)));
 }
 
-// Every lane becomes the sum of the `count` lanes it stands with; count: 1, 2, 4 .. LANES.
+// Every lane becomes the sum of the `count` lanes it stands with. `count` is 1, 2, 4 .. LANES.
 inline vec sum_neighbours(vec x, int64_t count) {
   if (count > 1) x = add(x, _mm256_permute_ps(x, 0xb1));
   if (count > 2) x = add(x, _mm256_permute_ps(x, 0x4e));
@@ -81,7 +81,7 @@ inline vec sum_neighbours(vec x, int64_t count) {
   return x;
 }
 
-// [8, in_stride] words -> [8, out_stride] words, transposed.
+// Transposes [8, in_stride] words to [8, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m256 x[8], y[8];
   for (int i = 0; i < 8; ++i) x[i] = load(in + i * in_stride);

@@ -1,4 +1,4 @@
-// AVX-512: 16 floats per register.
+// AVX-512, with 16 floats per register.
 #pragma once
 
 #include <immintrin.h>
@@ -52,10 +52,10 @@ inline void store(uint16_t* p, vec x, bfloat16_tag) {  // to nearest, ties to ev
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-// Bit n: x[n] >= least[n].
+// Bit n tells whether x[n] >= least[n].
 inline uint32_t at_least(vec x, vec least) { return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ); }
 
-// Every lane becomes the sum of the `count` lanes it stands with; count: 1, 2, 4 .. LANES.
+// Every lane becomes the sum of the `count` lanes it stands with. `count` is 1, 2, 4 .. LANES.
 inline vec sum_neighbours(vec x, int64_t count) {
   if (count > 1) x = add(x, _mm512_permute_ps(x, 0xb1));
   if (count > 2) x = add(x, _mm512_permute_ps(x, 0x4e));
@@ -64,7 +64,7 @@ inline vec sum_neighbours(vec x, int64_t count) {
   return x;
 }
 
-// [16, in_stride] words -> [16, out_stride] words, transposed.
+// Transposes [16, in_stride] words to [16, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m512i x[16], y[16];
   for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(in + i * in_stride);

@@ -1,4 +1,4 @@
-// AVX-512 with products of bf16 pairs, and 8-bit numbers.
+// AVX-512 with products of bf16 pairs and of 8-bit numbers.
 #pragma once
 
 #include <immintrin.h>
@@ -8,18 +8,18 @@
 
 namespace {
 
-// acc += a.even * b.even + a.odd * b.odd, per lane
+// Adds a.even * b.even + a.odd * b.odd to each lane.
 inline vec dot(vec acc, uint32_t a, __m512i b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
 }
 inline __m512i load_words(const uint32_t* b) { return _mm512_loadu_si512(b); }
 
-// Two vectors at once, `low` first.
+// Stores two vectors, `low` first.
 inline void store(uint16_t* p, vec low, vec high, bfloat16_tag) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// LANES words, each of a bf16 of an even row and the one below it in the odd row.
+// Stores LANES words, each of a bf16 of the even row and the one below it in the odd row.
 inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
   const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
   const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
@@ -28,7 +28,7 @@ inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t*
   _mm512_storeu_si512(out, pairs);
 }
 
-// LANES 32-bit integers.
+// LANES integers of 32 bits.
 using int_vec = __m512i;
 inline int_vec zero_ints() { return _mm512_setzero_si512(); }
 inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
@@ -37,7 +37,8 @@ inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
 inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
 inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
 
-// x to the nearest 8-bit numbers, at an address that 16 divides; returns sum + those numbers.
+// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
+// numbers added.
 inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
   const __m512i levels = _mm512_cvtps_epi32(x);
   const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
@@ -45,8 +46,8 @@ inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
   return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
 }
 
-// acc += sums of four products per lane, `a` unsigned and `b` signed. By name: with the intrinsic,
-// GCC 12 keeps accumulators on the stack, at half the speed.
+// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
+// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
 inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }

@@ -1,4 +1,4 @@
-// What every vector header builds on: tags that choose a dtype among overloads.
+// Constants that every vector header builds on.
 #pragma once
 
 #include <limits>

@@ -1,6 +1,6 @@
-// The single keys that get most attention of the last queries: the meaning is last_query_sums in
-// lowering/reference/vertical_slash.py. The weights of one head stay in a strip of N rows: memory
-// is O(N) per thread.
+// Finds the vertical columns: the single keys that get most attention of the last queries.
+// last_query_sums in lowering/reference/vertical_slash.py says what it means. The weights of one
+// head stay in a strip of N rows, so memory is O(N) per thread.
 #pragma once
 
 #include <algorithm>
@@ -32,8 +32,8 @@ struct VerticalColumnScratch {
         sums(padded) {}
 };
 
-// Attention of the last QUERIES queries, summed per key, into `sums`; last: row of the last real
-// one.
+// Sums the attention of the last QUERIES queries per key into `sums`. `last` is the row of the last
+// real one.
 template <int QUERIES>
 void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
                           const TensorView& query, const TensorView& key, int64_t b, int64_t h,
@@ -67,7 +67,7 @@ void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
   }
 }
 
-// As above, with as many queries as the head's rule says.
+// Does the same with as many queries as the head's rule says.
 void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
                           const TensorView& query, const TensorView& key, int64_t b, int64_t h,
                           int64_t last) {
@@ -78,8 +78,8 @@ void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
   }
 }
 
-// The value of rank `count` among n values, 1 for the largest. One of every 16 tells which are too
-// small, so that few have to be put in order.
+// Returns the value of rank `count` among n values, 1 for the largest. One of every 16 tells which
+// are too small, so that few have to be put in order.
 float find_ranked(std::vector<float>& few, const float* values, int64_t n, int64_t count) {
   constexpr int64_t STEP = 16;
   few.clear();
@@ -97,7 +97,7 @@ float find_ranked(std::vector<float>& few, const float* values, int64_t n, int64
   return few[count - 1];
 }
 
-// The `columns` keys of the head with the largest sums; those without any are not kept.
+// Writes the `columns` keys of the head with the largest sums. Those without any are not kept.
 void write_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s, int64_t b,
                             int64_t h) {
   int64_t left = std::min<int64_t>(a.columns[h], a.num_keys);

@@ -1,8 +1,8 @@
-// Columns and diagonals with the most attention of the last queries: the meaning is
-// vertical_slash_index in lowering/reference/vertical_slash.py.
+// Finds the vertical columns and diagonals with the most attention of the last queries.
+// vertical_slash_index in lowering/reference/vertical_slash.py says what it means.
 //
 // A column sum is the sum of one row of transposed weights, and diagonal sums are column sums of
-// the tile written askew. The weights of a few heads exist at a time: memory is O(N) per thread.
+// the tile written askew. The weights of a few heads exist at a time, so memory is O(N) per thread.
 //
 // chunk  CHUNK keys, the unit of work: fixed, so that sums do not depend on the threads
 // wave   heads whose weights exist at the same time
@@ -63,8 +63,8 @@ struct EstimateScratch {
   }
 };
 
-// First pass over a chunk: the weights of its keys, relative to each block's greatest. slot: of the
-// head in its wave.
+// The first pass over a chunk takes the weights of its keys, relative to the greatest of each
+// block. `slot` is that of the head in its wave.
 void weigh_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, EstimateScratch& s,
                  int64_t b, int64_t h, int64_t slot, int64_t chunk) {
   const TensorView key{static_cast<const input*>(a.key), a.key_batch, a.key_head, a.key_row};
@@ -81,7 +81,7 @@ void weigh_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, Esti
   }
 }
 
-// Second pass over a chunk: shares of the softmax, summed per key and per distance.
+// The second pass over a chunk sums shares of the softmax per key and per distance.
 void sum_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, EstimateScratch& s,
                int64_t head, int64_t slot, int64_t chunk) {
   constexpr int VECTORS_PER_ROW = LAST_QUERIES / LANES;
@@ -107,7 +107,8 @@ void sum_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, Estima
       }
       if (first + r < stop) columns[first + r] = reduce_add(sum);
     }
-    // Entry e of the skewed sums: distance e + (p0 - first - 63), p0 the first query's position.
+    // Entry e of the skewed sums is the distance e + (p0 - first - 63), where p0 is the position of
+    // the first query.
     float* out = diagonals + (start + CHUNK - BLOCK - first);
     for (int n = 0; n < 2 * BLOCK; n += LANES) {
       vec sum = load(out + n);

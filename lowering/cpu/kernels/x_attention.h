@@ -1,9 +1,9 @@
-// Fused estimation of lists of key blocks from sums along antidiagonals: the meaning is
-// lowering/reference/x_attention.py.
+// Estimates lists of key blocks from sums along antidiagonals, in one pass.
+// lowering/reference/x_attention.py says what it means.
 //
 // i  group of `stride` queries     s  group of `stride` keys: a run that keeps its rows
 //
-// One line is a group of queries in reversed order, so its product with a run is the sum of the
+// One row is a group of queries in reversed order, so its product with a run is the sum of the
 // antidiagonal of their stride x stride tile, without a copy of the keys in that shape.
 #pragma once
 
@@ -19,7 +19,7 @@
 
 namespace {
 
-// The keys of the 64 groups of one panel, one row of each group at a time.
+// Packs the keys of the 64 groups of one panel, one row of each group at a time.
 void pack_key_groups(const EstimateArguments& a, const KeyRuns& runs, RunScratch& s,
                      const TensorView& key, int64_t b, int64_t kv_head, int64_t panel) {
   const int64_t length = runs.parts, first = panel * BLOCK * length;
@@ -37,7 +37,7 @@ void pack_key_groups(const EstimateArguments& a, const KeyRuns& runs, RunScratch
   }
 }
 
-// Lists of the tiles of queries from `first` on that make one product.
+// Writes the lists of the tiles of queries from `first` on that make one product.
 void choose_tiles(const EstimateArguments& a, RunScratch& s, const KeyRuns& runs,
                   const Extent& extent, const TensorView& query, int64_t b, int64_t h,
                   int64_t first, int64_t tiles) {
