@@ -5,40 +5,15 @@
 #include <omp.h>
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "inputs.h"
 #include "mark_largest.h"
 #include "memory.h"
+#include "sum_rows.h"
 #include "vector.h"
-#include "vertical_slash.h"
 
 namespace {
-
-constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one pooled row
-
-// Sums the rows [first, stop) of one head that are not padding, and returns how many there are.
-template <typename Real>
-float sum_rows(float* out, const TensorView& rows, int64_t b, int64_t head, int64_t first,
-               int64_t stop, const Real& real) {
-  std::fill_n(out, POOLED, 0.0f);
-  float count = 0.0f;
-  for (int64_t n = first; n < stop; ++n) {
-    if (!real(n)) continue;
-    const input* row = rows.at(b, head, n);
-    int d = 0;
-    for (; d + LANES <= HEAD_DIM; d += LANES)
-      store(out + d, add(load(out + d), load(row + d, input_tag{})));
-    if (d < HEAD_DIM) {
-      input tail[LANES] = {};
-      std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
-      store(out + d, add(load(out + d), load(tail, input_tag{})));
-    }
-    count += 1.0f;
-  }
-  return count;
-}
 
 // Takes means over groups of `repeat` blocks, of sums [blocks, POOLED] with their counts. Block 0
 // of `sums` is the `lead`-th block of its group.
@@ -61,7 +36,7 @@ void pool_blocks(std::vector<float>& means, const float* sums, const float* coun
 }
 
 // Writes the lists of the key blocks of the largest pooled score, for all query blocks of one head.
-void select_blocks(const EstimateArguments& a, EstimateScratch& s, const float* query_sums,
+void select_blocks(const EstimateArguments& a, MarkScratch& s, const float* query_sums,
                    const float* query_counts, const float* key_sums, const float* key_counts,
                    int64_t key_blocks, int64_t b, int64_t h) {
   const int64_t repeat = a.second_sizes[h] / BLOCK, first = a.query_offset / BLOCK;
@@ -119,7 +94,7 @@ int estimate_block_top_k(const EstimateArguments& a) {
   const Buffer<float> key_counts(a.batch * a.kv_heads * key_blocks);
 #pragma omp parallel num_threads(a.threads)
   {
-    EstimateScratch s;
+    MarkScratch s;
 #pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < a.batch * a.kv_heads * key_blocks; ++t) {
       const int64_t b = t / key_blocks / a.kv_heads, kb = t % key_blocks;

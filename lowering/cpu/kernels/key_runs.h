@@ -14,10 +14,9 @@
 #include "inputs.h"
 #include "memory.h"
 #include "pack.h"
+#include "sum_rows.h"
 
 namespace {
-
-constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one mean
 
 // The runs of one kv head's keys, packed in panels of 64 runs each: as B operands, or as rows one
 // after the other.
@@ -76,29 +75,6 @@ class AllKeyRuns {
   Buffer<word> panels_;
   Buffer<float> weights_;
 };
-
-// Sums the rows first <= n < stop for which `real(n)` into `sum` [POOLED], and returns how many
-// there are.
-template <typename Real>
-int64_t sum_rows(float* sum, const TensorView& rows, int64_t b, int64_t head, int64_t first,
-                 int64_t stop, const Real& real) {
-  std::fill_n(sum, POOLED, 0.0f);
-  int64_t count = 0;
-  for (int64_t n = first; n < stop; ++n) {
-    if (!real(n)) continue;
-    ++count;
-    const input* row = rows.at(b, head, n);
-    int d = 0;
-    for (; d + LANES <= HEAD_DIM; d += LANES)
-      store(sum + d, add(load(sum + d), load(row + d, input_tag{})));
-    if (d < HEAD_DIM) {
-      input tail[LANES] = {};
-      std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
-      store(sum + d, add(load(sum + d), load(tail, input_tag{})));
-    }
-  }
-  return count;
-}
 
 // Packs the mean of the `count` rows of such a sum, or zeros if there are none.
 inline void pack_mean(packed* out, const float* sum, int64_t count) {

@@ -12,6 +12,13 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
+// What one thread marks with.
+struct MarkScratch {
+  std::vector<uint32_t> order, sorted;
+  std::vector<float> values;
+  std::vector<uint8_t> marks, blocks;
+};
+
 // Marks the `count` largest of `n` values. Ties go to the smaller index, and NaN counts as largest.
 void mark_largest(uint8_t* marks, const float* values, int64_t n, int64_t count,
                   std::vector<uint32_t>& order, std::vector<uint32_t>& sorted) {

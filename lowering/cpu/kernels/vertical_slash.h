@@ -48,14 +48,11 @@ struct VerticalSlashSums {
   int64_t first_row(int64_t b) const { return extent.last_query[b] - (LAST_QUERIES - 1); }
 };
 
-struct EstimateScratch {
+struct VerticalSlashScratch : MarkScratch {
   Buffer<packed> staging;
   Buffer<float> scores, skewed;
-  std::vector<uint32_t> order, sorted;
-  std::vector<float> values;
-  std::vector<uint8_t> marks, blocks;
 
-  EstimateScratch()
+  VerticalSlashScratch()
       : staging(BLOCK * DEPTH * PAIR),
         scores(BLOCK * BLOCK),
         skewed(BLOCK * 2 * BLOCK) {
@@ -65,7 +62,7 @@ struct EstimateScratch {
 
 // The first pass over a chunk takes the weights of its keys, relative to the greatest of each
 // block. `slot` is that of the head in its wave.
-void weigh_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, EstimateScratch& s,
+void weigh_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, VerticalSlashScratch& s,
                  int64_t b, int64_t h, int64_t slot, int64_t chunk) {
   const TensorView key{static_cast<const input*>(a.key), a.key_batch, a.key_head, a.key_row};
   const word* queries = sums.queries.get() + slot * DEPTH * LAST_QUERIES;
@@ -82,7 +79,7 @@ void weigh_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, Esti
 }
 
 // The second pass over a chunk sums shares of the softmax per key and per distance.
-void sum_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, EstimateScratch& s,
+void sum_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, VerticalSlashScratch& s,
                int64_t head, int64_t slot, int64_t chunk) {
   constexpr int VECTORS_PER_ROW = LAST_QUERIES / LANES;
   const int64_t start = chunk * CHUNK, stop = std::min(a.num_keys, start + CHUNK);
@@ -119,7 +116,7 @@ void sum_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, Estima
 }
 
 void select_vertical_slash(const EstimateArguments& a, const VerticalSlashSums& sums,
-                           EstimateScratch& s, int64_t b, int64_t h) {
+                           VerticalSlashScratch& s, int64_t b, int64_t h) {
   const int64_t head = b * a.num_heads + h, n = a.num_keys;
   s.marks.resize(n);
   float* columns = sums.columns.get() + head * n;
@@ -160,7 +157,7 @@ int estimate_vertical_slash(const EstimateArguments& a) {
   const int64_t heads = a.batch * a.num_heads;
 #pragma omp parallel num_threads(a.threads)
   {
-    EstimateScratch s;
+    VerticalSlashScratch s;
     for (int64_t first = 0; first < heads; first += sums.wave) {
       const int64_t count = std::min(sums.wave, heads - first);
 #pragma omp for schedule(static)

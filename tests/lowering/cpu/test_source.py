@@ -114,7 +114,10 @@ def test_generated_header_is_the_accepted_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_joined_source_is_the_accepted_one(name: str) -> None:
-    assert_golden(generate_source(SOURCES[name]), GOLDEN / name)
+    text = generate_source(SOURCES[name])
+    assert_golden(text, GOLDEN / name)
+    described = library.describe_source(SOURCES[name], text, "x").name
+    assert described.startswith(f"cpu_{SOURCES[name].kernel}_bfloat16")
 
 
 def test_header_for_language_servers_is_the_generated_one() -> None:
@@ -148,6 +151,11 @@ def test_only_headers_of_instruction_sets_name_instructions() -> None:
     for path in KERNELS.glob("*.h"):
         if not INSTRUCTION_HEADER.fullmatch(path.name):
             assert not INTRINSIC.findall(path.read_text()), path.name
+
+
+def test_headers_are_short() -> None:
+    for path in KERNELS.glob("*.h"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
 
 
 @needs_kernels

@@ -101,11 +101,11 @@ struct AttentionArguments {
 }  // namespace
 
 // ---- tile_bounds.h
-// Which part of a tile of scores is seen by anyone.
+// Which part of a tile of scores any row sees.
 
 namespace {
 
-// The keys of a tile that a row sees: those of the first `keys`, and row r at most `first + r`.
+// The keys of a tile that a row sees: those of the first `keys`, and for row r at most `first + r`.
 struct TileBounds {
   int keys = BLOCK, first = BLOCK;
   int of_row(int r) const { return std::min(keys, first + r); }
@@ -114,7 +114,7 @@ struct TileBounds {
 }  // namespace
 
 // ---- vector_types.h
-// What every vector header builds on: tags that choose a dtype among overloads.
+// Constants that every vector header builds on.
 
 namespace {
 
@@ -125,7 +125,7 @@ constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDT
 }  // namespace
 
 // ---- vector_avx512.h
-// AVX-512: 16 floats per register.
+// AVX-512, with 16 floats per register.
 
 namespace {
 
@@ -173,10 +173,10 @@ inline void store(uint16_t* p, vec x, bfloat16_tag) {  // to nearest, ties to ev
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-// Bit n: x[n] >= least[n].
+// Bit n tells whether x[n] >= least[n].
 inline uint32_t at_least(vec x, vec least) { return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ); }
 
-// Every lane becomes the sum of the `count` lanes it stands with; count: 1, 2, 4 .. LANES.
+// Every lane becomes the sum of the `count` lanes it stands with. `count` is 1, 2, 4 .. LANES.
 inline vec sum_neighbours(vec x, int64_t count) {
   if (count > 1) x = add(x, _mm512_permute_ps(x, 0xb1));
   if (count > 2) x = add(x, _mm512_permute_ps(x, 0x4e));
@@ -185,7 +185,7 @@ inline vec sum_neighbours(vec x, int64_t count) {
   return x;
 }
 
-// [16, in_stride] words -> [16, out_stride] words, transposed.
+// Transposes [16, in_stride] words to [16, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m512i x[16], y[16];
   for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(in + i * in_stride);
@@ -218,22 +218,22 @@ inline void transpose(word* out, int out_stride, const word* in, int in_stride) 
 }  // namespace
 
 // ---- vector_avx512_bf16.h
-// AVX-512 with products of bf16 pairs, and 8-bit numbers.
+// AVX-512 with products of bf16 pairs and of 8-bit numbers.
 
 namespace {
 
-// acc += a.even * b.even + a.odd * b.odd, per lane
+// Adds a.even * b.even + a.odd * b.odd to each lane.
 inline vec dot(vec acc, uint32_t a, __m512i b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
 }
 inline __m512i load_words(const uint32_t* b) { return _mm512_loadu_si512(b); }
 
-// Two vectors at once, `low` first.
+// Stores two vectors, `low` first.
 inline void store(uint16_t* p, vec low, vec high, bfloat16_tag) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// LANES words, each of a bf16 of an even row and the one below it in the odd row.
+// Stores LANES words, each of a bf16 of the even row and the one below it in the odd row.
 inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
   const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
   const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
@@ -242,7 +242,7 @@ inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t*
   _mm512_storeu_si512(out, pairs);
 }
 
-// LANES 32-bit integers.
+// LANES integers of 32 bits.
 using int_vec = __m512i;
 inline int_vec zero_ints() { return _mm512_setzero_si512(); }
 inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
@@ -251,7 +251,8 @@ inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
 inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
 inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
 
-// x to the nearest 8-bit numbers, at an address that 16 divides; returns sum + those numbers.
+// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
+// numbers added.
 inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
   const __m512i levels = _mm512_cvtps_epi32(x);
   const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
@@ -259,8 +260,8 @@ inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
   return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
 }
 
-// acc += sums of four products per lane, `a` unsigned and `b` signed. By name: with the intrinsic,
-// GCC 12 keeps accumulators on the stack, at half the speed.
+// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
+// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
 inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
@@ -268,10 +269,11 @@ inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
 }  // namespace
 
 // ---- vector.h
-// The vector layer: everything that differs between instruction sets, and nothing else.
+// The vector layer, on top of the header of an instruction set: vector_<name>.h holds all that
+// differs between them, together with gemm_<name>.h.
 //
 // `vec` holds LANES floats. `word` is what a micro-kernel broadcasts and multiplies: one float, or
-// for "bf16" arithmetic a pair of bf16 that belong to two neighbouring steps of the reduction.
+// for bf16 arithmetic a pair of bf16 that belong to two neighbouring steps of the reduction.
 
 namespace {
 
@@ -287,13 +289,13 @@ inline vec dot(vec acc, float a, vec b) { return fma(set1(a), b, acc); }
 inline vec load_words(const float* b) { return load(b); }
 #endif
 
-// The numbers of a word, or a packed number, with the other sign.
+// A word, or a packed number, with the other sign.
 inline float negate(float x) { return -x; }
 inline uint16_t negate(uint16_t bf16) { return bf16 ^ 0x8000; }
 inline uint32_t negate(uint32_t bf16_pair) { return bf16_pair ^ 0x80008000u; }
 
-// 2^x for x <= 126, zero far below; NaN stays NaN. Minimax polynomial on [-1/2, 1/2] after taking
-// out the integer part.
+// 2^x for x <= 126. It is zero far below, and NaN stays NaN. The integer part is taken out, and a
+// minimax polynomial on [-1/2, 1/2] does the rest.
 inline vec exp2_vec(vec x) {
   x = maximum(set1(LOWEST_EXPONENT), x);
   const vec n = round_nearest(x);
@@ -318,7 +320,7 @@ inline vec exp2_vec(vec x) {
 }  // namespace
 
 // ---- gemm_amx.h
-// The micro-GEMM in AMX tiles of bf16 pairs.
+// The micro-GEMM in AMX tiles of bf16 pairs. gemm.h says what its arguments are.
 
 namespace {
 
@@ -331,7 +333,7 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tile registers belong to whoever runs on the thread: others' configuration is put back.
+// Tile registers belong to whoever runs on the thread, so the configuration of others is put back.
 class TileScope {
  public:
   TileScope() {
@@ -350,7 +352,7 @@ class TileScope {
   alignas(64) TileConfig saved_;
 };
 
-// Bytes to fetch per step: none here.
+// Says how many bytes to fetch per step: none here.
 constexpr int fetch_step(int, int, int) { return 0; }
 
 template <bool ACCUMULATE, int FETCH = 0>
@@ -407,26 +409,25 @@ void multiply(const word* a, int lda, const word* const* panels, int num_panels,
 }  // namespace
 
 // ---- gemm.h
-// The micro-GEMM: C [rows, columns] (+)= A [rows, panels * steps] x B, in words.
+// The micro-GEMM computes C [rows, columns] (+)= A [rows, panels * steps] x B, in words.
 //
-// A   row-major, `lda` words per row; one word is broadcast at a time
-// B   `num_panels` panels, each [steps, ldb] words: the reduction goes on from panel to panel, so
-//     that a strip's P x V reads and writes its accumulators once
-// C   row-major floats, `ldc` per row
-// row_scale  with ACCUMULATE: row r of C is multiplied by row_scale[r] before the sum
-// bounds   per panel, or null: the keys that any of some rows sees. Q x K^T leaves out other
-//         columns (C keeps what it had there), P x V other steps of the reduction
-// prefetch   with FETCH: per panel of B, memory that is read soon. Which one that is, is the
-// index's
-//         choice and no stream that the hardware could see: each step of the product fetches
-//         FETCH bytes of it
+// A          is row-major with `lda` words per row; one word is broadcast at a time.
+// B          is `num_panels` panels, each [steps, ldb] words. The reduction goes on from panel to panel,
+//            so that a strip's P x V reads and writes its accumulators once.
+// C          is row-major floats, `ldc` per row.
+// row_scale  multiplies, with ACCUMULATE, row r of C by row_scale[r] before the sum.
+// bounds     tells, per panel, which keys any of some rows sees, or is null. Q x K^T leaves out other
+//            columns (C keeps what it had there), P x V leaves out other steps of the reduction.
+// prefetch   points, with FETCH, per panel of B to memory that is read soon. The index chooses which
+//            memory that is, so no hardware can foresee it: each step of the product fetches FETCH
+//            bytes of it.
 
 // ---- indexing.h
-// TensorView of the inputs, and arithmetic on positions and bits.
+// Rows of the inputs, and arithmetic on positions and bits.
 
 namespace {
 
-// One tensor [B, H, N, D], strides in elements, the last one 1.
+// One tensor [B, H, N, D]. Its strides are in elements, and the last one is 1.
 struct TensorView {
   const input* data;
   int64_t batch, head, row;
@@ -446,12 +447,12 @@ inline uint64_t low_bits(int64_t count) {
 }  // namespace
 
 // ---- memory.h
-// Scratch pool of a call, memory_pool between calls.
+// Scratch memory of a call, and the pool that keeps it between calls.
 
 namespace {
 
-// Asks for huge pages for pool that will be written first now: faulting it in 4 KiB at a time
-// costs a tenth of a sparse call.
+// Asks for huge pages for memory that will be written for the first time now. Faulting it in 4 KiB
+// at a time costs a tenth of a sparse call.
 inline void advise_huge_pages(void* data, size_t bytes) {
   constexpr uintptr_t PAGE = 4096, HUGE_PAGE = uintptr_t(1) << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
@@ -460,14 +461,15 @@ inline void advise_huge_pages(void* data, size_t bytes) {
     madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
 }
 
-// Memory between calls. Layers follow one another, and pages that are new to the process cost up to
-// a third of a call on 128 tokens: the system clears them first, and may have lent them elsewhere.
+// Memory is kept between calls, because layers follow one another, and pages that are new to the
+// process cost up to a third of a call on 128 tokens: the system clears them first, and may have
+// lent them elsewhere.
 class MemoryPool {
  public:
   ~MemoryPool() {
     for (const Block& block : blocks_) std::free(block.data);
   }
-  // Memory of just this size, or null.
+  // Returns memory of just this size, or null.
   void* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
@@ -512,7 +514,7 @@ inline MemoryPool& memory_pool() {
   return pool;
 }
 
-// Scratch pool of one call; what it holds at first is of no use.
+// Scratch memory of one call. What it holds at first is undefined.
 template <typename T>
 class Buffer {
  public:
@@ -540,7 +542,7 @@ class Buffer {
 }  // namespace
 
 // ---- pack.h
-// Packing: rows of the inputs to the layouts that the micro-GEMM reads.
+// Packing turns rows of the inputs into the layouts that the micro-GEMM reads.
 //
 // rows       [64][depth]        converted to `packed`, zero beyond the data      (A operand)
 // keys       [depth / PAIR][64] words, transposed: one block of K                (B of Q x K^T)
@@ -548,7 +550,7 @@ class Buffer {
 
 namespace {
 
-// One row of `dim` inputs to `padded` packed elements, zeros at the end.
+// Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if constexpr (INPUT_IS_PACKED) {
     std::memcpy(out, in, dim * sizeof(packed));
@@ -566,7 +568,7 @@ inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if (dim < padded) std::memset(out + dim, 0, (padded - dim) * sizeof(packed));
 }
 
-// The first `dim` floats of a row as inputs; reads whole vectors.
+// Writes the first `dim` floats of a row as inputs. It reads whole vectors.
 inline void unpack_row(input* out, const float* row, int dim) {
   int d = 0;
   for (; d + LANES <= dim; d += LANES) store(out + d, load(row + d), input_tag{});
@@ -577,7 +579,7 @@ inline void unpack_row(input* out, const float* row, int dim) {
   }
 }
 
-// 64 packed rows of `depth` words -> [depth, 64] words.
+// Transposes 64 packed rows of `depth` words to [depth, 64] words.
 inline void transpose_rows(word* out, const word* rows, int depth) {
   int d = 0;
   for (; d + LANES <= depth; d += LANES)
@@ -587,7 +589,7 @@ inline void transpose_rows(word* out, const word* rows, int depth) {
     for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
 }
 
-// One block of keys: row(r) is row r of the input, or null where there is none.
+// Packs one block of keys. row(r) is row r of the input, or null where there is none.
 template <typename Row>
 void pack_keys(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
@@ -598,7 +600,7 @@ void pack_keys(word* out, packed* rows, const Row& row) {
   transpose_rows(out, reinterpret_cast<const word*>(rows), DEPTH);
 }
 
-// One block of values, as above.
+// Packs one block of values, with row(r) as above.
 template <typename Row>
 void pack_values(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
@@ -618,8 +620,8 @@ void pack_values(word* out, packed* rows, const Row& row) {
 }  // namespace
 
 // ---- query_block.h
-// What a query block of a head attends to, listed before it is computed: so that what comes next is
-// known, and can be fetched.
+// What a query block of a head attends to. It is listed before it is computed, so that what comes
+// next is known and can be fetched.
 
 namespace {
 
@@ -639,7 +641,7 @@ struct PackedKeyValues {
         valid(a.batch * key_blocks) {}
 };
 
-// 64 keys: a key block, or 64 columns that were gathered.
+// A tile is 64 keys: a key block, or 64 vertical columns that were gathered.
 struct Tile {
   const word *keys, *values;
   TileBounds bounds;
@@ -661,7 +663,7 @@ struct QueryBlock {
   }
 };
 
-// The key block, if some row sees a key of it.
+// Lists the key block if some row sees a key of it.
 void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlock& block,
                 int64_t kb) {
   const int64_t low = kb * BLOCK, high = low + BLOCK - 1;
@@ -681,7 +683,7 @@ void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
                          bounds, !full, valid, low, nullptr});
 }
 
-// Those columns of a chunk that some row sees and whose blocks are not selected.
+// Lists those vertical columns of a chunk that some row sees and whose blocks are not selected.
 void list_vertical_columns(const AttentionArguments& a, const PackedKeyValues& in,
                            QueryBlock& block, int64_t chunk, const int32_t* columns, int64_t size,
                            int64_t limit) {
@@ -704,7 +706,7 @@ void list_vertical_columns(const AttentionArguments& a, const PackedKeyValues& i
        TileBounds{64 - __builtin_clzll(bits)}, edge || bits != ~uint64_t(0), bits, 0, columns});
 }
 
-// All tiles of query block i, counted from the first query.
+// Lists all tiles of query block i, counted from the first query.
 void list_tiles(const AttentionArguments& a, const PackedKeyValues& in, QueryBlock& block,
                 int64_t b, int64_t h, int64_t i) {
   const int64_t qb = a.query_offset / BLOCK + i;
@@ -738,7 +740,7 @@ void list_tiles(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
   std::fill(block.selected.begin(), block.selected.end(), 0);
 }
 
-// Per row of a masked tile, a bit per key that it sees.
+// Fills in, per row of a masked tile, a bit per key that it sees.
 void fill_mask(const AttentionArguments& a, const QueryBlock& block, const Tile& tile,
                uint64_t* row_bits) {
   int behind = 0;  // columns that the row's window has left behind
@@ -760,11 +762,11 @@ void fill_mask(const AttentionArguments& a, const QueryBlock& block, const Tile&
 }  // namespace
 
 // ---- softmax_strip.h
-// One softmax update of a query block: scores of a strip of tiles, their exponentials, P x V.
+// One softmax update of a query block: scores of a strip of tiles, their exponentials, and P x V.
 
 namespace {
 
-// What one thread query_blocks on.
+// What one thread works on.
 struct AttentionScratch {
   Buffer<packed> query, staging, probabilities;
   Buffer<float> scores, out;
@@ -781,7 +783,7 @@ struct AttentionScratch {
   }
 };
 
-// From scores to exponents of 2.
+// What turns scores into exponents of 2.
 struct Exponents {
   float scale, cap_exponent = 0.0f, cap = 0.0f;
 
@@ -794,10 +796,10 @@ struct Exponents {
   }
 };
 
-// softcap * tanh(score * scale / softcap), in units of log2, over `count` scores.
+// Takes softcap * tanh(score * scale / softcap), in units of log2, of `count` scores.
 inline void cap_scores(float* scores, int count, float to_exponent, float cap) {
   for (int n = 0; n < count; n += LANES) {
-    // tanh(x) = 1 - 2 / (e^2x + 1); at |x| = 20 it is 1 to the last bit.
+    // tanh(x) is 1 - 2 / (e^2x + 1). At |x| = 20 it is 1 to the last bit.
     vec x = mul(load(scores + n), set1(to_exponent));
     x = sub(set1(0.0f), maximum(set1(-57.0f), sub(set1(0.0f), maximum(set1(-57.0f), x))));
     const vec e = add(exp2_vec(x), set1(1.0f));
@@ -805,7 +807,7 @@ inline void cap_scores(float* scores, int count, float to_exponent, float cap) {
   }
 }
 
-// e^(score - maximum) of one row of the strip, as P x V reads it; returns the sum.
+// Takes e^(score - maximum) of one row of the strip, as P x V reads it, and returns the sum.
 inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
   const vec factor = set1(scale), offset = set1(shift);
   vec sum = set1(0.0f);
@@ -826,14 +828,14 @@ inline float exponentiate(packed* out, const float* scores, int width, float sca
   return reduce_add(sum);
 }
 
-// What is read or written soon: fetched into the second cache while other block is done.
+// What is read or written soon: it is fetched into the second cache while other work is done.
 struct Prefetch {
   const word* keys[STRIP];       // a panel per tile of the strip, fetched by its P x V
   const input* query = nullptr;  // rows that are fetched by the softmax of as many rows
   input* out = nullptr;
   int query_rows = 0, out_rows = 0;
 
-  // Inlined always: GCC 12 takes a function that only fetches for one without effect.
+  // It is always inlined: GCC 12 takes a function that only fetches for one without effect.
   __attribute__((always_inline)) void fetch_rows(const AttentionArguments& a, int r) const {
     constexpr int LINE = 64 / sizeof(input);
     for (int d = 0; d < HEAD_DIM && r < query_rows; d += LINE)
@@ -843,7 +845,7 @@ struct Prefetch {
   }
 };
 
-// Scores, exponentials and P x V of `count` tiles, on top of `out`.
+// Adds scores, exponentials and P x V of `count` tiles on top of `out`.
 void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
                const Tile* tiles, int count, const Exponents& exponents, const Prefetch& prefetch) {
   constexpr int FETCH_VALUES = fetch_step(VALUE_WORDS, DEPTH, BLOCK);
@@ -876,7 +878,7 @@ void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBloc
     }
     const float before = s.maximum[r];
     const float after = std::max(before, reduce_max(highest) * exponents.scale);
-    // -inf: nothing visible yet; zero keeps the exponents at -inf instead of NaN.
+    // At -inf nothing is visible yet. Zero keeps the exponents at -inf instead of NaN.
     const float shift = after == NEGATIVE_INFINITY ? 0.0f : after;
     s.scale[r] = before == shift ? 1.0f : std::exp2(before - shift);
     s.maximum[r] = after;
@@ -892,16 +894,17 @@ void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBloc
 }  // namespace
 
 // ---- attention.h
-// Sparse attention of one layer over a SparseIndex: the meaning is lowering/reference/attention.py.
+// Sparse attention of one layer over a SparseIndex. lowering/reference/attention.py says what it
+// means.
 //
 // b batch row      h query head   g kv head       i query block, counted from the first query
 // qb, kb  query and key block on the grid of absolute positions      p position of a query
-// tile    64 queries x 64 keys: a key block, or 64 columns that were gathered
+// tile    64 queries x 64 keys: a key block, or 64 vertical columns that were gathered
 // strip   up to STRIP tiles that share one softmax update
 //
-// Only D, Dv, dtype, the strip's width, softcap and the instruction set are compiled in. Windows,
-// padding, index forms and columns decide something per tile of 64 x 64 cells, where a branch
-// costs nothing; compiling them in would only multiply the libraries.
+// Only D, Dv, dtype, the width of a strip, softcap and the instruction set are compiled in.
+// Windows, padding, index forms and vertical columns decide something once per tile of 64 x 64
+// cells, where a branch costs nothing. Compiling them in would only multiply the libraries.
 
 namespace {
 
@@ -949,7 +952,8 @@ void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p
   });
 }
 
-// The rows of a query block, over its tiles, to `out`. next: what this thread computes after it.
+// Computes the rows of a query block over its tiles and writes them to `out`. `next` is the block
+// that this thread computes after it.
 void attend(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
             const QueryBlock& next) {
   const TensorView query{static_cast<const input*>(a.query), a.query_batch, a.query_head,
@@ -1014,7 +1018,7 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
     const int64_t out_items = (a.batch - 1) * a.out_batch + (a.heads - 1) * a.out_head +
         (a.num_queries - 1) * a.out_row + VALUE_DIM;
     advise_huge_pages(a.out, out_items * sizeof(input));
-    // Allocated here, because an exception must not leave a thread of the parallel region.
+    // They are allocated here, because an exception must not leave a thread of the parallel region.
     std::deque<AttentionScratch> scratches(a.threads);
     std::deque<std::array<QueryBlock, 2>> query_blocks;
     for (int64_t t = 0; t < a.threads; ++t)
@@ -1032,8 +1036,9 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
         pack_block(a, in, scratch.staging.get(), t / in.key_blocks / a.kv_heads,
                    t / in.key_blocks % a.kv_heads, t % in.key_blocks);
       const TileScope tiles;
-      // Head by head, the longest rows first: the last tasks are the short ones. A thread takes
-      // one task prefetch, to know what comes after the one that it computes.
+      // Heads come one after the other, and in each the longest rows first, so that the last tasks
+      // are the short ones. A thread takes one task ahead, to know what comes after the one that it
+      // computes.
       const auto take = [&](QueryBlock& block) {
         int64_t t;
 #pragma omp atomic capture

@@ -96,11 +96,11 @@ struct EstimateArguments {
 }  // namespace
 
 // ---- indexing.h
-// TensorView of the inputs, and arithmetic on positions and bits.
+// Rows of the inputs, and arithmetic on positions and bits.
 
 namespace {
 
-// One tensor [B, H, N, D], strides in elements, the last one 1.
+// One tensor [B, H, N, D]. Its strides are in elements, and the last one is 1.
 struct TensorView {
   const input* data;
   int64_t batch, head, row;
@@ -120,7 +120,7 @@ inline uint64_t low_bits(int64_t count) {
 }  // namespace
 
 // ---- inputs.h
-// One call of an estimator, as all of them see it: its arguments, and what of them is padding.
+// What all estimators read of a call: its arguments, and which of its positions are padding.
 //
 // b batch row     h entry of `heads`, one query head each     j key position     n row of `query`
 
@@ -131,11 +131,11 @@ inline bool key_is_real(const EstimateArguments& a, int64_t b, int64_t j) {
 }
 
 inline bool query_is_real(const EstimateArguments& a, int64_t b, int64_t n) {
-  // Padding can be read off for queries too where their positions are keys.
+  // Padding can be told of queries too where their positions are keys.
   return a.num_keys < a.query_offset + a.num_queries || key_is_real(a, b, a.query_offset + n);
 }
 
-// What is no padding, per batch row.
+// The span of each batch row that is not padding.
 struct Extent {
   std::vector<int64_t> first_key;   // 0 where there is none
   std::vector<int64_t> last_query;  // row of `query`, -1 where there is none
@@ -154,16 +154,16 @@ struct Extent {
 }  // namespace
 
 // ---- block_lists.h
-// What estimators of lists share: which key blocks a block of queries keeps, by score. The meaning
-// is lowering/reference/block_lists.py.
+// What the estimators of block lists share: which key blocks a block of queries keeps, by score.
+// lowering/reference/block_lists.py says what it means.
 //
-// b batch row     h entry of `heads`, one query head each     kb key block     p position of a
-// query     size  positions per block of queries and of keys, a multiple of BLOCK
+// b batch row     h entry of `heads`, one query head each     kb key block     p position of a query
+// size  positions per block of queries and of keys, a multiple of BLOCK
 
 namespace {
 
-// The choice of one block of queries: forced blocks at once, then others by score while there is
-// room. VerticalSlashSums over scores run over the blocks that the mask allows.
+// The choice of one block of queries. Forced blocks are kept at once, then others by score while
+// there is room. Sums over scores run over the blocks that the mask allows.
 struct BlockSelection {
   using Entry = std::pair<float, int32_t>;  // score and -kb: ties go to the smaller block
   int64_t block, low, high;                 // the mask allows key blocks low <= kb < high
@@ -204,7 +204,8 @@ struct BlockSelection {
     }
   }
 
-  // Keeps the best entries of a range of `rest` for as long as `wanted()` and there is room.
+  // Keeps the best entries of a range of `rest` for as long as `wanted()` is true and there is
+  // room.
   template <typename Iterator, typename Wanted>
   void take(Iterator begin, Iterator end, const Wanted& wanted) {
     if (begin == end || room <= 0 || !wanted()) return;
@@ -216,7 +217,7 @@ struct BlockSelection {
     }
   }
 
-  // Keeps the entries of a range, the best of them where there is not room for all.
+  // Keeps the entries of a range, or the best of them where there is not room for all.
   template <typename Iterator>
   void take_all(Iterator begin, Iterator end) {
     if (end - begin > room) {
@@ -230,7 +231,7 @@ struct BlockSelection {
     }
   }
 
-  // Keeps the best others until `mass` of the scores is held; a mass of 1 keeps all.
+  // Keeps the best others until `mass` of the scores is held. A mass of 1 keeps all.
   template <typename Iterator>
   void take_mass(Iterator begin, float mass) {
     const float enough = mass * total;
@@ -246,7 +247,7 @@ struct BlockSelection {
     take_all(rest.begin(), end);
   }
 
-  // The lists of the query blocks that this block of queries consists of.
+  // Writes the lists of the query blocks that this block of queries consists of.
   void write(const EstimateArguments& a, int64_t b, int64_t h, int64_t size) const {
     const int64_t repeat = size / BLOCK, first_block = a.query_offset / BLOCK;
     const int64_t key_blocks = (a.num_keys + BLOCK - 1) / BLOCK;
@@ -277,11 +278,11 @@ struct BlockSelection {
 }  // namespace
 
 // ---- tile_bounds.h
-// Which part of a tile of scores is seen by anyone.
+// Which part of a tile of scores any row sees.
 
 namespace {
 
-// The keys of a tile that a row sees: those of the first `keys`, and row r at most `first + r`.
+// The keys of a tile that a row sees: those of the first `keys`, and for row r at most `first + r`.
 struct TileBounds {
   int keys = BLOCK, first = BLOCK;
   int of_row(int r) const { return std::min(keys, first + r); }
@@ -290,7 +291,7 @@ struct TileBounds {
 }  // namespace
 
 // ---- vector_types.h
-// What every vector header builds on: tags that choose a dtype among overloads.
+// Constants that every vector header builds on.
 
 namespace {
 
@@ -301,7 +302,7 @@ constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDT
 }  // namespace
 
 // ---- vector_avx512.h
-// AVX-512: 16 floats per register.
+// AVX-512, with 16 floats per register.
 
 namespace {
 
@@ -349,10 +350,10 @@ inline void store(uint16_t* p, vec x, bfloat16_tag) {  // to nearest, ties to ev
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-// Bit n: x[n] >= least[n].
+// Bit n tells whether x[n] >= least[n].
 inline uint32_t at_least(vec x, vec least) { return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ); }
 
-// Every lane becomes the sum of the `count` lanes it stands with; count: 1, 2, 4 .. LANES.
+// Every lane becomes the sum of the `count` lanes it stands with. `count` is 1, 2, 4 .. LANES.
 inline vec sum_neighbours(vec x, int64_t count) {
   if (count > 1) x = add(x, _mm512_permute_ps(x, 0xb1));
   if (count > 2) x = add(x, _mm512_permute_ps(x, 0x4e));
@@ -361,7 +362,7 @@ inline vec sum_neighbours(vec x, int64_t count) {
   return x;
 }
 
-// [16, in_stride] words -> [16, out_stride] words, transposed.
+// Transposes [16, in_stride] words to [16, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m512i x[16], y[16];
   for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(in + i * in_stride);
@@ -394,22 +395,22 @@ inline void transpose(word* out, int out_stride, const word* in, int in_stride) 
 }  // namespace
 
 // ---- vector_avx512_bf16.h
-// AVX-512 with products of bf16 pairs, and 8-bit numbers.
+// AVX-512 with products of bf16 pairs and of 8-bit numbers.
 
 namespace {
 
-// acc += a.even * b.even + a.odd * b.odd, per lane
+// Adds a.even * b.even + a.odd * b.odd to each lane.
 inline vec dot(vec acc, uint32_t a, __m512i b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
 }
 inline __m512i load_words(const uint32_t* b) { return _mm512_loadu_si512(b); }
 
-// Two vectors at once, `low` first.
+// Stores two vectors, `low` first.
 inline void store(uint16_t* p, vec low, vec high, bfloat16_tag) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// LANES words, each of a bf16 of an even row and the one below it in the odd row.
+// Stores LANES words, each of a bf16 of the even row and the one below it in the odd row.
 inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
   const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
   const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
@@ -418,7 +419,7 @@ inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t*
   _mm512_storeu_si512(out, pairs);
 }
 
-// LANES 32-bit integers.
+// LANES integers of 32 bits.
 using int_vec = __m512i;
 inline int_vec zero_ints() { return _mm512_setzero_si512(); }
 inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
@@ -427,7 +428,8 @@ inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
 inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
 inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
 
-// x to the nearest 8-bit numbers, at an address that 16 divides; returns sum + those numbers.
+// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
+// numbers added.
 inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
   const __m512i levels = _mm512_cvtps_epi32(x);
   const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
@@ -435,8 +437,8 @@ inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
   return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
 }
 
-// acc += sums of four products per lane, `a` unsigned and `b` signed. By name: with the intrinsic,
-// GCC 12 keeps accumulators on the stack, at half the speed.
+// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
+// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
 inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
@@ -444,10 +446,11 @@ inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
 }  // namespace
 
 // ---- vector.h
-// The vector layer: everything that differs between instruction sets, and nothing else.
+// The vector layer, on top of the header of an instruction set: vector_<name>.h holds all that
+// differs between them, together with gemm_<name>.h.
 //
 // `vec` holds LANES floats. `word` is what a micro-kernel broadcasts and multiplies: one float, or
-// for "bf16" arithmetic a pair of bf16 that belong to two neighbouring steps of the reduction.
+// for bf16 arithmetic a pair of bf16 that belong to two neighbouring steps of the reduction.
 
 namespace {
 
@@ -463,13 +466,13 @@ inline vec dot(vec acc, float a, vec b) { return fma(set1(a), b, acc); }
 inline vec load_words(const float* b) { return load(b); }
 #endif
 
-// The numbers of a word, or a packed number, with the other sign.
+// A word, or a packed number, with the other sign.
 inline float negate(float x) { return -x; }
 inline uint16_t negate(uint16_t bf16) { return bf16 ^ 0x8000; }
 inline uint32_t negate(uint32_t bf16_pair) { return bf16_pair ^ 0x80008000u; }
 
-// 2^x for x <= 126, zero far below; NaN stays NaN. Minimax polynomial on [-1/2, 1/2] after taking
-// out the integer part.
+// 2^x for x <= 126. It is zero far below, and NaN stays NaN. The integer part is taken out, and a
+// minimax polynomial on [-1/2, 1/2] does the rest.
 inline vec exp2_vec(vec x) {
   x = maximum(set1(LOWEST_EXPONENT), x);
   const vec n = round_nearest(x);
@@ -494,29 +497,30 @@ inline vec exp2_vec(vec x) {
 }  // namespace
 
 // ---- gemm_vector.h
-// The micro-GEMM in vector registers.
+// The micro-GEMM in vector registers. gemm.h says what its arguments are.
 
 namespace {
 
 constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
-// The register tile: 8 x 3 or 6 x 4 accumulators of 32 registers, 6 x 2 of AVX2's 16; the others
-// hold a row of B and a number of A. 8 divides a block's rows, which is worth 2%; products of bf16
-// pairs gain nothing by it.
+// The register tile has 8 x 3 or 6 x 4 accumulators of 32 registers, or 6 x 2 of AVX2's 16. The
+// others hold a row of B and a number of A. 8 divides the rows of a block, which is worth 2%;
+// products of bf16 pairs gain nothing by it.
 constexpr int VECTORS = LANES == 8 ? 2 : USES_BF16 ? 4 : 3;
 constexpr int ROWS = VECTORS == 3 ? 8 : 6;
 constexpr int FEW_ROWS = 12, FEW_ROW_STEP = 2;  // of a product of few rows
 
 struct TileScope {};
 
-// Bytes to fetch per step, so that a product of BLOCK rows and `steps` x `columns` of B fetches
-// `words`: no more at a time, or the fetches hold up the loads of the product itself.
+// Says how many bytes to fetch per step, so that a product of BLOCK rows and `steps` x `columns` of
+// B fetches `words`. It is no more at a time, or the fetches hold up the loads of the product
+// itself.
 constexpr int fetch_step(int words, int steps, int columns) {
   const int passes = std::max(1, columns / (VECTORS * LANES)) * ((BLOCK + ROWS - 1) / ROWS);
   return (words * int(sizeof(word)) + passes * steps - 1) / (passes * steps);
 }
 
-// R rows from `row` on, V vectors from `column` on. Not inlined: within its callers, GCC 12 runs
-// out of registers for the accumulators.
+// Multiplies R rows from `row` on with V vectors from `column` on. It is not inlined: within its
+// callers, GCC 12 runs out of registers for the accumulators.
 template <int R, int V, bool ACCUMULATE, int FETCH>
 __attribute__((noinline)) void multiply_tile(const word* a, int lda, const word* const* panels,
                                              int num_panels, int steps, int row, int column,
@@ -601,27 +605,26 @@ void multiply(const word* a, int lda, const word* const* panels, int num_panels,
 }  // namespace
 
 // ---- gemm.h
-// The micro-GEMM: C [rows, columns] (+)= A [rows, panels * steps] x B, in words.
+// The micro-GEMM computes C [rows, columns] (+)= A [rows, panels * steps] x B, in words.
 //
-// A   row-major, `lda` words per row; one word is broadcast at a time
-// B   `num_panels` panels, each [steps, ldb] words: the reduction goes on from panel to panel, so
-//     that a strip's P x V reads and writes its accumulators once
-// C   row-major floats, `ldc` per row
-// row_scale  with ACCUMULATE: row r of C is multiplied by row_scale[r] before the sum
-// bounds   per panel, or null: the keys that any of some rows sees. Q x K^T leaves out other
-//         columns (C keeps what it had there), P x V other steps of the reduction
-// prefetch   with FETCH: per panel of B, memory that is read soon. Which one that is, is the
-// index's
-//         choice and no stream that the hardware could see: each step of the product fetches
-//         FETCH bytes of it
+// A          is row-major with `lda` words per row; one word is broadcast at a time.
+// B          is `num_panels` panels, each [steps, ldb] words. The reduction goes on from panel to panel,
+//            so that a strip's P x V reads and writes its accumulators once.
+// C          is row-major floats, `ldc` per row.
+// row_scale  multiplies, with ACCUMULATE, row r of C by row_scale[r] before the sum.
+// bounds     tells, per panel, which keys any of some rows sees, or is null. Q x K^T leaves out other
+//            columns (C keeps what it had there), P x V leaves out other steps of the reduction.
+// prefetch   points, with FETCH, per panel of B to memory that is read soon. The index chooses which
+//            memory that is, so no hardware can foresee it: each step of the product fetches FETCH
+//            bytes of it.
 
 // ---- memory.h
-// Scratch pool of a call, memory_pool between calls.
+// Scratch memory of a call, and the pool that keeps it between calls.
 
 namespace {
 
-// Asks for huge pages for pool that will be written first now: faulting it in 4 KiB at a time
-// costs a tenth of a sparse call.
+// Asks for huge pages for memory that will be written for the first time now. Faulting it in 4 KiB
+// at a time costs a tenth of a sparse call.
 inline void advise_huge_pages(void* data, size_t bytes) {
   constexpr uintptr_t PAGE = 4096, HUGE_PAGE = uintptr_t(1) << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
@@ -630,14 +633,15 @@ inline void advise_huge_pages(void* data, size_t bytes) {
     madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
 }
 
-// Memory between calls. Layers follow one another, and pages that are new to the process cost up to
-// a third of a call on 128 tokens: the system clears them first, and may have lent them elsewhere.
+// Memory is kept between calls, because layers follow one another, and pages that are new to the
+// process cost up to a third of a call on 128 tokens: the system clears them first, and may have
+// lent them elsewhere.
 class MemoryPool {
  public:
   ~MemoryPool() {
     for (const Block& block : blocks_) std::free(block.data);
   }
-  // Memory of just this size, or null.
+  // Returns memory of just this size, or null.
   void* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
@@ -682,7 +686,7 @@ inline MemoryPool& memory_pool() {
   return pool;
 }
 
-// Scratch pool of one call; what it holds at first is of no use.
+// Scratch memory of one call. What it holds at first is undefined.
 template <typename T>
 class Buffer {
  public:
@@ -710,7 +714,7 @@ class Buffer {
 }  // namespace
 
 // ---- pack.h
-// Packing: rows of the inputs to the layouts that the micro-GEMM reads.
+// Packing turns rows of the inputs into the layouts that the micro-GEMM reads.
 //
 // rows       [64][depth]        converted to `packed`, zero beyond the data      (A operand)
 // keys       [depth / PAIR][64] words, transposed: one block of K                (B of Q x K^T)
@@ -718,7 +722,7 @@ class Buffer {
 
 namespace {
 
-// One row of `dim` inputs to `padded` packed elements, zeros at the end.
+// Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if constexpr (INPUT_IS_PACKED) {
     std::memcpy(out, in, dim * sizeof(packed));
@@ -736,7 +740,7 @@ inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if (dim < padded) std::memset(out + dim, 0, (padded - dim) * sizeof(packed));
 }
 
-// The first `dim` floats of a row as inputs; reads whole vectors.
+// Writes the first `dim` floats of a row as inputs. It reads whole vectors.
 inline void unpack_row(input* out, const float* row, int dim) {
   int d = 0;
   for (; d + LANES <= dim; d += LANES) store(out + d, load(row + d), input_tag{});
@@ -747,7 +751,7 @@ inline void unpack_row(input* out, const float* row, int dim) {
   }
 }
 
-// 64 packed rows of `depth` words -> [depth, 64] words.
+// Transposes 64 packed rows of `depth` words to [depth, 64] words.
 inline void transpose_rows(word* out, const word* rows, int depth) {
   int d = 0;
   for (; d + LANES <= depth; d += LANES)
@@ -757,7 +761,7 @@ inline void transpose_rows(word* out, const word* rows, int depth) {
     for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
 }
 
-// One block of keys: row(r) is row r of the input, or null where there is none.
+// Packs one block of keys. row(r) is row r of the input, or null where there is none.
 template <typename Row>
 void pack_keys(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
@@ -768,7 +772,7 @@ void pack_keys(word* out, packed* rows, const Row& row) {
   transpose_rows(out, reinterpret_cast<const word*>(rows), DEPTH);
 }
 
-// One block of values, as above.
+// Packs one block of values, with row(r) as above.
 template <typename Row>
 void pack_values(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
@@ -787,19 +791,49 @@ void pack_values(word* out, packed* rows, const Row& row) {
 
 }  // namespace
 
-// ---- key_runs.h
-// KeyRuns of keys. A run is what one column of a product stands for: the mean of `length` keys
-// (pooled_keys in lowering/reference/pooled_keys.py), or `length` keys one after the other, which
-// meet as many queries (lowering/reference/x_attention.py).
-//
-// s  run     line  what a run is multiplied with: one query row, or several one after the other
+// ---- sum_rows.h
+// Sums of rows of the inputs, which means are made of.
 
 namespace {
 
-constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one mean
+constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one sum or mean
 
-// KeyRuns of one kv head's keys, packed in panels of 64 runs each: B operands, or rows one after
-// the other.
+// Sums the rows first <= n < stop for which `real(n)` into `sum` [POOLED], and returns how many
+// there are.
+template <typename Real>
+int64_t sum_rows(float* sum, const TensorView& rows, int64_t b, int64_t head, int64_t first,
+                 int64_t stop, const Real& real) {
+  std::fill_n(sum, POOLED, 0.0f);
+  int64_t count = 0;
+  for (int64_t n = first; n < stop; ++n) {
+    if (!real(n)) continue;
+    ++count;
+    const input* row = rows.at(b, head, n);
+    int d = 0;
+    for (; d + LANES <= HEAD_DIM; d += LANES)
+      store(sum + d, add(load(sum + d), load(row + d, input_tag{})));
+    if (d < HEAD_DIM) {
+      input tail[LANES] = {};
+      std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
+      store(sum + d, add(load(sum + d), load(tail, input_tag{})));
+    }
+  }
+  return count;
+}
+
+}  // namespace
+
+// ---- key_runs.h
+// Runs of keys. A run is what one column of a product stands for: the mean of `length` keys
+// (pooled_keys in lowering/reference/pooled_keys.py), or `length` keys one after the other, which
+// meet as many queries (lowering/reference/x_attention.py).
+//
+// s  run
+
+namespace {
+
+// The runs of one kv head's keys, packed in panels of 64 runs each: as B operands, or as rows one
+// after the other.
 struct KeyRuns {
   int64_t count, padded;
   int64_t parts;  // rows of keys that a run consists of
@@ -807,10 +841,11 @@ struct KeyRuns {
   float* weight;  // [padded] what is added to a product, in units of log2; -inf for no keys
 };
 
-// The runs of all heads: those that share a kv head and a length share them.
+// The runs of all heads. Heads with the same kv head and the same length share them.
 class AllKeyRuns {
  public:
-  // length: positions per run, by entry of `heads`; whole: a run keeps its rows, else their mean.
+  // `length` has the positions per run, by entry of `heads`. With `whole` a run keeps its rows,
+  // else it is their mean.
   AllKeyRuns(const EstimateArguments& a, const int32_t* length, bool whole)
       : heads_(lay_out(a, length, whole)),
         panels_(a.batch * words_),
@@ -855,29 +890,7 @@ class AllKeyRuns {
   Buffer<float> weights_;
 };
 
-// Sum of the rows first <= n < stop for which `real(n)`, [POOLED]; returns how many there are.
-template <typename Real>
-int64_t sum_rows(float* sum, const TensorView& rows, int64_t b, int64_t head, int64_t first,
-                 int64_t stop, const Real& real) {
-  std::fill_n(sum, POOLED, 0.0f);
-  int64_t count = 0;
-  for (int64_t n = first; n < stop; ++n) {
-    if (!real(n)) continue;
-    ++count;
-    const input* row = rows.at(b, head, n);
-    int d = 0;
-    for (; d + LANES <= HEAD_DIM; d += LANES)
-      store(sum + d, add(load(sum + d), load(row + d, input_tag{})));
-    if (d < HEAD_DIM) {
-      input tail[LANES] = {};
-      std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
-      store(sum + d, add(load(sum + d), load(tail, input_tag{})));
-    }
-  }
-  return count;
-}
-
-// The mean of `count` rows of that sum; zeros if there are none.
+// Packs the mean of the `count` rows of such a sum, or zeros if there are none.
 inline void pack_mean(packed* out, const float* sum, int64_t count) {
   const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
   packed wide[POOLED];
@@ -887,8 +900,8 @@ inline void pack_mean(packed* out, const float* sum, int64_t count) {
   std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
 }
 
-// Means of the 64 runs of one panel, a row of DEPTH words each. sum: room for POOLED floats;
-// log_size: a run weighs as many keys as it has, else as one.
+// Packs the means of the 64 runs of one panel, a row of DEPTH words each. `sum` has room for POOLED
+// floats. With `log_size` a run weighs as many keys as it has, else as one.
 void pool_runs(const EstimateArguments& a, const KeyRuns& runs, float* sum, const TensorView& key,
                int64_t b, int64_t kv_head, int64_t length, int64_t panel, bool log_size,
                word* out) {
@@ -904,7 +917,7 @@ void pool_runs(const EstimateArguments& a, const KeyRuns& runs, float* sum, cons
   }
 }
 
-// The runs that a line sees: low <= s < high.
+// The runs that a query row sees are low <= s < high.
 struct RunRange {
   int64_t low, high;
 };
@@ -912,27 +925,27 @@ struct RunRange {
 }  // namespace
 
 // ---- last_queries.h
-// Softmax weights of the last queries over all keys: the meaning is last_query_sums in
-// lowering/reference/vertical_slash.py.
+// Softmax weights of the last queries over all keys. last_query_sums in
+// lowering/reference/vertical_slash.py says what they mean.
 //
-// j  key position     q  one of the last QUERIES queries     first_row  row of the first one,
-// negative where the prompt has fewer
+// j  key position     q  one of the last QUERIES queries
+// first_row  row of the first one, negative where the prompt has fewer
 //
 // Scores are taken transposed, a row of QUERIES per key: keys need no packing, and the softmax runs
-// down the rows without horizontal sums. The exponentials of a block of keys are
-// relative to that block's own greatest score per query, so that every score is computed and
-// exponentiated once; what a block is to be multiplied with follows when all are done.
+// down the rows without horizontal sums. The exponentials of a block of keys are relative to that
+// block's own greatest score per query, so that every score is computed and exponentiated once.
+// What a block is to be multiplied with follows when all are done.
 
 namespace {
 
 static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLOCK");
 
-// Floats per row of a tile of scores: products come in whole column steps.
+// Floats per row of a tile of scores. Products come in whole column steps.
 template <int QUERIES>
 constexpr int SCORE_WIDTH = QUERIES < COLUMN_STEP ? COLUMN_STEP : QUERIES;
 
-// Queries as a B operand, [DEPTH, BLOCK] words; row(q): row q of the input, or null. Their products
-// are to be multiplied with exponent_of_product(): the sign of the scale is in them.
+// Packs queries as a B operand, [DEPTH, BLOCK] words. row(q) is row q of the input, or null. The
+// products are to be multiplied with exponent_of_product(): the sign of the scale is in them.
 template <typename Row>
 void pack_queries(const EstimateArguments& a, word* out, packed* staging, const Row& row) {
   pack_keys(out, staging, [&](int q) { return a.scale != 0 ? row(q) : nullptr; });
@@ -941,7 +954,7 @@ void pack_queries(const EstimateArguments& a, word* out, packed* staging, const 
   }
 }
 
-// The last queries of one head, as a B operand [DEPTH, LAST_QUERIES].
+// Packs the last queries of one head as a B operand [DEPTH, LAST_QUERIES].
 template <int QUERIES = LAST_QUERIES>
 void pack_last_queries(const EstimateArguments& a, word* out, packed* staging,
                        const TensorView& query, int64_t b, int64_t head, int64_t first_row) {
@@ -954,8 +967,8 @@ inline vec exponent_of_product(const EstimateArguments& a) {
   return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
 }
 
-// Products of the keys of one block with the last queries, [BLOCK, SCORE_WIDTH], -inf where the
-// mask hides the key.
+// Multiplies the keys of one block with the last queries, [BLOCK, SCORE_WIDTH]. Where the mask
+// hides a key the product is -inf.
 template <int QUERIES = LAST_QUERIES>
 void score_block(const EstimateArguments& a, const word* queries, packed* staging,
                  const TensorView& key, int64_t b, int64_t kv_head, int64_t first,
@@ -994,8 +1007,8 @@ void score_block(const EstimateArguments& a, const word* queries, packed* stagin
   }
 }
 
-// The exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of each
-// query in it; greatest (exponents of 2) and total of them: [QUERIES].
+// Takes the exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of
+// each query in it. `greatest` (as exponents of 2) and `total` of them are [QUERIES].
 template <int QUERIES = LAST_QUERIES>
 void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, float* greatest,
                         float* total) {
@@ -1021,8 +1034,9 @@ void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, fl
   for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, sum[v]);
 }
 
-// What the exponentials of each block are to be multiplied with to be shares of the softmax, in the
-// place of `greatest`; both arrays are [blocks, QUERIES]. Zeros for a query that sees nothing.
+// Puts in the place of `greatest` what the exponentials of each block are to be multiplied with to
+// be shares of the softmax. Both arrays are [blocks, QUERIES]. A query that sees nothing gets
+// zeros.
 template <int QUERIES = LAST_QUERIES>
 void find_factors(float* greatest, const float* total, int64_t blocks) {
   constexpr int VECTORS_PER_ROW = QUERIES / LANES;
@@ -1050,9 +1064,9 @@ void find_factors(float* greatest, const float* total, int64_t blocks) {
 }  // namespace
 
 // ---- vertical_columns.h
-// The single keys that get most attention of the last queries: the meaning is last_query_sums in
-// lowering/reference/vertical_slash.py. The weights of one head stay in a strip of N rows: memory
-// is O(N) per thread.
+// Finds the vertical columns: the single keys that get most attention of the last queries.
+// last_query_sums in lowering/reference/vertical_slash.py says what it means. The weights of one
+// head stay in a strip of N rows, so memory is O(N) per thread.
 
 namespace {
 
@@ -1074,8 +1088,8 @@ struct VerticalColumnScratch {
         sums(padded) {}
 };
 
-// Attention of the last QUERIES queries, summed per key, into `sums`; last: row of the last real
-// one.
+// Sums the attention of the last QUERIES queries per key into `sums`. `last` is the row of the last
+// real one.
 template <int QUERIES>
 void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
                           const TensorView& query, const TensorView& key, int64_t b, int64_t h,
@@ -1109,7 +1123,7 @@ void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
   }
 }
 
-// As above, with as many queries as the head's rule says.
+// Does the same with as many queries as the head's rule says.
 void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
                           const TensorView& query, const TensorView& key, int64_t b, int64_t h,
                           int64_t last) {
@@ -1120,8 +1134,8 @@ void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
   }
 }
 
-// The value of rank `count` among n values, 1 for the largest. One of every 16 tells which are too
-// small, so that few have to be put in order.
+// Returns the value of rank `count` among n values, 1 for the largest. One of every 16 tells which
+// are too small, so that few have to be put in order.
 float find_ranked(std::vector<float>& few, const float* values, int64_t n, int64_t count) {
   constexpr int64_t STEP = 16;
   few.clear();
@@ -1139,7 +1153,7 @@ float find_ranked(std::vector<float>& few, const float* values, int64_t n, int64
   return few[count - 1];
 }
 
-// The `columns` keys of the head with the largest sums; those without any are not kept.
+// Writes the `columns` keys of the head with the largest sums. Those without any are not kept.
 void write_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s, int64_t b,
                             int64_t h) {
   int64_t left = std::min<int64_t>(a.columns[h], a.num_keys);
@@ -1166,7 +1180,7 @@ namespace {
 
 constexpr bool INT8_ROWS_ARE_UNSIGNED = true;
 
-// R runs from `first` on with all lines: R x 4 accumulators, 4 of lines, 1 of a run.
+// Multiplies R rows with all columns, in R x 4 accumulators, 4 registers of columns and 1 of a row.
 template <int R>
 __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float* a_step,
                                                   const uint32_t* b, const float* b_step,
@@ -1198,36 +1212,37 @@ __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float
   }
 }
 
-// products [rows, BLOCK]: `rows` runs, a multiple of 2, with all lines.
+// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 2, with BLOCK others. The
+// steps are what 1 is worth in each row and in each column; sums begin with `start`.
 inline void multiply_int8(const uint32_t* a, const float* a_step, const uint32_t* b,
                           const float* b_step, const int32_t* start, int rows, float* products) {
-  const auto multiply_from = [&]<int R>(int r) {
-    multiply_int8_rows<R>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
-  };
   int r = 0;
-  for (; r + 6 <= rows; r += 6) multiply_from.template operator()<6>(r);
-  for (; r + 4 <= rows; r += 4) multiply_from.template operator()<4>(r);
-  for (; r < rows; r += 2) multiply_from.template operator()<2>(r);
+  for (; r + 6 <= rows; r += 6)
+    multiply_int8_rows<6>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+  for (; r + 4 <= rows; r += 4)
+    multiply_int8_rows<4>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+  for (; r < rows; r += 2)
+    multiply_int8_rows<2>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
 }
 
 }  // namespace
 
 // ---- pooled_keys_int8.h
-// Products of means of runs with query_rows in 8-bit numbers, at twice the rate of bf16 pairs. They
-// only choose blocks: each row is rounded to 255 levels of its greatest number.
+// Products of pooled keys with query rows in 8-bit numbers, at twice the rate of bf16 pairs. They
+// only choose blocks, so each row is rounded to 255 levels of its greatest number.
 //
-// All means have the same vector subtracted before, the mean of some keys: a softmax over runs does
-// not see it, and what all keys share would take most of the levels (SageAttention, arXiv
+// The same vector, the mean of some keys, is subtracted from all pooled keys first: softmax is
+// invariant to it, and what all keys share would take most of the levels (SageAttention, arXiv
 // 2410.02367, section 4.2).
 //
-// runs   [padded, INT8_DEPTH] words of four numbers each  (A operand)
-// query_rows  [INT8_DEPTH, BLOCK] words                        (B operand)
+// runs        [padded, INT8_DEPTH] words of four numbers each  (A operand)
+// query rows  [INT8_DEPTH, BLOCK] words                        (B operand)
 
 namespace {
 
 constexpr int64_t CENTRE_STEP = BLOCK;  // every so many keys make the vector that is subtracted
 
-// Means of the runs of one kv head, weight as in KeyRuns.
+// The pooled keys of one kv head. `weight` is as in KeyRuns.
 struct PooledKeys {
   int64_t count, padded;
   uint32_t* panels;
@@ -1235,7 +1250,7 @@ struct PooledKeys {
   float* centre;         // [POOLED]
 };
 
-// Those of all heads.
+// The pooled keys of all heads.
 class AllPooledKeys {
  public:
   explicit AllPooledKeys(const EstimateArguments& a)
@@ -1264,7 +1279,8 @@ class AllPooledKeys {
   Buffer<float> steps_, centres_;
 };
 
-// What a level is worth so that 127 of them are the greatest number of a row [POOLED]; 1 for zeros.
+// Says what a level is worth if 127 of them are the greatest number of a row [POOLED]. A row of
+// zeros gets 1.
 inline float step_of(const float* row) {
   vec most = set1(0.0f);
   for (int d = 0; d < POOLED; d += LANES) {
@@ -1275,7 +1291,7 @@ inline float step_of(const float* row) {
   return greatest > 0.0f ? greatest / 127 : 1.0f;
 }
 
-// A row [POOLED] in steps, [INT8_DEPTH] words; returns the sum of all its numbers.
+// Writes a row [POOLED] in steps, as [INT8_DEPTH] words, and returns the sum of all its numbers.
 inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
   const vec inverse = set1(1.0f / step);
   alignas(16) int8_t bytes[POOLED];
@@ -1288,7 +1304,7 @@ inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
   return reduce_add(sum);
 }
 
-// The vector that all means of a kv head have subtracted.
+// Finds the vector that is subtracted from all pooled keys of a kv head.
 void find_centre(const EstimateArguments& a, const PooledKeys& runs, const TensorView& key,
                  int64_t b, int64_t kv_head) {
   float* centre = runs.centre;
@@ -1299,7 +1315,7 @@ void find_centre(const EstimateArguments& a, const PooledKeys& runs, const Tenso
   for (int d = 0; d < POOLED; d += LANES) store(centre + d, divide(load(centre + d), total));
 }
 
-// Means of the 64 runs of one panel. mean: room for POOLED floats.
+// Pools the keys of the 64 runs of one panel. `mean` has room for POOLED floats.
 void pool_keys(const EstimateArguments& a, const PooledKeys& runs, float* mean,
                const TensorView& key, int64_t b, int64_t kv_head, int64_t length, int64_t panel) {
   for (int64_t run = panel * BLOCK; run < (panel + 1) * BLOCK; ++run) {
@@ -1327,7 +1343,7 @@ struct PackedQueryRows {
 
   PackedQueryRows() : rows(BLOCK * INT8_DEPTH), words(BLOCK * INT8_DEPTH), row(POOLED) {}
 
-  // row_at(r): row r of the input, or null. The sign of the scale goes into the steps.
+  // row_at(r) is row r of the input, or null. The sign of the scale goes into the steps.
   template <typename RowAt>
   void pack(const EstimateArguments& a, const RowAt& row_at) {
     for (int r = 0; r < BLOCK; ++r) {
@@ -1358,8 +1374,8 @@ struct PackedQueryRows {
   }
 };
 
-// products [rows, BLOCK]: `rows` runs, a multiple of ROW_STEP, from `first` on, with all
-// query_rows.
+// Computes products [rows, BLOCK] of `rows` runs, a multiple of ROW_STEP, from `first` on, with all
+// query rows.
 inline void multiply_pooled_keys(const PooledKeys& runs, int64_t first, int rows,
                                  const PackedQueryRows& query_rows, float* products) {
   multiply_int8(runs.panels + first * INT8_DEPTH, runs.step + first, query_rows.words.get(),
@@ -1369,17 +1385,16 @@ inline void multiply_pooled_keys(const PooledKeys& runs, int64_t first, int rows
 }  // namespace
 
 // ---- union.h
-// Fused estimation of lists of key blocks and of columns: the meaning is
-// lowering/reference/union.py, with the scores of lowering/reference/pooled_keys.py's row_scores.
+// Estimates lists of key blocks and vertical columns in one pass. lowering/reference/union.py says
+// what it means; the scores are row_scores of lowering/reference/pooled_keys.py.
 //
-// row   a query row that is looked at; BLOCK of them, of BLOCK / rows query blocks, make one
-//        product
+// row    a query row that is looked at; BLOCK of them, of BLOCK / rows query blocks, make one product
 // panel  64 runs of keys
 //
-// Products are taken transposed, a row of query_rows per run: a row's softmax runs down the rows,
-// and so do the sums over the runs of a key block. The exponentials of a panel are relative to its
-// own greatest, so that no score is looked at twice: what a row of a panel is to be multiplied with
-// follows when all are done.
+// Products are taken transposed, a row of query rows per run: the softmax of a query row runs down
+// the rows, and so do the sums over the runs of a key block. The exponentials of a panel are
+// relative to its own greatest, so that no score is looked at twice. What a query row of a panel is
+// to be multiplied with follows when all are done.
 
 namespace {
 
@@ -1403,7 +1418,7 @@ struct UnionScratch {
         sharp(key_blocks) {}
 };
 
-// What BLOCK query_rows see: run s if low[row] <= s < high[row].
+// What BLOCK query rows see: run s if low[row] <= s < high[row].
 struct VisibleRuns {
   float low[BLOCK], high[BLOCK];                                  // whole numbers
   int64_t first = std::numeric_limits<int64_t>::max(), stop = 0;  // runs that any row sees
@@ -1420,7 +1435,7 @@ struct VisibleRuns {
   }
 };
 
-// Hides what query_rows do not see in the products of one panel.
+// Hides what query rows do not see in the products of one panel.
 void hide_unseen(float* products, const VisibleRuns& visible, int64_t panel, int64_t runs) {
   for (int64_t r = 0; r < runs; ++r) {
     const vec run = set1(static_cast<float>(panel * BLOCK + r));
@@ -1434,8 +1449,8 @@ void hide_unseen(float* products, const VisibleRuns& visible, int64_t panel, int
   }
 }
 
-// Exponentials of the first `runs` of a panel, summed over the runs of each key block, `ratio`
-// each.
+// Takes the exponentials of the first `runs` of a panel, summed over the runs of each key block,
+// `ratio` each.
 void sum_panel(const float* products, const float* weight, vec exponent, int64_t runs,
                int64_t ratio, float* sums, float* greatest, float* total) {
   constexpr int VECTORS_PER_ROW = BLOCK / LANES;
@@ -1466,8 +1481,8 @@ void sum_panel(const float* products, const float* weight, vec exponent, int64_t
   for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, all[v]);
 }
 
-// Softmax shares of the key blocks first <= kb < stop: summed over the query_rows of each query
-// block into `scores`, and marked in `sharp` where one row's is at least `least`.
+// Takes softmax shares of the key blocks first <= kb < stop. They are summed over the query rows of
+// each query block into `scores`, and marked in `sharp` where that of one row is at least `least`.
 void score_blocks(UnionScratch& s, int64_t first, int64_t stop, int64_t ratio, int64_t rows,
                   float least) {
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size()), at_once = BLOCK / rows;
@@ -1494,7 +1509,7 @@ void score_blocks(UnionScratch& s, int64_t first, int64_t stop, int64_t ratio, i
   }
 }
 
-// Shares of all key blocks, for the query_rows of `blocks` query blocks from `first` on.
+// Scores all key blocks, for the query rows of `blocks` query blocks from `first` on.
 void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledKeys& runs,
                       const TensorView& query, int64_t b, int64_t h, int64_t first,
                       int64_t blocks) {
@@ -1544,7 +1559,7 @@ void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledK
   score_blocks(s, low, high, ratio, rows, a.row_share[h]);
 }
 
-// Lists of the query blocks from `first` on whose query_rows make one product.
+// Writes the lists of the query blocks from `first` on whose query rows make one product.
 void choose_blocks(const EstimateArguments& a, UnionScratch& s, const PooledKeys& runs,
                    const Extent& extent, const TensorView& query, int64_t b, int64_t h,
                    int64_t first, int64_t blocks) {
