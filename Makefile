@@ -61,10 +61,12 @@ slow: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror lowering/cpu/kernels/*.h
 
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i lowering/cpu/kernels/*.h
 
 # The installed package is mpass/ with lowering/ and patterns/ inside: mypy has to see it like that.
 types: venv

@@ -237,7 +237,7 @@ def test_wheel_holds_one_top_level_package(tmp_path):
     for folder, package in (("mpass", "mpass"), ("lowering", "mpass/lowering")):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{path.relative_to(ROOT / folder)}" in sources, path
-    for path in (ROOT / "lowering").rglob("*.jinja"):
+    for path in [*(ROOT / "lowering").rglob("*.jinja"), *(ROOT / "lowering").rglob("*.h")]:
         assert f"mpass/lowering/{path.relative_to(ROOT / 'lowering')}" in names, path
     assert "mpass/py.typed" in names
     assert wheel.name.startswith(f"mpass-{mpass.__version__}-")

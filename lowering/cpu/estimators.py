@@ -64,7 +64,7 @@ def tile_index(
 ) -> SparseIndex:
     """As `mpass.lowering.reference.block_scores.tile_index`; arguments as of `union_index`."""
     index = empty_lists(query, mask, len(heads), tile_width(rules))
-    run_estimator("tiles", index, query, key, mask, heads, rules, scale=scale, spec=spec)
+    run_estimator("block_scores", index, query, key, mask, heads, rules, scale=scale, spec=spec)
     return index
 
 
@@ -80,7 +80,7 @@ def antidiagonal_index(
 ) -> SparseIndex:
     """As `mpass.lowering.reference.x_attention.antidiagonal_index`; arguments as `union_index`."""
     index = empty_lists(query, mask, len(heads), antidiagonal_width(rules))
-    run_estimator("antidiagonal", index, query, key, mask, heads, rules, scale=scale, spec=spec)
+    run_estimator("x_attention", index, query, key, mask, heads, rules, scale=scale, spec=spec)
     return index
 
 
@@ -96,7 +96,7 @@ def flex_index(
 ) -> SparseIndex:
     """As `mpass.lowering.reference.flex_prefill.flex_index`; arguments as of `union_index`."""
     index = empty_lists(query, mask, len(heads), flex_width(rules))
-    run_estimator("flex", index, query, key, mask, heads, rules, scale=scale, spec=spec)
+    run_estimator("flex_prefill", index, query, key, mask, heads, rules, scale=scale, spec=spec)
     return index
 
 
@@ -113,7 +113,9 @@ def sampled_index(
     """As mpass.lowering.reference.sample_attention; arguments as of `union_index`."""
     index = window_index(query, key, mask, rules)
     columns = [column_rule(rule, query.shape[2]) for rule in rules]
-    run_estimator("sampled", index, query, key, mask, heads, columns, scale=scale, spec=spec)
+    run_estimator(
+        "sample_attention", index, query, key, mask, heads, columns, scale=scale, spec=spec
+    )
     return index
 
 

@@ -13,7 +13,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from mpass.lowering.cpu.spec import KernelSpec, generate_source
+from mpass.lowering.cpu.source import generate_source
+from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.kernel_sources import KernelSource, announce_source
 
 PROGRESS_AFTER = 3.0

@@ -19,12 +19,12 @@ from mpass.lowering.reference.x_attention import AntidiagonalRule
 
 LIST_KERNELS: dict[str, type[Any]] = {
     "union": UnionRule,
-    "tiles": TileRule,
-    "antidiagonal": AntidiagonalRule,
-    "flex": FlexRule,
-    "sampled": ColumnRule,
+    "block_scores": TileRule,
+    "x_attention": AntidiagonalRule,
+    "flex_prefill": FlexRule,
+    "sample_attention": ColumnRule,
 }
-"""Rule of each kernel; its template is templates/<kernel>.cpp.jinja."""
+"""Rule of each kernel; its source is kernels/<kernel>.h."""
 
 OUTPUTS = ("block_count", "block_index", "column_count", "column_index")
 

@@ -1,21 +1,13 @@
-"""KernelSpec: what a generated C++ library is specialised on, and its source.
+"""KernelSpec: what a generated C++ library is specialised on.
 
 Specialised on what the inner loops see: dtype, head_dim, value dim, strip width, softcap and the
 instruction set. Not on anything that changes from call to call or that is decided once per 64 x 64
-tile: lengths, heads, batch, strides, density, index form, columns, windows, padding.
+tile: lengths, heads, batch, strides, density, index form, vertical columns, windows, padding.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-
-import jinja2
-
-from mpass.lowering.cpu.arguments import AttentionArguments, EstimateArguments, c_fields
-from mpass.lowering.cpu.list_arguments import LIST_KERNELS, list_c_fields
-from mpass.lowering.index import ALL_BLOCKS, BLOCK
-from mpass.lowering.reference import vertical_slash as estimate
 
 STRIP = 4
 """Tiles of 64 keys per softmax update: the scores of a strip (64 KiB) stay in the second cache."""
@@ -30,32 +22,11 @@ INPUT_TYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
-class Exp2:
-    """Polynomial for 2^r on [-1/2, 1/2], minimax in relative error (Remez).
-
-    coefficients: of r^0, r^1, ...; note: the error, for the generated source.
-    """
-
-    coefficients: tuple[float, ...]
-    note: str
-
-
-EXP2_BF16 = Exp2(
-    (0.999928074, 0.693260985, 0.242611122, 0.0551716691),
-    "degree 3, relative error 7.5e-5 (bf16 rounds at 2e-3)",
-)
-EXP2_FP32 = Exp2(
-    (1.00000007, 0.693146967, 0.240221197, 0.0555071327, 0.00967554133, 0.0013276472),
-    "degree 5, relative error 7.5e-8",
-)
-
-
-@dataclass(frozen=True, slots=True)
 class KernelSpec:
     """One library of generated kernels.
 
-    kernel: "attention"; for estimators (value_dim is then head_dim) "estimate" or one of
-    LIST_KERNELS;
+    kernel: "attention"; for estimators (value_dim is then head_dim) "fixed_budget" or one of
+    LIST_KERNELS. kernels/<kernel>.h is its source.
     input: dtype of q, k, v and out, without `torch.`.
     """
 
@@ -91,18 +62,41 @@ class KernelSpec:
         )
 
     @property
-    def in_bytes(self) -> bool:
-        """Whether `union` multiplies means of keys in 8 bits: they only choose blocks.
+    def uses_int8(self) -> bool:
+        """Whether `union` multiplies pooled keys in 8 bits: they only choose blocks.
 
         Every processor with products of bf16 has products of 8-bit numbers at twice their rate.
         """
         return self.kernel == "union" and self.bf16
 
     @property
-    def byte_depth(self) -> int:
+    def int8_depth(self) -> int:
         """Words of four 8-bit numbers per row: whole tile rows for AMX."""
         words = -(-self.head_dim // 4)
         return round_up(words, 16) if self.amx else words
+
+    @property
+    def sums_distances(self) -> bool:
+        """Whether the attention of query rows is summed by distance as well as by key."""
+        return self.kernel == "flex_prefill"
+
+    @property
+    def kernel_header(self) -> str:
+        """The header in kernels/ that holds the entry points."""
+        return f"{self.kernel}.h"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Which header in kernels/ stands for each `#include NAME_HEADER`."""
+        wide = "vector_avx512_bf16.h" if self.bf16 else "vector_avx512.h"
+        return {
+            "VECTOR_HEADER": wide if self.lanes == 16 else "vector_avx2.h",
+            "GEMM_HEADER": "gemm_amx.h" if self.amx else "gemm_vector.h",
+            "GEMM_INT8_HEADER": "gemm_int8_amx.h" if self.amx else "gemm_int8_vnni.h",
+            "POOLED_KEYS_HEADER": (
+                "pooled_keys_int8.h" if self.uses_int8 else "pooled_keys_packed.h"
+            ),
+        }
 
     @property
     def packed(self) -> str:
@@ -112,21 +106,6 @@ class KernelSpec:
     def lanes(self) -> int:
         """Floats per vector register."""
         return 8 if self.instruction_set == "avx2" else 16
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows of the register tile: 8 x 3 or 6 x 4 of 32 registers, 6 x 2 of AVX2's 16.
-
-        8 divides a block's rows, which is worth 2%; products of bf16 pairs gain nothing by it.
-        """
-        return 8 if self.tile_vectors == 3 else 6
-
-    @property
-    def tile_vectors(self) -> int:
-        """Vectors per row of the register tile."""
-        if self.lanes == 8:
-            return 2
-        return 4 if self.bf16 else 3
 
     @property
     def depth(self) -> int:
@@ -142,37 +121,3 @@ class KernelSpec:
 
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-@functools.cache
-def environment() -> jinja2.Environment:
-    """The templates of this folder."""
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("mpass.lowering.cpu", "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-
-def generate_source(spec: KernelSpec) -> str:
-    """The C++ translation unit of a spec; its text keys the cache of compiled libraries."""
-    if spec.kernel in LIST_KERNELS:
-        arguments = list_c_fields(spec.kernel)
-    else:
-        arguments = c_fields(
-            AttentionArguments if spec.kernel == "attention" else EstimateArguments
-        )
-    return (
-        environment()
-        .get_template("kernel.cpp.jinja")
-        .render(
-            spec=spec,
-            block=BLOCK,
-            all_blocks=ALL_BLOCKS,
-            exp2=EXP2_BF16 if spec.bf16 else EXP2_FP32,
-            arguments=arguments,
-            constants=estimate,
-        )
-    )

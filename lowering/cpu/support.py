@@ -111,7 +111,7 @@ def estimate_spec(query: Tensor) -> KernelSpec:
     """The specialisation of the estimators that serves this query here."""
     size = query.shape[-1]
     chosen = best_instruction_set(torch.bfloat16)  # see KernelSpec.bf16
-    return KernelSpec(dtype_name(query.dtype), size, size, chosen, kernel="estimate")
+    return KernelSpec(dtype_name(query.dtype), size, size, chosen, kernel="fixed_budget")
 
 
 @functools.cache

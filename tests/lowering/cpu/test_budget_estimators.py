@@ -91,7 +91,7 @@ def test_vertical_slash_equals_plain_torch(
     shape: str, dtype: torch.dtype, instruction_set: str
 ) -> None:
     query, key, mask = inputs(shape, dtype)
-    spec = KernelSpec(dtype_name(dtype), 64, 64, instruction_set, kernel="estimate")
+    spec = KernelSpec(dtype_name(dtype), 64, 64, instruction_set, kernel="fixed_budget")
     budgets = {"vertical_sizes": [200, 31, 64, 100], "slash_sizes": [150, 300, 110, 5]}
     heads = [0, 1, 3, 2]
     found = cpu.vertical_slash_index(query, key, mask, heads, scale=0.125, **budgets, spec=spec)
@@ -106,7 +106,7 @@ def test_block_top_k_equals_plain_torch(
     shape: str, dtype: torch.dtype, instruction_set: str
 ) -> None:
     query, key, mask = inputs(shape, dtype)
-    spec = KernelSpec(dtype_name(dtype), 64, 64, instruction_set, kernel="estimate")
+    spec = KernelSpec(dtype_name(dtype), 64, 64, instruction_set, kernel="fixed_budget")
     sizes = {"top_k": [3, 2, 5], "block_sizes": [64, 128, 256]}
     expected = estimate.block_top_k_index(query, key, mask, [0, 3, 1], **sizes)
     found = cpu.block_top_k_index(query, key, mask, [0, 3, 1], **sizes, spec=spec)

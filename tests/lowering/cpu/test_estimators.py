@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from mpass.lowering.cpu import estimators as lists
 from mpass.lowering.cpu import library
-from mpass.lowering.cpu.list_arguments import LIST_KERNELS
-from mpass.lowering.cpu.spec import KernelSpec, generate_source
+from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import dtype_name, instruction_sets
 from mpass.lowering.index import AttentionMask, SparseIndex
 from mpass.lowering.reference import block_scores as estimate_tiles
@@ -29,9 +28,8 @@ from mpass.patterns.sample_attention import SampleAttention
 from mpass.patterns.union import Union
 from mpass.patterns.x_attention import XAttention
 from tests.helpers.cpu_cases import DTYPES, assert_same_index, needs_kernels
-from tests.helpers.golden import assert_golden
 from tests.helpers.pairwise import pairwise
-from tests.lowering.cpu.test_source import EMULATED_TILES, GOLDEN
+from tests.lowering.cpu.test_source import EMULATED_TILES
 
 pytestmark = needs_kernels
 
@@ -49,7 +47,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
             Union(0.7, 0.05, 200, rows=1, pool=1).rule(),
         ],
     ),
-    "tiles": (
+    "block_scores": (
         lists.tile_index,
         estimate_tiles.tile_index,
         [
@@ -59,7 +57,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
             BlockTopP(0.3, 64, 0, 1, 0, 4).rule(),
         ],
     ),
-    "antidiagonal": (
+    "x_attention": (
         lists.antidiagonal_index,
         estimate_antidiagonal.antidiagonal_index,
         [
@@ -69,7 +67,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
             XAttention(0.5, 1, 128).rule(),
         ],
     ),
-    "flex": (
+    "flex_prefill": (
         lists.flex_index,
         estimate_flex.flex_index,
         [
@@ -79,7 +77,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
             FlexPrefill(1.0, 1.0, 64, block_size=64, max_blocks=5).rule(),
         ],
     ),
-    "sampled": (
+    "sample_attention": (
         lists.sampled_index,
         estimate_sampled.sampled_index,
         [
@@ -281,11 +279,3 @@ def test_what_all_keys_share_does_not_cost_union_its_precision() -> None:
     expected = plain(query, key, AttentionMask(), HEADS, rules, scale=SCALE)
     same = (index.block_index == expected.block_index).all(-1).float().mean()
     assert same >= 0.85
-
-
-@pytest.mark.parametrize("kernel", LIST_KERNELS)
-def test_generated_source_is_the_accepted_one(kernel: str) -> None:
-    spec = KernelSpec("bfloat16", 64, 64, "avx512_bf16", kernel=kernel)
-    source = generate_source(spec)
-    assert_golden(source, GOLDEN / f"{kernel}_bf16_avx512.cpp")
-    assert library.describe_source(spec, source, "x").name.startswith(f"cpu_{kernel}_bfloat16")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from mpass.lowering import cpu
-from mpass.lowering.cpu import library
+from mpass.lowering.cpu import library, source
 from mpass.lowering.cpu.attention import run_attention
-from mpass.lowering.cpu.spec import KernelSpec, generate_source
+from mpass.lowering.cpu.list_arguments import LIST_KERNELS
+from mpass.lowering.cpu.source import KERNELS, generate_source, generate_spec_header
+from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import instruction_sets
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference import attention as reference
@@ -19,12 +24,30 @@ from tests.helpers.cpu_cases import assert_same_index, needs_kernels, random_ind
 from tests.helpers.golden import assert_golden
 
 GOLDEN = Path(__file__).parent / "golden"
-SPECS = {
-    "attention_bf16_avx512.cpp": KernelSpec("bfloat16", 128, 128, "avx512_bf16"),
+SOURCES = {
     "attention_bf16_amx.cpp": KernelSpec("bfloat16", 128, 128, "amx"),
-    "attention_fp16_avx2_softcap.cpp": KernelSpec("float16", 64, 80, "avx2", softcap=True),
-    "estimate_fp32_avx512.cpp": KernelSpec("float32", 64, 64, "avx512", kernel="estimate"),
+    "union_bf16_avx512.cpp": KernelSpec("bfloat16", 64, 64, "avx512_bf16", kernel="union"),
 }
+"""Whole kernels that are looked at: together they hold most of the headers."""
+
+SPEC_HEADERS = {
+    "spec_attention_bf16_amx.h": SOURCES["attention_bf16_amx.cpp"],
+    "spec_attention_fp16_avx2_softcap.h": KernelSpec("float16", 64, 80, "avx2", softcap=True),
+    "spec_fixed_budget_fp32_avx512.h": KernelSpec(
+        "float32", 64, 64, "avx512", kernel="fixed_budget"
+    ),
+    **{
+        f"spec_{kernel}_bf16_avx512.h": KernelSpec("bfloat16", 40, 40, "avx512_bf16", kernel=kernel)
+        for kernel in LIST_KERNELS
+    },
+}
+INTRINSIC = re.compile(
+    r"\b_mm\d*_|\b_tile_|\b__m\d+|\b__mmask|\b_MM_|\b_CMP_|\basm\b|\b__builtin_ia32|immintrin"
+)
+INSTRUCTION_HEADER = re.compile(r"(vector|gemm)_\w+\.h")
+ALTERNATIVES = ("vector_avx2.h", "gemm_amx.h", "gemm_int8_amx.h")
+"""Headers for other instruction sets than the one of the example in kernels/spec.h."""
+
 EMULATED_TILES = r"""
 #include <immintrin.h>
 #include <cstdint>
@@ -84,17 +107,81 @@ static void emulated_byte_dot(int c, int a, int b) {
 """
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_generated_source_is_the_accepted_one(name: str) -> None:
-    assert_golden(generate_source(SPECS[name]), GOLDEN / name)
+@pytest.mark.parametrize("name", SPEC_HEADERS)
+def test_generated_header_is_the_accepted_one(name: str) -> None:
+    assert_golden(generate_spec_header(SPEC_HEADERS[name]), GOLDEN / name)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_joined_source_is_the_accepted_one(name: str) -> None:
+    text = generate_source(SOURCES[name])
+    assert_golden(text, GOLDEN / name)
+    described = library.describe_source(SOURCES[name], text, "x").name
+    assert described.startswith(f"cpu_{SOURCES[name].kernel}_bfloat16")
+
+
+def test_header_for_language_servers_is_the_generated_one() -> None:
+    assert_golden(source.generate_example_header(), KERNELS / "spec.h")
+
+
+@pytest.mark.parametrize("kernel", ["attention", "fixed_budget", *LIST_KERNELS])
+def test_headers_are_joined_once_each_behind_the_standard_ones(kernel: str) -> None:
+    text = generate_source(KernelSpec("bfloat16", 64, 64, "amx", kernel=kernel))
+    parts = re.findall(r"^// ---- (\S+)$", text, re.MULTILINE)
+    assert parts[0] == "spec.h"
+    assert parts[-1] == f"{kernel}.h"
+    assert len(set(parts)) == len(parts)
+    assert "vector_avx2.h" not in parts
+    includes = [line for line in text.splitlines() if "#include" in line or "#pragma once" in line]
+    assert text.splitlines()[: len(includes)] == includes
+    assert all(re.fullmatch("#include <.*>", line) for line in includes)
+
+
+def test_every_header_is_part_of_a_kernel() -> None:
+    used = {"spec.h"}
+    for kernel in ("attention", "fixed_budget", *LIST_KERNELS):
+        for instructions in ("amx", "avx512_bf16", "avx512", "avx2"):
+            text = generate_source(KernelSpec("bfloat16", 64, 64, instructions, kernel=kernel))
+            used |= set(re.findall(r"^// ---- (\S+)$", text, re.MULTILINE))
+    assert used == {path.name for path in KERNELS.glob("*.h")}
+
+
+def test_only_headers_of_instruction_sets_name_instructions() -> None:
+    """Another instruction set is a vector header and, if it multiplies otherwise, a gemm header."""
+    for path in KERNELS.glob("*.h"):
+        if not INSTRUCTION_HEADER.fullmatch(path.name):
+            assert not INTRINSIC.findall(path.read_text()), path.name
+
+
+def test_headers_are_short() -> None:
+    for path in KERNELS.glob("*.h"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_every_header_parses_on_its_own() -> None:
+    """As a language server opens it: with the flags beside it, and what it includes itself."""
+    flags = (KERNELS / "compile_flags.txt").read_text().split()
+    headers = [path for path in sorted(KERNELS.glob("*.h")) if path.name not in ALTERNATIVES]
+    command = [os.environ.get("CXX", "g++"), *flags, "-Werror", "-Wall", "-fsyntax-only"]
+    for path in headers:
+        # As an include, or `#pragma once` in the main file is a warning.
+        done = subprocess.run(
+            [*command, "-Wno-unused", "-"],
+            input=f'#include "{path.name}"\n',
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=KERNELS,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_source_does_not_depend_on_what_varies_between_calls() -> None:
-    source = generate_source(SPECS["attention_bf16_avx512.cpp"])
-    assert "{{" not in source
-    assert "{%" not in source
+    text = generate_source(SOURCES["attention_bf16_amx.cpp"])
     for name in ("num_keys", "window", "query_offset", "column_count"):
-        assert f"a.{name}" in source
+        assert f"a.{name}" in text
 
 
 @needs_kernels
@@ -127,7 +214,7 @@ def test_amx_source_is_right_on_emulated_tiles(
     assert (found.double() - expected).abs().max() < 2e-2
 
     budgets = {"scale": 0.125, "vertical_sizes": [40, 60], "slash_sizes": [120, 130]}
-    spec = KernelSpec("bfloat16", head_dim, head_dim, "amx", kernel="estimate")
+    spec = KernelSpec("bfloat16", head_dim, head_dim, "amx", kernel="fixed_budget")
     assert_same_index(
         cpu.vertical_slash_index(query, key, mask, [0, 1], **budgets, spec=spec),
         estimate.vertical_slash_index(query, key, mask, [0, 1], **budgets),

@@ -1,25 +1,29 @@
-// mpass CPU kernels, generated for: union, bfloat16, D=64, avx512_bf16.
-//
-// D head_dim, DV value dim, DEPTH words of one packed query or key row, VALUE_WIDTH floats of one
-// output row with padding. BLOCK positions per block of queries and of keys; a word is a float, or
-// for bf16 arithmetic a pair of bf16.
-#include <immintrin.h>
-#include <omp.h>
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <immintrin.h>
 #include <iterator>
 #include <limits>
 #include <mutex>
 #include <new>
+#include <omp.h>
+#include <sys/mman.h>
+#include <utility>
 #include <vector>
+
+// ---- spec.h
+// mpass CPU kernels. Generated for: union, bfloat16, D=64, avx512_bf16.
+
+// The headers of the instruction set, and whether products are of bf16 pairs.
+#define VECTOR_HEADER "vector_avx512_bf16.h"
+#define GEMM_HEADER "gemm_vector.h"
+#define GEMM_INT8_HEADER "gemm_int8_vnni.h"
+#define POOLED_KEYS_HEADER "pooled_keys_int8.h"
+#define USES_BF16 1
 
 namespace {
 
@@ -28,357 +32,28 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = bfloat16_tag;
-using packed_tag = bfloat16_tag;
-
-constexpr float LOG2E = 1.44269504088896341f;
-constexpr int BLOCK = 64;
-constexpr int STRIP = 4;
-constexpr int HEAD_DIM = 64, VALUE_DIM = 64;
-constexpr int DEPTH = 32, VALUE_WIDTH = 64;
-
-using word = uint32_t;
-constexpr int PAIR = 2;  // reduction steps that one word holds
 using packed = uint16_t;  // element of packed K, V and of P
-constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
+using packed_tag = bfloat16_tag;
+using word = uint32_t;  // what the micro-GEMM broadcasts
+constexpr int PAIR = 2;  // packed elements per word
+constexpr bool INPUT_IS_PACKED = true;
 
-using vec = __m512;
-constexpr int LANES = 16;
-inline vec set1(float x) { return _mm512_set1_ps(x); }
-inline vec load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
-inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
-inline vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
-inline vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
-inline vec divide(vec a, vec b) { return _mm512_div_ps(a, b); }
-inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
-inline float reduce_max(vec x) { return _mm512_reduce_max_ps(x); }
-inline float reduce_add(vec x) { return _mm512_reduce_add_ps(x); }
-// x where the lane's bit is set, else -inf.
-inline vec keep(uint64_t bits, vec x) {
-  return _mm512_mask_mov_ps(set1(NEGATIVE_INFINITY), static_cast<__mmask16>(bits), x);
-}
-// 0 where x is -inf, else x.
-inline vec finite_or_zero(vec x) {
-  return _mm512_maskz_mov_ps(
-      _mm512_cmp_ps_mask(x, set1(NEGATIVE_INFINITY), _CMP_NEQ_UQ), x);
-}
-inline vec load(const uint16_t* p, bfloat16_tag) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-inline vec load(const uint16_t* p, float16_tag) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-}
-inline vec scale_by_power(vec x, vec n) { return _mm512_scalef_ps(x, n); }
-inline vec round_nearest(vec x) { return _mm512_roundscale_ps(x, 0); }
-inline void store(uint16_t* p, vec x, float16_tag) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-inline void store(uint16_t* p, vec x, bfloat16_tag) {  // to nearest, ties to even
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
-                                  _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-inline vec load(const float* p, float32_tag) { return load(p); }
-inline void store(float* p, vec x, float32_tag) { store(p, x); }
+constexpr int HEAD_DIM = 64, VALUE_DIM = 64;
+constexpr int DEPTH = 32;  // words of a packed row of queries or keys
+constexpr int INT8_DEPTH = 16;  // words of four 8-bit numbers of such a row
+constexpr int VALUE_WIDTH = 64;  // floats of an output row with its padding
+constexpr int BLOCK = 64;  // positions per block of queries and of keys
+constexpr int STRIP = 4;  // tiles per softmax update
+constexpr bool SOFTCAP = false;
+constexpr bool SUMS_DISTANCES = false;
 
-// 2^x for x <= 126, zero far below; NaN stays NaN. Minimax polynomial on [-1/2, 1/2] after taking
-// out the integer part: degree 3, relative error 7.5e-5 (bf16 rounds at 2e-3).
-inline vec exp2_vec(vec x) {
-  x = maximum(set1(-160.0f), x);
-  const vec n = round_nearest(x);
-  const vec r = sub(x, n);
-  vec p = set1(0.0551716691f);
-  p = fma(p, r, set1(0.242611122f));
-  p = fma(p, r, set1(0.693260985f));
-  p = fma(p, r, set1(0.999928074f));
-  return scale_by_power(p, n);
-}
-constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDTH;  // of one block
+constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
+constexpr int LAST_QUERIES = 64;
+constexpr int64_t SINK_COLUMNS = 30;
+constexpr int64_t LOCAL_DIAGONALS = 100;
 
-// The keys of a tile that a row sees: those of the first `keys`, and row r at most `first + r`.
-struct Reach {
-  int keys = BLOCK, first = BLOCK;
-  int of_row(int r) const { return std::min(keys, first + r); }
-};
-
-constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
-constexpr int ROWS = 6;  // 6 x 4 accumulators, 4 of B, 1 of A
-constexpr int VECTORS = 4;
-
-struct TileScope {};
-
-// Bytes to fetch per step, so that a product of BLOCK rows and `steps` x `columns` of B fetches
-// `words`: no more at a time, or the fetches hold up the loads of the product itself.
-constexpr int fetch_step(int words, int steps, int columns) {
-  const int passes = std::max(1, columns / (VECTORS * LANES)) * ((BLOCK + ROWS - 1) / ROWS);
-  return (words * int(sizeof(word)) + passes * steps - 1) / (passes * steps);
-}
-
-// acc += a.even * b.even + a.odd * b.odd, per lane
-inline vec dot(vec acc, word a, __m512i b) {
-  return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-}
-inline __m512i load_words(const word* b) { return _mm512_loadu_si512(b); }
-
-// R rows from `row` on, V vectors from `column` on. Not inlined: within its callers, GCC 12 runs out
-// of registers for the accumulators.
-template <int R, int V, bool ACCUMULATE, int FETCH>
-__attribute__((noinline)) void multiply_tile(const word* a, int lda, const word* const* panels,
-                                             int num_panels, int steps, int row, int column,
-                                             int ldb, float* c, int ldc, const float* row_scale,
-                                             const Reach* reach, const word* const* ahead) {
-  if constexpr (!ACCUMULATE && V > 1) {
-    if (reach && reach->of_row(row + R - 1) <= column + (V - 1) * LANES)
-      return multiply_tile<R, V - 1, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, row,
-                                                        column, ldb, c, ldc, row_scale, reach,
-                                                        ahead);
-  }
-  a += row * lda;
-  c += row * ldc + column;
-  const int done = (column / (VECTORS * LANES) * ((BLOCK + ROWS - 1) / ROWS) + row / ROWS) * steps;
-  vec acc[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      acc[r][v] = ACCUMULATE ? mul(load(c + r * ldc + v * LANES), set1(row_scale[row + r])) : set1(0.0f);
-  }
-  for (int p = 0; p < num_panels; ++p) {
-    const word* b = panels[p] + column;
-    const char* line = FETCH ? reinterpret_cast<const char*>(ahead[p]) + done * FETCH : nullptr;
-    const int seen =
-        ACCUMULATE && reach ? (reach[p].of_row(row + R - 1) + PAIR - 1) / PAIR : steps;
-    for (int k = 0; k < seen; ++k, b += ldb) {
-      if constexpr (FETCH > 0) _mm_prefetch(line + k * FETCH, _MM_HINT_T1);
-      decltype(load_words(b)) factor[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) factor[v] = load_words(b + v * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const word broadcast = a[r * lda + k];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], broadcast, factor[v]);
-      }
-    }
-    a += steps;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(c + r * ldc + v * LANES, acc[r][v]);
-  }
-}
-
-template <int V, bool ACCUMULATE, int FETCH>
-inline void multiply_columns(const word* a, int lda, const word* const* panels, int num_panels,
-                             int steps, int column, int ldb, float* c, int ldc, int rows,
-                             const float* row_scale, const Reach* reach,
-                             const word* const* ahead) {
-  int r = 0;
-  if constexpr (!ACCUMULATE) {
-    while (reach && r + ROWS <= rows && reach->of_row(r + ROWS - 1) <= column) r += ROWS;
-  }
-  for (; r + ROWS <= rows; r += ROWS)
-    multiply_tile<ROWS, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
-                                              ldc, row_scale, reach, ahead);
-  for (; r + 4 <= rows; r += 4)
-    multiply_tile<4, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
-                                           ldc, row_scale, reach, ahead);
-  for (; r < rows; r += 2)
-    multiply_tile<2, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
-                                           ldc, row_scale, reach, ahead);
-}
-
-template <bool ACCUMULATE, int FETCH = 0>
-void multiply(const word* a, int lda, const word* const* panels, int num_panels, int steps,
-              int ldb, float* c, int ldc, int rows, int columns, const float* row_scale,
-              const Reach* reach = nullptr, const word* const* ahead = nullptr) {
-  int n = 0;
-  for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES)
-    multiply_columns<VECTORS, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc,
-                                                 rows, row_scale, reach, ahead);
-  for (; n < columns; n += LANES)
-    multiply_columns<1, ACCUMULATE, 0>(a, lda, panels, num_panels, steps, n, ldb, c, ldc, rows,
-                                       row_scale, reach, ahead);
-}
-// One row of `dim` inputs to `padded` packed elements, zeros at the end.
-inline void pack_row(packed* out, const input* in, int dim, int padded) {
-  std::memcpy(out, in, dim * sizeof(packed));
-  if (dim < padded) std::memset(out + dim, 0, (padded - dim) * sizeof(packed));
-}
-
-// The first `dim` floats of a row as inputs; reads whole vectors.
-inline void unpack_row(input* out, const float* row, int dim) {
-  int d = 0;
-  for (; d + LANES <= dim; d += LANES) store(out + d, load(row + d), input_tag{});
-  if (d < dim) {
-    input tail[LANES];
-    store(tail, load(row + d), input_tag{});
-    std::memcpy(out + d, tail, (dim - d) * sizeof(input));
-  }
-}
-
-// [16, in_stride] words -> [16, out_stride] words, transposed.
-inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
-  __m512i x[16], y[16];
-  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(in + i * in_stride);
-  for (int i = 0; i < 8; ++i) {
-    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
-    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
-    y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
-    y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
-    y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_si512(out + i * out_stride, _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88));
-    _mm512_storeu_si512(out + (4 + i) * out_stride, _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88));
-    _mm512_storeu_si512(out + (8 + i) * out_stride, _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd));
-    _mm512_storeu_si512(out + (12 + i) * out_stride, _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd));
-  }
-}
-
-// 64 packed rows of `depth` words -> [depth, 64] words.
-inline void transpose_rows(word* out, const word* rows, int depth) {
-  int d = 0;
-  for (; d + LANES <= depth; d += LANES)
-    for (int r = 0; r < BLOCK; r += LANES)
-      transpose(out + d * BLOCK + r, BLOCK, rows + r * depth + d, depth);
-  for (; d < depth; ++d)
-    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
-}
-
-// One block of keys: row(r) is row r of the input, or null where there is none.
-template <typename Row>
-void pack_keys(word* out, packed* rows, const Row& row) {
-  for (int r = 0; r < BLOCK; ++r) {
-    const input* in = row(r);
-    if (in) pack_row(rows + r * DEPTH * PAIR, in, HEAD_DIM, DEPTH * PAIR);
-    else std::memset(rows + r * DEPTH * PAIR, 0, DEPTH * sizeof(word));
-  }
-  transpose_rows(out, reinterpret_cast<const word*>(rows), DEPTH);
-}
-
-// One block of values, as above.
-template <typename Row>
-void pack_values(word* out, packed* rows, const Row& row) {
-  for (int r = 0; r < BLOCK; ++r) {
-    packed* target = rows + r * VALUE_WIDTH;
-    const input* in = row(r);
-    if (in) pack_row(target, in, VALUE_DIM, VALUE_WIDTH);
-    else std::memset(target, 0, VALUE_WIDTH * sizeof(packed));
-  }
-  for (int r = 0; r < BLOCK; r += 2) {
-    for (int n = 0; n < VALUE_WIDTH; n += 16) {
-      const __m256i even = _mm256_loadu_si256((const __m256i*)(rows + r * VALUE_WIDTH + n));
-      const __m256i odd = _mm256_loadu_si256((const __m256i*)(rows + (r + 1) * VALUE_WIDTH + n));
-      const __m512i pairs = _mm512_or_si512(
-          _mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-      _mm512_storeu_si512(out + r / 2 * VALUE_WIDTH + n, pairs);
-    }
-  }
-}
-
-// Asks for huge pages for memory that will be written first now: faulting it in 4 KiB at a time
-// costs a tenth of a sparse call.
-inline void advise_huge_pages(void* data, size_t bytes) {
-  constexpr uintptr_t PAGE = 4096, HUGE_PAGE = uintptr_t(1) << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t stop = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
-  if (stop >= first + 2 * HUGE_PAGE)
-    madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
-}
-
-// Memory between calls. Layers follow one another, and pages that are new to the process cost up to
-// a third of a call on 128 tokens: the system clears them first, and may have lent them elsewhere.
-class Kept {
- public:
-  ~Kept() {
-    for (const Block& block : blocks_) std::free(block.data);
-  }
-  // Memory of just this size, or null.
-  void* take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
-      if (block->bytes != bytes) continue;
-      void* data = block->data;
-      total_ -= bytes;
-      blocks_.erase(std::next(block).base());
-      return data;
-    }
-    return nullptr;
-  }
-  // Frees what has not been asked for longest, if it would be more than LIMIT in all.
-  void give(void* data, size_t bytes) {
-    if (bytes > LIMIT) return std::free(data);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    while (!blocks_.empty() && total_ + bytes > LIMIT) {
-      total_ -= blocks_.front().bytes;
-      std::free(blocks_.front().data);
-      blocks_.pop_front();
-    }
-    try {
-      blocks_.push_back({data, bytes});
-      total_ += bytes;
-    } catch (const std::bad_alloc&) {
-      std::free(data);
-    }
-  }
-
- private:
-  static constexpr size_t LIMIT = size_t(64) << 20;
-  struct Block {
-    void* data;
-    size_t bytes;
-  };
-  std::mutex mutex_;
-  std::deque<Block> blocks_;
-  size_t total_ = 0;
-};
-
-inline Kept& kept() {
-  static Kept memory;
-  return memory;
-}
-
-// Scratch memory of one call; what it holds at first is of no use.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(size_t count) {
-    constexpr size_t HUGE_PAGE = size_t(1) << 21;
-    const size_t bytes = count * sizeof(T);
-    const size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
-    bytes_ = std::max((bytes + alignment - 1) / alignment, size_t(1)) * alignment;
-    data_ = static_cast<T*>(kept().take(bytes_));
-    if (data_) return;
-    data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes_));
-    if (!data_) throw std::bad_alloc();
-    advise_huge_pages(data_, bytes_);
-  }
-  ~Buffer() { kept().give(data_, bytes_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-  size_t bytes_;
-};
-struct Arguments {
+// The numbers of a call: field by field the ctypes structure of the caller.
+struct EstimateArguments {
   const void* query;
   const void* key;
   const uint8_t* key_mask;
@@ -418,7 +93,15 @@ struct Arguments {
   float scale;
 };
 
-struct Rows {  // one tensor [B, H, N, D], strides in elements, the last one 1
+}  // namespace
+
+// ---- indexing.h
+// Rows of the inputs, and arithmetic on positions and bits.
+
+namespace {
+
+// One tensor [B, H, N, D]. Its strides are in elements, and the last one is 1.
+struct TensorView {
   const input* data;
   int64_t batch, head, row;
   const input* at(int64_t b, int64_t h, int64_t n) const {
@@ -426,23 +109,38 @@ struct Rows {  // one tensor [B, H, N, D], strides in elements, the last one 1
   }
 };
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
-inline bool key_is_real(const Arguments& a, int64_t b, int64_t j) {
+inline uint64_t low_bits(int64_t count) {
+  return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
+}
+
+}  // namespace
+
+// ---- inputs.h
+// What all estimators read of a call: its arguments, and which of its positions are padding.
+//
+// b batch row     h entry of `heads`, one query head each     j key position     n row of `query`
+
+namespace {
+
+inline bool key_is_real(const EstimateArguments& a, int64_t b, int64_t j) {
   return !a.key_mask || a.key_mask[b * a.num_keys + j];
 }
 
-inline bool query_is_real(const Arguments& a, int64_t b, int64_t n) {
-  // Padding can be read off for queries too where their positions are keys.
+inline bool query_is_real(const EstimateArguments& a, int64_t b, int64_t n) {
+  // Padding can be told of queries too where their positions are keys.
   return a.num_keys < a.query_offset + a.num_queries || key_is_real(a, b, a.query_offset + n);
 }
 
-// What is no padding, per batch row.
+// The span of each batch row that is not padding.
 struct Extent {
-  std::vector<int64_t> first_key;  // 0 where there is none
+  std::vector<int64_t> first_key;   // 0 where there is none
   std::vector<int64_t> last_query;  // row of `query`, -1 where there is none
 
-  explicit Extent(const Arguments& a) : first_key(a.batch), last_query(a.batch) {
+  explicit Extent(const EstimateArguments& a) : first_key(a.batch), last_query(a.batch) {
     for (int64_t b = 0; b < a.batch; ++b) {
       int64_t first = 0, last = a.num_queries - 1;
       while (first < a.num_keys && !key_is_real(a, b, first)) ++first;
@@ -453,13 +151,22 @@ struct Extent {
   }
 };
 
-constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
+}  // namespace
 
-// The choice of one block of queries: forced blocks at once, then others by score while there is
-// room. Sums over scores run over the blocks that the mask allows.
-struct Selection {
+// ---- block_lists.h
+// What the estimators of block lists share: which key blocks a block of queries keeps, by score.
+// lowering/reference/block_lists.py says what it means.
+//
+// b batch row     h entry of `heads`, one query head each     kb key block     p position of a query
+// size  positions per block of queries and of keys, a multiple of BLOCK
+
+namespace {
+
+// The choice of one block of queries. Forced blocks are kept at once, then others by score while
+// there is room. Sums over scores run over the blocks that the mask allows.
+struct BlockSelection {
   using Entry = std::pair<float, int32_t>;  // score and -kb: ties go to the smaller block
-  int64_t block, low, high;  // the mask allows key blocks low <= kb < high
+  int64_t block, low, high;                 // the mask allows key blocks low <= kb < high
   int64_t room;
   float total, held, best;
   bool everything;
@@ -467,8 +174,8 @@ struct Selection {
   std::vector<uint8_t> kept;
   std::vector<Entry> rest;  // allowed and not kept so far
 
-  void start(const Arguments& a, const Extent& extent, int64_t b, int64_t h, int64_t of_block,
-             int64_t size) {
+  void start(const EstimateArguments& a, const Extent& extent, int64_t b, int64_t h,
+             int64_t of_block, int64_t size) {
     block = of_block;
     const int64_t blocks = static_cast<int64_t>(scores.size());
     high = a.causal ? std::min(blocks, block + 1) : blocks;
@@ -497,7 +204,8 @@ struct Selection {
     }
   }
 
-  // Keeps the best entries of a range of `rest` for as long as `wanted()` and there is room.
+  // Keeps the best entries of a range of `rest` for as long as `wanted()` is true and there is
+  // room.
   template <typename Iterator, typename Wanted>
   void take(Iterator begin, Iterator end, const Wanted& wanted) {
     if (begin == end || room <= 0 || !wanted()) return;
@@ -509,7 +217,7 @@ struct Selection {
     }
   }
 
-  // Keeps the entries of a range, the best of them where there is not room for all.
+  // Keeps the entries of a range, or the best of them where there is not room for all.
   template <typename Iterator>
   void take_all(Iterator begin, Iterator end) {
     if (end - begin > room) {
@@ -523,7 +231,7 @@ struct Selection {
     }
   }
 
-  // Keeps the best others until `mass` of the scores is held; a mass of 1 keeps all.
+  // Keeps the best others until `mass` of the scores is held. A mass of 1 keeps all.
   template <typename Iterator>
   void take_mass(Iterator begin, float mass) {
     const float enough = mass * total;
@@ -539,8 +247,8 @@ struct Selection {
     take_all(rest.begin(), end);
   }
 
-  // The lists of the query blocks that this block of queries consists of.
-  void write(const Arguments& a, int64_t b, int64_t h, int64_t size) const {
+  // Writes the lists of the query blocks that this block of queries consists of.
+  void write(const EstimateArguments& a, int64_t b, int64_t h, int64_t size) const {
     const int64_t repeat = size / BLOCK, first_block = a.query_offset / BLOCK;
     const int64_t key_blocks = (a.num_keys + BLOCK - 1) / BLOCK;
     for (int64_t fine = block * repeat; fine < (block + 1) * repeat; ++fine) {
@@ -549,7 +257,7 @@ struct Selection {
       const int64_t list = (b * a.num_heads + h) * a.num_blocks + i;
       int32_t* entries = a.block_index + list * a.list_width;
       const int64_t end = a.causal ? std::min(key_blocks, fine + 1) : key_blocks;
-      const int64_t reach = 
+      const int64_t reach =
           a.window > 0 ? std::max<int64_t>(0, fine - (a.window - 2 + BLOCK) / BLOCK) : 0;
       if (everything && end - reach > a.list_width) {
         a.block_count[list] = ALL_BLOCKS;
@@ -567,30 +275,588 @@ struct Selection {
   }
 };
 
-constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one mean
+}  // namespace
 
-// Runs of one kv head's keys, packed in panels of 64 runs each: B operands, or rows one after the
-// other.
-struct Runs {
+// ---- tile_bounds.h
+// Which part of a tile of scores any row sees.
+
+namespace {
+
+// The keys of a tile that a row sees: those of the first `keys`, and for row r at most `first + r`.
+struct TileBounds {
+  int keys = BLOCK, first = BLOCK;
+  int of_row(int r) const { return std::min(keys, first + r); }
+};
+
+}  // namespace
+
+// ---- vector_types.h
+// Constants that every vector header builds on.
+
+namespace {
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
+constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDTH;  // of one block
+
+}  // namespace
+
+// ---- vector_avx512.h
+// AVX-512, with 16 floats per register.
+
+namespace {
+
+using vec = __m512;
+constexpr int LANES = 16;
+constexpr float LOWEST_EXPONENT = -160.0f;  // 2 to it is zero, and to what lies below
+
+inline vec set1(float x) { return _mm512_set1_ps(x); }
+inline vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
+inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+inline vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+inline vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+inline vec divide(vec a, vec b) { return _mm512_div_ps(a, b); }
+inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+inline float reduce_max(vec x) { return _mm512_reduce_max_ps(x); }
+inline float reduce_add(vec x) { return _mm512_reduce_add_ps(x); }
+// x where the lane's bit is set, else -inf.
+inline vec keep(uint64_t bits, vec x) {
+  return _mm512_mask_mov_ps(set1(NEGATIVE_INFINITY), static_cast<__mmask16>(bits), x);
+}
+// 0 where x is -inf, else x.
+inline vec finite_or_zero(vec x) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(NEGATIVE_INFINITY), _CMP_NEQ_UQ), x);
+}
+inline vec load(const uint16_t* p, bfloat16_tag) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline vec load(const uint16_t* p, float16_tag) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+inline vec scale_by_power(vec x, vec n) { return _mm512_scalef_ps(x, n); }
+inline vec round_nearest(vec x) { return _mm512_roundscale_ps(x, 0); }
+inline void store(uint16_t* p, vec x, float16_tag) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(uint16_t* p, vec x, bfloat16_tag) {  // to nearest, ties to even
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                  _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+// Bit n tells whether x[n] >= least[n].
+inline uint32_t at_least(vec x, vec least) { return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ); }
+
+// Every lane becomes the sum of the `count` lanes it stands with. `count` is 1, 2, 4 .. LANES.
+inline vec sum_neighbours(vec x, int64_t count) {
+  if (count > 1) x = add(x, _mm512_permute_ps(x, 0xb1));
+  if (count > 2) x = add(x, _mm512_permute_ps(x, 0x4e));
+  if (count > 4) x = add(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  if (count > 8) x = add(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  return x;
+}
+
+// Transposes [16, in_stride] words to [16, out_stride] words.
+inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
+  __m512i x[16], y[16];
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(in + i * in_stride);
+  for (int i = 0; i < 8; ++i) {
+    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+    y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+    y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+    y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(out + i * out_stride, _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88));
+    _mm512_storeu_si512(out + (4 + i) * out_stride,
+                        _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88));
+    _mm512_storeu_si512(out + (8 + i) * out_stride, _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd));
+    _mm512_storeu_si512(out + (12 + i) * out_stride,
+                        _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd));
+  }
+}
+
+}  // namespace
+
+// ---- vector_avx512_bf16.h
+// AVX-512 with products of bf16 pairs and of 8-bit numbers.
+
+namespace {
+
+// Adds a.even * b.even + a.odd * b.odd to each lane.
+inline vec dot(vec acc, uint32_t a, __m512i b) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+inline __m512i load_words(const uint32_t* b) { return _mm512_loadu_si512(b); }
+
+// Stores two vectors, `low` first.
+inline void store(uint16_t* p, vec low, vec high, bfloat16_tag) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+// Stores LANES words, each of a bf16 of the even row and the one below it in the odd row.
+inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
+  const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
+  const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
+  const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  _mm512_storeu_si512(out, pairs);
+}
+
+// LANES integers of 32 bits.
+using int_vec = __m512i;
+inline int_vec zero_ints() { return _mm512_setzero_si512(); }
+inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline int_vec load_ints(const void* p) { return _mm512_loadu_si512(p); }
+inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
+inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
+inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
+
+// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
+// numbers added.
+inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
+  const __m512i levels = _mm512_cvtps_epi32(x);
+  const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
+  _mm_store_si128(reinterpret_cast<__m128i*>(p), narrow);
+  return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
+}
+
+// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
+// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
+inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+
+}  // namespace
+
+// ---- vector.h
+// The vector layer, on top of the header of an instruction set: vector_<name>.h holds all that
+// differs between them, together with gemm_<name>.h.
+//
+// `vec` holds LANES floats. `word` is what a micro-kernel broadcasts and multiplies: one float, or
+// for bf16 arithmetic a pair of bf16 that belong to two neighbouring steps of the reduction.
+
+namespace {
+
+inline vec load(const float* p, float32_tag) { return load(p); }
+inline void store(float* p, vec x, float32_tag) { store(p, x); }
+inline void store(float* p, vec low, vec high, float32_tag) {
+  store(p, low);
+  store(p + LANES, high);
+}
+
+#if !USES_BF16
+inline vec dot(vec acc, float a, vec b) { return fma(set1(a), b, acc); }
+inline vec load_words(const float* b) { return load(b); }
+#endif
+
+// A word, or a packed number, with the other sign.
+inline float negate(float x) { return -x; }
+inline uint16_t negate(uint16_t bf16) { return bf16 ^ 0x8000; }
+inline uint32_t negate(uint32_t bf16_pair) { return bf16_pair ^ 0x80008000u; }
+
+// 2^x for x <= 126. It is zero far below, and NaN stays NaN. The integer part is taken out, and a
+// minimax polynomial on [-1/2, 1/2] does the rest.
+inline vec exp2_vec(vec x) {
+  x = maximum(set1(LOWEST_EXPONENT), x);
+  const vec n = round_nearest(x);
+  const vec r = sub(x, n);
+  if constexpr (USES_BF16) {  // degree 3, relative error 7.5e-5 (bf16 rounds at 2e-3)
+    vec p = set1(0.0551716691f);
+    p = fma(p, r, set1(0.242611122f));
+    p = fma(p, r, set1(0.693260985f));
+    p = fma(p, r, set1(0.999928074f));
+    return scale_by_power(p, n);
+  } else {  // degree 5, relative error 7.5e-8
+    vec p = set1(0.0013276472f);
+    p = fma(p, r, set1(0.00967554133f));
+    p = fma(p, r, set1(0.0555071327f));
+    p = fma(p, r, set1(0.240221197f));
+    p = fma(p, r, set1(0.693146967f));
+    p = fma(p, r, set1(1.00000007f));
+    return scale_by_power(p, n);
+  }
+}
+
+}  // namespace
+
+// ---- gemm_vector.h
+// The micro-GEMM in vector registers. gemm.h says what its arguments are.
+
+namespace {
+
+constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
+// The register tile has 8 x 3 or 6 x 4 accumulators of 32 registers, or 6 x 2 of AVX2's 16. The
+// others hold a row of B and a number of A. 8 divides the rows of a block, which is worth 2%;
+// products of bf16 pairs gain nothing by it.
+constexpr int VECTORS = LANES == 8 ? 2 : USES_BF16 ? 4 : 3;
+constexpr int ROWS = VECTORS == 3 ? 8 : 6;
+constexpr int FEW_ROWS = 12, FEW_ROW_STEP = 2;  // of a product of few rows
+
+struct TileScope {};
+
+// Says how many bytes to fetch per step, so that a product of BLOCK rows and `steps` x `columns` of
+// B fetches `words`. It is no more at a time, or the fetches hold up the loads of the product
+// itself.
+constexpr int fetch_step(int words, int steps, int columns) {
+  const int passes = std::max(1, columns / (VECTORS * LANES)) * ((BLOCK + ROWS - 1) / ROWS);
+  return (words * int(sizeof(word)) + passes * steps - 1) / (passes * steps);
+}
+
+// Multiplies R rows from `row` on with V vectors from `column` on. It is not inlined: within its
+// callers, GCC 12 runs out of registers for the accumulators.
+template <int R, int V, bool ACCUMULATE, int FETCH>
+__attribute__((noinline)) void multiply_tile(const word* a, int lda, const word* const* panels,
+                                             int num_panels, int steps, int row, int column,
+                                             int ldb, float* c, int ldc, const float* row_scale,
+                                             const TileBounds* bounds,
+                                             const word* const* prefetch) {
+  if constexpr (!ACCUMULATE && V > 1) {
+    if (bounds && bounds->of_row(row + R - 1) <= column + (V - 1) * LANES)
+      return multiply_tile<R, V - 1, ACCUMULATE, FETCH>(
+          a, lda, panels, num_panels, steps, row, column, ldb, c, ldc, row_scale, bounds, prefetch);
+  }
+  a += row * lda;
+  c += row * ldc + column;
+  const int done = (column / (VECTORS * LANES) * ((BLOCK + ROWS - 1) / ROWS) + row / ROWS) * steps;
+  vec acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      acc[r][v] =
+          ACCUMULATE ? mul(load(c + r * ldc + v * LANES), set1(row_scale[row + r])) : set1(0.0f);
+  }
+  for (int p = 0; p < num_panels; ++p) {
+    const word* b = panels[p] + column;
+    const char* line = FETCH ? reinterpret_cast<const char*>(prefetch[p]) + done * FETCH : nullptr;
+    const int seen =
+        ACCUMULATE && bounds ? (bounds[p].of_row(row + R - 1) + PAIR - 1) / PAIR : steps;
+    for (int k = 0; k < seen; ++k, b += ldb) {
+      if constexpr (FETCH > 0) __builtin_prefetch(line + k * FETCH, 0, 2);
+      decltype(load_words(b)) factor[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) factor[v] = load_words(b + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const word broadcast = a[r * lda + k];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], broadcast, factor[v]);
+      }
+    }
+    a += steps;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(c + r * ldc + v * LANES, acc[r][v]);
+  }
+}
+
+template <int V, bool ACCUMULATE, int FETCH>
+inline void multiply_columns(const word* a, int lda, const word* const* panels, int num_panels,
+                             int steps, int column, int ldb, float* c, int ldc, int rows,
+                             const float* row_scale, const TileBounds* bounds,
+                             const word* const* prefetch) {
+  int r = 0;
+  if constexpr (!ACCUMULATE) {
+    while (bounds && r + ROWS <= rows && bounds->of_row(r + ROWS - 1) <= column) r += ROWS;
+  }
+  for (; r + ROWS <= rows; r += ROWS)
+    multiply_tile<ROWS, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                              ldc, row_scale, bounds, prefetch);
+  for (; r + 4 <= rows; r += 4)
+    multiply_tile<4, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                           ldc, row_scale, bounds, prefetch);
+  for (; r < rows; r += 2)
+    multiply_tile<2, V, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, r, column, ldb, c,
+                                           ldc, row_scale, bounds, prefetch);
+}
+
+template <bool ACCUMULATE, int FETCH = 0>
+void multiply(const word* a, int lda, const word* const* panels, int num_panels, int steps, int ldb,
+              float* c, int ldc, int rows, int columns, const float* row_scale,
+              const TileBounds* bounds = nullptr, const word* const* prefetch = nullptr) {
+  int n = 0;
+  for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES)
+    multiply_columns<VECTORS, ACCUMULATE, FETCH>(a, lda, panels, num_panels, steps, n, ldb, c, ldc,
+                                                 rows, row_scale, bounds, prefetch);
+  for (; n < columns; n += LANES)
+    multiply_columns<1, ACCUMULATE, 0>(a, lda, panels, num_panels, steps, n, ldb, c, ldc, rows,
+                                       row_scale, bounds, prefetch);
+}
+
+}  // namespace
+
+// ---- gemm.h
+// The micro-GEMM computes C [rows, columns] (+)= A [rows, panels * steps] x B, in words.
+//
+// A          is row-major with `lda` words per row; one word is broadcast at a time.
+// B          is `num_panels` panels, each [steps, ldb] words. The reduction goes on from panel to panel,
+//            so that a strip's P x V reads and writes its accumulators once.
+// C          is row-major floats, `ldc` per row.
+// row_scale  multiplies, with ACCUMULATE, row r of C by row_scale[r] before the sum.
+// bounds     tells, per panel, which keys any of some rows sees, or is null. Q x K^T leaves out other
+//            columns (C keeps what it had there), P x V leaves out other steps of the reduction.
+// prefetch   points, with FETCH, per panel of B to memory that is read soon. The index chooses which
+//            memory that is, so no hardware can foresee it: each step of the product fetches FETCH
+//            bytes of it.
+
+// ---- memory.h
+// Scratch memory of a call, and the pool that keeps it between calls.
+
+namespace {
+
+// Asks for huge pages for memory that will be written for the first time now. Faulting it in 4 KiB
+// at a time costs a tenth of a sparse call.
+inline void advise_huge_pages(void* data, size_t bytes) {
+  constexpr uintptr_t PAGE = 4096, HUGE_PAGE = uintptr_t(1) << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t stop = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
+  if (stop >= first + 2 * HUGE_PAGE)
+    madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
+}
+
+// Memory is kept between calls, because layers follow one another, and pages that are new to the
+// process cost up to a third of a call on 128 tokens: the system clears them first, and may have
+// lent them elsewhere.
+class MemoryPool {
+ public:
+  ~MemoryPool() {
+    for (const Block& block : blocks_) std::free(block.data);
+  }
+  // Returns memory of just this size, or null.
+  void* take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
+      if (block->bytes != bytes) continue;
+      void* data = block->data;
+      total_ -= bytes;
+      blocks_.erase(std::next(block).base());
+      return data;
+    }
+    return nullptr;
+  }
+  // Frees what has not been asked for longest, if it would be more than LIMIT in all.
+  void give(void* data, size_t bytes) {
+    if (bytes > LIMIT) return std::free(data);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!blocks_.empty() && total_ + bytes > LIMIT) {
+      total_ -= blocks_.front().bytes;
+      std::free(blocks_.front().data);
+      blocks_.pop_front();
+    }
+    try {
+      blocks_.push_back({data, bytes});
+      total_ += bytes;
+    } catch (const std::bad_alloc&) {
+      std::free(data);
+    }
+  }
+
+ private:
+  static constexpr size_t LIMIT = size_t(64) << 20;
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  std::mutex mutex_;
+  std::deque<Block> blocks_;
+  size_t total_ = 0;
+};
+
+inline MemoryPool& memory_pool() {
+  static MemoryPool pool;
+  return pool;
+}
+
+// Scratch memory of one call. What it holds at first is undefined.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(size_t count) {
+    constexpr size_t HUGE_PAGE = size_t(1) << 21;
+    const size_t bytes = count * sizeof(T);
+    const size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
+    bytes_ = std::max((bytes + alignment - 1) / alignment, size_t(1)) * alignment;
+    data_ = static_cast<T*>(memory_pool().take(bytes_));
+    if (data_) return;
+    data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes_));
+    if (!data_) throw std::bad_alloc();
+    advise_huge_pages(data_, bytes_);
+  }
+  ~Buffer() { memory_pool().give(data_, bytes_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+  size_t bytes_;
+};
+
+}  // namespace
+
+// ---- pack.h
+// Packing turns rows of the inputs into the layouts that the micro-GEMM reads.
+//
+// rows       [64][depth]        converted to `packed`, zero beyond the data      (A operand)
+// keys       [depth / PAIR][64] words, transposed: one block of K                (B of Q x K^T)
+// values     [64 / PAIR][DV]    words, neighbouring keys paired: one block of V  (B of P x V)
+
+namespace {
+
+// Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
+inline void pack_row(packed* out, const input* in, int dim, int padded) {
+  if constexpr (INPUT_IS_PACKED) {
+    std::memcpy(out, in, dim * sizeof(packed));
+  } else {
+    int d = 0;
+    for (; d + LANES <= dim; d += LANES) store(out + d, load(in + d, input_tag{}), packed_tag{});
+    if (d < dim) {
+      input tail[LANES] = {};
+      packed converted[LANES];
+      std::memcpy(tail, in + d, (dim - d) * sizeof(input));
+      store(converted, load(tail, input_tag{}), packed_tag{});
+      std::memcpy(out + d, converted, (dim - d) * sizeof(packed));
+    }
+  }
+  if (dim < padded) std::memset(out + dim, 0, (padded - dim) * sizeof(packed));
+}
+
+// Writes the first `dim` floats of a row as inputs. It reads whole vectors.
+inline void unpack_row(input* out, const float* row, int dim) {
+  int d = 0;
+  for (; d + LANES <= dim; d += LANES) store(out + d, load(row + d), input_tag{});
+  if (d < dim) {
+    input tail[LANES];
+    store(tail, load(row + d), input_tag{});
+    std::memcpy(out + d, tail, (dim - d) * sizeof(input));
+  }
+}
+
+// Transposes 64 packed rows of `depth` words to [depth, 64] words.
+inline void transpose_rows(word* out, const word* rows, int depth) {
+  int d = 0;
+  for (; d + LANES <= depth; d += LANES)
+    for (int r = 0; r < BLOCK; r += LANES)
+      transpose(out + d * BLOCK + r, BLOCK, rows + r * depth + d, depth);
+  for (; d < depth; ++d)
+    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
+}
+
+// Packs one block of keys. row(r) is row r of the input, or null where there is none.
+template <typename Row>
+void pack_keys(word* out, packed* rows, const Row& row) {
+  for (int r = 0; r < BLOCK; ++r) {
+    const input* in = row(r);
+    if (in) pack_row(rows + r * DEPTH * PAIR, in, HEAD_DIM, DEPTH * PAIR);
+    else std::memset(rows + r * DEPTH * PAIR, 0, DEPTH * sizeof(word));
+  }
+  transpose_rows(out, reinterpret_cast<const word*>(rows), DEPTH);
+}
+
+// Packs one block of values, with row(r) as above.
+template <typename Row>
+void pack_values(word* out, packed* rows, const Row& row) {
+  for (int r = 0; r < BLOCK; ++r) {
+    packed* target = (USES_BF16 ? rows : reinterpret_cast<packed*>(out)) + r * VALUE_WIDTH;
+    const input* in = row(r);
+    if (in) pack_row(target, in, VALUE_DIM, VALUE_WIDTH);
+    else std::memset(target, 0, VALUE_WIDTH * sizeof(packed));
+  }
+#if USES_BF16
+  for (int r = 0; r < BLOCK; r += 2)
+    for (int n = 0; n < VALUE_WIDTH; n += LANES)
+      store_pairs(out + r / 2 * VALUE_WIDTH + n, rows + r * VALUE_WIDTH + n,
+                  rows + (r + 1) * VALUE_WIDTH + n);
+#endif
+}
+
+}  // namespace
+
+// ---- sum_rows.h
+// Sums of rows of the inputs, which means are made of.
+
+namespace {
+
+constexpr int POOLED = (HEAD_DIM + LANES - 1) / LANES * LANES;  // floats of one sum or mean
+
+// Sums the rows first <= n < stop for which `real(n)` into `sum` [POOLED], and returns how many
+// there are.
+template <typename Real>
+int64_t sum_rows(float* sum, const TensorView& rows, int64_t b, int64_t head, int64_t first,
+                 int64_t stop, const Real& real) {
+  std::fill_n(sum, POOLED, 0.0f);
+  int64_t count = 0;
+  for (int64_t n = first; n < stop; ++n) {
+    if (!real(n)) continue;
+    ++count;
+    const input* row = rows.at(b, head, n);
+    int d = 0;
+    for (; d + LANES <= HEAD_DIM; d += LANES)
+      store(sum + d, add(load(sum + d), load(row + d, input_tag{})));
+    if (d < HEAD_DIM) {
+      input tail[LANES] = {};
+      std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
+      store(sum + d, add(load(sum + d), load(tail, input_tag{})));
+    }
+  }
+  return count;
+}
+
+}  // namespace
+
+// ---- key_runs.h
+// Runs of keys. A run is what one column of a product stands for: the mean of `length` keys
+// (pooled_keys in lowering/reference/pooled_keys.py), or `length` keys one after the other, which
+// meet as many queries (lowering/reference/x_attention.py).
+//
+// s  run
+
+namespace {
+
+// The runs of one kv head's keys, packed in panels of 64 runs each: as B operands, or as rows one
+// after the other.
+struct KeyRuns {
   int64_t count, padded;
   int64_t parts;  // rows of keys that a run consists of
-  word* panels;  // [padded / 64, parts, DEPTH, 64] or [padded, DEPTH]
+  word* panels;   // [padded / 64, parts, DEPTH, 64] or [padded, DEPTH]
   float* weight;  // [padded] what is added to a product, in units of log2; -inf for no keys
 };
 
-// The runs of all heads: those that share a kv head and a length share them.
-class AllRuns {
+// The runs of all heads. Heads with the same kv head and the same length share them.
+class AllKeyRuns {
  public:
-  // length: positions per run, by entry of `heads`; whole: a run keeps its rows, else their mean.
-  AllRuns(const Arguments& a, const int32_t* length, bool whole)
-      : heads_(lay_out(a, length, whole)), panels_(a.batch * words_), weights_(a.batch * runs_) {}
+  // `length` has the positions per run, by entry of `heads`. With `whole` a run keeps its rows,
+  // else it is their mean.
+  AllKeyRuns(const EstimateArguments& a, const int32_t* length, bool whole)
+      : heads_(lay_out(a, length, whole)),
+        panels_(a.batch * words_),
+        weights_(a.batch * runs_) {}
 
   int64_t owner(int64_t h) const { return heads_[h].owner; }
   bool owns(int64_t h) const { return owner(h) == h; }
   int64_t width() const { return width_; }  // runs of the longest, padded
   int64_t parts() const { return parts_; }  // rows of keys of the deepest
 
-  Runs of(int64_t b, int64_t h) const {
+  KeyRuns of(int64_t b, int64_t h) const {
     const Head& head = heads_[heads_[h].owner];
     return {head.count, head.padded, head.parts, panels_.get() + b * words_ + head.first_word,
             weights_.get() + b * runs_ + head.first_run};
@@ -601,7 +867,7 @@ class AllRuns {
     int64_t owner, count, padded, parts, first_run, first_word;
   };
 
-  std::vector<Head> lay_out(const Arguments& a, const int32_t* length, bool whole) {
+  std::vector<Head> lay_out(const EstimateArguments& a, const int32_t* length, bool whole) {
     std::vector<Head> heads(a.num_heads);
     for (int64_t h = 0; h < a.num_heads; ++h) {
       const int64_t count = (round_up(a.num_keys, BLOCK) + length[h] - 1) / length[h];
@@ -624,29 +890,7 @@ class AllRuns {
   Buffer<float> weights_;
 };
 
-// Sum of the rows first <= n < stop for which `real(n)`, [POOLED]; returns how many there are.
-template <typename Real>
-int64_t sum_rows(float* sum, const Rows& rows, int64_t b, int64_t head, int64_t first, int64_t stop,
-                 const Real& real) {
-  std::fill_n(sum, POOLED, 0.0f);
-  int64_t count = 0;
-  for (int64_t n = first; n < stop; ++n) {
-    if (!real(n)) continue;
-    ++count;
-    const input* row = rows.at(b, head, n);
-    int d = 0;
-    for (; d + LANES <= HEAD_DIM; d += LANES)
-      store(sum + d, add(load(sum + d), load(row + d, input_tag{})));
-    if (d < HEAD_DIM) {
-      input tail[LANES] = {};
-      std::memcpy(tail, row + d, (HEAD_DIM - d) * sizeof(input));
-      store(sum + d, add(load(sum + d), load(tail, input_tag{})));
-    }
-  }
-  return count;
-}
-
-// The mean of `count` rows of that sum; zeros if there are none.
+// Packs the mean of the `count` rows of such a sum, or zeros if there are none.
 inline void pack_mean(packed* out, const float* sum, int64_t count) {
   const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
   packed wide[POOLED];
@@ -656,15 +900,16 @@ inline void pack_mean(packed* out, const float* sum, int64_t count) {
   std::memcpy(out, wide, HEAD_DIM * sizeof(packed));
 }
 
-// Means of the 64 runs of one panel, a row of DEPTH words each. sum: room for POOLED floats;
-// log_size: a run weighs as many keys as it has, else as one.
-void pool_runs(const Arguments& a, const Runs& runs, float* sum, const Rows& key, int64_t b,
-               int64_t kv_head, int64_t length, int64_t panel, bool log_size, word* out) {
+// Packs the means of the 64 runs of one panel, a row of DEPTH words each. `sum` has room for POOLED
+// floats. With `log_size` a run weighs as many keys as it has, else as one.
+void pool_runs(const EstimateArguments& a, const KeyRuns& runs, float* sum, const TensorView& key,
+               int64_t b, int64_t kv_head, int64_t length, int64_t panel, bool log_size,
+               word* out) {
   for (int r = 0; r < BLOCK; ++r) {
     const int64_t run = panel * BLOCK + r, first = run * length;
-    const int64_t count = sum_rows(sum, key, b, kv_head, first,
-                                   std::min(a.num_keys, first + length),
-                                   [&](int64_t j) { return key_is_real(a, b, j); });
+    const int64_t count =
+        sum_rows(sum, key, b, kv_head, first, std::min(a.num_keys, first + length),
+                 [&](int64_t j) { return key_is_real(a, b, j); });
     runs.weight[run] = count == 0 ? NEGATIVE_INFINITY
         : log_size                ? std::log2(static_cast<float>(count))
                                   : 0.0f;
@@ -672,54 +917,66 @@ void pool_runs(const Arguments& a, const Runs& runs, float* sum, const Rows& key
   }
 }
 
-// The runs that a line sees: low <= s < high.
-struct Seen {
+// The runs that a query row sees are low <= s < high.
+struct RunRange {
   int64_t low, high;
 };
 
-constexpr int LAST_QUERIES = 64;
+}  // namespace
+
+// ---- last_queries.h
+// Softmax weights of the last queries over all keys. last_query_sums in
+// lowering/reference/vertical_slash.py says what they mean.
+//
+// j  key position     q  one of the last QUERIES queries
+// first_row  row of the first one, negative where the prompt has fewer
+//
+// Scores are taken transposed, a row of QUERIES per key: keys need no packing, and the softmax runs
+// down the rows without horizontal sums. The exponentials of a block of keys are relative to that
+// block's own greatest score per query, so that every score is computed and exponentiated once.
+// What a block is to be multiplied with follows when all are done.
+
+namespace {
+
 static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLOCK");
 
-// Floats per row of a tile of scores: products come in whole column steps.
+// Floats per row of a tile of scores. Products come in whole column steps.
 template <int QUERIES>
 constexpr int SCORE_WIDTH = QUERIES < COLUMN_STEP ? COLUMN_STEP : QUERIES;
 
-inline uint64_t low_bits(int64_t count) {
-  return count <= 0 ? 0 : count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
-}
-
-// Queries as a B operand, [DEPTH, BLOCK] words; row(q): row q of the input, or null. Their products
-// are to be multiplied with exponent_of_product(): the sign of the scale is in them.
+// Packs queries as a B operand, [DEPTH, BLOCK] words. row(q) is row q of the input, or null. The
+// products are to be multiplied with exponent_of_product(): the sign of the scale is in them.
 template <typename Row>
-void pack_queries(const Arguments& a, word* out, packed* staging, const Row& row) {
+void pack_queries(const EstimateArguments& a, word* out, packed* staging, const Row& row) {
   pack_keys(out, staging, [&](int q) { return a.scale != 0 ? row(q) : nullptr; });
   if (a.scale < 0) {
-    for (int n = 0; n < DEPTH * BLOCK; ++n)
-      out[n] = out[n] ^ 0x80008000u;
+    for (int n = 0; n < DEPTH * BLOCK; ++n) out[n] = negate(out[n]);
   }
 }
 
-// The last queries of one head, as a B operand [DEPTH, LAST_QUERIES].
+// Packs the last queries of one head as a B operand [DEPTH, LAST_QUERIES].
 template <int QUERIES = LAST_QUERIES>
-void pack_last_queries(const Arguments& a, word* out, packed* staging, const Rows& query, int64_t b,
-                       int64_t head, int64_t first_row) {
+void pack_last_queries(const EstimateArguments& a, word* out, packed* staging,
+                       const TensorView& query, int64_t b, int64_t head, int64_t first_row) {
   pack_queries(a, out, staging, [&](int q) -> const input* {
     return q < QUERIES && first_row + q >= 0 ? query.at(b, head, first_row + q) : nullptr;
   });
 }
 
-inline vec exponent_of_product(const Arguments& a) {
+inline vec exponent_of_product(const EstimateArguments& a) {
   return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
 }
 
-// Products of the keys of one block with the last queries, [BLOCK, SCORE_WIDTH], -inf where the mask
-// hides the key.
+// Multiplies the keys of one block with the last queries, [BLOCK, SCORE_WIDTH]. Where the mask
+// hides a key the product is -inf.
 template <int QUERIES = LAST_QUERIES>
-void score_block(const Arguments& a, const word* queries, packed* staging, const Rows& key,
-                 int64_t b, int64_t kv_head, int64_t first, int64_t first_row, float* scores) {
+void score_block(const EstimateArguments& a, const word* queries, packed* staging,
+                 const TensorView& key, int64_t b, int64_t kv_head, int64_t first,
+                 int64_t first_row, float* scores) {
   constexpr int WIDTH = SCORE_WIDTH<QUERIES>;
   const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
-  const bool in_place = HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
+  const bool in_place =
+      INPUT_IS_PACKED && HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
   const word* rows = reinterpret_cast<const word*>(staging);
   int stride = DEPTH;
   if (in_place) {
@@ -746,20 +1003,18 @@ void score_block(const Arguments& a, const word* queries, packed* staging, const
     if (a.window > 0) visible &= low_bits(j + a.window - position);
     if (visible == ~uint64_t(0)) continue;
     float* row = scores + r * WIDTH;
-    for (int n = 0; n < QUERIES; n += LANES)
-      store(row + n, keep(visible >> n, load(row + n)));
+    for (int n = 0; n < QUERIES; n += LANES) store(row + n, keep(visible >> n, load(row + n)));
   }
 }
 
-// The exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of each
-// query in it; greatest (exponents of 2) and total of them: [QUERIES].
+// Takes the exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of
+// each query in it. `greatest` (as exponents of 2) and `total` of them are [QUERIES].
 template <int QUERIES = LAST_QUERIES>
 void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, float* greatest,
                         float* total) {
   constexpr int VECTORS_PER_ROW = QUERIES / LANES, WIDTH = SCORE_WIDTH<QUERIES>;
   vec most[VECTORS_PER_ROW], sum[VECTORS_PER_ROW];
-  for (int v = 0; v < VECTORS_PER_ROW; ++v)
-    most[v] = set1(NEGATIVE_INFINITY), sum[v] = set1(0.0f);
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) most[v] = set1(NEGATIVE_INFINITY), sum[v] = set1(0.0f);
   for (int r = 0; r < BLOCK; ++r)
     for (int v = 0; v < VECTORS_PER_ROW; ++v)
       most[v] = maximum(most[v], load(scores + r * WIDTH + v * LANES));
@@ -779,8 +1034,9 @@ void exponentiate_block(const float* scores, vec exponent, uint16_t* weights, fl
   for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, sum[v]);
 }
 
-// What the exponentials of each block are to be multiplied with to be shares of the softmax, in the
-// place of `greatest`; both arrays are [blocks, QUERIES]. Zeros for a query that sees nothing.
+// Puts in the place of `greatest` what the exponentials of each block are to be multiplied with to
+// be shares of the softmax. Both arrays are [blocks, QUERIES]. A query that sees nothing gets
+// zeros.
 template <int QUERIES = LAST_QUERIES>
 void find_factors(float* greatest, const float* total, int64_t blocks) {
   constexpr int VECTORS_PER_ROW = QUERIES / LANES;
@@ -805,15 +1061,24 @@ void find_factors(float* greatest, const float* total, int64_t blocks) {
   }
 }
 
-struct ColumnScratch {
+}  // namespace
+
+// ---- vertical_columns.h
+// Finds the vertical columns: the single keys that get most attention of the last queries.
+// last_query_sums in lowering/reference/vertical_slash.py says what it means. The weights of one
+// head stay in a strip of N rows, so memory is O(N) per thread.
+
+namespace {
+
+struct VerticalColumnScratch {
   Buffer<packed> staging;
-  Buffer<word> queries;  // [DEPTH, LAST_QUERIES] words: a B operand
-  Buffer<float> scores;  // of one block of keys
-  Buffer<uint16_t> weights;  // [padded keys, LAST_QUERIES]
+  Buffer<word> queries;           // [DEPTH, LAST_QUERIES] words: a B operand
+  Buffer<float> scores;           // of one block of keys
+  Buffer<uint16_t> weights;       // [padded keys, LAST_QUERIES]
   Buffer<float> factors, totals;  // [key blocks, LAST_QUERIES]
   std::vector<float> sums, ranked;
 
-  explicit ColumnScratch(int64_t padded)
+  explicit VerticalColumnScratch(int64_t padded)
       : staging(BLOCK * DEPTH * PAIR),
         queries(DEPTH * LAST_QUERIES),
         scores(BLOCK * LAST_QUERIES),
@@ -823,10 +1088,12 @@ struct ColumnScratch {
         sums(padded) {}
 };
 
-// Attention of the last QUERIES queries, summed per key, into `sums`; last: row of the last real one.
+// Sums the attention of the last QUERIES queries per key into `sums`. `last` is the row of the last
+// real one.
 template <int QUERIES>
-void sum_columns(const Arguments& a, ColumnScratch& s, const Rows& query, const Rows& key,
-                 int64_t b, int64_t h, int64_t last) {
+void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
+                          const TensorView& query, const TensorView& key, int64_t b, int64_t h,
+                          int64_t last) {
   constexpr int VECTORS_PER_ROW = QUERIES / LANES;
   const int64_t first_row = last - (QUERIES - 1);
   const int64_t reach = std::min(a.num_keys, a.causal ? a.query_offset + last + 1 : a.num_keys);
@@ -856,18 +1123,19 @@ void sum_columns(const Arguments& a, ColumnScratch& s, const Rows& query, const 
   }
 }
 
-// As above, with as many queries as the head's rule says.
-void sum_columns(const Arguments& a, ColumnScratch& s, const Rows& query, const Rows& key,
-                 int64_t b, int64_t h, int64_t last) {
+// Does the same with as many queries as the head's rule says.
+void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
+                          const TensorView& query, const TensorView& key, int64_t b, int64_t h,
+                          int64_t last) {
   switch (a.last_queries[h]) {
-    case 16: return sum_columns<16>(a, s, query, key, b, h, last);
-    case 32: return sum_columns<32>(a, s, query, key, b, h, last);
-    default: return sum_columns<LAST_QUERIES>(a, s, query, key, b, h, last);
+    case 16: return sum_vertical_columns<16>(a, s, query, key, b, h, last);
+    case 32: return sum_vertical_columns<32>(a, s, query, key, b, h, last);
+    default: return sum_vertical_columns<LAST_QUERIES>(a, s, query, key, b, h, last);
   }
 }
 
-// The value of rank `count` among n values, 1 for the largest. One of every 16 tells which are too
-// small, so that few have to be put in order.
+// Returns the value of rank `count` among n values, 1 for the largest. One of every 16 tells which
+// are too small, so that few have to be put in order.
 float find_ranked(std::vector<float>& few, const float* values, int64_t n, int64_t count) {
   constexpr int64_t STEP = 16;
   few.clear();
@@ -885,8 +1153,9 @@ float find_ranked(std::vector<float>& few, const float* values, int64_t n, int64
   return few[count - 1];
 }
 
-// The `columns` keys of the head with the largest sums; those without any are not kept.
-void write_columns(const Arguments& a, ColumnScratch& s, int64_t b, int64_t h) {
+// Writes the `columns` keys of the head with the largest sums. Those without any are not kept.
+void write_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s, int64_t b,
+                            int64_t h) {
   int64_t left = std::min<int64_t>(a.columns[h], a.num_keys);
   const float least =
       left > 0 ? find_ranked(s.ranked, s.sums.data(), a.num_keys, left) : NEGATIVE_INFINITY;
@@ -902,21 +1171,89 @@ void write_columns(const Arguments& a, ColumnScratch& s, int64_t b, int64_t h) {
   a.column_count[head] = written;
 }
 
-constexpr int BYTE_DEPTH = 16;
+}  // namespace
+
+// ---- gemm_int8_vnni.h
+// Products of 8-bit numbers in vector registers.
+
+namespace {
+
+constexpr bool INT8_ROWS_ARE_UNSIGNED = true;
+
+// Multiplies R rows with all columns, in R x 4 accumulators, 4 registers of columns and 1 of a row.
+template <int R>
+__attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float* a_step,
+                                                  const uint32_t* b, const float* b_step,
+                                                  const int32_t* start, float* products) {
+  constexpr int VECTORS_PER_ROW = BLOCK / LANES;
+  int_vec acc[R][VECTORS_PER_ROW];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) acc[r][v] = load_aligned_ints(start + v * LANES);
+  for (int k = 0; k < INT8_DEPTH; ++k, b += BLOCK) {
+    int_vec factor[VECTORS_PER_ROW];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) factor[v] = load_ints(b + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const int_vec broadcast = set1_int(static_cast<int>(a[r * INT8_DEPTH + k]));
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS_PER_ROW; ++v) add_int8_products(acc[r][v], broadcast, factor[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const vec step = set1(a_step[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS_PER_ROW; ++v)
+      store(products + r * BLOCK + v * LANES,
+            mul(mul(to_floats(acc[r][v]), step), load(b_step + v * LANES)));
+  }
+}
+
+// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 2, with BLOCK others. The
+// steps are what 1 is worth in each row and in each column; sums begin with `start`.
+inline void multiply_int8(const uint32_t* a, const float* a_step, const uint32_t* b,
+                          const float* b_step, const int32_t* start, int rows, float* products) {
+  int r = 0;
+  for (; r + 6 <= rows; r += 6)
+    multiply_int8_rows<6>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+  for (; r + 4 <= rows; r += 4)
+    multiply_int8_rows<4>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+  for (; r < rows; r += 2)
+    multiply_int8_rows<2>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+}
+
+}  // namespace
+
+// ---- pooled_keys_int8.h
+// Products of pooled keys with query rows in 8-bit numbers, at twice the rate of bf16 pairs. They
+// only choose blocks, so each row is rounded to 255 levels of its greatest number.
+//
+// The same vector, the mean of some keys, is subtracted from all pooled keys first: softmax is
+// invariant to it, and what all keys share would take most of the levels (SageAttention, arXiv
+// 2410.02367, section 4.2).
+//
+// runs        [padded, INT8_DEPTH] words of four numbers each  (A operand)
+// query rows  [INT8_DEPTH, BLOCK] words                        (B operand)
+
+namespace {
+
 constexpr int64_t CENTRE_STEP = BLOCK;  // every so many keys make the vector that is subtracted
 
-// Means of the runs of one kv head, weight as in Runs.
-struct MeanRuns {
+// The pooled keys of one kv head. `weight` is as in KeyRuns.
+struct PooledKeys {
   int64_t count, padded;
   uint32_t* panels;
   float *weight, *step;  // [padded] step: what 1 is worth in a run's row
-  float* centre;  // [POOLED]
+  float* centre;         // [POOLED]
 };
 
-// Those of all heads.
-class AllMeanRuns {
+// The pooled keys of all heads.
+class AllPooledKeys {
  public:
-  explicit AllMeanRuns(const Arguments& a)
+  explicit AllPooledKeys(const EstimateArguments& a)
       : all_(a, a.pool, /*whole=*/false),
         heads_(a.num_heads),
         steps_(a.batch * heads_ * all_.width()),
@@ -925,20 +1262,25 @@ class AllMeanRuns {
   bool owns(int64_t h) const { return all_.owner(h) == h; }
   int64_t width() const { return all_.width(); }
 
-  MeanRuns of(int64_t b, int64_t h) const {
-    const Runs runs = all_.of(b, h);
+  PooledKeys of(int64_t b, int64_t h) const {
+    const KeyRuns runs = all_.of(b, h);
     const int64_t slot = b * heads_ + all_.owner(h);
-    return {runs.count, runs.padded, reinterpret_cast<uint32_t*>(runs.panels), runs.weight,
-            steps_.get() + slot * all_.width(), centres_.get() + slot * POOLED};
+    return {runs.count,
+            runs.padded,
+            reinterpret_cast<uint32_t*>(runs.panels),
+            runs.weight,
+            steps_.get() + slot * all_.width(),
+            centres_.get() + slot * POOLED};
   }
 
  private:
-  AllRuns all_;
+  AllKeyRuns all_;
   int64_t heads_;
   Buffer<float> steps_, centres_;
 };
 
-// What a level is worth so that 127 of them are the greatest number of a row [POOLED]; 1 for zeros.
+// Says what a level is worth if 127 of them are the greatest number of a row [POOLED]. A row of
+// zeros gets 1.
 inline float step_of(const float* row) {
   vec most = set1(0.0f);
   for (int d = 0; d < POOLED; d += LANES) {
@@ -949,26 +1291,22 @@ inline float step_of(const float* row) {
   return greatest > 0.0f ? greatest / 127 : 1.0f;
 }
 
-// A row [POOLED] in steps, [BYTE_DEPTH] words; returns the sum of all its numbers.
-inline int32_t pack_bytes(uint32_t* out, const float* row, float step) {
+// Writes a row [POOLED] in steps, as [INT8_DEPTH] words, and returns the sum of all its numbers.
+inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
   const vec inverse = set1(1.0f / step);
   alignas(16) int8_t bytes[POOLED];
-  __m512i sum = _mm512_setzero_si512();
-  for (int d = 0; d < POOLED; d += LANES) {
-    const __m512i levels = _mm512_cvtps_epi32(mul(load(row + d), inverse));
-    const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
-    _mm_store_si128(reinterpret_cast<__m128i*>(bytes + d), narrow);
-    sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
-  }
-  constexpr int BYTES = BYTE_DEPTH * 4, SHARED = POOLED < BYTES ? POOLED : BYTES;
+  int_vec sum = zero_ints();
+  for (int d = 0; d < POOLED; d += LANES)
+    sum = store_int8(bytes + d, mul(load(row + d), inverse), sum);
+  constexpr int BYTES = INT8_DEPTH * 4, SHARED = POOLED < BYTES ? POOLED : BYTES;
   std::memset(out, 0, BYTES);
   std::memcpy(out, bytes, SHARED);
-  return _mm512_reduce_add_epi32(sum);
+  return reduce_add(sum);
 }
 
-// The vector that all means of a kv head have subtracted.
-void find_centre(const Arguments& a, const MeanRuns& runs, const Rows& key, int64_t b,
-                 int64_t kv_head) {
+// Finds the vector that is subtracted from all pooled keys of a kv head.
+void find_centre(const EstimateArguments& a, const PooledKeys& runs, const TensorView& key,
+                 int64_t b, int64_t kv_head) {
   float* centre = runs.centre;
   const int64_t count = sum_rows(centre, key, b, kv_head, 0, a.num_keys, [&](int64_t j) {
     return j % CENTRE_STEP == 0 && key_is_real(a, b, j);
@@ -977,52 +1315,52 @@ void find_centre(const Arguments& a, const MeanRuns& runs, const Rows& key, int6
   for (int d = 0; d < POOLED; d += LANES) store(centre + d, divide(load(centre + d), total));
 }
 
-// Means of the 64 runs of one panel. mean: room for POOLED floats.
-void pool_means(const Arguments& a, const MeanRuns& runs, float* mean, const Rows& key, int64_t b,
-                int64_t kv_head, int64_t length, int64_t panel) {
+// Pools the keys of the 64 runs of one panel. `mean` has room for POOLED floats.
+void pool_keys(const EstimateArguments& a, const PooledKeys& runs, float* mean,
+               const TensorView& key, int64_t b, int64_t kv_head, int64_t length, int64_t panel) {
   for (int64_t run = panel * BLOCK; run < (panel + 1) * BLOCK; ++run) {
-    const int64_t count = sum_rows(mean, key, b, kv_head, run * length,
-                                   std::min(a.num_keys, (run + 1) * length),
-                                   [&](int64_t j) { return key_is_real(a, b, j); });
-    runs.weight[run] =
-        count == 0 ? NEGATIVE_INFINITY : std::log2(static_cast<float>(count));
+    const int64_t count =
+        sum_rows(mean, key, b, kv_head, run * length, std::min(a.num_keys, (run + 1) * length),
+                 [&](int64_t j) { return key_is_real(a, b, j); });
+    runs.weight[run] = count == 0 ? NEGATIVE_INFINITY : std::log2(static_cast<float>(count));
     const vec total = set1(static_cast<float>(std::max<int64_t>(count, 1)));
     for (int d = 0; d < POOLED; d += LANES)
       store(mean + d, sub(divide(load(mean + d), total), load(runs.centre + d)));
-    uint32_t* out = runs.panels + run * BYTE_DEPTH;
+    uint32_t* out = runs.panels + run * INT8_DEPTH;
     runs.step[run] = step_of(mean);
-    pack_bytes(out, mean, runs.step[run]);
-    for (int k = 0; k < BYTE_DEPTH; ++k) out[k] ^= 0x80808080u;  // unsigned: 128 more
+    pack_int8(out, mean, runs.step[run]);
+    if constexpr (INT8_ROWS_ARE_UNSIGNED)
+      for (int k = 0; k < INT8_DEPTH; ++k) out[k] ^= 0x80808080u;  // 128 more
   }
 }
 
 // BLOCK query rows as a B operand, with what a product is to be multiplied with.
-struct MeanLines {
+struct PackedQueryRows {
   Buffer<uint32_t> rows, words;
   Buffer<float> row;
   alignas(64) float step[BLOCK];
   alignas(64) int32_t start[BLOCK];  // of a product's sum: it takes 128 off from the runs' numbers
 
-  MeanLines() : rows(BLOCK * BYTE_DEPTH), words(BLOCK * BYTE_DEPTH), row(POOLED) {}
+  PackedQueryRows() : rows(BLOCK * INT8_DEPTH), words(BLOCK * INT8_DEPTH), row(POOLED) {}
 
-  // line(r): row r of the input, or null. The sign of the scale goes into the steps.
-  template <typename Line>
-  void pack(const Arguments& a, const Line& line) {
+  // row_at(r) is row r of the input, or null. The sign of the scale goes into the steps.
+  template <typename RowAt>
+  void pack(const EstimateArguments& a, const RowAt& row_at) {
     for (int r = 0; r < BLOCK; ++r) {
-      const input* in = a.scale != 0 ? line(r) : nullptr;
+      const input* in = a.scale != 0 ? row_at(r) : nullptr;
       step[r] = 0.0f, start[r] = 0;
-      uint32_t* out = rows.get() + r * BYTE_DEPTH;
+      uint32_t* out = rows.get() + r * INT8_DEPTH;
       if (!in) {
-        std::memset(out, 0, BYTE_DEPTH * sizeof(uint32_t));
+        std::memset(out, 0, INT8_DEPTH * sizeof(uint32_t));
         continue;
       }
       widen_row(row.get(), in);
       const float own = step_of(row.get());
-      start[r] = -128 * pack_bytes(out, row.get(), own);
+      start[r] = -128 * pack_int8(out, row.get(), own);
       step[r] = a.scale < 0 ? -own : own;
     }
     transpose_rows(reinterpret_cast<word*>(words.get()), reinterpret_cast<word*>(rows.get()),
-                   BYTE_DEPTH);
+                   INT8_DEPTH);
   }
 
  private:
@@ -1036,79 +1374,39 @@ struct MeanLines {
   }
 };
 
-// acc += sums of four products per lane, `a` unsigned and `b` signed. By name: with the intrinsic,
-// GCC 12 keeps accumulators on the stack, at half the speed.
-inline void add_products(__m512i& acc, __m512i a, __m512i b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+// Computes products [rows, BLOCK] of `rows` runs, a multiple of ROW_STEP, from `first` on, with all
+// query rows.
+inline void multiply_pooled_keys(const PooledKeys& runs, int64_t first, int rows,
+                                 const PackedQueryRows& query_rows, float* products) {
+  multiply_int8(runs.panels + first * INT8_DEPTH, runs.step + first, query_rows.words.get(),
+                query_rows.step, query_rows.start, rows, products);
 }
 
-// R runs from `first` on with all lines: R x 4 accumulators, 4 of lines, 1 of a run.
-template <int R>
-__attribute__((noinline)) void multiply_means_of(const MeanRuns& runs, int64_t first,
-                                                 const MeanLines& lines, float* products) {
-  constexpr int VECTORS_PER_ROW = BLOCK / LANES;
-  const uint32_t* a = runs.panels + first * BYTE_DEPTH;
-  const uint32_t* b = lines.words.get();
-  __m512i acc[R][VECTORS_PER_ROW];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS_PER_ROW; ++v)
-      acc[r][v] = _mm512_load_si512(lines.start + v * LANES);
-  for (int k = 0; k < BYTE_DEPTH; ++k, b += BLOCK) {
-    __m512i factor[VECTORS_PER_ROW];
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS_PER_ROW; ++v) factor[v] = _mm512_loadu_si512(b + v * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512i broadcast = _mm512_set1_epi32(static_cast<int>(a[r * BYTE_DEPTH + k]));
-#pragma GCC unroll 8
-      for (int v = 0; v < VECTORS_PER_ROW; ++v)
-        add_products(acc[r][v], broadcast, factor[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const vec step = set1(runs.step[first + r]);
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS_PER_ROW; ++v)
-      store(products + r * BLOCK + v * LANES,
-            mul(mul(_mm512_cvtepi32_ps(acc[r][v]), step), load(lines.step + v * LANES)));
-  }
-}
+}  // namespace
 
-// products [rows, BLOCK]: `rows` runs, a multiple of 2, from `first` on, with all lines.
-void multiply_means(const MeanRuns& runs, int64_t first, int rows, const MeanLines& lines,
-                    float* products) {
-  int r = 0;
-  for (; r + 6 <= rows; r += 6) multiply_means_of<6>(runs, first + r, lines, products + r * BLOCK);
-  for (; r + 4 <= rows; r += 4) multiply_means_of<4>(runs, first + r, lines, products + r * BLOCK);
-  for (; r < rows; r += 2) multiply_means_of<2>(runs, first + r, lines, products + r * BLOCK);
-}
+// ---- union.h
+// Estimates lists of key blocks and vertical columns in one pass. lowering/reference/union.py says
+// what it means; the scores are row_scores of lowering/reference/pooled_keys.py.
+//
+// row    a query row that is looked at; BLOCK of them, of BLOCK / rows query blocks, make one product
+// panel  64 runs of keys
+//
+// Products are taken transposed, a row of query rows per run: the softmax of a query row runs down
+// the rows, and so do the sums over the runs of a key block. The exponentials of a panel are
+// relative to its own greatest, so that no score is looked at twice. What a query row of a panel is
+// to be multiplied with follows when all are done.
 
-// Bit n: x[n] >= least[n].
-inline uint32_t at_least(vec x, vec least) {
-  return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ);
-}
-
-// Every lane becomes the sum of the `count` lanes it stands with; count: 1, 2, 4 .. LANES.
-inline vec sum_neighbours(vec x, int64_t count) {
-  if (count > 1) x = add(x, _mm512_permute_ps(x, 0xb1));
-  if (count > 2) x = add(x, _mm512_permute_ps(x, 0x4e));
-  if (count > 4) x = add(x, _mm512_shuffle_f32x4(x, x, 0xb1));
-  if (count > 8) x = add(x, _mm512_shuffle_f32x4(x, x, 0x4e));
-  return x;
-}
+namespace {
 
 struct UnionScratch {
-  MeanLines lines;
+  PackedQueryRows query_rows;
   Buffer<float> mean;
-  Buffer<float> products;  // [BLOCK, BLOCK] of one panel
-  Buffer<float> sums;  // [key blocks, BLOCK] relative to the greatest of their panel
+  Buffer<float> products;         // [BLOCK, BLOCK] of one panel
+  Buffer<float> sums;             // [key blocks, BLOCK] relative to the greatest of their panel
   Buffer<float> factors, totals;  // [panels, BLOCK]
-  Buffer<float> scores;  // [query blocks of a product, key blocks]
-  std::vector<uint64_t> sharp;  // per key block: for which query blocks of the product it is
-  Selection selection;
+  Buffer<float> scores;           // [query blocks of a product, key blocks]
+  std::vector<uint64_t> sharp;    // per key block: for which query blocks of the product it is
+  BlockSelection selection;
 
   UnionScratch(int64_t width, int64_t key_blocks)  // width: runs of the longest, padded
       : mean(POOLED),
@@ -1120,15 +1418,15 @@ struct UnionScratch {
         sharp(key_blocks) {}
 };
 
-// What BLOCK lines see: run s if low[line] <= s < high[line].
-struct Sight {
-  float low[BLOCK], high[BLOCK];  // whole numbers
-  int64_t first = std::numeric_limits<int64_t>::max(), stop = 0;  // runs that any line sees
-  int64_t low_of_all = 0, high_of_all = std::numeric_limits<int64_t>::max();  // that every line sees
+// What BLOCK query rows see: run s if low[row] <= s < high[row].
+struct VisibleRuns {
+  float low[BLOCK], high[BLOCK];                                  // whole numbers
+  int64_t first = std::numeric_limits<int64_t>::max(), stop = 0;  // runs that any row sees
+  int64_t low_of_all = 0, high_of_all = std::numeric_limits<int64_t>::max();  // that every row sees
 
-  void set(int line, Seen seen) {
-    low[line] = static_cast<float>(seen.low);
-    high[line] = static_cast<float>(seen.high);
+  void set(int row, RunRange seen) {
+    low[row] = static_cast<float>(seen.low);
+    high[row] = static_cast<float>(seen.high);
     low_of_all = std::max(low_of_all, seen.low);
     high_of_all = std::min(high_of_all, seen.high);
     if (seen.low >= seen.high) return;
@@ -1137,30 +1435,31 @@ struct Sight {
   }
 };
 
-// Hides what lines do not see in the products of one panel.
-void hide_unseen(float* products, const Sight& sight, int64_t panel, int64_t runs) {
+// Hides what query rows do not see in the products of one panel.
+void hide_unseen(float* products, const VisibleRuns& visible, int64_t panel, int64_t runs) {
   for (int64_t r = 0; r < runs; ++r) {
     const vec run = set1(static_cast<float>(panel * BLOCK + r));
     const vec next = add(run, set1(1.0f));
     for (int n = 0; n < BLOCK; n += LANES) {
       float* row = products + r * BLOCK + n;
-      const uint32_t seen = at_least(run, load(sight.low + n)) & at_least(load(sight.high + n), next);
+      const uint32_t seen =
+          at_least(run, load(visible.low + n)) & at_least(load(visible.high + n), next);
       store(row, keep(seen, load(row)));
     }
   }
 }
 
-// Exponentials of the first `runs` of a panel, summed over the runs of each key block, `ratio` each.
+// Takes the exponentials of the first `runs` of a panel, summed over the runs of each key block,
+// `ratio` each.
 void sum_panel(const float* products, const float* weight, vec exponent, int64_t runs,
                int64_t ratio, float* sums, float* greatest, float* total) {
   constexpr int VECTORS_PER_ROW = BLOCK / LANES;
   vec most[VECTORS_PER_ROW], all[VECTORS_PER_ROW];
-  for (int v = 0; v < VECTORS_PER_ROW; ++v)
-    most[v] = set1(NEGATIVE_INFINITY), all[v] = set1(0.0f);
+  for (int v = 0; v < VECTORS_PER_ROW; ++v) most[v] = set1(NEGATIVE_INFINITY), all[v] = set1(0.0f);
   for (int64_t r = 0; r < runs; ++r)
     for (int v = 0; v < VECTORS_PER_ROW; ++v)
-      most[v] = maximum(most[v], fma(load(products + r * BLOCK + v * LANES), exponent,
-                                     set1(weight[r])));
+      most[v] =
+          maximum(most[v], fma(load(products + r * BLOCK + v * LANES), exponent, set1(weight[r])));
   for (int v = 0; v < VECTORS_PER_ROW; ++v) {
     store(greatest + v * LANES, most[v]);
     most[v] = finite_or_zero(most[v]);
@@ -1170,9 +1469,10 @@ void sum_panel(const float* products, const float* weight, vec exponent, int64_t
     for (int v = 0; v < VECTORS_PER_ROW; ++v) block[v] = set1(0.0f);
     for (int64_t r = first; r < first + ratio; ++r)
       for (int v = 0; v < VECTORS_PER_ROW; ++v)
-        block[v] = add(block[v], exp2_vec(sub(fma(load(products + r * BLOCK + v * LANES), exponent,
-                                                  set1(weight[r])),
-                                              most[v])));
+        block[v] =
+            add(block[v],
+                exp2_vec(sub(fma(load(products + r * BLOCK + v * LANES), exponent, set1(weight[r])),
+                             most[v])));
     for (int v = 0; v < VECTORS_PER_ROW; ++v) {
       store(sums + v * LANES, block[v]);
       all[v] = add(all[v], block[v]);
@@ -1181,8 +1481,8 @@ void sum_panel(const float* products, const float* weight, vec exponent, int64_t
   for (int v = 0; v < VECTORS_PER_ROW; ++v) store(total + v * LANES, all[v]);
 }
 
-// Softmax shares of the key blocks first <= kb < stop: summed over the lines of each query block
-// into `scores`, and marked in `sharp` where one line's is at least `least`.
+// Takes softmax shares of the key blocks first <= kb < stop. They are summed over the query rows of
+// each query block into `scores`, and marked in `sharp` where that of one row is at least `least`.
 void score_blocks(UnionScratch& s, int64_t first, int64_t stop, int64_t ratio, int64_t rows,
                   float least) {
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size()), at_once = BLOCK / rows;
@@ -1209,45 +1509,47 @@ void score_blocks(UnionScratch& s, int64_t first, int64_t stop, int64_t ratio, i
   }
 }
 
-// Shares of all key blocks, for the lines of `blocks` query blocks from `first` on.
-void score_lines(const Arguments& a, UnionScratch& s, const MeanRuns& runs, const Rows& query,
-                 int64_t b, int64_t h, int64_t first, int64_t blocks) {
+// Scores all key blocks, for the query rows of `blocks` query blocks from `first` on.
+void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledKeys& runs,
+                      const TensorView& query, int64_t b, int64_t h, int64_t first,
+                      int64_t blocks) {
   const int64_t rows = a.rows[h], pool = a.pool[h], ratio = BLOCK / pool;
   const int64_t end = a.query_offset + a.num_queries;
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size());
-  Sight sight;
-  const input* lines[BLOCK] = {};
-  for (int line = 0; line < BLOCK; ++line) {
-    const int64_t block = first + line / rows;
+  VisibleRuns visible;
+  const input* query_rows[BLOCK] = {};
+  for (int row = 0; row < BLOCK; ++row) {
+    const int64_t block = first + row / rows;
     const int64_t last = std::min(end, (block + 1) * BLOCK) - 1;
-    const int64_t p = last - (rows - 1 - line % rows) * (BLOCK / rows), n = p - a.query_offset;
-    Seen seen{0, 0};
-    if (line < blocks * rows && n >= 0 && p >= block * BLOCK && query_is_real(a, b, n)) {
-      lines[line] = query.at(b, a.heads[h], n);
+    const int64_t p = last - (rows - 1 - row % rows) * (BLOCK / rows), n = p - a.query_offset;
+    RunRange seen{0, 0};
+    if (row < blocks * rows && n >= 0 && p >= block * BLOCK && query_is_real(a, b, n)) {
+      query_rows[row] = query.at(b, a.heads[h], n);
       const int64_t hidden = a.window > 0 ? p - a.window - (pool - 1) : -1;
       seen = {hidden < 0 ? 0 : hidden / pool + 1,
               a.causal ? std::min(runs.count, p / pool + 1) : runs.count};
     }
-    sight.set(line, seen);
+    visible.set(row, seen);
   }
-  s.lines.pack(a, [&](int line) { return lines[line]; });
+  s.query_rows.pack(a, [&](int row) { return query_rows[row]; });
   const vec exponent = exponent_of_product(a);
-  const int64_t first_panel = std::min(sight.first, sight.stop) / BLOCK;
-  const int64_t stop_panel = (sight.stop + BLOCK - 1) / BLOCK;
+  const int64_t first_panel = std::min(visible.first, visible.stop) / BLOCK;
+  const int64_t stop_panel = (visible.stop + BLOCK - 1) / BLOCK;
   for (int64_t panel = first_panel; panel < stop_panel; ++panel) {
     const int64_t start = panel * BLOCK;
-    const int64_t seen = std::min<int64_t>(BLOCK, round_up(sight.stop - start, ratio));
-    multiply_means(runs, start, static_cast<int>(round_up(seen, ROW_STEP)), s.lines,
-                   s.products.get());
-    if (start < sight.low_of_all || start + seen > sight.high_of_all)
-      hide_unseen(s.products.get(), sight, panel, seen);
+    const int64_t seen = std::min<int64_t>(BLOCK, round_up(visible.stop - start, ratio));
+    multiply_pooled_keys(runs, start, static_cast<int>(round_up(seen, ROW_STEP)), s.query_rows,
+                         s.products.get());
+    if (start < visible.low_of_all || start + seen > visible.high_of_all)
+      hide_unseen(s.products.get(), visible, panel, seen);
     sum_panel(s.products.get(), runs.weight + start, exponent, seen, ratio,
-              s.sums.get() + start / ratio * BLOCK, s.factors.get() + start, s.totals.get() + start);
+              s.sums.get() + start / ratio * BLOCK, s.factors.get() + start,
+              s.totals.get() + start);
   }
   find_factors(s.factors.get() + first_panel * BLOCK, s.totals.get() + first_panel * BLOCK,
                stop_panel - first_panel);
   const int64_t low = first_panel * BLOCK / ratio;
-  const int64_t high = std::min(key_blocks, (sight.stop + ratio - 1) / ratio);
+  const int64_t high = std::min(key_blocks, (visible.stop + ratio - 1) / ratio);
   std::fill(s.sharp.begin(), s.sharp.end(), 0);
   for (int64_t i = 0; i < blocks; ++i) {
     float* scores = s.scores.get() + i * key_blocks;
@@ -1257,10 +1559,11 @@ void score_lines(const Arguments& a, UnionScratch& s, const MeanRuns& runs, cons
   score_blocks(s, low, high, ratio, rows, a.row_share[h]);
 }
 
-// Lists of the query blocks from `first` on whose lines make one product.
-void choose_blocks(const Arguments& a, UnionScratch& s, const MeanRuns& runs, const Extent& extent,
-                   const Rows& query, int64_t b, int64_t h, int64_t first, int64_t blocks) {
-  score_lines(a, s, runs, query, b, h, first, blocks);
+// Writes the lists of the query blocks from `first` on whose query rows make one product.
+void choose_blocks(const EstimateArguments& a, UnionScratch& s, const PooledKeys& runs,
+                   const Extent& extent, const TensorView& query, int64_t b, int64_t h,
+                   int64_t first, int64_t blocks) {
+  score_query_rows(a, s, runs, query, b, h, first, blocks);
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size());
   for (int64_t i = 0; i < blocks; ++i) {
     const float* scores = s.scores.get() + i * key_blocks;
@@ -1276,10 +1579,11 @@ void choose_blocks(const Arguments& a, UnionScratch& s, const MeanRuns& runs, co
   }
 }
 
-int estimate_union(const Arguments& a) {
-  const Rows query{static_cast<const input*>(a.query), a.query_batch, a.query_head, a.query_row};
-  const Rows key{static_cast<const input*>(a.key), a.key_batch, a.key_head, a.key_row};
-  const AllMeanRuns all(a);
+int estimate_union(const EstimateArguments& a) {
+  const TensorView query{static_cast<const input*>(a.query), a.query_batch, a.query_head,
+                         a.query_row};
+  const TensorView key{static_cast<const input*>(a.key), a.key_batch, a.key_head, a.key_row};
+  const AllPooledKeys all(a);
   const Extent extent(a);
   const int64_t padded = round_up(a.num_keys, BLOCK), first_block = a.query_offset / BLOCK;
   int64_t most = 0;  // products of the head with the most of them
@@ -1291,22 +1595,22 @@ int estimate_union(const Arguments& a) {
     for (int64_t t = 0; t < a.batch * a.num_heads; ++t) {
       const int64_t b = t / a.num_heads, h = t % a.num_heads;
       if (!all.owns(h)) continue;
-      const MeanRuns runs = all.of(b, h);
+      const PooledKeys runs = all.of(b, h);
 #pragma omp single
       find_centre(a, runs, key, b, a.heads[h] / a.group);
 #pragma omp for schedule(static) nowait
       for (int64_t panel = 0; panel < runs.padded / BLOCK; ++panel)
-        pool_means(a, runs, s.mean.get(), key, b, a.heads[h] / a.group, a.pool[h], panel);
+        pool_keys(a, runs, s.mean.get(), key, b, a.heads[h] / a.group, a.pool[h], panel);
     }
 #pragma omp barrier
     const TileScope tiles;
     if (a.column_width > 0) {
-      ColumnScratch columns(padded);
+      VerticalColumnScratch columns(padded);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t t = 0; t < a.batch * a.num_heads; ++t) {
         const int64_t b = t / a.num_heads, h = t % a.num_heads;
-        sum_columns(a, columns, query, key, b, h, extent.last_query[b]);
-        write_columns(a, columns, b, h);
+        sum_vertical_columns(a, columns, query, key, b, h, extent.last_query[b]);
+        write_vertical_columns(a, columns, b, h);
       }
     }
 #pragma omp for schedule(dynamic, 1)
@@ -1324,7 +1628,7 @@ int estimate_union(const Arguments& a) {
 
 }  // namespace
 
-extern "C" int union_index(const Arguments* arguments) {
+extern "C" int union_index(const EstimateArguments* arguments) {
   try {
     return estimate_union(*arguments);
   } catch (const std::bad_alloc&) {

@@ -1,0 +1,139 @@
+// One softmax update of a query block: scores of a strip of tiles, their exponentials, and P x V.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "gemm.h"
+#include "memory.h"
+#include "query_block.h"
+
+namespace {
+
+// What one thread works on.
+struct AttentionScratch {
+  Buffer<packed> query, staging, probabilities;
+  Buffer<float> scores, out;
+  alignas(64) uint64_t row_bits[STRIP][BLOCK];
+  alignas(64) float maximum[BLOCK], sum[BLOCK], scale[BLOCK];
+
+  AttentionScratch()
+      : query(BLOCK * DEPTH * PAIR),
+        staging(BLOCK * std::max(DEPTH * PAIR, VALUE_WIDTH)),
+        probabilities(BLOCK * STRIP * BLOCK),
+        scores(BLOCK * STRIP * BLOCK),
+        out(BLOCK * VALUE_WIDTH) {
+    std::memset(probabilities.get(), 0, BLOCK * STRIP * BLOCK * sizeof(packed));
+  }
+};
+
+// What turns scores into exponents of 2.
+struct Exponents {
+  float scale, cap_exponent = 0.0f, cap = 0.0f;
+
+  explicit Exponents(const AttentionArguments& a)
+      : scale(SOFTCAP || a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale)) {
+    if constexpr (SOFTCAP) {
+      cap_exponent = 2.0f * LOG2E * std::abs(a.scale) / a.softcap;
+      cap = a.softcap * LOG2E;
+    }
+  }
+};
+
+// Takes softcap * tanh(score * scale / softcap), in units of log2, of `count` scores.
+inline void cap_scores(float* scores, int count, float to_exponent, float cap) {
+  for (int n = 0; n < count; n += LANES) {
+    // tanh(x) is 1 - 2 / (e^2x + 1). At |x| = 20 it is 1 to the last bit.
+    vec x = mul(load(scores + n), set1(to_exponent));
+    x = sub(set1(0.0f), maximum(set1(-57.0f), sub(set1(0.0f), maximum(set1(-57.0f), x))));
+    const vec e = add(exp2_vec(x), set1(1.0f));
+    store(scores + n, mul(set1(cap), sub(set1(1.0f), divide(set1(2.0f), e))));
+  }
+}
+
+// Takes e^(score - maximum) of one row of the strip, as P x V reads it, and returns the sum.
+inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
+  const vec factor = set1(scale), offset = set1(shift);
+  vec sum = set1(0.0f);
+  if constexpr (USES_BF16) {
+    for (int n = 0; n < width; n += 2 * LANES) {
+      const vec low = exp2_vec(fma(load(scores + n), factor, offset));
+      const vec high = exp2_vec(fma(load(scores + n + LANES), factor, offset));
+      sum = add(sum, add(low, high));
+      store(out + n, low, high, packed_tag{});
+    }
+  } else {
+    for (int n = 0; n < width; n += LANES) {
+      const vec x = exp2_vec(fma(load(scores + n), factor, offset));
+      sum = add(sum, x);
+      store(out + n, x, packed_tag{});
+    }
+  }
+  return reduce_add(sum);
+}
+
+// What is read or written soon: it is fetched into the second cache while other work is done.
+struct Prefetch {
+  const word* keys[STRIP];       // a panel per tile of the strip, fetched by its P x V
+  const input* query = nullptr;  // rows that are fetched by the softmax of as many rows
+  input* out = nullptr;
+  int query_rows = 0, out_rows = 0;
+
+  // It is always inlined: GCC 12 takes a function that only fetches for one without effect.
+  __attribute__((always_inline)) void fetch_rows(const AttentionArguments& a, int r) const {
+    constexpr int LINE = 64 / sizeof(input);
+    for (int d = 0; d < HEAD_DIM && r < query_rows; d += LINE)
+      __builtin_prefetch(query + r * a.query_row + d, 0, 2);
+    for (int d = 0; d < VALUE_DIM && r < out_rows; d += LINE)
+      __builtin_prefetch(out + r * a.out_row + d, 1, 2);
+  }
+};
+
+// Adds scores, exponentials and P x V of `count` tiles on top of `out`.
+void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
+               const Tile* tiles, int count, const Exponents& exponents, const Prefetch& prefetch) {
+  constexpr int FETCH_VALUES = fetch_step(VALUE_WORDS, DEPTH, BLOCK);
+  constexpr int FETCH_KEYS = fetch_step(KEY_WORDS, BLOCK / PAIR, VALUE_WIDTH);
+  const int computed = (block.rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
+  float* scores = s.scores.get();
+  packed* probabilities = s.probabilities.get();
+  const word* values[STRIP];
+  TileBounds bounds[STRIP];
+  for (int t = 0; t < count; ++t) {
+    values[t] = tiles[t].values;
+    bounds[t] = tiles[t].bounds;
+    if (tiles[t].masked) fill_mask(a, block, tiles[t], s.row_bits[t]);
+    multiply<false, FETCH_VALUES>(reinterpret_cast<const word*>(s.query.get()), DEPTH,
+                                  &tiles[t].keys, 1, DEPTH, BLOCK, scores + t * BLOCK,
+                                  STRIP * BLOCK, computed, BLOCK, nullptr, &bounds[t], &values[t]);
+  }
+  for (int r = 0; r < block.rows; ++r) {
+    float* row = scores + r * STRIP * BLOCK;
+    prefetch.fetch_rows(a, r);
+    if constexpr (SOFTCAP) cap_scores(row, count * BLOCK, exponents.cap_exponent, exponents.cap);
+    vec highest = set1(NEGATIVE_INFINITY);
+    for (int t = 0; t < count; ++t) {
+      float* tile = row + t * BLOCK;
+      if (tiles[t].masked) {
+        for (int n = 0; n < BLOCK; n += LANES)
+          store(tile + n, keep(s.row_bits[t][r] >> n, load(tile + n)));
+      }
+      for (int n = 0; n < BLOCK; n += LANES) highest = maximum(highest, load(tile + n));
+    }
+    const float before = s.maximum[r];
+    const float after = std::max(before, reduce_max(highest) * exponents.scale);
+    // At -inf nothing is visible yet. Zero keeps the exponents at -inf instead of NaN.
+    const float shift = after == NEGATIVE_INFINITY ? 0.0f : after;
+    s.scale[r] = before == shift ? 1.0f : std::exp2(before - shift);
+    s.maximum[r] = after;
+    s.sum[r] = s.sum[r] * s.scale[r] +
+        exponentiate(probabilities + r * STRIP * BLOCK, row, count * BLOCK, exponents.scale,
+                     -shift);
+  }
+  multiply<true, FETCH_KEYS>(reinterpret_cast<const word*>(probabilities), STRIP * BLOCK / PAIR,
+                             values, count, BLOCK / PAIR, VALUE_WIDTH, s.out.get(), VALUE_WIDTH,
+                             computed, VALUE_WIDTH, s.scale, bounds, prefetch.keys);
+}
+
+}  // namespace

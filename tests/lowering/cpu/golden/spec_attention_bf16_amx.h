@@ -1,0 +1,87 @@
+// mpass CPU kernels. Generated for: attention, bfloat16, D=128, DV=128, strips of 4 tiles, amx.
+#pragma once
+
+#include <cstdint>
+
+// The headers of the instruction set, and whether products are of bf16 pairs.
+#define VECTOR_HEADER "vector_avx512_bf16.h"
+#define GEMM_HEADER "gemm_amx.h"
+#define GEMM_INT8_HEADER "gemm_int8_amx.h"
+#define POOLED_KEYS_HEADER "pooled_keys_packed.h"
+#define USES_BF16 1
+
+namespace {
+
+struct float32_tag {};
+struct bfloat16_tag {};
+struct float16_tag {};
+using input = uint16_t;
+using input_tag = bfloat16_tag;
+using packed = uint16_t;  // element of packed K, V and of P
+using packed_tag = bfloat16_tag;
+using word = uint32_t;  // what the micro-GEMM broadcasts
+constexpr int PAIR = 2;  // packed elements per word
+constexpr bool INPUT_IS_PACKED = true;
+
+constexpr int HEAD_DIM = 128, VALUE_DIM = 128;
+constexpr int DEPTH = 64;  // words of a packed row of queries or keys
+constexpr int INT8_DEPTH = 32;  // words of four 8-bit numbers of such a row
+constexpr int VALUE_WIDTH = 128;  // floats of an output row with its padding
+constexpr int BLOCK = 64;  // positions per block of queries and of keys
+constexpr int STRIP = 4;  // tiles per softmax update
+constexpr bool SOFTCAP = false;
+constexpr bool SUMS_DISTANCES = false;
+
+constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
+constexpr int LAST_QUERIES = 64;
+constexpr int64_t SINK_COLUMNS = 30;
+constexpr int64_t LOCAL_DIAGONALS = 100;
+
+// The numbers of a call: field by field the ctypes structure of the caller.
+struct AttentionArguments {
+  const void* query;
+  const void* key;
+  const void* value;
+  void* out;
+  const uint8_t* key_mask;
+  const float* sinks;
+  const int32_t* block_count;
+  const int32_t* block_index;
+  const int32_t* diagonal_count;
+  const int32_t* diagonal_index;
+  const int32_t* column_count;
+  const int32_t* column_index;
+  const int32_t* head_slots;
+  int64_t batch;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t num_queries;
+  int64_t num_keys;
+  int64_t num_blocks;
+  int64_t query_batch;
+  int64_t query_head;
+  int64_t query_row;
+  int64_t key_batch;
+  int64_t key_head;
+  int64_t key_row;
+  int64_t value_batch;
+  int64_t value_head;
+  int64_t value_row;
+  int64_t out_batch;
+  int64_t out_head;
+  int64_t out_row;
+  int64_t num_lists;
+  int64_t max_blocks;
+  int64_t num_diagonals;
+  int64_t max_diagonals;
+  int64_t max_columns;
+  int64_t longest_columns;
+  int64_t query_offset;
+  int64_t window;
+  int64_t causal;
+  int64_t threads;
+  float scale;
+  float softcap;
+};
+
+}  // namespace
