@@ -28,7 +28,7 @@ FOLDER = Path(mpass.__file__).parent
 OPTIONS = {"min_seq_len": 128}
 CASES = sorted(MASKS | DYNAMIC_MASKS | PROGRAMS)
 
-SOURCES = sorted([*FOLDER.glob("match/*.py"), *FOLDER.glob("mask*.py"), FOLDER / "plan.py"])
+SOURCES = sorted([*FOLDER.glob("match/*.py"), *FOLDER.glob("masks/**/*.py"), FOLDER / "plan.py"])
 """Where reasons come from."""
 
 NO_REASONS = {
