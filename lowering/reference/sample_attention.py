@@ -118,7 +118,7 @@ def top_share_columns(
 ) -> Tensor:
     """The fewest keys that hold `coverage` of the sampled attention: bool [B, Nk].
 
-    query [B, Nq, D], key [B, Nk, D]. The rows are spread evenly, the last one included. A coverage
+    query [B, Nq, D], key [B, Nk, D]. The rows are evenly spaced, the last one included. A coverage
     of 1 keeps every key with any attention.
     """
     real = real_rows(mask, query.shape[0], query.shape[1], query.device)
