@@ -36,9 +36,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpass.config.sparse_config import DEFAULT_PATTERNS
-from mpass.lowering import cpu
+from mpass.config.sparse_config import builtin_default
+from mpass.lowering.cpu import LOWERING as cpu
 from mpass.lowering.density import density
+from mpass.lowering.estimators import VERTICAL_SLASH
 from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
@@ -47,9 +48,11 @@ from mpass.lowering.index import (
     empty_index,
     list_slots,
 )
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.reference import attention as reference
+from mpass.lowering.reference.vertical_slash import VerticalSlashRule
 from mpass.options import Options
-from mpass.patterns.base import find_pattern, head_slots, index_op
+from mpass.patterns.base import head_slots, index_op
 from mpass.text_table import open_console
 
 RESULTS = Path(__file__).parent / "results"
@@ -134,7 +137,7 @@ def flex_run(query: Tensor, key: Tensor, value: Tensor, index: SparseIndex) -> C
 def op_run(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], object]:
     """The ops that a rewritten graph calls with the default config, estimation included."""
     options = Options()
-    cls = find_pattern(DEFAULT_PATTERNS["cpu"])
+    cls = type(builtin_default("cpu"))
     heads = list(range(query.shape[1]))
     values = [[getattr(cls(), field.name)] * len(heads) for field in fields(cls)]
     limits = (options.dense_above, options.shortest)
@@ -183,14 +186,16 @@ def measure(
         runs["estimate"] = lambda: vertical_slash(query, key, mask, columns, diagonals)
     else:
         index = random_blocks(query, 1.0 if pattern == "default" else share, generator)
-    runs["sparse"] = lambda: cpu.sparse_attention(query, key, value, index, mask, scale=scale)
+    runs["sparse"] = lambda: cpu.sparse_attention(
+        AttentionInputs(query, key, value, mask, scale), index
+    )
     if pattern == "default":
         runs["sparse"] = op_run(query, key, value)
     if flex and pattern == "blocks":
         runs["flex"] = flex_run(query, key, value, index)
     if plain:
         runs["plain"] = lambda: reference.sparse_attention(
-            query, key, value, index, mask, scale=scale
+            AttentionInputs(query, key, value, mask, scale), index
         )
     seconds = cpu_seconds(runs, repeats)
     computed = density(index, mask, batch=1, num_queries=length, num_keys=length).mean().item()
@@ -221,15 +226,9 @@ def vertical_slash(
     about d / BLOCK block diagonals; those of random inputs lie anywhere and would make many more.
     """
     heads = list(range(query.shape[1]))
-    index = cpu.vertical_slash_index(
-        query,
-        key,
-        mask,
-        heads,
-        scale=query.shape[-1] ** -0.5,
-        vertical_sizes=[columns] * len(heads),
-        slash_sizes=[diagonals] * len(heads),
-    )
+    inputs = EstimateInputs(query, key, mask, heads, query.shape[-1] ** -0.5)
+    rules = [VerticalSlashRule(columns, diagonals)] * len(heads)
+    index = cpu.estimate(VERTICAL_SLASH)(inputs, rules)
     kept = diagonals // BLOCK
     found = int(index.diagonal_count.min())
     if kept < found:

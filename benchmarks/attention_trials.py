@@ -32,6 +32,7 @@ from mpass.config.pattern_text import parse_pattern
 from mpass.evaluate.environment import describe_environment
 from mpass.evaluate.score import compare_all
 from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference.pooled_keys import pooled_keys
 from mpass.models.load import load_model, parse_dtype
@@ -90,7 +91,9 @@ class Trial:
     ) -> SparseIndex:
         heads = range(query.shape[1])
         if self.name != "value_norms":
-            return Union.estimate(query, key, mask, heads, [self.pattern] * len(heads), scale=scale)
+            return Union.estimate(
+                EstimateInputs(query, key, mask, heads, scale), [self.pattern] * len(heads)
+            )
 
         def weighed(own: Tensor, keys: Tensor, mask: AttentionMask, rule: Any) -> list[Vectors]:
             """Runs weigh as many keys as their mean value norm says: its log joins the logit."""
@@ -106,12 +109,8 @@ class Trial:
             "weighed", dims=0, base=1.0, shared=False, decay=1.0, **fields
         )
         return union_trials.trial_index(
-            query,
-            key,
-            mask,
-            heads,
+            EstimateInputs(query, key, mask, heads, scale),
             [rule] * len(heads),
-            scale=scale,
             summaries={"weighed": weighed},
         )
 

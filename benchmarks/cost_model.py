@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from mpass.calibration.instrument import AttentionOperands
 from mpass.calibration.kernel_cost import count_work
-from mpass.lowering import cpu
+from mpass.lowering.cpu import LOWERING as cpu
 from mpass.lowering.cpu.cost_constants import (
     estimator_constants,
     least_seconds,
@@ -36,6 +36,7 @@ from mpass.lowering.cpu.cost_constants import (
 )
 from mpass.lowering.cpu.cost_model import DENSITY, TILES, predict
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex, empty_index
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, find_pattern, registered_patterns
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,7 +126,7 @@ def measure(
         def estimate(query: Tensor, key: Tensor) -> SparseIndex:
             every = range(query.shape[1])
             own = [pattern] * query.shape[1]
-            return type(pattern).estimate(query, key, mask, every, own, scale=scale)
+            return type(pattern).estimate(EstimateInputs(query, key, mask, every, scale), own)
 
         index = estimate(query, key)
         runs.append(lambda: estimate(query, key))
@@ -133,7 +134,7 @@ def measure(
         predicted = found.seconds(length, heads)
         sizes = {LENGTH: length, HEAD_DIM: head_dim}
         formula = float((pattern.cost() / (LENGTH**2 * HEAD_DIM)).subs(sizes))
-    runs.append(lambda: cpu.sparse_attention(query, key, key, index, mask, scale=scale))
+    runs.append(lambda: cpu.sparse_attention(AttentionInputs(query, key, key, mask, scale), index))
     with one_thread():
         seconds = least_seconds(runs, repeats)
 

@@ -22,13 +22,16 @@ import torch
 from run_summaries import SUMMARIES, Summary
 from torch import Tensor
 
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.estimators import Estimator
+from mpass.lowering.index import BLOCK, IndexWidth, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import candidates, keep_mass, list_index
 from mpass.lowering.reference.pooled_keys import row_scores
-from mpass.lowering.reference.vertical_slash import largest, last_query_sums
+from mpass.lowering.reference.selection import largest
+from mpass.lowering.reference.vertical_slash import last_query_sums
 from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
 from mpass.patterns.base.checks import check_blocks
-from mpass.patterns.base.scored import ListEstimator, ListPattern
+from mpass.patterns.base.scored import ListPattern
 
 OUTPUT = Path(__file__).parent / "results" / "union_trials.jsonl"
 
@@ -75,17 +78,13 @@ def trial_width(rules: Sequence[TrialRule]) -> IndexWidth:
 
 
 def trial_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
+    inputs: EstimateInputs,
     rules: Sequence[TrialRule],
-    *,
-    scale: float,
     summaries: Mapping[str, Summary] = SUMMARIES,
 ) -> SparseIndex:
-    """As `mpass.lowering.reference.union.union_index`, but for what a rule's fields say."""
-    group = query.shape[1] // key.shape[1]
+    """As `mpass.lowering.reference.union.vertical_block_index`, but for what a rule says."""
+    query, key, mask, heads = inputs.query, inputs.key, inputs.mask, inputs.heads
+    group, scale = inputs.group, inputs.scale
 
     def summaries_of(head: int, rule: TrialRule) -> list[Any]:
         own = replace(rule, scale=scale)
@@ -128,7 +127,7 @@ def trial_index(
             kept = kept | keep_mass(choice, rule.mass, greatest >= least[:, None])
         return kept
 
-    sums, _ = last_query_sums(query, key, mask, heads, scale=scale, looking=[16] * len(heads))
+    sums, _ = last_query_sums(inputs, [16] * len(heads))
     columns = largest(sums, [rule.columns for rule in rules]) & (sums > 0)
     return list_index(query, mask, len(heads), trial_width(rules), kept_blocks, columns)
 
@@ -155,7 +154,7 @@ class UnionTrial(ListPattern):
     max_blocks: int = 512
 
     summary: ClassVar[str]
-    estimator: ClassVar[ListEstimator] = ListEstimator(trial_index, trial_width, TrialRule)
+    estimator: ClassVar[Estimator] = Estimator("trial", trial_index, trial_width, TrialRule)
 
     def __post_init__(self) -> None:
         check_blocks(self)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference.attention import allowed_cells, repeat_kv
 
 CHUNK = 256
@@ -103,23 +104,15 @@ def visible_blocks(
     return some[:, None], every[:, None]
 
 
-def attend_as_listed(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lists: BlockLists,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-) -> None:
+def attend_as_listed(out: Tensor, inputs: AttentionInputs, lists: BlockLists) -> None:
     """Attention over the listed blocks, written to `out` [B, H, Nq, Dv].
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv]. Cells of a partial block count
-    where `mask` allows them, those of a full block always, and those of a block that is listed
-    twice count twice, as in torch's flex_attention kernels. Rows that see nothing give zeros.
+    Cells of a partial block count where the mask allows them, those of a full block always, and
+    those of a block that is listed twice count twice, as in torch's flex_attention kernels. Rows
+    that see nothing give zeros.
     """
+    query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
+    scale, softcap = inputs.scale, inputs.softcap
     num_queries, num_keys = query.shape[2], key.shape[2]
     partial, full = visits(lists, num_queries, num_keys)
     keys, values = (repeat_kv(tensor, query.shape[1]).float() for tensor in (key, value))

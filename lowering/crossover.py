@@ -13,7 +13,7 @@ from torch import Tensor
 class EstimatedWork:
     """One causal layer's heads of one pattern, before estimation; heads count the batch, too.
 
-    fewest: the share of the causal cells that is computed at least; exact: whether that is all;
+    min_density: the least share of the causal cells that is computed; exact: whether that is all;
     name: of the pattern with its parameters; estimate: its estimator, of query [1, group, N, D] and
     key [1, 1, N, D], to be timed.
     """
@@ -24,7 +24,7 @@ class EstimatedWork:
     heads: int
     kv_heads: int
     length: int
-    fewest: float
+    min_density: float
     exact: bool
     name: str
     estimate: Callable[[Tensor, Tensor], object]

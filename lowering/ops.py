@@ -15,9 +15,11 @@ from torch import Tensor
 
 from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree, warn_of_lists
 from mpass.lowering.density import density, work_share
-from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.device import Lowering
+from mpass.lowering.dispatch import choose_lowering, device_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
-from mpass.lowering.recorder import Call, Operands, active_log
+from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.recorder import AttentionCall, CallInputs, active_log
 from mpass.lowering.reference.attention import empty_output
 from mpass.lowering.reference.dense import dense_attention
 
@@ -78,44 +80,71 @@ def sparse_attention(
         tuple(head_slots),
     )
     mask = AttentionMask(causal, query_offset, window, key_mask)
-    lowering = choose_lowering(query, key, value, softcap=softcap, sinks=sinks)
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    reason = ""
+    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
+    lowering = choose_lowering(inputs)
+    reason = decide_dense(lowering, inputs, index, dense_above=dense_above, min_seq_len=min_seq_len)
+    record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    if reason:
+        return lowering.dense_attention(inputs)
+    return lowering.sparse_attention(inputs, index)
+
+
+def decide_dense(
+    lowering: Lowering,
+    inputs: AttentionInputs,
+    index: SparseIndex,
+    *,
+    dense_above: float,
+    min_seq_len: int,
+) -> str:
+    """Why dense attention runs although there is an index, in words; "" for sparse attention.
+
+    The arguments are those of the op. The index is only read where the lowering decides by cost.
+    """
+    num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
     if num_keys < min_seq_len:
-        reason = f"{num_keys} keys, sparse from {min_seq_len} on"
-    elif dense_above < 1.0 and query.device.type == "cpu":
-        limit = min(dense_above, lowering.function("highest_density")(query, key, value))
-        share = work_share(index, mask, num_queries, num_keys, enough=limit)
-        if share > limit:
-            reason = f"{share:.0%} of the work or more is selected, sparse pays up to {limit:.0%}"
-    dense = bool(reason)
+        return f"{num_keys} keys, sparse from {min_seq_len} on"
+    if dense_above >= 1.0 or not device_lowering(inputs.query.device).decides_by_cost:
+        return ""
+    limit = min(dense_above, lowering.breakeven_density(inputs))
+    share = work_share(index, inputs.mask, num_queries, num_keys, enough=limit)
+    if share <= limit:
+        return ""
+    return f"{share:.0%} of the work or more is selected, sparse pays up to {limit:.0%}"
+
+
+def record_call(
+    lowering: Lowering,
+    inputs: AttentionInputs,
+    index: SparseIndex,
+    *,
+    layer: int,
+    dense_reason: str,
+) -> None:
+    """Tell the active log, if there is one, what runs.
+
+    dense_reason: of `decide_dense`; what an estimator has noted before is the better reason.
+    """
     log = active_log()
-    if log is not None:
-        sizes = {"batch": query.shape[0], "num_queries": num_queries, "num_keys": num_keys}
-        computed = density(index, mask, **sizes)
-        call = Call(
-            layer=layer,
-            lowering="dense" if dense else lowering.name,
-            density=torch.ones_like(computed) if dense else computed,
-            num_queries=num_queries,
-            num_keys=num_keys,
-            index_bytes=index.num_bytes(),
-            reason=(log.dense_reason or reason) if dense else "",
-        )
-        log.dense_reason = ""
-        log.calls.append(call)
-        if log.inspect is not None:
-            log.inspect(call, Operands(query, key, index, mask, scale, softcap, sinks))
-    out: Tensor
-    if dense:
-        out = lowering.function("dense_attention")(
-            query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks
-        )
-    else:
-        out = lowering.function("sparse_attention")(
-            query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
-        )
-    return out
+    if log is None:
+        return
+    query, num_keys = inputs.query, inputs.key.shape[2]
+    sizes = {"batch": query.shape[0], "num_queries": query.shape[2], "num_keys": num_keys}
+    computed = density(index, inputs.mask, **sizes)
+    call = AttentionCall(
+        layer=layer,
+        lowering="dense" if dense_reason else lowering.name,
+        density=torch.ones_like(computed) if dense_reason else computed,
+        num_queries=query.shape[2],
+        num_keys=num_keys,
+        index_bytes=index.num_bytes(),
+        reason=(log.dense_reason or dense_reason) if dense_reason else "",
+    )
+    log.dense_reason = ""
+    log.calls.append(call)
+    if log.inspect is not None:
+        read = (inputs.query, inputs.key, index, inputs.mask, inputs.scale, inputs.softcap)
+        log.inspect(call, CallInputs(*read, inputs.sink_logits))
 
 
 @sparse_attention.register_fake
@@ -147,7 +176,9 @@ def attention(
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv].
     """
     mask = AttentionMask(causal, query_offset, window, key_mask)
-    return dense_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
+    return dense_attention(
+        AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
+    )
 
 
 @attention.register_fake
@@ -196,7 +227,7 @@ def check_block_lists(
     if bool(lists_agree(lists, mask, query.shape[2], key.shape[2])):
         return
     warn_of_lists(layer)
-    attend_as_listed(out, query, key, value, lists, mask, scale=scale, softcap=softcap)
+    attend_as_listed(out, AttentionInputs(query, key, value, mask, scale, softcap), lists)
 
 
 @torch.library.custom_op(

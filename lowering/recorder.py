@@ -16,7 +16,7 @@ from mpass.lowering.index import AttentionMask, SparseIndex
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Call:
+class AttentionCall:
     """One executed sparse attention.
 
     layer: as in the graph, -1 if unknown; lowering: "cpu", "triton", "reference" or "dense";
@@ -34,7 +34,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Operands:
+class CallInputs:
     """What one sparse attention read, its values aside; arguments as of the op.
 
     query [B, H, Nq, D], key [B, Hk, Nk, D].
@@ -56,9 +56,9 @@ class Log:
     dense_reason: why the estimation of the next call was left out, if it was.
     """
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[AttentionCall] = field(default_factory=list)
     dense_reason: str = ""
-    inspect: Callable[[Call, Operands], None] | None = None
+    inspect: Callable[[AttentionCall, CallInputs], None] | None = None
 
     def density(self) -> float:
         """Mean density over all calls, batch rows and heads; 1.0 if nothing was recorded."""
@@ -66,6 +66,12 @@ class Log:
             return 1.0
         return sum(float(call.density.mean()) for call in self.calls) / len(self.calls)
 
+
+Call = AttentionCall
+"""The older name."""
+
+Operands = CallInputs
+"""The older name."""
 
 _active: ContextVar[Log | None] = ContextVar("mpass_record", default=None)
 
@@ -83,10 +89,10 @@ def note_dense(reason: str) -> None:
 
 
 @contextmanager
-def record(inspect: Callable[[Call, Operands], None] | None = None) -> Iterator[Log]:
-    """Collect what every sparse attention inside the block computes, a `Call` each.
+def record(inspect: Callable[[AttentionCall, CallInputs], None] | None = None) -> Iterator[Log]:
+    """Collect what every sparse attention inside the block computes, an `AttentionCall` each.
 
-    inspect: called with every Call and its operands; nothing keeps them afterwards.
+    inspect: called with every call and what it read; nothing keeps them afterwards.
     """
     log = Log(inspect=inspect)
     token = _active.set(log)

@@ -22,6 +22,7 @@ _EXPORTS = {
     "Strided": "mpass.patterns.strided",
     "TriShape": "mpass.patterns.tri_shape",
     "Union": "mpass.patterns.union",
+    "VerticalBlock": "mpass.patterns.union",
     "VerticalSlash": "mpass.patterns.vertical_slash",
     "XAttention": "mpass.patterns.x_attention",
     "LayerConfig": "mpass.config.layer",

@@ -11,6 +11,7 @@ from mpass.errors import DtypeError, ShapeError
 from mpass.lowering import density as densities
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.reference import attention as reference
 from mpass.patterns.base import Pattern, find_pattern, shared_slots
 
@@ -41,9 +42,8 @@ def sparse_attention(
     mask = attention_mask(query, key, value, is_causal, enable_gqa, query_offset, window, key_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     index = estimate_index(query, key, mask, pattern, scale)
-    lowering = choose_lowering(query, key, value)
-    out: Tensor = lowering.function("sparse_attention")(query, key, value, index, mask, scale=scale)
-    return out
+    inputs = AttentionInputs(query, key, value, mask, scale)
+    return choose_lowering(inputs).sparse_attention(inputs, index)
 
 
 def computed_mask(
@@ -104,7 +104,7 @@ def estimate_index(
         raise ShapeError(f"{chosen.name} is defined for causal attention only: is_causal is False")
     heads = list(range(query.shape[1]))
     patterns = [chosen] * len(heads)
-    index = type(chosen).estimate(query, key, mask, heads, patterns, scale=scale)
+    index = type(chosen).estimate(EstimateInputs(query, key, mask, heads, scale), patterns)
     return dataclasses.replace(index, head_slots=shared_slots(patterns, index.head_slots))
 
 

@@ -12,9 +12,10 @@ from mpass.config.layer import as_pattern, check_length
 from mpass.config.presets import PRESETS, with_preset
 from mpass.config.sparse_config import SparseConfig
 from mpass.errors import OptionValueError, UnknownOptionError, UnknownPatternError
+from mpass.lowering.device import SHORTEST_PROMPT
 from mpass.patterns.base import Pattern, registered_patterns
 
-DEFAULT_MIN_SEQ_LEN = 2048
+DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
 """Prompts shorter than this stay dense unless something says otherwise; tokens."""
 
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")

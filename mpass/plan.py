@@ -20,7 +20,10 @@ from torch.fx.experimental.symbolic_shapes import (
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, shape_of
 from mpass.graph.site import AttentionSite, Length
-from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.device import REFERENCE
+from mpass.lowering.dispatch import device_lowering, reason_against
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import AttentionInputs
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.resolve import ResolvedPatterns, resolve_site
@@ -84,7 +87,7 @@ def reason_to_skip(site: AttentionSite) -> str:
         return f"dtype {query.dtype} is not served; allowed: float32, bfloat16, float16"
     if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
-    if query.device.type not in ("cpu", "cuda"):
+    if device_lowering(query.device) is REFERENCE:
         return f"no kernels are generated for device {query.device.type!r}"
     if any(not isinstance(n, int) for n in (site.num_heads, site.num_kv_heads, site.head_dim)):
         return "the numbers of heads and head_dim must be known when compiling"
@@ -92,11 +95,10 @@ def reason_to_skip(site: AttentionSite) -> str:
         return f"{site.num_heads} query heads do not divide over {site.num_kv_heads} kv heads"
     if max(site.head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
         return f"head_dim {max(site.head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
-    if query.device.type == "cuda":
-        # The reference would serve them too, slower than dense attention.
-        lowering = choose_lowering(query, key, value, softcap=site.softcap)
-        if lowering.reason:
-            return lowering.reason
+    inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
+    reason = reason_against(inputs)
+    if reason:
+        return reason
     if site.mask is None:
         return site.unproven or "its mask is not proven"
     if isinstance(site.mask.query_offset, fx.Node):

@@ -25,7 +25,8 @@ from mpass.config.sparse_config import SparseConfig, builtin_default
 from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
 from mpass.graph.nodes import example
 from mpass.graph.site import AttentionSite
-from mpass.options import DEFAULT_MIN_SEQ_LEN, Options
+from mpass.lowering.dispatch import device_lowering
+from mpass.options import Options
 from mpass.patterns.base import Pattern
 
 SHIPPED = "minference.json"
@@ -75,8 +76,10 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     if shipped is not None:
         levels.append((str(shipped[1]), shipped[0].effective(layer)))
     window = site.mask.window if site.mask else 0
-    default = builtin_default(example(site.query).device.type, window)
-    levels.append(("built-in default", LayerConfig(default, min_seq_len=DEFAULT_MIN_SEQ_LEN)))
+    device = example(site.query).device.type
+    default = builtin_default(device, window)
+    shortest = device_lowering(device).shortest_prompt
+    levels.append(("built-in default", LayerConfig(default, min_seq_len=shortest)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 
 

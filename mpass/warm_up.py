@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mpass.graph.nodes import example
-from mpass.lowering.cpu import sparse_attention, unsupported
+from mpass.lowering.device import Lowering
+from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, diagonal_slots, whole_index
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.patterns.base import Pattern
 from mpass.plan import AttentionPlan
 
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
-    """Start a thread per kernel that the planned sites need on the CPU, once per process.
+    """Start a thread per kernel that the planned sites need and that takes long to build, once.
 
     Returns the threads; nothing has to wait for them. What goes wrong in one goes wrong again, and
     is told, where the kernel is used.
@@ -33,37 +35,42 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
     for plan in plans:
         site = plan.site
         query, key, value = (example(node) for node in (site.query, site.key, site.value))
-        if query.device.type != "cpu" or unsupported(query, key, value, softcap=site.softcap):
+        inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
+        lowering = device_lowering(query.device)
+        if not lowering.builds_ahead or lowering.serves(inputs):
             continue
-        dtype, head_dim = query.dtype, int(query.shape[-1])
-        threads[start_attention(dtype, head_dim, int(value.shape[-1]), site.softcap)] = None
+        dtype, head_dim, value_dim = query.dtype, int(query.shape[-1]), int(value.shape[-1])
+        threads[start_attention(lowering, dtype, head_dim, value_dim, site.softcap)] = None
         for cls in dict.fromkeys(map(type, plan.patterns)):
-            threads[start_estimator(cls, dtype, head_dim)] = None
+            threads[start_estimator(lowering, cls, dtype, head_dim)] = None
     return list(threads)
 
 
 @functools.cache
 def start_attention(
-    dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
 ) -> threading.Thread:
     """One block of sparse attention."""
 
     def run() -> None:
-        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype)
-        value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype)
+        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
+        value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
         index = whole_index(query, 1, IndexWidth(), diagonal_slots(1))
-        sparse_attention(query, query, value, index, AttentionMask(), scale=1.0, softcap=softcap)
+        inputs = AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap)
+        lowering.sparse_attention(inputs, index)
 
     return start(run, f"attention, {dtype}, D={head_dim}, DV={value_dim}")
 
 
 @functools.cache
-def start_estimator(cls: type[Pattern], dtype: torch.dtype, head_dim: int) -> threading.Thread:
+def start_estimator(
+    lowering: Lowering, cls: type[Pattern], dtype: torch.dtype, head_dim: int
+) -> threading.Thread:
     """One block of a pattern's estimator, with the default parameters."""
 
     def run() -> None:
-        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype)
-        cls.estimate(query, query, AttentionMask(), [0], [cls()], scale=1.0)
+        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
+        cls.estimate(EstimateInputs(query, query, AttentionMask(), [0], 1.0), [cls()])
 
     return start(run, f"{cls.name}, {dtype}, D={head_dim}")
 

@@ -16,16 +16,15 @@ from torch import Tensor
 
 from mpass.lowering.index import (
     BLOCK,
-    AttentionMask,
     IndexWidth,
     SparseIndex,
     diagonal_slots,
     empty_index,
-    num_query_blocks,
     window_diagonals,
 )
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import allowed_cells
-from mpass.lowering.reference.vertical_slash import first_keys
+from mpass.lowering.reference.selection import first_keys
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
@@ -34,7 +33,7 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.base.sinks import list_sinks
+from mpass.patterns.base.sink_keys import list_sinks
 
 
 @register_pattern
@@ -50,26 +49,17 @@ class AShape(Pattern):
 
     name: ClassVar[str] = "a_shape"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
-    budgeted: ClassVar[bool] = True
-    static: ClassVar[bool] = True
+    fixed_budget: ClassVar[bool] = True
+    input_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True)
 
     @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        width = cls.width(patterns)
-        rows = num_query_blocks(query.shape[2], mask.query_offset)
-        index = empty_index(query, rows, width, diagonal_slots(len(heads)))
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
+        key, width = inputs.key, cls.width(patterns)
+        slots = diagonal_slots(len(inputs.heads))
+        index = empty_index(inputs.query, inputs.num_blocks, width, slots)
         distances = torch.arange(width.max_diagonals, dtype=torch.int32, device=key.device)
         first = 0
         for pattern, run in itertools.groupby(patterns):
@@ -77,7 +67,7 @@ class AShape(Pattern):
             reach = window_diagonals(pattern.window_size)
             index.diagonal_count[:, own].fill_(reach)
             index.diagonal_index[:, own] = torch.where(distances < reach, distances, 0)
-            list_sinks(index, own, key, mask, pattern.sink_size)
+            list_sinks(index, own, key, inputs.mask, pattern.sink_size)
         return index
 
     @classmethod
@@ -88,16 +78,8 @@ class AShape(Pattern):
         )
 
     @classmethod
-    def select(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> Tensor:
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
+        query, key, mask = inputs.query, inputs.key, inputs.mask
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         keys = torch.arange(key.shape[2], device=key.device)
         start = first_keys(mask, query.shape[0], key.device)[:, None]
@@ -108,11 +90,11 @@ class AShape(Pattern):
             per_head.append(window | sinks[:, None, :])
         return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
 
-    def fewest_keys(self) -> sympy.Expr:
+    def min_keys(self) -> sympy.Expr:
         return causal_keys(self.sink_size + self.window_size + BLOCK)
 
     def cost(self) -> sympy.Expr:
-        return 2 * LENGTH * self.fewest_keys() * HEAD_DIM
+        return 2 * LENGTH * self.min_keys() * HEAD_DIM
 
 
 def main() -> None:

@@ -10,17 +10,17 @@ patterns; published results start at 4K tokens and hold to 256K.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import sympy
 
+from mpass.lowering.estimators import BLOCK_SCORES, Estimator
 from mpass.lowering.index import BLOCK
-from mpass.lowering.reference.block_scores import TileRule, tile_index, tile_width
+from mpass.lowering.reference.block_scores import BlockScoresRule
 from mpass.patterns.base import register_pattern
 from mpass.patterns.base.checks import check_blocks, check_share
-from mpass.patterns.base.scored import ListEstimator, ListPattern, attention_cost, tile_cost
+from mpass.patterns.base.scored import ListPattern, attention_cost, tile_cost
 
 
 @register_pattern
@@ -42,13 +42,14 @@ class BlockMax(ListPattern):
     max_blocks: int = 512
 
     name: ClassVar[str] = "block_max"
-    estimator: ClassVar[ListEstimator] = ListEstimator(
-        tile_index, tile_width, functools.partial(TileRule, mass=None)
-    )
+    estimator: ClassVar[Estimator] = BLOCK_SCORES
 
     def __post_init__(self) -> None:
         check_share(self, "share")
         check_blocks(self)
+
+    def rule(self) -> BlockScoresRule:
+        return BlockScoresRule(**self.parameters(), mass=None)  # type: ignore[arg-type]
 
     def cost(self) -> sympy.Expr:
         """An upper bound: how many blocks come near the best one is the prompt's matter."""

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from mpass.lowering.index import (
     ALL_DIAGONALS,
-    AttentionMask,
     IndexWidth,
     SparseIndex,
     diagonal_slots,
     empty_index,
-    num_query_blocks,
 )
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import allowed_cells
 from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, register_pattern
 
@@ -31,22 +30,13 @@ class Dense(Pattern):
 
     name: ClassVar[str] = "dense"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
-    budgeted: ClassVar[bool] = True
-    static: ClassVar[bool] = True
+    fixed_budget: ClassVar[bool] = True
+    input_independent: ClassVar[bool] = True
 
     @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        rows = num_query_blocks(query.shape[2], mask.query_offset)
-        index = empty_index(query, rows, cls.width(patterns), diagonal_slots(len(heads)))
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
+        slots = diagonal_slots(len(inputs.heads))
+        index = empty_index(inputs.query, inputs.num_blocks, cls.width(patterns), slots)
         index.diagonal_count.fill_(ALL_DIAGONALS)
         return index
 
@@ -55,21 +45,13 @@ class Dense(Pattern):
         return IndexWidth()
 
     @classmethod
-    def select(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> Tensor:
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
+        query, mask = inputs.query, inputs.mask
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
-        cells = allowed_cells(mask, positions, key.shape[2])
-        return cells.expand(query.shape[0], len(heads), -1, -1).to(torch.bool)
+        cells = allowed_cells(mask, positions, inputs.num_keys)
+        return cells.expand(inputs.batch, len(inputs.heads), -1, -1).to(torch.bool)
 
-    def fewest_keys(self) -> sympy.Expr:
+    def min_keys(self) -> sympy.Expr:
         return LENGTH / 2
 
     def cost(self) -> sympy.Expr:

@@ -15,11 +15,11 @@ from typing import ClassVar
 import sympy
 
 from mpass.errors import PatternValueError
+from mpass.lowering.estimators import FLEX_PREFILL, Estimator
 from mpass.lowering.index import BLOCK
-from mpass.lowering.reference.flex_prefill import FlexRule, flex_index, flex_width
 from mpass.patterns.base import HEAD_DIM, LENGTH, causal_keys, check_positive, register_pattern
 from mpass.patterns.base.checks import check_multiple, check_room, check_share
-from mpass.patterns.base.scored import ListEstimator, ListPattern, attention_cost
+from mpass.patterns.base.scored import ListPattern, attention_cost
 
 
 @register_pattern
@@ -40,7 +40,7 @@ class FlexPrefill(ListPattern):
     max_blocks: int = 512
 
     name: ClassVar[str] = "flex_prefill"
-    estimator: ClassVar[ListEstimator] = ListEstimator(flex_index, flex_width, FlexRule)
+    estimator: ClassVar[Estimator] = FLEX_PREFILL
 
     def __post_init__(self) -> None:
         check_positive(self)
@@ -53,7 +53,7 @@ class FlexPrefill(ListPattern):
         check_multiple(self, "block_size")
         check_room(self, 2 * self.block_size // BLOCK, self.max_blocks)
 
-    def fewest_keys(self) -> sympy.Expr:
+    def min_keys(self) -> sympy.Expr:
         return causal_keys(self.min_budget)
 
     def cost(self) -> sympy.Expr:

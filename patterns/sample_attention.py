@@ -16,29 +16,25 @@ import sympy
 import torch
 from torch import Tensor
 
-from mpass.lowering.dispatch import choose_lowering
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.estimators import SAMPLE_ATTENTION, Estimator
+from mpass.lowering.index import BLOCK
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import allowed_cells
-from mpass.lowering.reference.sample_attention import (
-    SampledRule,
-    sampled_columns,
-    sampled_width,
-    window_size,
-)
+from mpass.lowering.reference.sample_attention import sample_attention_columns, window_size
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
-    Pattern,
     causal_keys,
     check_positive,
     register_pattern,
 )
 from mpass.patterns.base.checks import check_share
+from mpass.patterns.base.scored import EstimatedPattern
 
 
 @register_pattern
 @dataclass(frozen=True)
-class SampleAttention(Pattern):
+class SampleAttention(EstimatedPattern):
     """Keep the nearest keys, and the columns that sampled queries attend to.
 
     coverage: share of the sampled attention that the columns hold; row_share: share of the queries
@@ -54,55 +50,24 @@ class SampleAttention(Pattern):
 
     name: ClassVar[str] = "sample_attention"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+    estimator: ClassVar[Estimator] = SAMPLE_ATTENTION
 
     def __post_init__(self) -> None:
         check_positive(self)
         check_share(self, "coverage", "row_share", "window_share")
 
     @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        sampled_index = choose_lowering(query, key, key).function("sampled_index")
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
         rules = [p.rule() for p in patterns]
-        index: SparseIndex = sampled_index(query, key, mask, heads, rules, scale=scale)
-        return index
-
-    @classmethod
-    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return sampled_width([p.rule() for p in patterns])
-
-    @classmethod
-    def select(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> Tensor:
-        rules = [p.rule() for p in patterns]
-        columns = sampled_columns(query, key, mask, heads, rules, scale=scale)
+        columns = sample_attention_columns(inputs, rules)
+        query, key, mask = inputs.query, inputs.key, inputs.mask
         windows = [window_size(rule, key.shape[2]) for rule in rules]
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
         window = torch.stack([distance < size for size in windows])
         return (columns[:, :, None, :] | window) & allowed_cells(mask, positions, key.shape[2])
 
-    def rule(self) -> SampledRule:
-        """The parameters as the estimator takes them."""
-        return SampledRule(**self.parameters())  # type: ignore[arg-type]
-
-    def fewest_keys(self) -> sympy.Expr:
+    def min_keys(self) -> sympy.Expr:
         return causal_keys(self.window())
 
     def window(self) -> sympy.Expr:

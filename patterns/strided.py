@@ -18,12 +18,11 @@ from torch import Tensor
 
 from mpass.lowering.index import (
     BLOCK,
-    AttentionMask,
     IndexWidth,
     SparseIndex,
-    num_query_blocks,
     window_diagonals,
 )
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import allowed_cells
 from mpass.lowering.reference.vertical_slash import diagonal_index
 from mpass.patterns.base import (
@@ -35,7 +34,7 @@ from mpass.patterns.base import (
     register_pattern,
 )
 from mpass.patterns.base.checks import check_multiple
-from mpass.patterns.base.sinks import sink_columns
+from mpass.patterns.base.sink_keys import sink_columns
 
 
 @register_pattern
@@ -54,32 +53,23 @@ class Strided(Pattern):
 
     name: ClassVar[str] = "strided"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
-    budgeted: ClassVar[bool] = True
-    static: ClassVar[bool] = True
+    fixed_budget: ClassVar[bool] = True
+    input_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True)
         check_multiple(self, "stride")
 
     @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        columns = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
-        rows = num_query_blocks(query.shape[2], mask.query_offset)
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
+        query, key, mask = inputs.query, inputs.key, inputs.mask
+        columns = sink_columns(key, mask, inputs.batch, [p.sink_size for p in patterns])
         length = max(p.last_diagonal() for p in patterns) + 1
         distances = torch.arange(length, device=key.device)
         kept = {p: p.diagonals(distances) for p in dict.fromkeys(patterns)}
         table = torch.stack([kept[p] for p in patterns])
         table = table.expand(query.shape[0], -1, -1)
-        return diagonal_index(query, rows, columns, table, cls.width(patterns))
+        return diagonal_index(query, inputs.num_blocks, columns, table, cls.width(patterns))
 
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
@@ -91,16 +81,8 @@ class Strided(Pattern):
         )
 
     @classmethod
-    def select(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> Tensor:
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
+        query, key, mask = inputs.query, inputs.key, inputs.mask
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         keys = torch.arange(key.shape[2], device=key.device)
         sinks = sink_columns(key, mask, query.shape[0], [p.sink_size for p in patterns])
@@ -123,13 +105,13 @@ class Strided(Pattern):
         """The greatest block distance that is kept."""
         return max(window_diagonals(self.window_size) - 1, self.reach // BLOCK)
 
-    def fewest_keys(self) -> sympy.Expr:
+    def min_keys(self) -> sympy.Expr:
         window = self.sink_size + self.window_size + BLOCK
         behind = sympy.Max(0, causal_keys(self.reach) - causal_keys(window))
         return sympy.Min(LENGTH / 2, causal_keys(window) + behind * BLOCK / self.stride)
 
     def cost(self) -> sympy.Expr:
-        return 2 * LENGTH * self.fewest_keys() * HEAD_DIM
+        return 2 * LENGTH * self.min_keys() * HEAD_DIM
 
 
 def main() -> None:

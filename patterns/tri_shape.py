@@ -19,16 +19,14 @@ from torch import Tensor
 from mpass.lowering.index import (
     ALL_BLOCKS,
     BLOCK,
-    AttentionMask,
     IndexWidth,
     SparseIndex,
     empty_index,
-    first_query_block,
     list_slots,
     num_key_blocks,
-    num_query_blocks,
     window_diagonals,
 )
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import allowed_cells
 from mpass.lowering.reference.block_lists import last_query
 from mpass.patterns.base import (
@@ -39,7 +37,7 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.base.sinks import list_sinks, sink_columns
+from mpass.patterns.base.sink_keys import list_sinks, sink_columns
 
 
 @register_pattern
@@ -57,27 +55,17 @@ class TriShape(Pattern):
 
     name: ClassVar[str] = "tri_shape"
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
-    budgeted: ClassVar[bool] = True
-    static: ClassVar[bool] = True
+    fixed_budget: ClassVar[bool] = True
+    input_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True, last_size=True)
 
     @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        width = cls.width(patterns)
-        rows = num_query_blocks(query.shape[2], mask.query_offset)
-        index = empty_index(query, rows, width, list_slots(len(heads)))
-        first_block = first_query_block(mask.query_offset)
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
+        query, key, mask = inputs.query, inputs.key, inputs.mask
+        width, rows, first_block = cls.width(patterns), inputs.num_blocks, inputs.first_block
+        index = empty_index(query, rows, width, list_slots(len(inputs.heads)))
         blocks = torch.arange(first_block, first_block + rows, device=query.device)
         first_seen = torch.zeros_like(blocks)
         if mask.window > 0:
@@ -109,16 +97,8 @@ class TriShape(Pattern):
         )
 
     @classmethod
-    def select(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> Tensor:
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
+        query, key, mask = inputs.query, inputs.key, inputs.mask
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
         last = last_query(mask, query.shape[0], query.shape[2], query.device)[:, None]
@@ -130,12 +110,12 @@ class TriShape(Pattern):
             per_head.append(near | at_end[..., None] | sinks[:, i, None, :])
         return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
 
-    def fewest_keys(self) -> sympy.Expr:
+    def min_keys(self) -> sympy.Expr:
         kept = causal_keys(self.sink_size + self.window_size + BLOCK) + self.last_size
         return sympy.Min(LENGTH / 2, kept)
 
     def cost(self) -> sympy.Expr:
-        return 2 * LENGTH * self.fewest_keys() * HEAD_DIM
+        return 2 * LENGTH * self.min_keys() * HEAD_DIM
 
 
 def main() -> None:

@@ -13,23 +13,25 @@ import sympy
 import torch
 from torch import Tensor
 
-from mpass.lowering.dispatch import choose_lowering
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.estimators import VERTICAL_SLASH, Estimator
+from mpass.lowering.index import BLOCK
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import vertical_slash as estimate
 from mpass.lowering.reference.attention import allowed_cells
+from mpass.lowering.reference.selection import LAST_QUERIES
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
-    Pattern,
     causal_keys,
     check_positive,
     register_pattern,
 )
+from mpass.patterns.base.scored import EstimatedPattern
 
 
 @register_pattern
 @dataclass(frozen=True)
-class VerticalSlash(Pattern):
+class VerticalSlash(EstimatedPattern):
     """Keep `vertical_size` keys and `slash_size` token diagonals per head.
 
     Both are chosen by the attention of the last 64 queries. The first 30 keys and the 100 nearest
@@ -41,59 +43,16 @@ class VerticalSlash(Pattern):
 
     name: ClassVar[str] = "vertical_slash"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
+    estimator: ClassVar[Estimator] = VERTICAL_SLASH
 
     def __post_init__(self) -> None:
         check_positive(self)
 
     @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        vertical_slash_index = choose_lowering(query, key, key).function("vertical_slash_index")
-        index: SparseIndex = vertical_slash_index(
-            query,
-            key,
-            mask,
-            heads,
-            scale=scale,
-            vertical_sizes=[p.vertical_size for p in patterns],
-            slash_sizes=[p.slash_size for p in patterns],
-        )
-        return index
-
-    @classmethod
-    def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return estimate.vertical_slash_width(
-            [p.vertical_size for p in patterns], [p.slash_size for p in patterns]
-        )
-
-    @classmethod
-    def select(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> Tensor:
-        columns, diagonals = estimate.vertical_slash_selection(
-            query,
-            key,
-            mask,
-            heads,
-            scale=scale,
-            vertical_sizes=[p.vertical_size for p in patterns],
-            slash_sizes=[p.slash_size for p in patterns],
-        )
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
+        rules = [pattern.rule() for pattern in patterns]
+        columns, diagonals = estimate.vertical_slash_selection(inputs, rules)
+        query, key, mask = inputs.query, inputs.key, inputs.mask
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
         size = max(int(positions[-1]) + 1, key.shape[2])
@@ -101,13 +60,13 @@ class VerticalSlash(Pattern):
         slashes = table[:, :, distance.clamp(min=0)] & (distance >= 0)
         return (columns[:, :, None, :] | slashes) & allowed_cells(mask, positions, key.shape[2])
 
-    def fewest_keys(self) -> sympy.Expr:
+    def min_keys(self) -> sympy.Expr:
         """The diagonals in as few blocks as can be: side by side."""
         return causal_keys(max(self.slash_size, estimate.LOCAL_DIAGONALS) + BLOCK)
 
     def cost(self) -> sympy.Expr:
         diagonals = sympy.Min(LENGTH / BLOCK, 2 * self.slash_size)
-        estimation = estimate.LAST_QUERIES * LENGTH * HEAD_DIM
+        estimation = LAST_QUERIES * LENGTH * HEAD_DIM
         kept = sympy.Min(LENGTH / 2, self.vertical_size + BLOCK * diagonals)
         return estimation + 2 * LENGTH * kept * HEAD_DIM
 

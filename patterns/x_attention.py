@@ -14,15 +14,11 @@ from typing import ClassVar
 
 import sympy
 
+from mpass.lowering.estimators import X_ATTENTION, Estimator
 from mpass.lowering.index import BLOCK
-from mpass.lowering.reference.x_attention import (
-    AntidiagonalRule,
-    antidiagonal_index,
-    antidiagonal_width,
-)
 from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
 from mpass.patterns.base.checks import check_blocks, check_divisor, check_share
-from mpass.patterns.base.scored import ListEstimator, ListPattern, attention_cost
+from mpass.patterns.base.scored import ListPattern, attention_cost
 
 
 @register_pattern
@@ -45,9 +41,7 @@ class XAttention(ListPattern):
     max_blocks: int = 512
 
     name: ClassVar[str] = "x_attention"
-    estimator: ClassVar[ListEstimator] = ListEstimator(
-        antidiagonal_index, antidiagonal_width, AntidiagonalRule
-    )
+    estimator: ClassVar[Estimator] = X_ATTENTION
 
     def __post_init__(self) -> None:
         check_share(self, "threshold")

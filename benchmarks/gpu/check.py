@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from mpass.lowering import triton as lowering
+from mpass.lowering import estimators
+from mpass.lowering.device import REFERENCE
+from mpass.lowering.estimators import Estimator
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.reference import attention as reference
-from mpass.lowering.reference import block_scores as estimate_tiles
-from mpass.lowering.reference import flex_prefill as estimate_flex
-from mpass.lowering.reference import sample_attention as estimate_sampled
-from mpass.lowering.reference import union as estimate_union
-from mpass.lowering.reference import vertical_slash as estimate
-from mpass.lowering.reference import x_attention as estimate_antidiagonal
-from mpass.lowering.reference.block_scores import TileRule
-from mpass.lowering.reference.flex_prefill import FlexRule
-from mpass.lowering.reference.sample_attention import SampledRule
-from mpass.lowering.reference.union import UnionRule
-from mpass.lowering.reference.x_attention import AntidiagonalRule
+from mpass.lowering.reference.block_scores import BlockScoresRule
+from mpass.lowering.reference.block_sparse import BlockSparseRule
+from mpass.lowering.reference.flex_prefill import FlexPrefillRule
+from mpass.lowering.reference.sample_attention import SampleAttentionRule
+from mpass.lowering.reference.union import VerticalBlockRule
+from mpass.lowering.reference.vertical_slash import VerticalSlashRule
+from mpass.lowering.reference.x_attention import XAttentionRule
+from mpass.lowering.triton import LOWERING as lowering
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Largest difference to the fp64 truth, inputs of unit variance."""
@@ -30,40 +29,30 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 AGREEMENT = 0.97
 """Least share of the cells of a reference's selection that a generated estimator must select."""
 
-SLASHES = {"vertical_sizes": [40, 300], "slash_sizes": [100, 200]}
-TOP_K = {"top_k": [2, 4], "block_sizes": [64, 128]}
-SHARE = TileRule(0.3, None, 128, sink_blocks=1, local_blocks=1, last_blocks=1, max_blocks=12)
-MASS = TileRule(None, 0.7, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=12)
-UNION = UnionRule(0.7, 0.1, 100, 1, 2, 0, rows=16, pool=8, max_blocks=12, last_queries=32)
-FLEX = FlexRule(0.7, 0.0, 64, 512, 128, max_blocks=12)
-SAMPLED = SampledRule(0.6, 0.2, 0.1, max_window=200, max_columns=300)
-GROUPS = AntidiagonalRule(0.7, 8, 128, 1, 1, 0, max_blocks=12)
+SLASHES = [VerticalSlashRule(40, 100), VerticalSlashRule(300, 200)]
+TOP_K = [BlockSparseRule(2, 64), BlockSparseRule(4, 128)]
+SHARE = BlockScoresRule(0.3, None, 128, sink_blocks=1, local_blocks=1, last_blocks=1, max_blocks=12)
+MASS = BlockScoresRule(None, 0.7, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=12)
+UNION = VerticalBlockRule(0.7, 0.1, 100, 1, 2, 0, rows=16, pool=8, max_blocks=12, last_queries=32)
+FLEX = FlexPrefillRule(0.7, 0.0, 64, 512, 128, max_blocks=12)
+SAMPLED = SampleAttentionRule(0.6, 0.2, 0.1, max_window=200, max_columns=300)
+GROUPS = XAttentionRule(0.7, 8, 128, 1, 1, 0, max_blocks=12)
 
-ESTIMATORS: dict[str, tuple[list[int], dict[str, Any]]] = {
-    "vertical_slash_index": ([0, 5], SLASHES),
-    "block_top_k_index": ([1, 4], TOP_K),
-    "tile_index:share": ([2, 9], {"rules": [SHARE, dataclasses.replace(SHARE, block_size=64)]}),
-    "tile_index:mass": ([6, 10], {"rules": [MASS, dataclasses.replace(MASS, last_blocks=1)]}),
-    "antidiagonal_index": (
+CASES: tuple[tuple[Estimator, list[int], list[Any]], ...] = (
+    (estimators.VERTICAL_SLASH, [0, 5], SLASHES),
+    (estimators.BLOCK_SPARSE, [1, 4], TOP_K),
+    (estimators.BLOCK_SCORES, [2, 9], [SHARE, dataclasses.replace(SHARE, block_size=64)]),
+    (estimators.BLOCK_SCORES, [6, 10], [MASS, dataclasses.replace(MASS, last_blocks=1)]),
+    (
+        estimators.X_ATTENTION,
         [8, 11],
-        {"rules": [GROUPS, dataclasses.replace(GROUPS, stride=16, block_size=192)]},
+        [GROUPS, dataclasses.replace(GROUPS, stride=16, block_size=192)],
     ),
-    "flex_index": ([12, 15], {"rules": [FLEX, dataclasses.replace(FLEX, tau=1.0)]}),
-    "sampled_index": ([13, 14], {"rules": [SAMPLED, dataclasses.replace(SAMPLED, coverage=1.0)]}),
-    "union_index": ([3, 7], {"rules": [UNION, dataclasses.replace(UNION, columns=0)]}),
-}
-"""Estimators by name (what follows a colon tells two uses apart): heads and arguments."""
-
-REFERENCE = SimpleNamespace(
-    vertical_slash_index=estimate.vertical_slash_index,
-    block_top_k_index=estimate.block_top_k_index,
-    tile_index=estimate_tiles.tile_index,
-    antidiagonal_index=estimate_antidiagonal.antidiagonal_index,
-    flex_index=estimate_flex.flex_index,
-    sampled_index=estimate_sampled.sampled_index,
-    union_index=estimate_union.union_index,
+    (estimators.FLEX_PREFILL, [12, 15], [FLEX, dataclasses.replace(FLEX, tau=1.0)]),
+    (estimators.SAMPLE_ATTENTION, [13, 14], [SAMPLED, dataclasses.replace(SAMPLED, coverage=1.0)]),
+    (estimators.VERTICAL_BLOCK, [3, 7], [UNION, dataclasses.replace(UNION, columns=0)]),
 )
-"""The estimators in plain torch."""
+"""Estimators with the heads that they are used for, and their rules."""
 
 FLAGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -116,22 +105,22 @@ def check_layer(
     mask = AttentionMask(causal, offset, window, key_mask)
     scale = head_dim**-0.5
     own, expected = [], []
-    for estimator, (of_heads, arguments) in ESTIMATORS.items():
-        scaled = {} if estimator == "block_top_k_index" else {"scale": scale}
-        inputs = (query, key, mask, of_heads)
+    for estimator, of_heads, rules in CASES:
+        inputs = EstimateInputs(query, key, mask, of_heads, scale)
         for functions, found in ((lowering, own), (REFERENCE, expected)):
-            run = getattr(functions, estimator.split(":")[0])
             with poisoned_memory():
-                found.append(run(*inputs, **arguments, **scaled))
-    index = join_indexes(own, [of_heads for of_heads, _ in ESTIMATORS.values()])
+                found.append(functions.estimate(estimator)(inputs, rules))
+    index = join_indexes(own, [of_heads for _, of_heads, _ in CASES])
     logits = torch.linspace(-1, 1, heads, device=device) if sinks else None
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": logits}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": logits}
     wide = (query.double(), key.double(), value.double())
     error = 0.0
     for checked in (index, shared_rows(own[1], own[0], heads)):  # this packs heads into programs
         with poisoned_memory():
-            out = lowering.sparse_attention(query, key, value, checked, mask, **options)
-        truth = reference.sparse_attention(*wide, checked, mask, **options)
+            out = lowering.sparse_attention(
+                AttentionInputs(query, key, value, mask, **options), checked
+            )
+        truth = reference.sparse_attention(AttentionInputs(*wide, mask, **options), checked)
         difference = (out.double() - truth).abs().max().nan_to_num(torch.inf)
         error = max(error, float(difference))
     agreement = min(

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from mpass.lowering.density import density
 from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.models.load import load_model
 from mpass.models.texts import TEXTS, find_text, load_tokens
 from mpass.patterns.base import find_pattern
@@ -80,8 +81,9 @@ def prefill_rows(model: Any, tokens: torch.Tensor, lengths: Sequence[int]) -> Ro
         scale, heads = query.shape[-1] ** -0.5, range(query.shape[1])
         for name, length in itertools.product(PATTERNS, lengths):
             pattern = find_pattern(name)()
-            inputs = query[:, :, :length], key[:, :, :length], AttentionMask(), heads
-            index = type(pattern).estimate(*inputs, [pattern] * len(heads), scale=scale)
+            prefix = query[:, :, :length], key[:, :, :length]
+            inputs = EstimateInputs(*prefix, AttentionMask(), heads, scale)
+            index = type(pattern).estimate(inputs, [pattern] * len(heads))
             shares, adjacent = rows[name, length]
             sizes = {"batch": 1, "num_queries": length, "num_keys": length}
             shares += density(index, AttentionMask(), **sizes)[0].tolist()

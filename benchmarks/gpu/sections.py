@@ -18,8 +18,13 @@ from benchmarks.gpu import check, densities, models, rivals
 from benchmarks.gpu.clock import milliseconds
 from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
 from benchmarks.gpu.setting import SLASH, VERTICAL, Row, Setting, Work
-from mpass.lowering import triton as lowering
+from mpass.lowering.estimators import BLOCK_SPARSE, SAMPLE_ATTENTION, VERTICAL_SLASH
+from mpass.lowering.estimators import Estimator as IndexEstimator
 from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
+from mpass.lowering.reference.block_sparse import BlockSparseRule
+from mpass.lowering.reference.vertical_slash import VerticalSlashRule
+from mpass.lowering.triton import LOWERING as lowering
 from mpass.lowering.triton.interpret import interpreted_language
 from mpass.patterns.base import find_pattern
 from mpass.patterns.base.scored import ListPattern
@@ -154,7 +159,7 @@ def flex(setting: Setting, length: int, density: float) -> Row:
     if setting.smoke:  # uncompiled, it computes all that its mask allows, whatever the blocks
         return row
     ours = lowering.sparse_attention(
-        query, key, value, index, AttentionMask(), scale=query.shape[-1] ** -0.5
+        AttentionInputs(query, key, value, AttentionMask(), query.shape[-1] ** -0.5), index
     )
     return row | {"difference": float((ours.float() - attend().float()).abs().max())}
 
@@ -177,56 +182,39 @@ def gather(setting: Setting, length: int) -> Row:
 
     ours = time_attention(setting, query, key, value, index)
     sparse = lowering.sparse_attention(
-        query, key, value, index, AttentionMask(), scale=query.shape[-1] ** -0.5
+        AttentionInputs(query, key, value, AttentionMask(), query.shape[-1] ** -0.5), index
     )
     difference = float((sparse.float() - attend().float()).abs().max())
     spent = milliseconds(attend, setting.device)
     return {"ms": spent, "ours_ms": ours["ms"], "difference": difference}
 
 
-def vertical_slash(query: torch.Tensor, key: torch.Tensor) -> SparseIndex:
+def run_estimator(
+    estimator: IndexEstimator, query: torch.Tensor, key: torch.Tensor, rule: object
+) -> SparseIndex:
+    """An estimator with one rule for all heads, by the generated kernels."""
     heads = range(query.shape[1])
-    return lowering.vertical_slash_index(
-        query,
-        key,
-        AttentionMask(),
-        heads,
-        scale=query.shape[-1] ** -0.5,
-        vertical_sizes=[VERTICAL] * len(heads),
-        slash_sizes=[SLASH] * len(heads),
-    )
+    inputs = EstimateInputs(query, key, AttentionMask(), heads, query.shape[-1] ** -0.5)
+    return lowering.estimate(estimator)(inputs, [rule] * len(heads))
+
+
+def vertical_slash(query: torch.Tensor, key: torch.Tensor) -> SparseIndex:
+    return run_estimator(VERTICAL_SLASH, query, key, VerticalSlashRule(VERTICAL, SLASH))
 
 
 def block_top_k(query: torch.Tensor, key: torch.Tensor, top_k: int = TOP_K) -> SparseIndex:
-    heads = range(query.shape[1])
-    return lowering.block_top_k_index(
-        query,
-        key,
-        AttentionMask(),
-        heads,
-        top_k=[top_k] * len(heads),
-        block_sizes=[64] * len(heads),
-    )
+    return run_estimator(BLOCK_SPARSE, query, key, BlockSparseRule(top_k, 64))
 
 
 def list_pattern(query: torch.Tensor, key: torch.Tensor, *, name: str) -> SparseIndex:
     """A pattern in list form with its default parameters, by the generated kernels."""
     pattern = find_pattern(name)()
     assert isinstance(pattern, ListPattern)
-    estimate = getattr(lowering, pattern.estimator.index.__name__)
-    heads = range(query.shape[1])
-    rules = [pattern.rule()] * len(heads)
-    index: SparseIndex = estimate(
-        query, key, AttentionMask(), heads, rules, scale=query.shape[-1] ** -0.5
-    )
-    return index
+    return run_estimator(pattern.estimator, query, key, pattern.rule())
 
 
 def sample_attention(query: torch.Tensor, key: torch.Tensor) -> SparseIndex:
-    heads = range(query.shape[1])
-    rules = [SampleAttention().rule()] * len(heads)
-    scale = query.shape[-1] ** -0.5
-    return lowering.sampled_index(query, key, AttentionMask(), heads, rules, scale=scale)
+    return run_estimator(SAMPLE_ATTENTION, query, key, SampleAttention().rule())
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -278,7 +266,9 @@ def whole_op(setting: Setting, length: int, density: float) -> Row:
     def run() -> torch.Tensor:
         index = block_top_k(query, key, top_k)
         scale = query.shape[-1] ** -0.5
-        return lowering.sparse_attention(query, key, value, index, AttentionMask(), scale=scale)
+        return lowering.sparse_attention(
+            AttentionInputs(query, key, value, AttentionMask(), scale), index
+        )
 
     return {"ms": milliseconds(run, setting.device), "density": density, "top_k": top_k}
 
@@ -290,7 +280,7 @@ def capture(setting: Setting, length: int, estimate: Estimator) -> Row:
     def layer() -> torch.Tensor:
         index = estimate(query, key)
         return lowering.sparse_attention(
-            query, key, value, index, AttentionMask(), scale=query.shape[-1] ** -0.5
+            AttentionInputs(query, key, value, AttentionMask(), query.shape[-1] ** -0.5), index
         )
 
     layer()

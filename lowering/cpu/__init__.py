@@ -1,28 +1,36 @@
-"""Generated C++ for x86-64 CPUs: KernelSpec -> source -> compiled library -> call."""
+"""Generated C++ for x86-64 CPUs: KernelSpec -> source -> compiled library -> call.
 
-from mpass.lowering.cpu.attention import sparse_attention
-from mpass.lowering.cpu.budget_estimators import block_top_k_index, vertical_slash_index
-from mpass.lowering.cpu.dense import dense_attention, estimation_pays, highest_density
-from mpass.lowering.cpu.estimators import (
-    antidiagonal_index,
-    flex_index,
-    sampled_index,
-    tile_index,
-    union_index,
+Nothing is compiled, and no compiler is looked for, before the first call.
+"""
+
+from mpass.lowering import estimators
+from mpass.lowering.device import Lazy, Lowering
+
+HERE = __name__
+
+LOWERING = Lowering(
+    name="cpu",
+    device="cpu",
+    serves=Lazy(f"{HERE}.support:unsupported"),
+    sparse_attention=Lazy(f"{HERE}.attention:sparse_attention"),
+    dense_attention=Lazy(f"{HERE}.dense:dense_attention"),
+    breakeven_density=Lazy(f"{HERE}.dense:breakeven_density"),
+    estimation_worthwhile=Lazy(f"{HERE}.dense:estimation_worthwhile"),
+    estimators={
+        estimators.BLOCK_SCORES: Lazy(f"{HERE}.estimators:block_scores_index"),
+        estimators.BLOCK_SPARSE: Lazy(f"{HERE}.estimators:block_sparse_index"),
+        estimators.FLEX_PREFILL: Lazy(f"{HERE}.estimators:flex_prefill_index"),
+        estimators.SAMPLE_ATTENTION: Lazy(f"{HERE}.estimators:sample_attention_index"),
+        estimators.VERTICAL_BLOCK: Lazy(f"{HERE}.estimators:vertical_block_index"),
+        estimators.VERTICAL_SLASH: Lazy(f"{HERE}.estimators:vertical_slash_index"),
+        estimators.X_ATTENTION: Lazy(f"{HERE}.estimators:x_attention_index"),
+    },
+    default_pattern="union",
+    decides_by_cost=True,
+    fallback=True,
+    builds_ahead=True,
+    language="cpp",
+    made_for=Lazy(f"{HERE}.support:made_for"),
 )
-from mpass.lowering.cpu.support import unsupported
 
-__all__ = [
-    "antidiagonal_index",
-    "block_top_k_index",
-    "dense_attention",
-    "estimation_pays",
-    "flex_index",
-    "highest_density",
-    "sampled_index",
-    "sparse_attention",
-    "tile_index",
-    "union_index",
-    "unsupported",
-    "vertical_slash_index",
-]
+__all__ = ["LOWERING"]

@@ -11,51 +11,30 @@ from mpass.lowering.cpu.arguments import AttentionArguments, pointer, rows_conti
 from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import kernel_spec
-from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
+from mpass.lowering.index import SparseIndex, num_query_blocks
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference.attention import empty_output
 
 
-def sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: SparseIndex,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Exact softmax attention over the keys that `index` selects and `mask` allows.
+def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
+    """Exact softmax attention over the keys that `index` selects and the mask allows.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
-    [B, Nq, H, Dv]; fp32, bf16 or fp16. Raises MemoryError if the packed keys do not fit.
+    The result is [B, H, Nq, Dv], laid out as [B, Nq, H, Dv], in fp32, bf16 or fp16. Raises
+    MemoryError if the packed keys do not fit.
     """
-    spec = kernel_spec(query, value, softcap=softcap)
-    return run_attention(
-        spec, query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
-    )
+    return run_attention(kernel_spec(inputs), inputs, index)
 
 
-def run_attention(
-    spec: KernelSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: SparseIndex,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def run_attention(spec: KernelSpec, inputs: AttentionInputs, index: SparseIndex) -> Tensor:
     """`sparse_attention` with a chosen specialisation."""
+    query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
+    sink_logits = inputs.sink_logits
     out = empty_output(query, value)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_()
     query, key, value = (rows_contiguous(tensor) for tensor in (query, key, value))
     key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
-    logits = None if sinks is None else sinks.to(torch.float32).contiguous()
+    logits = None if sink_logits is None else sink_logits.to(torch.float32).contiguous()
     slots = torch.tensor(index.head_slots, dtype=torch.int32, device="cpu")
     tensors = tuple(tensor.contiguous() for tensor in index.tensors())
     block_count, block_index, diagonal_count, diagonal_index, column_count, column_index = tensors
@@ -89,8 +68,8 @@ def run_attention(
         window=mask.window,
         causal=mask.causal,
         threads=torch.get_num_threads(),
-        scale=scale,
-        softcap=softcap,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
         **strides("query", query),
         **strides("key", key),
         **strides("value", value),

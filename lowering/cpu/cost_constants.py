@@ -42,6 +42,7 @@ from mpass.lowering.index import (
     diagonal_slots,
     empty_index,
 )
+from mpass.lowering.inputs import AttentionInputs
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +249,8 @@ def timings(spec: KernelSpec, dtype: torch.dtype, length: int) -> list[float]:
 
     def sparse(index: SparseIndex, kv_heads: int = MEASURED_HEADS) -> Tensor:
         keys, values = key[:, :kv_heads], value[:, :kv_heads]
-        return run_attention(spec, query, keys, values, index, mask, scale=scale)
+        inputs = AttentionInputs(query, keys, values, mask, scale)
+        return run_attention(spec, inputs, index)
 
     return least_seconds(
         [

@@ -16,37 +16,25 @@ from mpass.lowering.cpu.cost_constants import estimator_constants, machine_const
 from mpass.lowering.cpu.cost_model import crossover_density, predict
 from mpass.lowering.crossover import EstimatedWork
 from mpass.lowering.index import (
-    AttentionMask,
     IndexWidth,
     SparseIndex,
     diagonal_slots,
     num_query_blocks,
     whole_index,
 )
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference import dense
 
 
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention over all keys that `mask` allows; as mpass.lowering.reference.dense."""
-    plain = mask.window == 0 and mask.key_mask is None and softcap == 0 and sinks is None
-    if not mask.causal or (plain and not kernel_is_faster(*sizes(query, key, value))):
-        return dense.dense_attention(
-            query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks
-        )
+def dense_attention(inputs: AttentionInputs) -> Tensor:
+    """Softmax attention over all keys that the mask allows; as mpass.lowering.reference.dense."""
+    query, mask = inputs.query, inputs.mask
+    plain = mask.window == 0 and mask.key_mask is None
+    plain = plain and inputs.softcap == 0 and inputs.sink_logits is None
+    if not mask.causal or (plain and not kernel_is_faster(*sizes(inputs))):
+        return dense.dense_attention(inputs)
     rows = num_query_blocks(query.shape[2], mask.query_offset)
-    index = all_tiles(query.shape[0], query.shape[1], rows)
-    return sparse_attention(
-        query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
-    )
+    return sparse_attention(inputs, all_tiles(query.shape[0], query.shape[1], rows))
 
 
 @functools.lru_cache(maxsize=256)
@@ -56,9 +44,9 @@ def all_tiles(batch: int, heads: int, num_blocks: int) -> SparseIndex:
     return whole_index(sizes, num_blocks, IndexWidth(), diagonal_slots(heads))
 
 
-def highest_density(query: Tensor, key: Tensor, value: Tensor) -> float:
+def breakeven_density(inputs: AttentionInputs) -> float:
     """Share of the dense work up to which the sparse kernel is no slower than torch's own."""
-    return highest_density_of(*sizes(query, key, value))
+    return breakeven_density_of(*sizes(inputs))
 
 
 LEAST_RATIO = 0.97
@@ -68,10 +56,10 @@ GAIN_RATIO = 8
 """unless what it saves at best is that many times its cost."""
 
 
-def estimation_pays(work: EstimatedWork) -> bool:
+def estimation_worthwhile(work: EstimatedWork) -> bool:
     """Whether estimating an index and using it can be faster than dense attention.
 
-    At best the index is no larger than `work.fewest`. What it will be is known only after paying
+    At best the index computes `work.min_density`. What it will compute is known only after paying
     for it, so that the price must be small besides: a share of dense attention that nobody misses,
     or of what there is to gain.
     """
@@ -79,7 +67,7 @@ def estimation_pays(work: EstimatedWork) -> bool:
     size = {"length": work.length, "heads": work.heads, "kv_heads": work.kv_heads}
     whole = predict(constants, density=1.0, **size)
     dense = min(whole.dense, whole.sparse)
-    attention = predict(constants, density=work.fewest, **size).sparse
+    attention = predict(constants, density=work.min_density, **size).sparse
     gain = dense - attention
     if gain <= 0:
         return False
@@ -93,8 +81,9 @@ def estimation_pays(work: EstimatedWork) -> bool:
     )
 
 
-def sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[torch.dtype, int, int, int, int, int]:
+def sizes(inputs: AttentionInputs) -> tuple[torch.dtype, int, int, int, int, int]:
     """What the costs depend on: dtype, head_dim, value dim, heads, kv heads, keys."""
+    query, key, value = inputs.query, inputs.key, inputs.value
     return (
         query.dtype,
         query.shape[3],
@@ -116,7 +105,7 @@ def kernel_is_faster(
 
 
 @functools.lru_cache(maxsize=4096)
-def highest_density_of(
+def breakeven_density_of(
     dtype: torch.dtype, head_dim: int, value_dim: int, heads: int, kv_heads: int, length: int
 ) -> float:
     """`crossover_density` of this machine, once per size."""

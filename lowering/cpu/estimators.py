@@ -1,4 +1,4 @@
-"""Lists of key blocks and single keys by generated C++; the meaning is lowering.estimate_*.
+"""Index estimators by generated C++; the meaning is that of their names in lowering.reference.
 
 One call of a generated library per index, whatever the rules of its heads.
 """
@@ -13,137 +13,148 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.lowering.cpu.arguments import pointer, rows_contiguous, strides
+from mpass.lowering.cpu.arguments import EstimateArguments, pointer, rows_contiguous, strides
 from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.list_arguments import list_arguments, rule_fields
-from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import estimate_spec
-from mpass.lowering.index import (
-    AttentionMask,
-    IndexWidth,
-    SparseIndex,
-    empty_index,
-    list_slots,
-    num_query_blocks,
+from mpass.lowering.index import IndexWidth, SparseIndex, diagonal_slots, empty_index, list_slots
+from mpass.lowering.inputs import EstimateInputs
+from mpass.lowering.reference.block_scores import BlockScoresRule, block_scores_width
+from mpass.lowering.reference.block_sparse import BlockSparseRule, block_sparse_width
+from mpass.lowering.reference.flex_prefill import FlexPrefillRule, flex_prefill_width
+from mpass.lowering.reference.sample_attention import (
+    SampleAttentionRule,
+    column_rule,
+    window_index,
 )
-from mpass.lowering.reference.block_scores import TileRule, tile_width
-from mpass.lowering.reference.flex_prefill import FlexRule, flex_width
-from mpass.lowering.reference.sample_attention import SampledRule, column_rule, window_index
-from mpass.lowering.reference.union import UnionRule, union_width
-from mpass.lowering.reference.x_attention import AntidiagonalRule, antidiagonal_width
+from mpass.lowering.reference.union import VerticalBlockRule, vertical_block_width
+from mpass.lowering.reference.vertical_slash import VerticalSlashRule, vertical_slash_width
+from mpass.lowering.reference.x_attention import XAttentionRule, x_attention_width
 
 
-def union_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[UnionRule],
-    *,
-    scale: float,
-    spec: KernelSpec | None = None,
-) -> SparseIndex:
-    """As `mpass.lowering.reference.union.union_index`; query [B, H, Nq, D], key [B, Hk, Nk, D].
-
-    spec: a specialisation to use. Raises MemoryError if the means do not fit.
-    """
-    index = empty_lists(query, mask, len(heads), union_width(rules))
-    run_estimator("union", index, query, key, mask, heads, rules, scale=scale, spec=spec)
-    return index
-
-
-def tile_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[TileRule],
-    *,
-    scale: float,
-    spec: KernelSpec | None = None,
-) -> SparseIndex:
-    """As `mpass.lowering.reference.block_scores.tile_index`; arguments as of `union_index`."""
-    index = empty_lists(query, mask, len(heads), tile_width(rules))
-    run_estimator("block_scores", index, query, key, mask, heads, rules, scale=scale, spec=spec)
-    return index
-
-
-def antidiagonal_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[AntidiagonalRule],
-    *,
-    scale: float,
-    spec: KernelSpec | None = None,
-) -> SparseIndex:
-    """As `mpass.lowering.reference.x_attention.antidiagonal_index`; arguments as `union_index`."""
-    index = empty_lists(query, mask, len(heads), antidiagonal_width(rules))
-    run_estimator("x_attention", index, query, key, mask, heads, rules, scale=scale, spec=spec)
-    return index
-
-
-def flex_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[FlexRule],
-    *,
-    scale: float,
-    spec: KernelSpec | None = None,
-) -> SparseIndex:
-    """As `mpass.lowering.reference.flex_prefill.flex_index`; arguments as of `union_index`."""
-    index = empty_lists(query, mask, len(heads), flex_width(rules))
-    run_estimator("flex_prefill", index, query, key, mask, heads, rules, scale=scale, spec=spec)
-    return index
-
-
-def sampled_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[SampledRule],
-    *,
-    scale: float,
-    spec: KernelSpec | None = None,
-) -> SparseIndex:
-    """As mpass.lowering.reference.sample_attention; arguments as of `union_index`."""
-    index = window_index(query, key, mask, rules)
-    columns = [column_rule(rule, query.shape[2]) for rule in rules]
-    run_estimator(
-        "sample_attention", index, query, key, mask, heads, columns, scale=scale, spec=spec
+def vertical_slash_index(inputs: EstimateInputs, rules: Sequence[VerticalSlashRule]) -> SparseIndex:
+    """Columns and diagonals with the most attention of the last queries."""
+    width, slots = vertical_slash_width(rules), diagonal_slots(len(inputs.heads))
+    index = empty_index(inputs.query, inputs.num_blocks, width, slots)
+    run_budgets(
+        "vertical_slash_index",
+        inputs,
+        [rule.vertical_size for rule in rules],
+        [rule.slash_size for rule in rules],
+        (index.column_count, index.column_index, index.diagonal_count, index.diagonal_index),
+        scale=inputs.scale,
     )
     return index
 
 
-def empty_lists(
-    query: Tensor, mask: AttentionMask, num_heads: int, width: IndexWidth
+def block_sparse_index(inputs: EstimateInputs, rules: Sequence[BlockSparseRule]) -> SparseIndex:
+    """The blocks of largest mean-pooled score, per query block."""
+    index = empty_lists(inputs, block_sparse_width(rules))
+    run_budgets(
+        "block_top_k_index",
+        inputs,
+        [rule.top_k for rule in rules],
+        [rule.block_size for rule in rules],
+        (index.block_count, index.block_index, None, None),
+        scale=1.0,
+    )
+    return index
+
+
+def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRule]) -> SparseIndex:
+    """Blocks by estimated attention, and vertical columns by that of the last queries.
+
+    Raises MemoryError if the pooled keys do not fit.
+    """
+    index = empty_lists(inputs, vertical_block_width(rules))
+    run_lists("union", index, inputs, rules)
+    return index
+
+
+def block_scores_index(inputs: EstimateInputs, rules: Sequence[BlockScoresRule]) -> SparseIndex:
+    """Blocks by the exponentials of whole query tiles."""
+    index = empty_lists(inputs, block_scores_width(rules))
+    run_lists("block_scores", index, inputs, rules)
+    return index
+
+
+def x_attention_index(inputs: EstimateInputs, rules: Sequence[XAttentionRule]) -> SparseIndex:
+    """Blocks by sums along antidiagonals."""
+    index = empty_lists(inputs, x_attention_width(rules))
+    run_lists("x_attention", index, inputs, rules)
+    return index
+
+
+def flex_prefill_index(inputs: EstimateInputs, rules: Sequence[FlexPrefillRule]) -> SparseIndex:
+    """Adaptive vertical-slash in blocks, or pooled blocks where those are good."""
+    index = empty_lists(inputs, flex_prefill_width(rules))
+    run_lists("flex_prefill", index, inputs, rules)
+    return index
+
+
+def sample_attention_index(
+    inputs: EstimateInputs, rules: Sequence[SampleAttentionRule]
 ) -> SparseIndex:
+    """A local window, and columns that hold a share of the sampled rows' attention."""
+    index = window_index(inputs, rules)
+    columns = [column_rule(rule, inputs.num_queries) for rule in rules]
+    run_lists("sample_attention", index, inputs, columns)
+    return index
+
+
+def empty_lists(inputs: EstimateInputs, width: IndexWidth) -> SparseIndex:
     """An index in list form that an estimator is to fill."""
-    num_blocks = num_query_blocks(query.shape[2], mask.query_offset)
-    return empty_index(query, num_blocks, width, list_slots(num_heads))
+    return empty_index(inputs.query, inputs.num_blocks, width, list_slots(len(inputs.heads)))
 
 
-def run_estimator(
-    kernel: str,
-    index: SparseIndex,
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[Any],
+def is_empty(inputs: EstimateInputs) -> bool:
+    """Whether there is nothing to look at."""
+    return 0 in (inputs.batch, len(inputs.heads), inputs.num_queries, inputs.num_keys)
+
+
+def run_budgets(
+    name: str,
+    inputs: EstimateInputs,
+    first_sizes: Sequence[int],
+    second_sizes: Sequence[int],
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     *,
     scale: float,
-    spec: KernelSpec | None,
+) -> None:
+    """Call an estimator of fixed budgets, which fills `outputs` (see EstimateArguments)."""
+    if is_empty(inputs):
+        return
+    numbers = torch.tensor(
+        [list(inputs.heads), list(first_sizes), list(second_sizes)],
+        dtype=torch.int32,
+        device="cpu",
+    )
+    first_count, first_index, second_count, second_index = outputs
+    query, key, key_mask = readable(inputs)
+    arguments = EstimateArguments(
+        **common_arguments(inputs, query, key, key_mask),
+        heads=pointer(numbers[0]),
+        first_sizes=pointer(numbers[1]),
+        second_sizes=pointer(numbers[2]),
+        first_count=pointer(first_count),
+        first_index=pointer(first_index),
+        second_count=pointer(second_count),
+        second_index=pointer(second_index),
+        kv_heads=key.shape[1],
+        first_width=first_index.shape[-1],
+        second_width=0 if second_index is None else second_index.shape[-1],
+        scale=scale,
+    )
+    if load_library(estimate_spec(query))[name](ctypes.byref(arguments)) != 0:
+        raise MemoryError(f"no memory to estimate an index over keys {tuple(key.shape)}")
+
+
+def run_lists(
+    kernel: str, index: SparseIndex, inputs: EstimateInputs, rules: Sequence[Any]
 ) -> None:
     """Fill the lists and columns of an index by the kernel of that name, one rule per head."""
-    if query.shape[0] == 0 or not heads or 0 in (query.shape[2], key.shape[2]):
+    if is_empty(inputs):
         return
-    query, key = rows_contiguous(query), rows_contiguous(key)
-    key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
     parameters = {
         name: torch.tensor(
             [getattr(rule, name) or 0 for rule in rules],
@@ -152,32 +163,49 @@ def run_estimator(
         )
         for name, kind in rule_fields(kernel).items()
     }
-    parameters["heads"] = torch.tensor(list(heads), dtype=torch.int32, device="cpu")
+    parameters["heads"] = torch.tensor(list(inputs.heads), dtype=torch.int32, device="cpu")
+    query, key, key_mask = readable(inputs)
     arguments = list_arguments(kernel)(
-        query=pointer(query),
-        key=pointer(key),
-        key_mask=pointer(key_mask),
+        **common_arguments(inputs, query, key, key_mask),
         block_count=pointer(index.block_count),
         block_index=pointer(index.block_index),
         column_count=pointer(index.column_count),
         column_index=pointer(index.column_index),
-        batch=query.shape[0],
-        num_heads=len(heads),
-        group=query.shape[1] // key.shape[1],
-        num_queries=query.shape[2],
-        num_keys=key.shape[2],
-        num_blocks=num_query_blocks(query.shape[2], mask.query_offset),
         list_width=index.block_index.shape[-1],
         column_width=index.column_index.shape[-1],
-        query_offset=mask.query_offset,
-        window=mask.window,
-        causal=mask.causal,
-        threads=torch.get_num_threads(),
-        scale=scale,
+        scale=inputs.scale,
         **{name: pointer(values) for name, values in parameters.items()},
-        **strides("query", query),
-        **strides("key", key),
     )
-    library = load_library(replace(spec or estimate_spec(query), kernel=kernel))
+    library = load_library(replace(estimate_spec(query), kernel=kernel))
     if library[f"{kernel}_index"](ctypes.byref(arguments)) != 0:
         raise MemoryError(f"no memory to estimate an index over keys {tuple(key.shape)}")
+
+
+def readable(inputs: EstimateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Query and key with contiguous rows, and the key mask as bytes, as the kernels read them."""
+    query, key = rows_contiguous(inputs.query), rows_contiguous(inputs.key)
+    mask = inputs.mask.key_mask
+    return query, key, None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def common_arguments(
+    inputs: EstimateInputs, query: Tensor, key: Tensor, key_mask: Tensor | None
+) -> dict[str, Any]:
+    """What every estimator takes; the tensors are those of `readable`, which the caller keeps."""
+    return {
+        "query": pointer(query),
+        "key": pointer(key),
+        "key_mask": pointer(key_mask),
+        "batch": inputs.batch,
+        "num_heads": len(inputs.heads),
+        "group": inputs.group,
+        "num_queries": inputs.num_queries,
+        "num_keys": inputs.num_keys,
+        "num_blocks": inputs.num_blocks,
+        "query_offset": inputs.mask.query_offset,
+        "window": inputs.mask.window,
+        "causal": inputs.mask.causal,
+        "threads": torch.get_num_threads(),
+        **strides("query", query),
+        **strides("key", key),
+    }

@@ -11,17 +11,17 @@ import functools
 from typing import Any
 
 from mpass.lowering.cpu.arguments import NUMBER_TYPES, fields, strided
-from mpass.lowering.reference.block_scores import TileRule
-from mpass.lowering.reference.flex_prefill import FlexRule
+from mpass.lowering.reference.block_scores import BlockScoresRule
+from mpass.lowering.reference.flex_prefill import FlexPrefillRule
 from mpass.lowering.reference.sample_attention import ColumnRule
-from mpass.lowering.reference.union import UnionRule
-from mpass.lowering.reference.x_attention import AntidiagonalRule
+from mpass.lowering.reference.union import VerticalBlockRule
+from mpass.lowering.reference.x_attention import XAttentionRule
 
 LIST_KERNELS: dict[str, type[Any]] = {
-    "union": UnionRule,
-    "block_scores": TileRule,
-    "x_attention": AntidiagonalRule,
-    "flex_prefill": FlexRule,
+    "union": VerticalBlockRule,
+    "block_scores": BlockScoresRule,
+    "x_attention": XAttentionRule,
+    "flex_prefill": FlexPrefillRule,
     "sample_attention": ColumnRule,
 }
 """Rule of each kernel; its source is kernels/<kernel>.h."""

@@ -11,21 +11,16 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.cpu.library import compiler_fault
-from mpass.lowering.cpu.spec import INPUT_TYPES, MAX_HEAD_DIM, KernelSpec
+from mpass.lowering.cpu.spec import INPUT_TYPES, MAX_HEAD_DIM, STRIP, KernelSpec
+from mpass.lowering.inputs import AttentionInputs
 
 
-def unsupported(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> str | None:
-    """Why generated C++ cannot serve these tensors, in words; None if it can.
+def unsupported(inputs: AttentionInputs) -> str | None:
+    """Why generated C++ cannot serve an attention, in words; None if it can.
 
-    Reads dtype, device and static shapes only, so fake tensors will do.
+    Reads dtypes, devices and static shapes only, so fake tensors will do.
     """
+    query, key, value = inputs.query, inputs.key, inputs.value
     for tensor in (query, key, value):
         if tensor.device.type != "cpu":
             return f"C++ kernels run on CPU tensors, not {tensor.device.type}"
@@ -96,15 +91,25 @@ def has(instructions: str) -> bool:
     return probe is not None and bool(probe())
 
 
-def kernel_spec(query: Tensor, value: Tensor, *, softcap: float = 0.0) -> KernelSpec:
-    """The specialisation of the attention kernel that serves these tensors here."""
+def kernel_spec(inputs: AttentionInputs) -> KernelSpec:
+    """The specialisation of the attention kernel that serves these inputs here."""
+    dtype = inputs.query.dtype
     return KernelSpec(
-        dtype_name(query.dtype),
-        query.shape[-1],
-        value.shape[-1],
-        best_instruction_set(query.dtype),
-        softcap=softcap > 0,
+        dtype_name(dtype),
+        inputs.query.shape[-1],
+        inputs.value.shape[-1],
+        best_instruction_set(dtype),
+        softcap=inputs.softcap > 0,
     )
+
+
+def made_for(spec: KernelSpec, dtype: torch.dtype, head_dim: int, softcap: bool) -> bool:
+    """Whether a kernel serves an attention of this kind here."""
+    estimator = spec.kernel != "attention"  # these multiply in bf16 whatever the dtype
+    found = (spec.input, spec.head_dim, spec.instruction_set, spec.strip)
+    chosen = best_instruction_set(torch.bfloat16 if estimator else dtype)
+    wanted = (dtype_name(dtype), head_dim, chosen, STRIP)
+    return found == wanted and (estimator or spec.softcap == softcap)
 
 
 def estimate_spec(query: Tensor) -> KernelSpec:

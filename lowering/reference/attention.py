@@ -19,31 +19,20 @@ from mpass.lowering.index import (
     SparseIndex,
     first_query_block,
     num_key_blocks,
-    num_query_blocks,
 )
+from mpass.lowering.inputs import AttentionInputs
 
 CHUNK_BLOCKS = 8
 """Query blocks computed at a time: the largest temporary is [B, H, CHUNK_BLOCKS * BLOCK, Nk]."""
 
 
-def sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: SparseIndex,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Exact softmax attention over the keys that `index` selects and `mask` allows.
+def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
+    """Exact softmax attention over the keys that `index` selects and the mask allows.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv] in the query's
-    dtype. Head h reads kv head h // (H // Hk). softcap: scores become softcap * tanh(s / softcap)
-    if it is > 0. sinks: float [H], one more logit per head that takes probability and has no value.
-    A row with nothing to see gives zeros. Computed in fp32, fp64 inputs in fp64.
+    The result is [B, H, Nq, Dv] in the query's dtype. A row with nothing to see gives zeros. It is
+    computed in fp32, of fp64 inputs in fp64.
     """
+    query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     out = empty_output(query, value)
@@ -52,18 +41,19 @@ def sparse_attention(
     values = repeat_kv(value, heads).to(wide)
     for rows in query_chunks(num_queries, mask.query_offset):
         visible = visible_rows(index, mask, rows, batch=batch, num_keys=num_keys)
-        scores = query[:, :, rows].to(wide) @ keys.transpose(-1, -2) * scale
-        if softcap > 0:
-            scores = softcap * torch.tanh(scores / softcap)
-        out[:, :, rows] = (masked_softmax(scores, visible, sinks) @ values).to(out.dtype)
+        scores = query[:, :, rows].to(wide) @ keys.transpose(-1, -2) * inputs.scale
+        if inputs.softcap > 0:
+            scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+        weights = masked_softmax(scores, visible, inputs.sink_logits)
+        out[:, :, rows] = (weights @ values).to(out.dtype)
     return out
 
 
-def masked_softmax(scores: Tensor, visible: Tensor, sinks: Tensor | None = None) -> Tensor:
+def masked_softmax(scores: Tensor, visible: Tensor, sink_logits: Tensor | None = None) -> Tensor:
     """Softmax over the visible keys; rows that see nothing are zero, not NaN."""
     scores = scores.masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    if sink_logits is not None:
+        column = sink_logits.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
     return torch.softmax(scores, dim=-1).nan_to_num(0.0)
 
@@ -152,7 +142,7 @@ def selected_blocks(index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks
 
 
 def selected_columns(index: SparseIndex, batch: int, num_keys: int) -> Tensor:
-    """Single keys that the heads select: bool [B, H, Nk]."""
+    """Vertical columns (single keys) that the heads select: bool [B, H, Nk]."""
     entries = index.column_index.long()
     live = torch.arange(entries.shape[-1], device=entries.device) < index.column_count[..., None]
     table = torch.zeros(
@@ -208,7 +198,6 @@ __all__ = [
     "density",
     "empty_output",
     "masked_softmax",
-    "num_query_blocks",
     "query_chunks",
     "repeat_kv",
     "selected_blocks",

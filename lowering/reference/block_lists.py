@@ -25,7 +25,7 @@ from mpass.lowering.index import (
     num_key_blocks,
     num_query_blocks,
 )
-from mpass.lowering.reference.vertical_slash import first_keys, table_to_list
+from mpass.lowering.reference.selection import first_keys, table_to_list
 
 CHUNK_BLOCKS = 16
 """Query blocks whose scores exist at the same time."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.index import IndexWidth, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import (
     candidates,
     keep_above,
@@ -23,7 +24,7 @@ from mpass.lowering.reference.pooled_keys import pooled_keys, tile_scores
 
 
 @dataclass(frozen=True, slots=True)
-class TileRule:
+class BlockScoresRule:
     """What one head keeps; see mpass.patterns.block_max and block_top_p.
 
     share: of the best block's score, from which on a block is kept; mass: share of all scores that
@@ -39,22 +40,15 @@ class TileRule:
     max_blocks: int
 
 
-def tile_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[TileRule],
-    *,
-    scale: float,
-) -> SparseIndex:
-    """The index of patterns that score tiles of queries against mean keys, one rule per head.
+def block_scores_index(inputs: EstimateInputs, rules: Sequence[BlockScoresRule]) -> SparseIndex:
+    """The index of patterns that score query tiles against pooled keys, with one rule per head.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D].
+    Blocks that score at least a share of the best one are kept, or the best ones that hold a share
+    of all scores.
     """
-    group = query.shape[1] // key.shape[1]
-    runs = [
-        pooled_keys(key[:, head // group], mask, rule.block_size, rule.block_size)
+    query, key, mask, heads = inputs.query, inputs.key, inputs.mask, inputs.heads
+    pooled = [
+        pooled_keys(key[:, head // inputs.group], mask, rule.block_size, rule.block_size)
         for head, rule in zip(heads, rules, strict=True)
     ]
 
@@ -62,7 +56,7 @@ def tile_index(
         rule = rules[i]
         size = rule.block_size
         scores = tile_scores(
-            query[:, heads[i]], *runs[i], mask, tiles, scale=scale, block_size=size
+            query[:, heads[i]], *pooled[i], mask, tiles, scale=inputs.scale, block_size=size
         )
         choice = candidates(
             query,
@@ -84,9 +78,9 @@ def tile_index(
     def kept_blocks(i: int, blocks: Tensor) -> Tensor:
         return tiled(kept_tiles, rules[i].block_size, mask, key.shape[2])(i, blocks)
 
-    return list_index(query, mask, len(heads), tile_width(rules), kept_blocks)
+    return list_index(query, mask, len(heads), block_scores_width(rules), kept_blocks)
 
 
-def tile_width(rules: Sequence[TileRule]) -> IndexWidth:
-    """Buffer sizes of `tile_index`, from the limits alone."""
+def block_scores_width(rules: Sequence[BlockScoresRule]) -> IndexWidth:
+    """Buffer sizes of `block_scores_index`, from the limits alone."""
     return IndexWidth(max_blocks=max(rule.max_blocks for rule in rules))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mpass.lowering.crossover import EstimatedWork
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference.attention import (
     allowed_cells,
     empty_output,
@@ -23,22 +24,14 @@ CHUNK = 512
 """Queries per call where a mask is needed: it is [B, 1, CHUNK, visible keys]."""
 
 
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention over all keys that `mask` allows.
+def dense_attention(inputs: AttentionInputs) -> Tensor:
+    """Softmax attention over all keys that the mask allows: [B, H, Nq, Dv].
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv]. Rows with
-    nothing to see give zeros.
+    Rows with nothing to see give zeros.
     """
-    plain = mask.window == 0 and mask.key_mask is None and softcap == 0 and sinks is None
+    query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
+    scale, softcap, sink_logits = inputs.scale, inputs.softcap, inputs.sink_logits
+    plain = mask.window == 0 and mask.key_mask is None and softcap == 0 and sink_logits is None
     square = mask.query_offset == 0 and query.shape[2] <= key.shape[2]
     if plain and (square or not mask.causal):
         # Causal is aligned to the upper left: keys after the last query are never seen.
@@ -56,11 +49,11 @@ def dense_attention(
         allowed = allowed_cells(mask, positions, key.shape[2])[..., first:last]
         keys, values = key[:, :, first:last], value[:, :, first:last]
         rows = query[:, :, start:stop]
-        if softcap > 0 or sinks is not None:
+        if softcap > 0 or sink_logits is not None:
             scores = rows.float() @ repeat_kv(keys, query.shape[1]).float().mT * scale
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
-            weights = masked_softmax(scores, allowed, sinks)
+            weights = masked_softmax(scores, allowed, sink_logits)
             chunk = weights @ repeat_kv(values, query.shape[1]).float()
         else:
             chunk = F.scaled_dot_product_attention(
@@ -78,12 +71,12 @@ def visible_range(mask: AttentionMask, first: int, last: int, num_keys: int) -> 
     return min(start, stop), stop
 
 
-def estimation_pays(work: EstimatedWork) -> bool:
+def estimation_worthwhile(work: EstimatedWork) -> bool:
     """Whether an index may save more than finding it costs: not in plain torch, see below."""
     return False
 
 
-def highest_density(query: Tensor, key: Tensor, value: Tensor) -> float:
+def breakeven_density(inputs: AttentionInputs) -> float:
     """Share of the dense work up to which sparse attention is no slower: none in plain torch.
 
     mpass.lowering.reference.attention does all of the work and masks it; lowerings bring their own.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import masked_softmax
 from mpass.lowering.reference.block_lists import (
     allowed_blocks,
@@ -24,13 +25,13 @@ from mpass.lowering.reference.block_lists import (
     rank_blocks,
     tiled,
 )
+from mpass.lowering.reference.block_sparse import pooled_means
 from mpass.lowering.reference.pooled_keys import pooled_keys
 from mpass.lowering.reference.query_rows import last_rows, real_rows, row_attention
-from mpass.lowering.reference.vertical_slash import pooled_means
 
 
 @dataclass(frozen=True, slots=True)
-class FlexRule:
+class FlexPrefillRule:
     """What one head keeps; see mpass.patterns.flex_prefill for the meaning of each number.
 
     sink_blocks, local_blocks: first and nearest blocks, always kept; last_blocks: query blocks at
@@ -49,7 +50,7 @@ class FlexRule:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FlexChoice:
+class FlexPrefillChoice:
     """What was decided for one head of a prompt.
 
     vertical, slash: kept key blocks and block distances, bool [B, J]; vertical_score,
@@ -66,28 +67,24 @@ class FlexChoice:
     pooled_kept: Tensor
 
 
-def flex_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[FlexRule],
-    *,
-    scale: float,
-) -> SparseIndex:
-    """The index of `mpass.patterns.flex_prefill` for the given heads, one rule each.
+def flex_prefill_index(inputs: EstimateInputs, rules: Sequence[FlexPrefillRule]) -> SparseIndex:
+    """The index of `mpass.patterns.flex_prefill` for the given heads, with one rule per head.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D]. The scores of pooled queries are ranked over the whole
+    The scores of pooled queries are ranked over the whole
     prompt at once, as the rule wants it: (N / block_size)^2 numbers per head, one head at a time.
     """
-    group = query.shape[1] // key.shape[1]
-    chosen: dict[int, FlexChoice] = {}
+    query, key, mask, heads = inputs.query, inputs.key, inputs.mask, inputs.heads
+    chosen: dict[int, FlexPrefillChoice] = {}
 
     def kept_tiles(i: int, tiles: Tensor) -> Tensor:
         if i not in chosen:
             chosen.clear()
             chosen[i] = choose(
-                query[:, heads[i]], key[:, heads[i] // group], mask, rules[i], scale=scale
+                query[:, heads[i]],
+                key[:, heads[i] // inputs.group],
+                mask,
+                rules[i],
+                scale=inputs.scale,
             )
         choice, rule = chosen[i], rules[i]
         num_blocks = choice.vertical.shape[1]
@@ -117,17 +114,17 @@ def flex_index(
     def kept_blocks(i: int, blocks: Tensor) -> Tensor:
         return tiled(kept_tiles, rules[i].block_size, mask, key.shape[2])(i, blocks)
 
-    return list_index(query, mask, len(heads), flex_width(rules), kept_blocks)
+    return list_index(query, mask, len(heads), flex_prefill_width(rules), kept_blocks)
 
 
-def flex_width(rules: Sequence[FlexRule]) -> IndexWidth:
-    """Buffer sizes of `flex_index`, from the limits alone."""
+def flex_prefill_width(rules: Sequence[FlexPrefillRule]) -> IndexWidth:
+    """Buffer sizes of `flex_prefill_index`, from the limits alone."""
     return IndexWidth(max_blocks=max(rule.max_blocks for rule in rules))
 
 
 def choose(
-    query: Tensor, key: Tensor, mask: AttentionMask, rule: FlexRule, *, scale: float
-) -> FlexChoice:
+    query: Tensor, key: Tensor, mask: AttentionMask, rule: FlexPrefillRule, *, scale: float
+) -> FlexPrefillChoice:
     """Kind and budgets of one head: query [B, Nq, D], key [B, Nk, D]."""
     size, num_keys = rule.block_size, key.shape[1]
     rows = last_rows(real_rows(mask, query.shape[0], query.shape[1], query.device), size)
@@ -139,8 +136,8 @@ def choose(
     blocks = (num_keys + size - 1) // size
     fewest = min((rule.min_budget + size - 1) // size, blocks)
     most = min((rule.max_budget + size - 1) // size, blocks)
-    vertical_blocks = covering(vertical, rule.gamma, size).clamp(fewest, most)
-    slash_blocks = covering(slash, rule.gamma, size).clamp(fewest, most)
+    vertical_blocks = top_share_blocks(vertical, rule.gamma, size).clamp(fewest, most)
+    slash_blocks = top_share_blocks(slash, rule.gamma, size).clamp(fewest, most)
     vertical, slash = block_sums(vertical, size), block_sums(slash, size)
 
     means, counts = pooled_keys(key, mask, size, size)
@@ -151,7 +148,7 @@ def choose(
     slash_blocks = slash_blocks.masked_fill(query_aware, fewest)
 
     pooled, kept = pooled_attention(query, means, counts, mask, rule, scale=scale)
-    return FlexChoice(
+    return FlexPrefillChoice(
         vertical=largest_each(with_first(vertical), vertical_blocks),
         slash=largest_each(with_first(slash), slash_blocks),
         vertical_score=vertical,
@@ -167,7 +164,7 @@ def pooled_attention(
     means: Tensor,
     counts: Tensor,
     mask: AttentionMask,
-    rule: FlexRule,
+    rule: FlexPrefillRule,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -198,7 +195,7 @@ def distance_sums(weights: Tensor, positions: Tensor) -> Tensor:
     return sums.scatter_add_(1, distance.clamp(0, num_keys - 1).flatten(1), weights.flatten(1))
 
 
-def covering(shares: Tensor, gamma: float, size: int) -> Tensor:
+def top_share_blocks(shares: Tensor, gamma: float, size: int) -> Tensor:
     """Blocks whose tokens hold `gamma` of the shares [B, N]: int64 [B], by the released code.
 
     The number of tokens divided by the block size, plus one: scattered tokens are under-covered.

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference.attention import masked_softmax
 from mpass.lowering.reference.block_lists import last_query, query_mask
-from mpass.lowering.reference.vertical_slash import first_keys
+from mpass.lowering.reference.selection import first_keys
 
 
 def real_rows(mask: AttentionMask, batch: int, num_queries: int, device: torch.device) -> Tensor:
@@ -24,8 +24,8 @@ def real_rows(mask: AttentionMask, batch: int, num_queries: int, device: torch.d
     return torch.stack([first.masked_fill(empty, 0), last.masked_fill(empty, -1)], -1)
 
 
-def spread_rows(bounds: Tensor, count: int) -> Tensor:
-    """`count` rows spread evenly over first .. last, the last one included: int64 [B, R].
+def evenly_spaced_rows(bounds: Tensor, count: int) -> Tensor:
+    """`count` evenly spaced rows of first .. last, the last one included: int64 [B, R].
 
     bounds: [B, 2] of `real_rows`. Where there are fewer rows some stand twice or before the first.
     """

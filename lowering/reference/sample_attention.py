@@ -20,18 +20,18 @@ from mpass.lowering.index import (
     SparseIndex,
     diagonal_slots,
     empty_index,
-    num_query_blocks,
     window_diagonals,
 )
-from mpass.lowering.reference.query_rows import real_rows, row_attention, spread_rows
-from mpass.lowering.reference.vertical_slash import table_to_list
+from mpass.lowering.inputs import EstimateInputs
+from mpass.lowering.reference.query_rows import evenly_spaced_rows, real_rows, row_attention
+from mpass.lowering.reference.selection import table_to_list
 
 ROWS_AT_ONCE = 64
 """Sampled rows whose weights exist at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
-class SampledRule:
+class SampleAttentionRule:
     """What one head keeps; see mpass.patterns.sample_attention for the meaning of each number."""
 
     coverage: float
@@ -43,7 +43,7 @@ class SampledRule:
 
 @dataclass(frozen=True, slots=True)
 class ColumnRule:
-    """The single keys of one head in a prompt of known length: see `column_rule`.
+    """The vertical columns of one head in a prompt of known length: see `column_rule`.
 
     coverage: share of the attention of `rows` rows that they hold; columns: at most this many.
     """
@@ -53,94 +53,76 @@ class ColumnRule:
     columns: int
 
 
-def sampled_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[SampledRule],
-    *,
-    scale: float,
+def sample_attention_index(
+    inputs: EstimateInputs, rules: Sequence[SampleAttentionRule]
 ) -> SparseIndex:
-    """The index of `mpass.patterns.sample_attention` for the given heads, one rule each.
-
-    query [B, H, Nq, D], key [B, Hk, Nk, D].
-    """
-    index = window_index(query, key, mask, rules)
-    columns = sampled_columns(query, key, mask, heads, rules, scale=scale)
+    """The index of `mpass.patterns.sample_attention`, with one rule per head."""
+    index = window_index(inputs, rules)
+    columns = sample_attention_columns(inputs, rules)
     counts, entries = table_to_list(columns, index.column_index.shape[-1])
     index.column_count.copy_(counts)
     index.column_index.copy_(entries)
     return index
 
 
-def sampled_width(rules: Sequence[SampledRule]) -> IndexWidth:
-    """Buffer sizes of `sampled_index`, from the limits alone."""
+def sample_attention_width(rules: Sequence[SampleAttentionRule]) -> IndexWidth:
+    """Buffer sizes of `sample_attention_index`, from the limits alone."""
     return IndexWidth(
         max_diagonals=max(window_diagonals(rule.max_window) for rule in rules),
         max_columns=max(rule.max_columns for rule in rules),
     )
 
 
-def window_index(
-    query: Tensor, key: Tensor, mask: AttentionMask, rules: Sequence[SampledRule]
-) -> SparseIndex:
+def window_index(inputs: EstimateInputs, rules: Sequence[SampleAttentionRule]) -> SparseIndex:
     """An index of the nearest keys alone, one rule per head; its columns are to be filled in."""
-    blocks = num_query_blocks(query.shape[2], mask.query_offset)
-    index = empty_index(query, blocks, sampled_width(rules), diagonal_slots(len(rules)))
+    query, width = inputs.query, sample_attention_width(rules)
+    index = empty_index(query, inputs.num_blocks, width, diagonal_slots(len(rules)))
     distances = torch.arange(index.diagonal_index.shape[-1], device=query.device)
     for i, rule in enumerate(rules):
-        reach = window_diagonals(window_size(rule, key.shape[2]))
+        reach = window_diagonals(window_size(rule, inputs.num_keys))
         index.diagonal_count[:, i].fill_(reach)
         index.diagonal_index[:, i] = distances.where(distances < reach, 0)
     return index
 
 
-def window_size(rule: SampledRule, num_keys: int) -> int:
+def window_size(rule: SampleAttentionRule, num_keys: int) -> int:
     """Nearest keys that are kept, tokens: a share of the prompt, within the limit."""
     return max(1, min(rule.max_window, math.ceil(rule.window_share * num_keys)))
 
 
-def column_rule(rule: SampledRule, num_queries: int) -> ColumnRule:
-    """What a rule means for the single keys of a prompt."""
+def column_rule(rule: SampleAttentionRule, num_queries: int) -> ColumnRule:
+    """What a rule means for the vertical columns of a prompt."""
     rows = max(1, math.ceil(rule.row_share * num_queries))
     return ColumnRule(rule.coverage, rows, rule.max_columns)
 
 
-def sampled_columns(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[SampledRule],
-    *,
-    scale: float,
+def sample_attention_columns(
+    inputs: EstimateInputs, rules: Sequence[SampleAttentionRule]
 ) -> Tensor:
-    """The single keys that are kept: bool [B, h, Nk]."""
-    group = query.shape[1] // key.shape[1]
+    """The vertical columns that are kept: bool [B, h, Nk]."""
     columns = [
-        covering_columns(
-            query[:, head],
-            key[:, head // group],
-            mask,
-            column_rule(rule, query.shape[2]),
-            scale=scale,
+        top_share_columns(
+            inputs.query[:, head],
+            inputs.key[:, head // inputs.group],
+            inputs.mask,
+            column_rule(rule, inputs.num_queries),
+            scale=inputs.scale,
         )
-        for head, rule in zip(heads, rules, strict=True)
+        for head, rule in zip(inputs.heads, rules, strict=True)
     ]
     return torch.stack(columns, 1)
 
 
-def covering_columns(
+def top_share_columns(
     query: Tensor, key: Tensor, mask: AttentionMask, rule: ColumnRule, *, scale: float
 ) -> Tensor:
     """The fewest keys that hold `coverage` of the sampled attention: bool [B, Nk].
 
-    query [B, Nq, D], key [B, Nk, D]. The rows are spread evenly, the last one included. A coverage
+    query [B, Nq, D], key [B, Nk, D]. The rows are evenly spaced, the last one included. A coverage
     of 1 keeps every key with any attention.
     """
     real = real_rows(mask, query.shape[0], query.shape[1], query.device)
-    rows = spread_rows(real, rule.rows)
+    rows = evenly_spaced_rows(real, rule.rows)
     sums = torch.zeros(key.shape[0], key.shape[1], device=key.device)
     for some in rows.split(ROWS_AT_ONCE, 1):
         sums += row_attention(query, key, mask, some, scale=scale)[0].sum(1)

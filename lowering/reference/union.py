@@ -1,4 +1,4 @@
-"""Blocks by estimated attention and single keys by that of the last queries, in one index.
+"""Blocks by estimated attention and vertical columns by that of the last queries, in one index.
 
 Letters: B batch, H query heads, Hk kv heads, h heads asked for, Nq queries, Nk keys, D head_dim,
 C query blocks of a chunk, J key blocks.
@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.index import IndexWidth, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import candidates, keep_mass, list_index
 from mpass.lowering.reference.pooled_keys import pooled_keys, row_scores
-from mpass.lowering.reference.vertical_slash import largest, last_query_sums
+from mpass.lowering.reference.selection import largest
+from mpass.lowering.reference.vertical_slash import last_query_sums
 
 
 @dataclass(frozen=True, slots=True)
-class UnionRule:
+class VerticalBlockRule:
     """What one head keeps; see mpass.patterns.union for the meaning of each number."""
 
     mass: float
@@ -33,29 +35,24 @@ class UnionRule:
     last_queries: int
 
 
-def union_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[UnionRule],
-    *,
-    scale: float,
-) -> SparseIndex:
-    """The index of `mpass.patterns.union` for the given heads, one rule each.
-
-    query [B, H, Nq, D], key [B, Hk, Nk, D].
-    """
-    group = query.shape[1] // key.shape[1]
-    runs = [
-        pooled_keys(key[:, head // group], mask, rule.pool)
+def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRule]) -> SparseIndex:
+    """The index of `mpass.patterns.union` for the given heads, with one rule per head."""
+    query, key, mask, heads = inputs.query, inputs.key, inputs.mask, inputs.heads
+    pooled = [
+        pooled_keys(key[:, head // inputs.group], mask, rule.pool)
         for head, rule in zip(heads, rules, strict=True)
     ]
 
     def kept_blocks(i: int, blocks: Tensor) -> Tensor:
         rule = rules[i]
         scores, greatest = row_scores(
-            query[:, heads[i]], *runs[i], mask, blocks, scale=scale, rows=rule.rows, pool=rule.pool
+            query[:, heads[i]],
+            *pooled[i],
+            mask,
+            blocks,
+            scale=inputs.scale,
+            rows=rule.rows,
+            pool=rule.pool,
         )
         choice = candidates(
             query,
@@ -70,17 +67,16 @@ def union_index(
         )
         return keep_mass(choice, rule.mass, greatest >= rule.row_share)
 
-    width = union_width(rules)
+    width = vertical_block_width(rules)
     columns = None
     if width.max_columns:
-        looking = [rule.last_queries for rule in rules]
-        sums, _ = last_query_sums(query, key, mask, heads, scale=scale, looking=looking)
+        sums, _ = last_query_sums(inputs, [rule.last_queries for rule in rules])
         columns = largest(sums, [rule.columns for rule in rules]) & (sums > 0)
     return list_index(query, mask, len(heads), width, kept_blocks, columns)
 
 
-def union_width(rules: Sequence[UnionRule]) -> IndexWidth:
-    """Buffer sizes of `union_index`, from the limits alone."""
+def vertical_block_width(rules: Sequence[VerticalBlockRule]) -> IndexWidth:
+    """Buffer sizes of `vertical_block_index`, from the limits alone."""
     return IndexWidth(
         max_blocks=max(rule.max_blocks for rule in rules),
         max_columns=max(rule.columns for rule in rules),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import masked_softmax
 from mpass.lowering.reference.block_lists import (
     candidates,
@@ -27,7 +28,7 @@ from mpass.lowering.reference.block_lists import (
 
 
 @dataclass(frozen=True, slots=True)
-class AntidiagonalRule:
+class XAttentionRule:
     """What one head keeps; see mpass.patterns.x_attention for the meaning of each number."""
 
     threshold: float
@@ -39,33 +40,22 @@ class AntidiagonalRule:
     max_blocks: int
 
 
-def antidiagonal_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[AntidiagonalRule],
-    *,
-    scale: float,
-) -> SparseIndex:
-    """The index of `mpass.patterns.x_attention` for the given heads, one rule each.
-
-    query [B, H, Nq, D], key [B, Hk, Nk, D].
-    """
-    group = query.shape[1] // key.shape[1]
+def x_attention_index(inputs: EstimateInputs, rules: Sequence[XAttentionRule]) -> SparseIndex:
+    """The index of `mpass.patterns.x_attention` for the given heads, with one rule per head."""
+    query, key, mask, heads = inputs.query, inputs.key, inputs.mask, inputs.heads
     keys = [
-        key_groups(key[:, head // group], mask, rule.stride, rule.block_size)
+        key_groups(key[:, head // inputs.group], mask, rule.stride, rule.block_size)
         for head, rule in zip(heads, rules, strict=True)
     ]
 
     def kept_tiles(i: int, tiles: Tensor) -> Tensor:
         rule = rules[i]
-        scores = antidiagonal_scores(
+        scores = x_attention_scores(
             query[:, heads[i]],
             *keys[i],
             mask,
             tiles,
-            scale=scale,
+            scale=inputs.scale,
             stride=rule.stride,
             block_size=rule.block_size,
         )
@@ -86,11 +76,11 @@ def antidiagonal_index(
     def kept_blocks(i: int, blocks: Tensor) -> Tensor:
         return tiled(kept_tiles, rules[i].block_size, mask, key.shape[2])(i, blocks)
 
-    return list_index(query, mask, len(heads), antidiagonal_width(rules), kept_blocks)
+    return list_index(query, mask, len(heads), x_attention_width(rules), kept_blocks)
 
 
-def antidiagonal_width(rules: Sequence[AntidiagonalRule]) -> IndexWidth:
-    """Buffer sizes of `antidiagonal_index`, from the limits alone."""
+def x_attention_width(rules: Sequence[XAttentionRule]) -> IndexWidth:
+    """Buffer sizes of `x_attention_index`, from the limits alone."""
     return IndexWidth(max_blocks=max(rule.max_blocks for rule in rules))
 
 
@@ -111,7 +101,7 @@ def key_groups(
     return rows.reshape(batch, -1, stride * dim), exists
 
 
-def antidiagonal_scores(
+def x_attention_scores(
     query: Tensor,
     keys: Tensor,
     exists: Tensor,

@@ -7,6 +7,7 @@ blocks, C columns per head padded to whole tiles.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,12 +21,20 @@ from mpass.lowering.index import (
     list_slots,
     num_query_blocks,
 )
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference.attention import empty_output
-from mpass.lowering.triton.interpret import upcast
-from mpass.lowering.triton.launch import DTYPES, device_ints, launch, row_major, target_for
+from mpass.lowering.triton.interpret import interpreted, upcast
+from mpass.lowering.triton.launch import (
+    DTYPES,
+    device_ints,
+    launch,
+    row_major,
+    strides,
+    target_for,
+)
 from mpass.lowering.triton.spec import (
     Form,
-    KernelSpec,
+    TritonKernelSpec,
     attention_tile,
     pack_warps,
     query_heads_per_program,
@@ -37,75 +46,48 @@ SMALLEST_SCALE = 1e-8
 """The kernel folds the scale into exp2, which needs it positive and not vanishing."""
 
 
-def sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: SparseIndex,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
     """As mpass.lowering.reference.attention, in three launches whatever the heads' patterns.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
-    [B, Nq, H, Dv]. On CPU tensors the kernels are interpreted, for tests.
+    The result is [B, H, Nq, Dv], laid out as [B, Nq, H, Dv]. On CPU tensors the kernels are
+    interpreted, for tests.
     """
-    out = empty_output(query, value)
+    out = empty_output(inputs.query, inputs.value)
     if out.numel() == 0:
         return out
-    if key.shape[2] == 0:
+    if inputs.key.shape[2] == 0:
         return out.zero_()
-    target_out = out
-    if query.device.type == "cpu":
+    inputs = kernel_operands(inputs)
+    computed = out if inputs.query.dtype == out.dtype else empty_output(inputs.query, inputs.value)
+    spec = attention_spec(inputs, index)
+    spans, bits = plan_rows(spec, inputs, index)
+    columns = gather_columns(spec, inputs, index)
+    attend(spec, inputs, index, computed, spans, bits, columns)
+    return computed if computed is out else out.copy_(computed)
+
+
+def kernel_operands(inputs: AttentionInputs) -> AttentionInputs:
+    """The inputs as the kernel reads them: rows contiguous, and a scale that is positive."""
+    query, key, value, scale = inputs.query, inputs.key, inputs.value, inputs.scale
+    if interpreted(query.device):
         query, key, value = upcast(query), upcast(key), upcast(value)
-        out = empty_output(query, value)
     if scale < SMALLEST_SCALE:
         query, scale = (-query, -scale) if scale < -SMALLEST_SCALE else (query * scale, 1.0)
     query, key, value = row_major(query), row_major(key), row_major(value)
-    spec = attention_spec(query, key, value, index, mask, softcap=softcap, sinks=sinks)
-    spans, bits = plan_rows(spec, query, key, index, mask)
-    columns = gather_columns(spec, key, value, index)
-    attend(
-        spec,
-        query,
-        key,
-        value,
-        out,
-        index,
-        mask,
-        spans,
-        bits,
-        columns,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    return out if target_out.dtype == out.dtype else target_out.copy_(out)
+    return replace(inputs, query=query, key=key, value=value, scale=scale)
 
 
-def attention_spec(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: SparseIndex,
-    mask: AttentionMask,
-    *,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> KernelSpec:
+def attention_spec(inputs: AttentionInputs, index: SparseIndex) -> TritonKernelSpec:
     """The kernel that serves a call; reads shapes, dtypes and static arguments only."""
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    query, mask = inputs.query, inputs.mask
+    head_dim, value_dim = query.shape[-1], inputs.value.shape[-1]
     target = target_for(query.device)
     columns = index.column_index.shape[-1] > 0
-    window, padding = mask.window > 0, mask.key_mask is not None
-    features = sum((columns, window, padding, softcap > 0))
-    tile = attention_tile(target, head_dim, value_dim, features)
-    group = query.shape[1] // key.shape[1]
+    window, padding, softcap = mask.window > 0, mask.key_mask is not None, inputs.softcap > 0
+    tile = attention_tile(target, head_dim, value_dim, sum((columns, window, padding, softcap)))
+    group = query.shape[1] // inputs.key.shape[1]
     pack = query_heads_per_program(index.head_slots, group, tile.max_pack)
-    return KernelSpec(
+    return TritonKernelSpec(
         template="attention",
         dtype=DTYPES[query.dtype],
         head_dim=head_dim,
@@ -117,8 +99,8 @@ def attention_spec(
         causal=mask.causal,
         window=window,
         padding=padding,
-        softcap=softcap > 0,
-        sinks=sinks is not None,
+        softcap=softcap,
+        sinks=inputs.sink_logits is not None,
         num_warps=pack_warps(tile, pack),
         num_stages=tile.num_stages,
         target=target,
@@ -140,19 +122,19 @@ def row_form(head_slots: tuple[int, ...]) -> Form:
 
 
 def plan_rows(
-    spec: KernelSpec, query: Tensor, key: Tensor, index: SparseIndex, mask: AttentionMask
+    spec: TritonKernelSpec, inputs: AttentionInputs, index: SparseIndex
 ) -> tuple[Tensor, Tensor]:
     """Spans [B, H, I, 8] and column bits [B, H, I, C // 32] of all rows, see rows.py.jinja."""
+    query, mask = inputs.query, inputs.mask
     batch, heads, num_queries, _ = query.shape
     rows = num_query_blocks(num_queries, mask.query_offset)
     num_columns = padded_columns(index, spec.tile)
     spans = torch.empty(batch, heads, rows, 8, dtype=torch.int32, device=query.device)
     bits = spans.new_empty(batch, heads, rows, num_columns // 32)
     form = row_form(index.head_slots)
-    slots = device_ints(index.head_slots, query.device) if form == "mixed" else spans
-    limits = key_limits(mask.key_mask) if mask.key_mask is not None else spans
+    longest = max(index.block_index.shape[-1], index.diagonal_index.shape[-1])
     launch(
-        KernelSpec(
+        TritonKernelSpec(
             template="rows",
             tile=spec.tile,
             form=form,
@@ -165,35 +147,41 @@ def plan_rows(
         ),
         "plan_rows",
         (rows, heads, batch),
-        spans,
-        bits,
-        *(tensor.contiguous() for tensor in index.tensors()),
-        slots,
-        mask_bytes(mask, spans),
-        limits,
-        key.shape[2],
-        num_columns,
-        index.column_index.shape[-1],
-        mask.query_offset,
-        heads,
-        mask.window,
-        *index_sizes(index),
-        max(index.block_index.shape[-1], index.diagonal_index.shape[-1]).bit_length(),
+        spans=spans,
+        column_bits=bits,
+        block_count=index.block_count.contiguous(),
+        block_index=index.block_index.contiguous(),
+        diagonal_count=index.diagonal_count.contiguous(),
+        diagonal_index=index.diagonal_index.contiguous(),
+        column_count=index.column_count.contiguous(),
+        column_index=index.column_index.contiguous(),
+        slots=device_ints(index.head_slots, query.device) if form == "mixed" else spans,
+        key_mask=mask_bytes(mask, spans),
+        limits=key_limits(mask.key_mask) if mask.key_mask is not None else spans,
+        num_keys=inputs.key.shape[2],
+        num_columns=num_columns,
+        max_columns=index.column_index.shape[-1],
+        query_offset=mask.query_offset,
+        num_heads=heads,
+        window=mask.window,
+        **index_sizes(index),
+        search_steps=longest.bit_length(),
     )
     return spans, bits
 
 
 def gather_columns(
-    spec: KernelSpec, key: Tensor, value: Tensor, index: SparseIndex
+    spec: TritonKernelSpec, inputs: AttentionInputs, index: SparseIndex
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys [B, H, C, D], values [B, H, C, Dv] and positions [B, H, C] of every head's columns."""
+    key, value = inputs.key, inputs.value
     batch, heads, max_columns = index.column_index.shape
     num_columns = padded_columns(index, spec.tile)
     column_key = key.new_empty(batch, heads, num_columns, key.shape[-1])
     column_value = value.new_empty(batch, heads, num_columns, value.shape[-1])
     positions = index.column_index.new_empty(batch, heads, num_columns)
     launch(
-        KernelSpec(
+        TritonKernelSpec(
             template="columns",
             dtype=spec.dtype,
             head_dim=spec.head_dim,
@@ -203,82 +191,82 @@ def gather_columns(
         ),
         "gather_columns",
         (num_columns // spec.tile, heads, batch),
-        column_key,
-        column_value,
-        positions,
-        key,
-        value,
-        index.column_count.contiguous(),
-        index.column_index.contiguous(),
-        *key.stride()[:3],
-        *value.stride()[:3],
-        num_columns,
-        max_columns,
-        heads,
-        heads // key.shape[1],
+        column_key=column_key,
+        column_value=column_value,
+        padded_index=positions,
+        key=key,
+        value=value,
+        column_count=index.column_count.contiguous(),
+        column_index=index.column_index.contiguous(),
+        **strides("key", key),
+        **strides("value", value),
+        num_columns=num_columns,
+        max_columns=max_columns,
+        num_heads=heads,
+        group=heads // key.shape[1],
     )
     return column_key, column_value, positions
 
 
 def attend(
-    spec: KernelSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
+    spec: TritonKernelSpec,
+    inputs: AttentionInputs,
     index: SparseIndex,
-    mask: AttentionMask,
+    out: Tensor,
     spans: Tensor,
     bits: Tensor,
     columns: tuple[Tensor, Tensor, Tensor],
-    *,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
 ) -> None:
-    """The attention itself, into `out` [B, H, Nq, Dv]: one launch."""
+    """The attention itself, into `out` [B, H, Nq, Dv]: one launch.
+
+    spans, bits: of `plan_rows`; columns: of `gather_columns`.
+    """
+    query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
+    scale, softcap, sink_logits = inputs.scale, inputs.softcap, inputs.sink_logits
     batch, heads, num_queries, _ = query.shape
-    score_scale = 2.0 * LOG2_E * scale / softcap if softcap > 0 else scale * LOG2_E
+    column_key, column_value, positions = columns
     launch(
         spec,
         "sparse_attention",
         (num_query_blocks(num_queries, mask.query_offset), heads // spec.pack, batch),
-        query,
-        key,
-        value,
-        out,
-        spans,
-        index.block_index.contiguous(),
-        index.diagonal_index.contiguous(),
-        *columns,
-        bits,
-        mask_bytes(mask, spans),
-        spans if sinks is None else sinks.float() * LOG2_E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *out.stride()[:3],
-        num_queries,
-        key.shape[2],
-        columns[0].shape[2],
-        mask.query_offset,
-        heads,
-        heads // key.shape[1],
-        mask.window,
-        *index_sizes(index),
-        score_scale,
-        softcap * LOG2_E,
+        query=query,
+        key=key,
+        value=value,
+        out=out,
+        spans=spans,
+        block_index=index.block_index.contiguous(),
+        diagonal_index=index.diagonal_index.contiguous(),
+        column_key=column_key,
+        column_value=column_value,
+        column_index=positions,
+        column_bits=bits,
+        key_mask=mask_bytes(mask, spans),
+        sinks=spans if sink_logits is None else sink_logits.float() * LOG2_E,
+        **strides("query", query),
+        **strides("key", key),
+        **strides("value", value),
+        **strides("out", out),
+        num_queries=num_queries,
+        num_keys=key.shape[2],
+        num_columns=column_key.shape[2],
+        query_offset=mask.query_offset,
+        num_heads=heads,
+        group=heads // key.shape[1],
+        window=mask.window,
+        **index_sizes(index),
+        score_scale=2.0 * LOG2_E * scale / softcap if softcap > 0 else scale * LOG2_E,
+        softcap=softcap * LOG2_E,
     )
 
 
-def index_sizes(index: SparseIndex) -> tuple[int, int, int, int]:
-    """max_blocks, number of list rows, max_diagonals, number of diagonal rows."""
-    return (
-        index.block_index.shape[-1],
-        index.block_index.shape[1],
-        index.diagonal_index.shape[-1],
-        index.diagonal_index.shape[1],
-    )
+def index_sizes(index: SparseIndex) -> dict[str, int]:
+    """The sizes of an index as kernel arguments."""
+    return {
+        "max_blocks": index.block_index.shape[-1],
+        "num_lists": index.block_index.shape[1],
+        "max_diagonals": index.diagonal_index.shape[-1],
+        "num_diagonals": index.diagonal_index.shape[1],
+    }
 
 
 def padded_columns(index: SparseIndex, tile: int) -> int:

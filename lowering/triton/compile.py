@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpass.lowering.triton.source import load
-from mpass.lowering.triton.spec import KernelSpec, Target, attention_tile, pack_warps
+from mpass.lowering.triton.spec import Target, TritonKernelSpec, attention_tile, pack_warps
 
 REGISTERS = 65536
 """Registers of one multiprocessor of every NVIDIA chip in the table."""
@@ -31,7 +31,7 @@ POINTERS = {
 """Types of the pointer arguments of fixed dtype; those not named here are int32."""
 
 FEATURES = ("columns", "window", "padding", "softcap")
-"""Flags of a KernelSpec that take registers of the attention kernel."""
+"""Flags of a TritonKernelSpec that take registers of the attention kernel."""
 
 SPEC_DTYPE = ("query", "key", "value", "out", "column_key", "column_value", "rows", "means")
 """Pointer arguments of the spec's dtype."""
@@ -61,7 +61,7 @@ class Report:
         return min(by_registers, by_shared, 64 // self.num_warps)
 
 
-def compile_kernel(spec: KernelSpec, kernel: str) -> Report:
+def compile_kernel(spec: TritonKernelSpec, kernel: str) -> Report:
     """Compile one kernel of a spec's module for the spec's target; raises what Triton raises."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -88,7 +88,7 @@ def compile_kernel(spec: KernelSpec, kernel: str) -> Report:
     return report_nvidia(spec, kernel, compiled.asm["ptx"], shared)
 
 
-def argument_type(spec: KernelSpec, parameter: Any) -> str:
+def argument_type(spec: TritonKernelSpec, parameter: Any) -> str:
     """Triton's type of a kernel argument, by its annotation or its name."""
     name: str = parameter.name
     if parameter.annotation_type:
@@ -100,7 +100,7 @@ def argument_type(spec: KernelSpec, parameter: Any) -> str:
     return next((kind for kind, names in POINTERS.items() if name in names), "*i32")
 
 
-def report_nvidia(spec: KernelSpec, kernel: str, ptx: str, shared: int) -> Report:
+def report_nvidia(spec: TritonKernelSpec, kernel: str, ptx: str, shared: int) -> Report:
     """Registers and spills from `ptxas -v`, matrix instructions from the PTX."""
     from triton import knobs
 
@@ -134,7 +134,7 @@ def report_nvidia(spec: KernelSpec, kernel: str, ptx: str, shared: int) -> Repor
     )
 
 
-def report_amd(spec: KernelSpec, kernel: str, assembly: str, shared: int) -> Report:
+def report_amd(spec: TritonKernelSpec, kernel: str, assembly: str, shared: int) -> Report:
     """Registers and spills from the code object's metadata."""
 
     def metadata(name: str) -> int:
@@ -152,7 +152,7 @@ def report_amd(spec: KernelSpec, kernel: str, assembly: str, shared: int) -> Rep
     )
 
 
-def entry_points(spec: KernelSpec) -> list[str]:
+def entry_points(spec: TritonKernelSpec) -> list[str]:
     """The kernels of a spec's module that are launched: those that no other one calls."""
     from triton.runtime.jit import JITFunction
 
@@ -173,12 +173,12 @@ def entry_points(spec: KernelSpec) -> list[str]:
 
 
 @functools.cache
-def attention_report(spec: KernelSpec) -> Report:
+def attention_report(spec: TritonKernelSpec) -> Report:
     """The report of an attention kernel."""
     return compile_kernel(spec, "sparse_attention")
 
 
-def table_spec(target: Target, head_dim: int, *, pack: int = 1, **flags: Any) -> KernelSpec:
+def table_spec(target: Target, head_dim: int, *, pack: int = 1, **flags: Any) -> TritonKernelSpec:
     """The attention spec that the table chooses for a chip and head size."""
     features = sum(bool(flags.get(name)) for name in FEATURES)
     tile = attention_tile(target, head_dim, flags.get("value_dim", head_dim), features)
@@ -191,7 +191,7 @@ def table_spec(target: Target, head_dim: int, *, pack: int = 1, **flags: Any) ->
         "num_stages": tile.num_stages,
         "target": target,
     }
-    return KernelSpec("attention", **(values | flags))
+    return TritonKernelSpec("attention", **(values | flags))
 
 
 if __name__ == "__main__":

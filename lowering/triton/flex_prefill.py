@@ -14,99 +14,83 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpass.lowering.index import (
-    BLOCK,
-    AttentionMask,
-    SparseIndex,
-    empty_index,
-    list_slots,
-    num_query_blocks,
+from mpass.lowering.index import BLOCK, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
+from mpass.lowering.reference.flex_prefill import (
+    FlexPrefillChoice,
+    FlexPrefillRule,
+    choose,
+    flex_prefill_width,
 )
-from mpass.lowering.reference.flex_prefill import FlexChoice, FlexRule, choose, flex_width
-from mpass.lowering.triton.block_scores import SCORE_BYTES, ListRule, alike, list_blocks, numbers_of
 from mpass.lowering.triton.launch import device_ints
+from mpass.lowering.triton.list_blocks import (
+    SCORE_BYTES,
+    ListRule,
+    empty_lists,
+    group_by_kind,
+    list_blocks,
+    numbers_of,
+)
 from mpass.lowering.triton.pooled_keys import kernel_inputs
 
 SMALLEST_SCORE = 1e-30
 """Scores are at least this, so that their sign can tell which blocks are wanted."""
 
 
-def flex_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[FlexRule],
-    *,
-    scale: float,
-) -> SparseIndex:
-    """As mpass.lowering.reference.flex_prefill.flex_index.
+def flex_prefill_index(inputs: EstimateInputs, rules: Sequence[FlexPrefillRule]) -> SparseIndex:
+    """As mpass.lowering.reference.flex_prefill.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D]; rules: one per head of `heads`. Heads of one rule are
-    taken together, as many at a time as SCORE_BYTES hold the largest tensor of.
+    Heads of one rule are taken together, as many at a time as SCORE_BYTES hold the largest tensor
+    of.
     """
-    query, key = kernel_inputs(query, key)
-    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
-    rows = num_query_blocks(num_queries, mask.query_offset)
-    index = empty_index(query, rows, flex_width(rules), list_slots(len(heads)))
-    if 0 in (batch, rows, num_keys):
+    inputs = kernel_inputs(inputs)
+    index = empty_lists(inputs, flex_prefill_width(rules))
+    batch, num_queries, num_keys = inputs.batch, inputs.num_queries, inputs.num_keys
+    if 0 in (batch, inputs.num_blocks, num_keys):
         return index
-    group = query.shape[1] // key.shape[1]
-    for numbers, places in alike([dataclasses.astuple(rule) for rule in rules]):
-        rule = FlexRule(*numbers)
+    for numbers, places in group_by_kind([dataclasses.astuple(rule) for rule in rules]):
+        rule = FlexPrefillRule(*numbers)
         size = rule.block_size
         # Distances of the last queries to all keys, and ranks of all pairs of blocks, are int64.
         largest = max(size * num_keys, num_queries * num_keys // size**2)
         together = max(1, SCORE_BYTES // (8 * batch * largest))
         for start in range(0, len(places), together):
             some = places[start : start + together]
-            scores = block_scores(
-                torch.stack([query[:, heads[i]] for i in some], 1),
-                torch.stack([key[:, heads[i] // group] for i in some], 1),
-                mask,
-                rule,
-                scale=scale,
-            )
-            lists = [flex_list_rule(i, rule) for i in some]
+            lists = [flex_prefill_list_rule(i, rule) for i in some]
             list_blocks(
                 index,
-                scores,
+                pair_scores(inputs, [inputs.heads[i] for i in some], rule),
                 "row_mass",
-                device_ints(numbers_of(lists), query.device),
-                query,
-                key,
-                mask,
-                rows=(0, rows),
-                first_score_row=mask.query_offset // size,
+                device_ints(numbers_of(lists), inputs.query.device),
+                inputs,
+                rows=(0, inputs.num_blocks),
+                first_score_row=inputs.mask.query_offset // size,
                 repeat=size // BLOCK,
             )
     return index
 
 
-def flex_list_rule(slot: int, rule: FlexRule) -> ListRule:
-    """A FlexRule as the listing kernel takes it: the wanted blocks, no share of the others."""
+def flex_prefill_list_rule(slot: int, rule: FlexPrefillRule) -> ListRule:
+    """A FlexPrefillRule as the listing kernel takes it: wanted blocks, no share of the others."""
     limit = rule.max_blocks * BLOCK // rule.block_size
     return ListRule(slot, limit, rule.sink_blocks, rule.local_blocks, rule.last_blocks, 0.0)
 
 
-def block_scores(
-    query: Tensor, key: Tensor, mask: AttentionMask, rule: FlexRule, *, scale: float
-) -> Tensor:
-    """Scores of all pairs of blocks, negative where the rule wants them: fp32 [B, h, I, J].
-
-    query [B, h, Nq, D], key [B, h, Nk, D].
-    """
-    batch, heads = query.shape[:2]
+def pair_scores(inputs: EstimateInputs, heads: Sequence[int], rule: FlexPrefillRule) -> Tensor:
+    """Scores of all pairs of blocks, negative where the rule wants them: fp32 [B, h, I, J]."""
+    query = torch.stack([inputs.query[:, head] for head in heads], 1)
+    key = torch.stack([inputs.key[:, head // inputs.group] for head in heads], 1)
+    mask = inputs.mask
     if mask.key_mask is not None:
-        key_mask = mask.key_mask[:, None].expand(-1, heads, -1).flatten(0, 1)
+        key_mask = mask.key_mask[:, None].expand(-1, len(heads), -1).flatten(0, 1)
         mask = dataclasses.replace(mask, key_mask=key_mask)
-    choice = choose(query.flatten(0, 1), key.flatten(0, 1), mask, rule, scale=scale)
+    choice = choose(query.flatten(0, 1), key.flatten(0, 1), mask, rule, scale=inputs.scale)
     scores, wanted = scores_of(choice, mask.query_offset // rule.block_size)
     scores = scores.clamp(min=SMALLEST_SCORE)
-    return torch.where(wanted, -scores, scores).unflatten(0, (batch, heads))
+    return torch.where(wanted, -scores, scores).unflatten(0, (inputs.batch, len(heads)))
 
 
-def scores_of(choice: FlexChoice, first_block: int) -> tuple[Tensor, Tensor]:
+def scores_of(choice: FlexPrefillChoice, first_block: int) -> tuple[Tensor, Tensor]:
     """Scores of all pairs of blocks, fp32 [B, I, J], and which are wanted, bool."""
     blocks = torch.arange(choice.pooled.shape[1], device=choice.pooled.device) + first_block
     distance = blocks[:, None] - torch.arange(choice.pooled.shape[2], device=blocks.device)

@@ -65,6 +65,11 @@ def _interpreted(fn: Any) -> Any:
     return InterpretedFunction(fn.fn)
 
 
+def interpreted(device: torch.device) -> bool:
+    """Whether kernels over tensors of a device run in the interpreter."""
+    return device.type == "cpu"
+
+
 def upcast(tensor: Tensor) -> Tensor:
     """The interpreter computes bfloat16 on raw bits, wrongly and silently: fp32 in its place."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

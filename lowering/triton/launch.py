@@ -14,40 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.lowering.triton.interpret import interpreted_language
+from mpass.lowering.triton.interpret import interpreted, interpreted_language
 from mpass.lowering.triton.source import load
-from mpass.lowering.triton.spec import KernelSpec, Target, target_of
+from mpass.lowering.triton.spec import Target, TritonKernelSpec, target_of
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-"""Dtypes of query, key and value that kernels are generated for, by their names in a KernelSpec."""
+"""Dtypes of query, key and value that kernels are made for, by their names in a spec."""
 
 INTS_PER_LAUNCH = 64
 """Host integers that one launch of ints.py.jinja writes."""
 
 
-def launch(spec: KernelSpec, kernel: str, grid: tuple[int, ...], *arguments: Any) -> None:
+def launch(spec: TritonKernelSpec, kernel: str, grid: tuple[int, ...], /, **arguments: Any) -> None:
     """Run `kernel` of the module of `spec`; interpreted where the tensors are on the CPU.
 
-    An empty grid launches nothing.
+    arguments: by the names that the kernel has for them. An empty grid launches nothing.
     """
     if 0 in grid:
         return
-    tensor = next(a for a in arguments if isinstance(a, Tensor))
-    interpret = tensor.device.type == "cpu"
+    tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
+    interpret = interpreted(tensor.device)
     module = load(spec, interpret=interpret)
     function = getattr(module, kernel)
     if interpret:
         with interpreted_language():
-            function[grid](*arguments)
+            function[grid](**arguments)
         return
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-        function[grid](*arguments, **options)
+        function[grid](**arguments, **options)
 
 
 def target_for(device: torch.device) -> Target:
     """The table's entry for a device; the interpreter takes sm_90's."""
-    return "sm_90" if device.type == "cpu" else _target_of_device(device)
+    return "sm_90" if interpreted(device) else _target_of_device(device)
 
 
 @functools.cache
@@ -61,12 +61,19 @@ def _target_of_device(device: torch.device) -> Target:
 def device_ints(values: Sequence[int], device: torch.device) -> Tensor:
     """int32 tensor of host integers, written by a kernel: copies would stall or break a capture."""
     out = torch.empty(len(values), dtype=torch.int32, device=device)
-    spec = KernelSpec("ints", num_warps=1, target=target_for(device))
+    spec = TritonKernelSpec("ints", num_warps=1, target=target_for(device))
     for start in range(0, len(values), INTS_PER_LAUNCH):
         chunk = list(values[start : start + INTS_PER_LAUNCH])
-        padding = [0] * (INTS_PER_LAUNCH - len(chunk))
-        launch(spec, "write_ints", (1,), out[start:], len(chunk), *chunk, *padding)
+        padded = chunk + [0] * (INTS_PER_LAUNCH - len(chunk))
+        numbers = {f"value_{i}": value for i, value in enumerate(padded)}
+        launch(spec, "write_ints", (1,), out=out[start:], count=len(chunk), **numbers)
     return out
+
+
+def strides(name: str, tensor: Tensor) -> dict[str, int]:
+    """The stride arguments of a tensor [B, H, N, D] whose last dimension is contiguous."""
+    batch, head, row, _ = tensor.stride()
+    return {f"{name}_stride_b": batch, f"{name}_stride_h": head, f"{name}_stride_n": row}
 
 
 def row_major(tensor: Tensor) -> Tensor:

@@ -1,30 +1,40 @@
 """Pooled keys and queries for the block estimators, by generated kernels.
 
-Runs of positions are replaced by their means (templates/pool.py.jinja), which blocks.py scores.
+Runs of positions are replaced by their means (templates/pool.py.jinja), which are then scored.
 Letters: B batch, h heads asked for, H query heads, Hk kv heads, N positions, D head_dim, S runs of
 keys that share a mean.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpass.lowering.index import BLOCK, AttentionMask
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import query_mask
-from mpass.lowering.triton.attention import mask_bytes
-from mpass.lowering.triton.interpret import upcast
-from mpass.lowering.triton.launch import DTYPES, device_ints, launch, row_major, target_for
-from mpass.lowering.triton.spec import KernelSpec, score_warps
+from mpass.lowering.triton.attention import LOG2_E, mask_bytes
+from mpass.lowering.triton.interpret import interpreted, upcast
+from mpass.lowering.triton.launch import (
+    DTYPES,
+    device_ints,
+    launch,
+    row_major,
+    strides,
+    target_for,
+)
+from mpass.lowering.triton.spec import TritonKernelSpec, score_warps
 
 
-def kernel_inputs(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and key as the kernels read them: last dimension contiguous; fp32 where interpreted."""
-    if query.device.type == "cpu":
+def kernel_inputs(inputs: EstimateInputs) -> EstimateInputs:
+    """The inputs as the kernels read them: rows contiguous; fp32 where interpreted."""
+    query, key = inputs.query, inputs.key
+    if interpreted(query.device):
         query, key = upcast(query), upcast(key)
-    return row_major(query), row_major(key)
+    return replace(inputs, query=row_major(query), key=row_major(key))
 
 
 def pooled_keys(key: Tensor, mask: AttentionMask, size: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +70,7 @@ def pooled_means(
     )
     weights = torch.empty(means.shape[:-1], device=rows.device)
     launch(
-        KernelSpec(
+        TritonKernelSpec(
             template="pool",
             dtype=DTYPES[rows.dtype],
             head_dim=dim,
@@ -70,35 +80,37 @@ def pooled_means(
         ),
         "pool_runs",
         (programs, len(heads), batch),
-        means,
-        weights,
-        rows,
-        heads,
-        mask_bytes(mask, heads) if padding else heads,
-        *rows.stride()[:3],
-        length,
-        mask.key_mask.shape[1] if mask.key_mask is not None else 0,
-        per_program,
-        offset,
+        means=means,
+        weights=weights,
+        rows=rows,
+        heads=heads,
+        key_mask=mask_bytes(mask, heads) if padding else heads,
+        stride_b=rows.stride(0),
+        stride_h=rows.stride(1),
+        stride_n=rows.stride(2),
+        num_rows=length,
+        num_keys=mask.key_mask.shape[1] if mask.key_mask is not None else 0,
+        size=per_program,
+        offset=offset,
     )
     return means, weights
 
 
 def score_arguments(
     template: str,
-    query: Tensor,
+    inputs: EstimateInputs,
     means: Tensor,
     weights: Tensor,
-    mask: AttentionMask,
     heads: Tensor,
     **values: Any,
-) -> tuple[KernelSpec, tuple[Tensor, ...]]:
-    """The kernel that scores means for query rows, and the tensors that it reads.
+) -> tuple[TritonKernelSpec, dict[str, Any]]:
+    """The kernel that scores means for query rows, and what it reads whatever the rows.
 
     means [B, Hk, S, D] and weights [B, Hk, S] of `pooled_keys`; heads: int32 [h] on the device.
     """
+    query, mask = inputs.query, inputs.mask
     padding = query_mask(mask, query.shape[2]) is not None
-    spec = KernelSpec(
+    spec = TritonKernelSpec(
         template=template,
         dtype=DTYPES[query.dtype],
         head_dim=query.shape[-1],
@@ -110,4 +122,19 @@ def score_arguments(
         target=target_for(query.device),
         **values,
     )
-    return spec, (query, means, weights, mask_bytes(mask, heads) if padding else heads, heads)
+    return spec, {
+        "query": query,
+        "means": means,
+        "weights": weights,
+        "key_mask": mask_bytes(mask, heads) if padding else heads,
+        "heads": heads,
+        **strides("query", query),
+        "num_queries": inputs.num_queries,
+        "num_keys": inputs.num_keys,
+        "num_kv_heads": inputs.key.shape[1],
+        "group": inputs.group,
+        "num_runs": means.shape[2],
+        "query_offset": mask.query_offset,
+        "window": mask.window,
+        "scale": inputs.scale * LOG2_E,
+    }

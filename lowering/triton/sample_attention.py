@@ -12,45 +12,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex
+from mpass.lowering.index import BLOCK, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import query_mask
-from mpass.lowering.reference.query_rows import real_rows, spread_rows
+from mpass.lowering.reference.query_rows import evenly_spaced_rows, real_rows
 from mpass.lowering.reference.sample_attention import (
     ColumnRule,
-    SampledRule,
+    SampleAttentionRule,
     column_rule,
     window_index,
 )
-from mpass.lowering.reference.vertical_slash import table_to_list
+from mpass.lowering.reference.selection import table_to_list
 from mpass.lowering.triton.attention import LOG2_E, mask_bytes
-from mpass.lowering.triton.block_scores import alike, float_bits
-from mpass.lowering.triton.launch import DTYPES, device_ints, launch, target_for
+from mpass.lowering.triton.launch import DTYPES, device_ints, launch, strides, target_for
+from mpass.lowering.triton.list_blocks import float_bits, group_by_kind
 from mpass.lowering.triton.pooled_keys import kernel_inputs
-from mpass.lowering.triton.spec import KernelSpec, score_warps
+from mpass.lowering.triton.spec import TritonKernelSpec, score_warps
 
 
-def sampled_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[SampledRule],
-    *,
-    scale: float,
+def sample_attention_index(
+    inputs: EstimateInputs, rules: Sequence[SampleAttentionRule]
 ) -> SparseIndex:
-    """As mpass.lowering.reference.sample_attention.sampled_index.
+    """As mpass.lowering.reference.sample_attention.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D]; rules: one per head of `heads`. Heads that sample the
-    same rows are taken together.
+    Heads that sample the same rows are taken together.
     """
-    query, key = kernel_inputs(query, key)
-    index = window_index(query, key, mask, rules)
-    if 0 in (query.shape[0], query.shape[2], key.shape[2]):
+    inputs = kernel_inputs(inputs)
+    index = window_index(inputs, rules)
+    if 0 in (inputs.batch, inputs.num_queries, inputs.num_keys):
         return index
-    columns = [column_rule(rule, query.shape[2]) for rule in rules]
-    for rows, places in alike([rule.rows for rule in columns]):
-        sums = sampled_sums(query, key, mask, [heads[i] for i in places], rows, scale=scale)
-        table = covering_columns(sums, [columns[i] for i in places])
+    columns = [column_rule(rule, inputs.num_queries) for rule in rules]
+    for rows, places in group_by_kind([rule.rows for rule in columns]):
+        sums = sampled_sums(inputs, [inputs.heads[i] for i in places], rows)
+        table = top_share_columns(sums, [columns[i] for i in places])
         counts, entries = table_to_list(table, index.column_index.shape[-1])
         # Head by head: places as an index would be a copy from the host.
         for i, count, entry in zip(places, counts.unbind(1), entries.unbind(1), strict=True):
@@ -59,7 +53,7 @@ def sampled_index(
     return index
 
 
-def covering_columns(sums: Tensor, rules: Sequence[ColumnRule]) -> Tensor:
+def top_share_columns(sums: Tensor, rules: Sequence[ColumnRule]) -> Tensor:
     """The fewest keys that hold each rule's coverage of the sums [B, h, Nk]: bool [B, h, Nk]."""
     shares = [rule.coverage if rule.coverage < 1 else math.inf for rule in rules]
     numbers = [*map(float_bits, shares), *(rule.columns for rule in rules)]
@@ -72,21 +66,14 @@ def covering_columns(sums: Tensor, rules: Sequence[ColumnRule]) -> Tensor:
     return torch.zeros_like(kept).scatter_(-1, ordered.indices, kept)
 
 
-def sampled_sums(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    count: int,
-    *,
-    scale: float,
-) -> Tensor:
-    """Attention of `count` query rows, spread evenly, summed per key: fp32 [B, h, Nk].
+def sampled_sums(inputs: EstimateInputs, heads: Sequence[int], count: int) -> Tensor:
+    """Attention of `count` evenly spaced query rows of some heads, summed per key: fp32 [B, h, Nk].
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], as `kernel_inputs` gives them.
+    inputs: as `kernel_inputs` gives them.
     """
-    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
-    rows = spread_rows(real_rows(mask, batch, num_queries, query.device), count)
+    query, key, mask = inputs.query, inputs.key, inputs.mask
+    batch, num_queries, num_keys = inputs.batch, inputs.num_queries, inputs.num_keys
+    rows = evenly_spaced_rows(real_rows(mask, batch, num_queries, query.device), count)
     num_tiles = -(-count // BLOCK)
     rows = torch.nn.functional.pad(rows, (num_tiles * BLOCK - count, 0), value=-1)
     last_rows = rows.view(batch, num_tiles, BLOCK)[..., -1].int()
@@ -94,7 +81,7 @@ def sampled_sums(
     if real is not None:
         rows = torch.where(real.gather(1, rows.clamp(min=0)), rows, -1)
     head_of = device_ints(heads, query.device)
-    spec = KernelSpec(
+    spec = TritonKernelSpec(
         template="sampled_rows",
         dtype=DTYPES[query.dtype],
         head_dim=query.shape[-1],
@@ -105,25 +92,26 @@ def sampled_sums(
         num_stages=2,
         target=target_for(query.device),
     )
-    arguments = (
-        query,
-        key,
-        mask_bytes(mask, head_of),
-        rows.int(),
-        last_rows.contiguous(),
-        head_of,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        num_tiles,
-        num_keys,
-        query.shape[1] // key.shape[1],
-        mask.query_offset,
-        mask.window,
-        scale * LOG2_E,
-    )
+    arguments = {
+        "query": query,
+        "key": key,
+        "key_mask": mask_bytes(mask, head_of),
+        "row_index": rows.int(),
+        "last_rows": last_rows.contiguous(),
+        "heads": head_of,
+        **strides("query", query),
+        **strides("key", key),
+        "num_tiles": num_tiles,
+        "num_keys": num_keys,
+        "heads_per_kv": inputs.group,
+        "query_offset": mask.query_offset,
+        "window": mask.window,
+        "scale": inputs.scale * LOG2_E,
+    }
     log_totals = torch.empty(batch, len(heads), num_tiles * BLOCK, device=query.device)
     sums = log_totals.new_empty(batch, len(heads), num_keys)
-    launch(spec, "row_totals", (num_tiles, len(heads), batch), log_totals, *arguments)
+    grid = (num_tiles, len(heads), batch)
+    launch(spec, "row_totals", grid, log_totals=log_totals, **arguments)
     grid = (-(-num_keys // spec.tile), len(heads), batch)
-    launch(spec, "sum_columns", grid, sums, log_totals, *arguments)
+    launch(spec, "sum_columns", grid, column_sums=sums, log_totals=log_totals, **arguments)
     return sums

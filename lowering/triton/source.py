@@ -1,4 +1,4 @@
-"""From a KernelSpec to a loaded module: render the template, write the file, import it.
+"""From a TritonKernelSpec to a loaded module: render the template, write the file, import it.
 
 The text is the cache key. Triton reads a kernel's source from its file, so that every module lies
 in the folder `triton` of mpass's cache, whole or not at all: it is written aside and renamed.
@@ -20,8 +20,8 @@ import jinja2
 from mpass.files import cache_dir
 from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, BLOCK
 from mpass.lowering.kernel_sources import KernelSource, announce_source
-from mpass.lowering.reference.vertical_slash import LAST_QUERIES
-from mpass.lowering.triton.spec import SPLITS, KernelSpec, parts, power_of_two
+from mpass.lowering.reference.selection import LAST_QUERIES
+from mpass.lowering.triton.spec import SPLITS, TritonKernelSpec, parts, power_of_two
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -38,7 +38,7 @@ def environment() -> jinja2.Environment:
 
 
 @functools.cache
-def render(spec: KernelSpec) -> str:
+def render(spec: TritonKernelSpec) -> str:
     """The source of a module. Pure: the same spec gives the same text."""
     return (
         environment()
@@ -57,7 +57,7 @@ def render(spec: KernelSpec) -> str:
     )
 
 
-def legend(spec: KernelSpec) -> str:
+def legend(spec: TritonKernelSpec) -> str:
     """The spec in one line, for the head of the file: what differs from the defaults."""
     shown = [
         f"{field.name}={getattr(spec, field.name)!r}"
@@ -89,7 +89,7 @@ def write_module(source: str, name: str) -> Path:
 
 
 @functools.cache
-def load(spec: KernelSpec, *, interpret: bool = False) -> ModuleType:
+def load(spec: TritonKernelSpec, *, interpret: bool = False) -> ModuleType:
     """The module of a spec, ready to launch; `interpret` makes its kernels run in Python on CPU."""
     import triton
 

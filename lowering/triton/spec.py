@@ -1,4 +1,4 @@
-"""What a generated kernel is: `KernelSpec`, and the table that picks its tile per chip.
+"""What a generated kernel is: `TritonKernelSpec`, and the table that picks its tile per chip.
 
 Nothing is tuned at run time: a first prompt that waits for an autotuner is slower than any tile.
 The table holds what compiles without spills (tests/lowering/triton/test_compile.py asserts it).
@@ -42,7 +42,7 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelSpec:
+class TritonKernelSpec:
     """Everything that decides the text of one generated module.
 
     template: file of templates/ without its suffixes; dtype: "bf16", "fp16" or, interpreted only,

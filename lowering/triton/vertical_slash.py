@@ -13,57 +13,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpass.lowering.index import (
-    AttentionMask,
-    SparseIndex,
-    diagonal_slots,
-    empty_index,
-    num_query_blocks,
-)
+from mpass.lowering.index import AttentionMask, SparseIndex, diagonal_slots, empty_index
+from mpass.lowering.inputs import EstimateInputs
+from mpass.lowering.reference.selection import LAST_QUERIES, first_keys, last_rows
 from mpass.lowering.reference.vertical_slash import (
-    LAST_QUERIES,
     LOCAL_DIAGONALS,
     SINK_COLUMNS,
-    first_keys,
-    last_rows,
+    VerticalSlashRule,
     vertical_slash_width,
 )
 from mpass.lowering.triton.attention import mask_bytes
-from mpass.lowering.triton.interpret import upcast
-from mpass.lowering.triton.launch import DTYPES, device_ints, launch, row_major, target_for
-from mpass.lowering.triton.spec import SPLITS, KernelSpec, score_warps
+from mpass.lowering.triton.interpret import interpreted, upcast
+from mpass.lowering.triton.launch import (
+    DTYPES,
+    device_ints,
+    launch,
+    row_major,
+    strides,
+    target_for,
+)
+from mpass.lowering.triton.spec import SPLITS, TritonKernelSpec, score_warps
 
 LOG2_E = math.log2(math.e)
 
 
-def vertical_slash_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    *,
-    scale: float,
-    vertical_sizes: Sequence[int],
-    slash_sizes: Sequence[int],
-) -> SparseIndex:
-    """As mpass.lowering.reference.vertical_slash; the same entries at each run.
-
-    query [B, H, Nq, D], key [B, Hk, Nk, D]; sizes: one per head of `heads`.
-    """
-    batch, num_keys, count = query.shape[0], key.shape[2], len(heads)
-    columns = [max(SINK_COLUMNS, size) for size in vertical_sizes]
-    distances = [max(LOCAL_DIAGONALS, size) for size in slash_sizes]
-    rows = num_query_blocks(query.shape[2], mask.query_offset)
-    width = vertical_slash_width(vertical_sizes, slash_sizes)
-    index = empty_index(query, rows, width, diagonal_slots(count))
-    if num_keys == 0 or count == 0:
+def vertical_slash_index(inputs: EstimateInputs, rules: Sequence[VerticalSlashRule]) -> SparseIndex:
+    """As mpass.lowering.reference.vertical_slash; the same entries at each run."""
+    mask, num_keys, device = inputs.mask, inputs.num_keys, inputs.key.device
+    columns = [max(SINK_COLUMNS, rule.vertical_size) for rule in rules]
+    distances = [max(LOCAL_DIAGONALS, rule.slash_size) for rule in rules]
+    width, slots = vertical_slash_width(rules), diagonal_slots(len(inputs.heads))
+    index = empty_index(inputs.query, inputs.num_blocks, width, slots)
+    if num_keys == 0 or len(inputs.heads) == 0:
         return index
-    sums = last_query_sums(query, key, mask, heads, scale=scale)
+    sums = last_query_sums(inputs)
     if mask.key_mask is None:
         sums[0, ..., :SINK_COLUMNS].fill_(torch.inf)
     else:
-        positions = torch.arange(num_keys, device=key.device)
-        after = positions - first_keys(mask, batch, key.device)[:, None, None]
+        positions = torch.arange(num_keys, device=device)
+        after = positions - first_keys(mask, inputs.batch, device)[:, None, None]
         sums[0].masked_fill_((after >= 0) & (after < SINK_COLUMNS), torch.inf)
     sums[1, ..., :LOCAL_DIAGONALS].fill_(torch.inf)
 
@@ -85,16 +73,16 @@ def list_columns(
         select_spec(sums),
         "list_columns",
         (count, batch),
-        index.column_count,
-        index.column_index,
-        sums,
-        torch.topk(sums, most, dim=-1).values,
-        device_ints(sizes, sums.device),
-        count,
-        num_keys,
-        most,
-        index.column_index.shape[-1],
-        least,
+        column_count=index.column_count,
+        column_index=index.column_index,
+        scores=sums,
+        largest=torch.topk(sums, most, dim=-1).values,
+        limits=device_ints(sizes, sums.device),
+        num_heads=count,
+        num_keys=num_keys,
+        width=most,
+        max_columns=index.column_index.shape[-1],
+        least=least,
     )
 
 
@@ -112,53 +100,48 @@ def list_diagonals(
         select_spec(sums, window=mask.window > 0),
         "mark_distances",
         (count, batch),
-        table,
-        sums,
-        torch.topk(sums, most, dim=-1).values,
-        device_ints(sizes, sums.device),
-        count,
-        num_keys,
-        most,
-        mask.window,
+        table=table,
+        scores=sums,
+        largest=torch.topk(sums, most, dim=-1).values,
+        limits=device_ints(sizes, sums.device),
+        num_heads=count,
+        num_keys=num_keys,
+        width=most,
+        window=mask.window,
     )
     launch(
         select_spec(sums, window=mask.window > 0),
         "list_diagonals",
         (count, batch),
-        index.diagonal_count,
-        index.diagonal_index,
-        table,
-        count,
-        num_keys,
-        index.diagonal_index.shape[-1],
+        diagonal_count=index.diagonal_count,
+        diagonal_index=index.diagonal_index,
+        table=table,
+        num_heads=count,
+        num_keys=num_keys,
+        max_diagonals=index.diagonal_index.shape[-1],
     )
 
 
-def select_spec(sums: Tensor, *, window: bool = False) -> KernelSpec:
+def select_spec(sums: Tensor, *, window: bool = False) -> TritonKernelSpec:
     """The kernels that select keys and distances."""
-    return KernelSpec("select", tile=1024, window=window, target=target_for(sums.device))
+    return TritonKernelSpec("select", tile=1024, window=window, target=target_for(sums.device))
 
 
 def last_query_sums(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    *,
-    scale: float,
-    looking: Sequence[int] | None = None,
+    inputs: EstimateInputs, num_last_queries: Sequence[int] | None = None
 ) -> Tensor:
     """Attention of the last queries, summed per key and per distance: fp32 [2, B, h, Nk].
 
     As mpass.lowering.reference.vertical_slash.last_query_sums, stacked.
     """
-    if query.device.type == "cpu":
+    query, key, mask, heads = inputs.query, inputs.key, inputs.mask, inputs.heads
+    if interpreted(query.device):
         query, key = upcast(query), upcast(key)
     query, key = row_major(query), row_major(key)
-    batch, num_heads, num_queries, head_dim = query.shape
+    batch, _, num_queries, head_dim = query.shape
     num_keys, count = key.shape[2], len(heads)
-    looking = looking or [LAST_QUERIES] * count
-    spec = KernelSpec(
+    looking = num_last_queries or [LAST_QUERIES] * count
+    spec = TritonKernelSpec(
         template="last_queries",
         dtype=DTYPES[query.dtype],
         head_dim=head_dim,
@@ -174,24 +157,38 @@ def last_query_sums(
     statistics = sums.new_empty(2, batch, count, SPLITS, LAST_QUERIES)
     tiles = -(-num_keys // LAST_QUERIES)
     tiles_per_split = max(1, -(-tiles // SPLITS))
-    arguments = (
-        query,
-        key,
-        mask_bytes(mask, last),
-        last,
-        *device_ints([*heads, *looking], query.device).split(count),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        num_keys,
-        count,
-        num_heads // key.shape[1],
-        mask.query_offset,
-        mask.window,
-        tiles_per_split,
-        scale * LOG2_E,
-    )
+    head_of, looking_of = device_ints([*heads, *looking], query.device).split(count)
+    arguments = {
+        "query": query,
+        "key": key,
+        "key_mask": mask_bytes(mask, last),
+        "last": last,
+        "heads": head_of,
+        "looking": looking_of,
+        **strides("query", query),
+        **strides("key", key),
+        "num_keys": num_keys,
+        "num_heads": count,
+        "group": inputs.group,
+        "query_offset": mask.query_offset,
+        "window": mask.window,
+        "tiles_per_split": tiles_per_split,
+        "scale": inputs.scale * LOG2_E,
+    }
     grid = (-(-tiles // tiles_per_split), count, batch)
-    launch(spec, "row_statistics", grid, *statistics, *arguments)
-    launch(spec, "sum_probabilities", grid, *sums, *statistics, *arguments)
+    maxima, row_sums = statistics
+    columns, near, far = sums
+    launch(spec, "row_statistics", grid, maxima=maxima, sums=row_sums, **arguments)
+    launch(
+        spec,
+        "sum_probabilities",
+        grid,
+        column_sums=columns,
+        near_sums=near,
+        far_sums=far,
+        maxima=maxima,
+        sums=row_sums,
+        **arguments,
+    )
     sums[1] += sums[2]
     return sums[:2]

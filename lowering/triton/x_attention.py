@@ -13,68 +13,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpass.lowering.index import (
-    BLOCK,
-    AttentionMask,
-    SparseIndex,
-    empty_index,
-    first_query_block,
-    list_slots,
-    num_key_blocks,
-    num_query_blocks,
-)
-from mpass.lowering.reference.x_attention import AntidiagonalRule, antidiagonal_width
+from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex, num_key_blocks
+from mpass.lowering.inputs import EstimateInputs
+from mpass.lowering.reference.x_attention import XAttentionRule, x_attention_width
 from mpass.lowering.triton.attention import LOG2_E, mask_bytes
-from mpass.lowering.triton.block_scores import ListRule, alike, list_blocks, numbers_of, turns
-from mpass.lowering.triton.launch import DTYPES, device_ints, launch, target_for
+from mpass.lowering.triton.launch import DTYPES, device_ints, launch, strides, target_for
+from mpass.lowering.triton.list_blocks import (
+    ListRule,
+    empty_lists,
+    group_by_kind,
+    list_blocks,
+    numbers_of,
+    score_chunks,
+)
 from mpass.lowering.triton.pooled_keys import kernel_inputs
-from mpass.lowering.triton.spec import GROUP_TILE, KernelSpec
+from mpass.lowering.triton.spec import GROUP_TILE, TritonKernelSpec
 
 
-def antidiagonal_index(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    heads: Sequence[int],
-    rules: Sequence[AntidiagonalRule],
-    *,
-    scale: float,
-) -> SparseIndex:
-    """As mpass.lowering.reference.x_attention.antidiagonal_index.
+def x_attention_index(inputs: EstimateInputs, rules: Sequence[XAttentionRule]) -> SparseIndex:
+    """As mpass.lowering.reference.x_attention.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D]; rules: one per head of `heads`. Heads of one stride and
-    block size are taken together.
+    Heads of one stride and block size are taken together.
     """
-    query, key = kernel_inputs(query, key)
-    rows = num_query_blocks(query.shape[2], mask.query_offset)
-    index = empty_index(query, rows, antidiagonal_width(rules), list_slots(len(heads)))
-    first_block = first_query_block(mask.query_offset)
-    num_blocks = num_key_blocks(key.shape[2])
-    for (stride, size), places in alike([(rule.stride, rule.block_size) for rule in rules]):
-        lists = [antidiagonal_list_rule(i, rules[i]) for i in places]
-        ints = device_ints([*(heads[i] for i in places), *numbers_of(lists)], query.device)
-        head_of, rule_ints = ints.split([len(places), 8 * len(places)])
+    inputs = kernel_inputs(inputs)
+    index = empty_lists(inputs, x_attention_width(rules))
+    num_blocks = num_key_blocks(inputs.num_keys)
+    for (stride, size), places in group_by_kind([(r.stride, r.block_size) for r in rules]):
+        count = len(places)
+        lists = [x_attention_list_rule(i, rules[i]) for i in places]
+        ints = device_ints(
+            [*(inputs.heads[i] for i in places), *numbers_of(lists)], inputs.query.device
+        )
+        head_of, rule_ints = ints.split([count, 8 * count])
         repeat = size // BLOCK
-        for start, stop in turns(index, mask, len(places), BLOCK // stride * num_blocks, repeat):
-            first_tile = (first_block + start) // repeat
-            scores = group_scores(
-                query,
-                key,
-                mask,
-                head_of,
-                (first_tile, (first_block + stop - 1) // repeat + 1),
-                scale=scale,
-                stride=stride,
-                block_size=size,
-            )
+        width = BLOCK // stride * num_blocks
+        for start, stop in score_chunks(index, inputs.mask, count, width, repeat):
+            first_tile = (inputs.first_block + start) // repeat
+            stop_tile = (inputs.first_block + stop - 1) // repeat + 1
+            tiles = (first_tile, stop_tile)
             list_blocks(
                 index,
-                scores,
+                x_attention_scores(inputs, head_of, tiles, stride=stride, block_size=size),
                 "row_mass",
                 rule_ints,
-                query,
-                key,
-                mask,
+                inputs,
                 rows=(start, stop),
                 first_score_row=first_tile,
                 repeat=repeat,
@@ -82,83 +64,81 @@ def antidiagonal_index(
     return index
 
 
-def antidiagonal_list_rule(slot: int, rule: AntidiagonalRule) -> ListRule:
-    """An AntidiagonalRule as the listing kernel takes it."""
+def x_attention_list_rule(slot: int, rule: XAttentionRule) -> ListRule:
+    """An XAttentionRule as the listing kernel takes it."""
     limit = rule.max_blocks * BLOCK // rule.block_size
     forced = (rule.sink_blocks, rule.local_blocks, rule.last_blocks)
     return ListRule(slot, limit, *forced, rule.threshold)
 
 
-def group_scores(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
+def x_attention_scores(
+    inputs: EstimateInputs,
     heads: Tensor,
     tiles: tuple[int, int],
     *,
-    scale: float,
     stride: int,
     block_size: int,
 ) -> Tensor:
     """Attention between groups, summed over each tile of queries and of keys: fp32 [B, h, T, Jt].
 
-    As mpass.lowering.reference.x_attention.antidiagonal_scores for some heads (int32 [h] on the
-    device); tiles: the first tile of queries on the absolute grid and the one after the last. What
-    a tile cannot see is left unwritten.
+    As the function of that name in mpass.lowering.reference.x_attention, for some heads (int32 [h]
+    on the device). tiles: the first tile of queries on the absolute grid and the one after the
+    last. What a tile cannot see is left unwritten.
     """
-    batch, num_keys = query.shape[0], key.shape[2]
+    query, key, mask = inputs.query, inputs.key, inputs.mask
+    batch, count, num_keys = inputs.batch, len(heads), inputs.num_keys
     first_tile, stop_tile = tiles
     tile_lines = block_size // stride
     num_lines = (stop_tile - first_tile) * tile_lines
     num_blocks = num_key_blocks(num_keys)
-    log_sums = torch.empty(batch, len(heads), num_lines, num_blocks, device=query.device)
-    log_totals = log_sums.new_empty(batch, len(heads), num_lines)
+    log_sums = torch.empty(batch, count, num_lines, num_blocks, device=query.device)
+    log_totals = log_sums.new_empty(batch, count, num_lines)
     spec = group_spec(query, mask, stride)
     launch(
         spec,
         "score_groups",
-        (-(-num_lines // spec.tile), len(heads), batch),
-        log_sums,
-        log_totals,
-        query,
-        key,
-        mask_bytes(mask, heads),
-        heads,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        first_tile * tile_lines,
-        num_lines,
-        query.shape[2],
-        num_keys,
-        num_blocks,
-        query.shape[1] // key.shape[1],
-        mask.query_offset,
-        mask.window,
-        scale * LOG2_E / stride,
+        (-(-num_lines // spec.tile), count, batch),
+        log_sums=log_sums,
+        log_totals=log_totals,
+        query=query,
+        key=key,
+        key_mask=mask_bytes(mask, heads),
+        heads=heads,
+        **strides("query", query),
+        **strides("key", key),
+        first_group=first_tile * tile_lines,
+        num_lines=num_lines,
+        num_queries=inputs.num_queries,
+        num_keys=num_keys,
+        num_blocks=num_blocks,
+        heads_per_kv=inputs.group,
+        query_offset=mask.query_offset,
+        window=mask.window,
+        scale=inputs.scale * LOG2_E / stride,
     )
     score_blocks = -(-num_keys // block_size)
-    scores = log_sums.new_empty(batch, len(heads), stop_tile - first_tile, score_blocks)
+    scores = log_sums.new_empty(batch, count, stop_tile - first_tile, score_blocks)
     launch(
         spec,
         "sum_groups",
-        (stop_tile - first_tile, len(heads), batch),
-        scores,
-        log_sums,
-        log_totals,
-        first_tile,
-        num_lines,
-        num_blocks,
-        score_blocks,
-        tile_lines,
-        block_size // BLOCK,
-        mask.window,
+        (stop_tile - first_tile, count, batch),
+        scores=scores,
+        log_sums=log_sums,
+        log_totals=log_totals,
+        first_tile=first_tile,
+        num_lines=num_lines,
+        num_blocks=num_blocks,
+        score_blocks=score_blocks,
+        tile_lines=tile_lines,
+        repeat=block_size // BLOCK,
+        window=mask.window,
     )
     return scores
 
 
-def group_spec(query: Tensor, mask: AttentionMask, stride: int) -> KernelSpec:
+def group_spec(query: Tensor, mask: AttentionMask, stride: int) -> TritonKernelSpec:
     """The kernels of a stride: eight warps share a tile of 128 groups by 128."""
-    return KernelSpec(
+    return TritonKernelSpec(
         template="group_scores",
         dtype=DTYPES[query.dtype],
         head_dim=query.shape[-1],

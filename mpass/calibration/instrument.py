@@ -17,6 +17,7 @@ from mpass.graph.dead_code import remove_dead
 from mpass.graph.site import AttentionSite
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.match import find_attention
 from mpass.patterns.base import Pattern
 from mpass.plan import reason_to_skip
@@ -39,6 +40,18 @@ class AttentionOperands:
     @property
     def num_heads(self) -> int:
         return self.query.shape[1]
+
+    def inputs(self) -> AttentionInputs:
+        """The same as a lowering takes it."""
+        return AttentionInputs(
+            self.query,
+            self.key,
+            self.value,
+            self.mask,
+            self.scale,
+            self.softcap,
+            sink_logits=self.sinks,
+        )
 
 
 Attend = Callable[[AttentionOperands], Tensor]
@@ -127,18 +140,8 @@ def insert_call(graph: fx.Graph, site: AttentionSite, call: Callable[..., Tensor
 
 def attend_dense(operands: AttentionOperands) -> Tensor:
     """The attention as the model has it, by the fastest dense kernel that the backend has."""
-    query, key, value = operands.query, operands.key, operands.value
-    lowering = choose_lowering(query, key, value, softcap=operands.softcap, sinks=operands.sinks)
-    out: Tensor = lowering.function("dense_attention")(
-        query,
-        key,
-        value,
-        operands.mask,
-        scale=operands.scale,
-        softcap=operands.softcap,
-        sinks=operands.sinks,
-    )
-    return out
+    inputs = operands.inputs()
+    return choose_lowering(inputs).dense_attention(inputs)
 
 
 def attend_sparse(operands: AttentionOperands, patterns: Sequence[Pattern]) -> Tensor:
@@ -148,19 +151,8 @@ def attend_sparse(operands: AttentionOperands, patterns: Sequence[Pattern]) -> T
 
 def attend_index(operands: AttentionOperands, index: SparseIndex) -> Tensor:
     """Sparse attention over an index."""
-    query, key, value = operands.query, operands.key, operands.value
-    lowering = choose_lowering(query, key, value, softcap=operands.softcap, sinks=operands.sinks)
-    out: Tensor = lowering.function("sparse_attention")(
-        query,
-        key,
-        value,
-        index,
-        operands.mask,
-        scale=operands.scale,
-        softcap=operands.softcap,
-        sinks=operands.sinks,
-    )
-    return out
+    inputs = operands.inputs()
+    return choose_lowering(inputs).sparse_attention(inputs, index)
 
 
 def estimate_heads(operands: AttentionOperands, patterns: Sequence[Pattern]) -> SparseIndex:
@@ -170,12 +162,8 @@ def estimate_heads(operands: AttentionOperands, patterns: Sequence[Pattern]) -> 
         groups.setdefault(type(pattern), []).append(head)
     parts = [
         cls.estimate(
-            operands.query,
-            operands.key,
-            operands.mask,
-            heads,
+            EstimateInputs(operands.query, operands.key, operands.mask, heads, operands.scale),
             [patterns[head] for head in heads],
-            scale=operands.scale,
         )
         for cls, heads in groups.items()
     ]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from mpass.calibration.instrument import AttentionOperands, attend_dense, attend_index
+from mpass.lowering.device import no_wait
+from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -48,8 +50,7 @@ class KernelCost:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    device_lowering(device).synchronize(device)
 
 
 def read_clock(device: torch.device) -> float:
@@ -59,7 +60,8 @@ def read_clock(device: torch.device) -> float:
     another device, are on the wall clock.
     """
     synchronize(device)
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    waits = device_lowering(device).synchronize is not no_wait
+    alone = not waits and torch.get_num_threads() == 1
     return time.thread_time() if alone else time.perf_counter()
 
 

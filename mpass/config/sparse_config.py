@@ -27,11 +27,8 @@ from mpass.config.layer import (
 from mpass.config.minference_format import config_to_minference
 from mpass.config.spans import Span, as_span
 from mpass.errors import ConfigFileError, ConfigMismatchError, MpassError, OptionValueError
+from mpass.lowering.dispatch import device_lowering
 from mpass.patterns.base import Pattern, find_pattern
-
-DEFAULT_PATTERNS = {"cpu": "union", "cuda": "vertical_slash"}
-"""What a head gets that nothing configures: of the patterns that have a fused estimator on that
-device, the one that loses least (docs/patterns/union.md)."""
 
 EXACT_WINDOW = 4096
 """Sliding windows up to this many tokens are computed whole where nothing is configured."""
@@ -195,5 +192,5 @@ def builtin_default(device: str = "cpu", window: int = 0) -> Pattern:
 
     device: type of the device; window: sliding window of the attention in tokens, 0 for none.
     """
-    name = DEFAULT_PATTERNS.get(device, "vertical_slash")
+    name = device_lowering(device).default_pattern
     return find_pattern("dense" if 0 < window <= EXACT_WINDOW else name)()

@@ -11,8 +11,7 @@ from mpass.errors import in_one_line
 from mpass.lowering.cpu.library import compile_command
 from mpass.lowering.cpu.spec import KernelSpec as CppSpec
 from mpass.lowering.kernel_sources import KernelSource
-from mpass.lowering.triton.spec import SHARED_MEMORY
-from mpass.lowering.triton.spec import KernelSpec as TritonSpec
+from mpass.lowering.triton.spec import SHARED_MEMORY, TritonKernelSpec
 
 
 def kernel_details(kernel: KernelSource) -> tuple[tuple[str, str], ...]:
@@ -27,13 +26,13 @@ def compiler_details(spec: object) -> tuple[tuple[str, str], ...]:
     """The compile command of a C++ spec; what each kernel of a Triton spec takes of its chip."""
     if isinstance(spec, CppSpec):
         return (("compiled by", compile_command(spec)),)
-    if isinstance(spec, TritonSpec):
+    if isinstance(spec, TritonKernelSpec):
         return resources(spec)
     return ()
 
 
 @functools.lru_cache(maxsize=256)
-def resources(spec: TritonSpec) -> tuple[tuple[str, str], ...]:
+def resources(spec: TritonKernelSpec) -> tuple[tuple[str, str], ...]:
     """A pair per kernel of a module: its name, and its registers, spills and shared memory."""
     from mpass.lowering.triton.compile import compile_kernel, entry_points
 

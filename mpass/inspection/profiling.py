@@ -24,11 +24,10 @@ from mpass.inspection.explanation import Explanation, finish_explanation, make_c
 from mpass.inspection.recall import Recall, measure_recall
 from mpass.inspection.results import HeadProfile, LayerProfile, ProfileFields
 from mpass.inspection.tables import render_profile
-from mpass.lowering.cpu.spec import STRIP
-from mpass.lowering.cpu.support import best_instruction_set, dtype_name
 from mpass.lowering.density import density as count_density
+from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.kernel_sources import KernelSource, generated_sources
-from mpass.lowering.recorder import Call, Operands
+from mpass.lowering.recorder import AttentionCall, CallInputs
 
 DENSE_OPS = (
     "aten::scaled_dot_product_attention",
@@ -74,7 +73,7 @@ class Queries:
 class Measured:
     """A call, the density of what it selected (fp64 [H], also where dense ran), and its recall."""
 
-    call: Call
+    call: AttentionCall
     density: Tensor
     recall: Recall
 
@@ -103,7 +102,7 @@ def profile(
     capture = make_capture(options)
     tell = progress or (lambda text: None)
 
-    def inspect(call: Call, operands: Operands) -> None:
+    def inspect(call: AttentionCall, operands: CallInputs) -> None:
         sizes = {"batch": operands.query.shape[0], "num_queries": call.num_queries}
         share = count_density(operands.index, operands.mask, **sizes, num_keys=call.num_keys)
         recall = measure_recall(
@@ -138,18 +137,11 @@ def serves(kernel: KernelSource, queries: Collection[Queries]) -> bool:
     """
     spec: Any = kernel.spec
     for seen in queries:
-        if seen.device == "cpu" and kernel.language == "cpp":
-            made_for = (spec.input, spec.head_dim, spec.instruction_set, spec.strip)
-            estimator = spec.kernel != "attention"  # these multiply in bf16 whatever the dtype
-            name = dtype_name(seen.dtype)
-            isa = best_instruction_set(torch.bfloat16 if estimator else seen.dtype)
-            softcap = estimator or spec.softcap == seen.softcap
-            if made_for == (name, seen.head_dim, isa, STRIP) and softcap:
-                return True
-        elif seen.device != "cpu" and kernel.language == "python":
-            # Kernels without a head_dim of their own work on scores and indexes.
-            if spec.head_dim in (0, seen.head_dim):
-                return True
+        own = device_lowering(seen.device)
+        if own.language == kernel.language and own.made_for(
+            spec, seen.dtype, seen.head_dim, seen.softcap
+        ):
+            return True
     return False
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.crossover import EstimatedWork
-from mpass.lowering.dispatch import Lowering, choose_lowering
+from mpass.lowering.device import Lowering
+from mpass.lowering.dispatch import choose_lowering, device_lowering
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.patterns.base.pattern import Pattern
 
 
@@ -28,31 +30,26 @@ class HeadPatterns:
 
 
 def reason_for_dense(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    own: HeadPatterns,
-    *,
-    dense_above: float,
-    min_seq_len: int,
+    inputs: EstimateInputs, own: HeadPatterns, *, dense_above: float, min_seq_len: int
 ) -> str:
     """Why dense attention will run whatever these heads select, in words; "" to estimate.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D]; own: the patterns of the op's heads. Read from sizes
-    alone. On CPUs the pattern's least work and the estimator's measured cost count, unless
-    `dense_above` is 1 or more; elsewhere dense attention is chosen by length only.
+    own: the patterns of the op's heads. The answer is read from sizes alone. Where the lowering of
+    the device decides by cost, the pattern's least work and the estimator's measured cost count,
+    unless `dense_above` is 1 or more; elsewhere dense attention is chosen by length only.
     """
-    num_keys = key.shape[2]
+    query, key, mask, num_keys = inputs.query, inputs.key, inputs.mask, inputs.num_keys
     if num_keys < min_seq_len:
         return f"{num_keys} keys, sparse from {min_seq_len} on"
     plain = mask.causal and mask.window == 0 and mask.query_offset == 0
-    if dense_above >= 1.0 or query.device.type != "cpu" or not plain:
+    by_cost = device_lowering(query.device).decides_by_cost
+    if dense_above >= 1.0 or not by_cost or not plain:
         return ""
     heads = query.shape[0] * len(own.patterns)
     if query.shape[2] != num_keys or heads * num_keys == 0:
         return ""
     return decide(
-        choose_lowering(query, key, key),
+        choose_lowering(inputs.attention()),
         own,
         query.dtype,
         query.shape[3],
@@ -76,7 +73,7 @@ def decide(
 ) -> str:
     """`reason_for_dense` by what the patterns compute at least, and by what estimating costs."""
     counts = Counter(own.patterns)
-    share = sum(p.least_share(length) * n for p, n in counts.items()) / len(own.patterns)
+    share = sum(p.min_density(length) * n for p, n in counts.items()) / len(own.patterns)
     names = ", ".join(str(pattern) for pattern in counts)
     if share > dense_above:
         return f"{names} computes {share:.0%} of the work or more, dense above {dense_above:.0%}"
@@ -84,15 +81,14 @@ def decide(
 
     def estimate(query: Tensor, key: Tensor) -> SparseIndex:
         timed = [usual] * query.shape[1]
-        scale = query.shape[3] ** -0.5
-        return type(usual).estimate(
-            query, key, AttentionMask(), range(len(timed)), timed, scale=scale
-        )
+        heads, scale = range(len(timed)), query.shape[3] ** -0.5
+        inputs = EstimateInputs(query, key, AttentionMask(), heads, scale)
+        return type(usual).estimate(inputs, timed)
 
-    exact = all(pattern.budgeted for pattern in own.patterns)
+    exact = all(pattern.fixed_budget for pattern in own.patterns)
     work = EstimatedWork(
         dtype, head_dim, head_dim, heads, kv_heads, length, share, exact, str(usual), estimate
     )
-    if lowering.function("estimation_pays")(work):
+    if lowering.estimation_worthwhile(work):
         return ""
     return f"estimating {names} over {length} keys does not pay here"

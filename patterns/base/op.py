@@ -21,6 +21,7 @@ from mpass.lowering.index import (
     num_query_blocks,
     whole_index,
 )
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.ops import NAMESPACE, IndexTensors
 from mpass.lowering.recorder import note_dense
 from mpass.patterns.base.crossover import HeadPatterns, reason_for_dense
@@ -57,15 +58,14 @@ def define_index_op(cls: type[Pattern]) -> None:
     ) -> IndexTensors:
         own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         mask = AttentionMask(causal, query_offset, window, key_mask)
-        reason = reason_for_dense(
-            query, key, mask, own, dense_above=dense_above, min_seq_len=min_seq_len
-        )
+        inputs = EstimateInputs(query, key, mask, heads, scale)
+        reason = reason_for_dense(inputs, own, dense_above=dense_above, min_seq_len=min_seq_len)
         if reason:
             note_dense(reason)
             rows = num_query_blocks(query.shape[2], query_offset)
             slots = head_slots(cls, len(heads))
             return whole_index(query, rows, own.width, slots).tensors()
-        return cls.estimate(query, key, mask, heads, own.patterns, scale=scale).tensors()
+        return cls.estimate(inputs, own.patterns).tensors()
 
     def fake(
         query: Tensor,
@@ -111,13 +111,13 @@ def head_slots(cls: type[Pattern], num_heads: int) -> tuple[int, ...]:
 
 
 def shared_slots(patterns: Sequence[Pattern], slots: Sequence[int]) -> tuple[int, ...]:
-    """`head_slots` in which heads of one static pattern all read the row of the first of them.
+    """`head_slots` in which heads of one input-independent pattern read the row of the first one.
 
     patterns, slots: one per head. The rows are equal anyway; named by one number, a kernel can take
     several query heads of a kv head together.
     """
     first: dict[Pattern, int] = {}
     return tuple(
-        first.setdefault(pattern, slot) if pattern.static else slot
+        first.setdefault(pattern, slot) if pattern.input_independent else slot
         for pattern, slot in zip(patterns, slots, strict=True)
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import sympy
 from torch import Tensor
@@ -19,6 +19,8 @@ from mpass.lowering.index import (
     IndexWidth,
     SparseIndex,
 )
+from mpass.lowering.inputs import EstimateInputs
+from mpass.patterns.base.aliases import keep_old_calls, keep_old_names
 
 LENGTH, HEAD_DIM = sympy.symbols("N D", positive=True)
 """Symbols of `Pattern.cost`: sequence length and head_dim."""
@@ -29,31 +31,27 @@ class Pattern:
     """Base of all patterns: parameters of one head, and the class's rule for many heads at once.
 
     name: as in options and files, also the op's; form: how it selects blocks (lowering/index.py);
-    bidirectional: whether it is defined without a causal mask; budgeted: whether the parameters
-    alone say how many keys are kept; static: whether they say which ones, whatever the input, so
-    that heads with the same parameters look at the same keys. Fields are int, float or bool.
+    bidirectional: whether it is defined without a causal mask; fixed_budget: whether the parameters
+    alone say how many keys are kept; input_independent: whether they say which ones, so that heads
+    with the same parameters look at the same keys. Fields are int, float or bool.
     """
 
     name: ClassVar[str] = ""
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
     bidirectional: ClassVar[bool] = False
-    budgeted: ClassVar[bool] = False
-    static: ClassVar[bool] = False
+    fixed_budget: ClassVar[bool] = False
+    input_independent: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        keep_old_names(cls)
+        keep_old_calls(cls)
 
     @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
         """Which keys the heads look at on this input.
 
-        query [B, H, Nq, D], key [B, Hk, Nk, D]; patterns: the parameters of each of `heads`.
+        patterns: the parameters of each of `inputs.heads`.
         """
         raise NotImplementedError
 
@@ -63,16 +61,7 @@ class Pattern:
         raise NotImplementedError
 
     @classmethod
-    def select(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> Tensor:
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
         """The cells that the rule selects: bool [B, h, Nq, Nk]. Small N only."""
         raise NotImplementedError
 
@@ -80,16 +69,16 @@ class Pattern:
         """Multiply-adds of estimation and attention for one head, in LENGTH and HEAD_DIM."""
         raise NotImplementedError
 
-    def fewest_keys(self) -> sympy.Expr:
+    def min_keys(self) -> sympy.Expr:
         """Keys per query that are computed whatever the input, averaged over a causal prompt.
 
-        All of them if `budgeted`. In LENGTH; decides before estimation where dense is cheaper.
+        All of them if `fixed_budget`. In LENGTH; decides before estimation where dense is cheaper.
         """
         return causal_keys(BLOCK)
 
-    def least_share(self, length: int) -> float:
-        """`fewest_keys` over those of dense attention, for a prompt of `length` tokens."""
-        return min(1.0, float(self.fewest_keys().subs(LENGTH, length)) / (length / 2))
+    def min_density(self, length: int) -> float:
+        """`min_keys` over those of dense attention, for a prompt of `length` tokens."""
+        return min(1.0, float(self.min_keys().subs(LENGTH, length)) / (length / 2))
 
     def dense_mask(
         self,
@@ -104,14 +93,10 @@ class Pattern:
         query [B, H, Nq, D], key [B, Hk, Nk, D]; mask: causal over absolute positions by default.
         """
         heads = range(query.shape[1])
-        return type(self).select(
-            query,
-            key,
-            mask or AttentionMask(query_offset=key.shape[2] - query.shape[2]),
-            heads,
-            [self] * len(heads),
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        )
+        mask = mask or AttentionMask(query_offset=key.shape[2] - query.shape[2])
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        inputs = EstimateInputs(query, key, mask, heads, scale)
+        return type(self).select(inputs, [self] * len(heads))
 
     def parameters(self) -> dict[str, int | float | bool]:
         """Field names and values."""
@@ -120,6 +105,10 @@ class Pattern:
     def __str__(self) -> str:
         values = ", ".join(str(value) for value in self.parameters().values())
         return f"{self.name}({values})"
+
+
+keep_old_names(Pattern)
+keep_old_calls(Pattern)
 
 
 def causal_keys(count: sympy.Expr | int) -> sympy.Expr:

@@ -1,97 +1,85 @@
-"""What patterns in list form share: the truth is what their index says, and how limits are checked.
+"""What patterns share that estimate by scores: how they find their estimator, and what it means.
 
 No pattern of its own.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import sympy
 from torch import Tensor
 
 from mpass.lowering.dispatch import choose_lowering
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, SparseIndex
+from mpass.lowering.estimators import Estimator
+from mpass.lowering.index import BLOCK, IndexWidth, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
+from mpass.patterns.base.aliases import takes_each, unpacked
 from mpass.patterns.base.checks import forced_blocks
 from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Pattern, causal_keys
 
 
-@dataclass(frozen=True, slots=True)
-class ListEstimator:
-    """How a pattern gets its lists: functions of one rule per head.
+class ListEstimator(Estimator):
+    """An estimator as other packages make it: of functions that take their arguments one by one.
 
-    index: (query, key, mask, heads, rules, *, scale) -> SparseIndex in plain torch, the meaning; a
-    lowering's own function of the same name is it for its device. width: rules -> IndexWidth.
-    rule: makes a rule of a pattern's fields.
+    index: (query, key, mask, heads, rules, *, scale) -> SparseIndex in plain torch, or (inputs,
+    rules) as of `Estimator.reference`; width and rule: as of `Estimator`.
     """
 
-    index: Callable[..., SparseIndex]
-    width: Callable[..., IndexWidth]
-    rule: Callable[..., Any]
+    def __init__(
+        self,
+        index: Callable[..., SparseIndex],
+        width: Callable[..., IndexWidth],
+        rule: Callable[..., Any],
+    ) -> None:
+        def reference(inputs: EstimateInputs, rules: Sequence[Any]) -> SparseIndex:
+            return index(*unpacked(inputs), rules, scale=inputs.scale)
+
+        name = f"{index.__module__}.{index.__qualname__}"
+        super().__init__(name, reference if takes_each(index) else index, width, rule)
+        object.__setattr__(self, "index", index)  # the older name of `reference`
 
 
-class ListPattern(Pattern):
-    """Base of patterns that choose whole key blocks per query block by scores.
+class EstimatedPattern(Pattern):
+    """Base of patterns whose index an estimator finds, from one rule per head.
 
-    A subclass has fields and an `estimator` of them; what it selects is what the index in plain
-    torch computes.
+    A subclass has fields and an `estimator` of them.
     """
 
-    form: ClassVar[Literal["lists", "diagonals"]] = "lists"
-    estimator: ClassVar[ListEstimator]
+    estimator: ClassVar[Estimator]
 
     def rule(self) -> Any:
         """The fields as the estimator takes them."""
         return self.estimator.rule(**self.parameters())
 
-    def fewest_keys(self) -> sympy.Expr:
-        return causal_keys(forced_blocks(self) * BLOCK)
-
     @classmethod
-    def estimate(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> SparseIndex:
-        rules = [p.rule() for p in patterns]
-        plain = cls.estimator.index
-        own = plain
-        if plain.__module__.startswith("mpass.lowering."):  # others' functions are their own
-            lowering = choose_lowering(query, key, key)
-            module = importlib.import_module(f"mpass.lowering.{lowering.name}")
-            own = getattr(module, plain.__name__, plain)
-        index: SparseIndex = own(query, key, mask, heads, rules, scale=scale)
-        return index
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
+        estimate = choose_lowering(inputs.attention()).estimate(cls.estimator)
+        return estimate(inputs, [pattern.rule() for pattern in patterns])
 
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return cls.estimator.width([p.rule() for p in patterns])
+        return cls.estimator.width([pattern.rule() for pattern in patterns])
+
+
+class ListPattern(EstimatedPattern):
+    """Base of patterns that choose whole key blocks per query block by scores.
+
+    What a subclass selects is what the index in plain torch computes.
+    """
+
+    form: ClassVar[Literal["lists", "diagonals"]] = "lists"
+
+    def min_keys(self) -> sympy.Expr:
+        return causal_keys(forced_blocks(self) * BLOCK)
 
     @classmethod
-    def select(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        heads: Sequence[int],
-        patterns: Sequence[Self],
-        *,
-        scale: float,
-    ) -> Tensor:
-        rules = [p.rule() for p in patterns]
-        index = cls.estimator.index(query, key, mask, heads, rules, scale=scale)
-        return reference.computed_mask(
-            index, mask, batch=query.shape[0], num_queries=query.shape[2], num_keys=key.shape[2]
-        )
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
+        index = cls.estimator.reference(inputs, [pattern.rule() for pattern in patterns])
+        sizes = {"num_queries": inputs.num_queries, "num_keys": inputs.num_keys}
+        return reference.computed_mask(index, inputs.mask, batch=inputs.batch, **sizes)
 
 
 def attention_cost(max_blocks: int, columns: int = 0) -> sympy.Expr:

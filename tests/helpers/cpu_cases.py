@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import strategies as st
 
-from mpass.lowering import cpu
 from mpass.lowering.cpu.attention import run_attention
 from mpass.lowering.cpu.spec import KernelSpec
-from mpass.lowering.cpu.support import best_instruction_set, dtype_name
+from mpass.lowering.cpu.support import best_instruction_set, dtype_name, unsupported
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -21,10 +23,11 @@ from mpass.lowering.index import (
     num_key_blocks,
     num_query_blocks,
 )
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference import attention as reference
 
 PROBE = torch.zeros(1, 1, 1, 64)
-REASON = cpu.unsupported(PROBE, PROBE, PROBE)
+REASON = unsupported(AttentionInputs(PROBE, PROBE, PROBE, AttentionMask(), 1.0))
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=f"no generated C++ here: {REASON}")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,6 +110,14 @@ def random_inputs(
     return query.to(dtype), key.to(dtype), value.to(dtype)[..., :value_dim]
 
 
+@contextmanager
+def estimating_with(spec: KernelSpec) -> Iterator[None]:
+    """Estimators take this specialisation, whatever the query."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpass.lowering.cpu.estimators.estimate_spec", lambda query: spec)
+        yield
+
+
 def assert_matches_reference(
     spec: KernelSpec,
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -115,8 +126,8 @@ def assert_matches_reference(
     **numbers: object,
 ) -> None:
     wide = [tensor.double() for tensor in inputs]
-    expected = reference.sparse_attention(*wide, index, mask, **numbers)
-    found = run_attention(spec, *inputs, index, mask, **numbers)
+    expected = reference.sparse_attention(AttentionInputs(*wide, mask, **numbers), index)
+    found = run_attention(spec, AttentionInputs(*inputs, mask, **numbers), index)
     assert found.stride() == reference.empty_output(inputs[0], inputs[2]).stride()
     error = (found.double() - expected).abs().max().item()
     assert error <= TOLERANCE[inputs[0].dtype] * max(1.0, expected.abs().max().item())

@@ -83,9 +83,9 @@ def test_details_of_a_cpu_kernel_are_the_flags_it_was_compiled_with(tmp_path, mo
 
 def test_a_kernel_whose_compiler_fails_is_still_shown():
     from mpass.inspection.kernels import kernel_details
-    from mpass.lowering.triton.spec import KernelSpec
+    from mpass.lowering.triton.spec import TritonKernelSpec
 
-    kernel = KernelSource("k", "python", "", (("a", "b"),), KernelSpec("no_such_template"))
+    kernel = KernelSource("k", "python", "", (("a", "b"),), TritonKernelSpec("no_such_template"))
     first, second = kernel_details(kernel)
     assert first == ("a", "b")
     assert second[0] == "compiler" and "no_such_template" in second[1]

@@ -15,6 +15,7 @@ from mpass.inspection.profiling import profile, time_ops
 from mpass.inspection.recall import LEVELS, measure_recall
 from mpass.lowering.density import density as count_density
 from mpass.lowering.index import BLOCK, AttentionMask, join_indexes
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.recorder import Operands, record
 from mpass.lowering.reference import attention as reference
 from mpass.patterns.base import registered_patterns
@@ -36,7 +37,7 @@ def make_operands(
     mask = mask or AttentionMask(query_offset=keys - queries)
     shape = mpass.AShape(4, 40)
     parts = [
-        mpass.AShape.estimate(query, key, mask, [0, 1], [shape] * 2, scale=scale),
+        mpass.AShape.estimate(EstimateInputs(query, key, mask, [0, 1], scale), [shape] * 2),
         reference_lists(query, key, mask, [2, 3]),
     ]
     index = join_indexes(parts, [[0, 1], [2, 3]])
@@ -44,11 +45,10 @@ def make_operands(
 
 
 def reference_lists(query, key, mask, heads):
-    from mpass.lowering.reference.vertical_slash import block_top_k_index
+    from mpass.lowering.reference.block_sparse import BlockSparseRule, block_sparse_index
 
-    return block_top_k_index(
-        query, key, mask, heads, top_k=[2] * len(heads), block_sizes=[BLOCK] * len(heads)
-    )
+    rules = [BlockSparseRule(2)] * len(heads)
+    return block_sparse_index(EstimateInputs(query, key, mask, heads, 1.0), rules)
 
 
 def brute_force(operands):

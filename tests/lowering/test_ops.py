@@ -8,6 +8,7 @@ import torch
 import mpass
 from mpass.lowering import density
 from mpass.lowering.index import AttentionMask, join_indexes, num_query_blocks
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.recorder import record
 from mpass.lowering.reference import attention as reference
 from mpass.patterns.base import head_slots, index_op, registered_patterns
@@ -17,7 +18,7 @@ from tests.helpers.truth import TOLERANCE, dense_attention, random_attention
 def estimate(pattern, query, key, heads, mask=None):
     mask = mask or AttentionMask()
     cls = type(pattern)
-    return cls.estimate(query, key, mask, heads, [pattern] * len(heads), scale=0.2)
+    return cls.estimate(EstimateInputs(query, key, mask, heads, 0.2), [pattern] * len(heads))
 
 
 @pytest.mark.parametrize("name", sorted(registered_patterns()))
@@ -56,7 +57,9 @@ def test_mixed_patterns_in_one_call_equal_each_alone():
     patterns = [mpass.BlockSparse(2), mpass.AShape(3, 70), mpass.Dense()]
     heads = [[4, 0], [1, 5], [3, 2]]
     parts = [estimate(p, query, key, h) for p, h in zip(patterns, heads, strict=True)]
-    out = reference.sparse_attention(query, key, value, join_indexes(parts, heads), mask, scale=0.2)
+    out = reference.sparse_attention(
+        AttentionInputs(query, key, value, mask, 0.2), join_indexes(parts, heads)
+    )
     for pattern, group in zip(patterns, heads, strict=True):
         alone = mpass.sparse_attention(
             query, key, value, pattern=pattern, scale=0.2, enable_gqa=True
@@ -140,8 +143,11 @@ def test_dense_fallback_equals_full_reference(window, padded, softcap, with_sink
     key_mask = torch.arange(650).expand(2, -1) >= torch.tensor([[0], [90]]) if padded else None
     mask = AttentionMask(query_offset=50, window=window, key_mask=key_mask)
     sinks = torch.randn(4) if with_sinks else None
-    index = mpass.Dense.estimate(query, key, mask, range(4), [mpass.Dense()] * 4, scale=0.2)
-    settings = {"scale": 0.2, "softcap": softcap, "sinks": sinks}
-    out = fallback(query, key, value, mask, **settings)
-    expected = reference.sparse_attention(query, key, value, index, mask, **settings)
+    index = mpass.Dense.estimate(
+        EstimateInputs(query, key, mask, range(4), 0.2), [mpass.Dense()] * 4
+    )
+    settings = {"scale": 0.2, "softcap": softcap, "sink_logits": sinks}
+    given = AttentionInputs(query, key, value, mask, **settings)
+    out = fallback(given)
+    expected = reference.sparse_attention(given, index)
     assert torch.allclose(out, expected, atol=1e-5)

@@ -9,6 +9,7 @@ import mpass
 from mpass.errors import PatternValueError
 from mpass.lowering.density import density, work_share
 from mpass.lowering.index import ALL_BLOCKS, AttentionMask
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import computed_mask
 from mpass.patterns.block_max import BlockMax
 from mpass.patterns.block_top_p import BlockTopP
@@ -75,7 +76,9 @@ def test_last_rows_are_dense_at_any_length_in_every_count_of_the_work(pattern):
     query, key, _ = random_attention(num_queries=1000)
     mask = AttentionMask()
     heads = range(query.shape[1])
-    index = type(pattern).estimate(query, key, mask, heads, [pattern] * len(heads), scale=0.2)
+    index = type(pattern).estimate(
+        EstimateInputs(query, key, mask, heads, 0.2), [pattern] * len(heads)
+    )
     assert (index.block_count[:, :, -1] == ALL_BLOCKS).all()
     assert (index.block_index[:, :, -1] == 0).all()
     sizes = {"batch": query.shape[0], "num_queries": 1000, "num_keys": 1000}

@@ -72,8 +72,7 @@ def exact_estimates():
         return replace(estimate_spec(query), instruction_set=best_instruction_set(torch.float32))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("estimate", "lists"):
-            patch.setattr(f"mpass.lowering.cpu.{module}.estimate_spec", exact)
+        patch.setattr("mpass.lowering.cpu.estimators.estimate_spec", exact)
         yield
 
 

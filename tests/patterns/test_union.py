@@ -10,6 +10,7 @@ import torch
 import mpass
 from mpass.errors import PatternValueError
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import EstimateInputs
 from mpass.patterns.union import Union
 from tests.helpers.truth import random_attention
 
@@ -100,7 +101,7 @@ def test_memory_of_the_index_grows_linearly():
     sizes = []
     for length in (4096, 8192):
         query, key, _ = random_attention(heads=1, kv_heads=1, num_queries=length, head_dim=16)
-        index = Union.estimate(query, key, AttentionMask(), [0], [Union()], scale=SCALE)
+        index = Union.estimate(EstimateInputs(query, key, AttentionMask(), [0], SCALE), [Union()])
         sizes.append(index.num_bytes())
     assert sizes[1] < 2 * sizes[0]
 

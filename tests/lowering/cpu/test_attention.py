@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpass.lowering import cpu
+from mpass.lowering.cpu.attention import sparse_attention
 from mpass.lowering.cpu.spec import KernelSpec
-from mpass.lowering.cpu.support import dtype_name, instruction_sets
-from mpass.lowering.index import ALL_DIAGONALS, AttentionMask
+from mpass.lowering.cpu.support import dtype_name, instruction_sets, unsupported
+from mpass.lowering.index import ALL_DIAGONALS, AttentionMask, SparseIndex
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference import attention as reference
 from tests.helpers.cpu_cases import (
     DTYPES,
@@ -129,7 +130,9 @@ def test_sinks_softcap_and_any_scale(
     sinks = torch.tensor([1.5, -2.0]) if numbers in ("sinks", "both") else None
     scale = {"negative_scale": -0.125, "zero_scale": 0.0}.get(numbers, 0.3)
     spec = KernelSpec(dtype_name(dtype), 64, 64, instruction_set, softcap=softcap > 0)
-    assert_matches_reference(spec, inputs, index, mask, scale=scale, softcap=softcap, sinks=sinks)
+    assert_matches_reference(
+        spec, inputs, index, mask, scale=scale, softcap=softcap, sink_logits=sinks
+    )
 
 
 @settings(max_examples=60)
@@ -139,7 +142,7 @@ def test_any_valid_index_gives_the_reference_result(case: dict[str, object]) -> 
 
 
 @functools.cache
-def plain_case(dtype: torch.dtype) -> tuple[object, ...]:
+def plain_case(dtype: torch.dtype) -> tuple[AttentionInputs, SparseIndex]:
     generator = torch.Generator().manual_seed(11)
     sizes = {"batch": 2, "num_queries": 700, "num_keys": 700}
     index = random_index(
@@ -148,7 +151,7 @@ def plain_case(dtype: torch.dtype) -> tuple[object, ...]:
     inputs = random_inputs(
         generator, dtype, heads=4, kv_heads=2, head_dim=64, value_dim=64, **sizes
     )
-    return (*inputs, index, AttentionMask())
+    return AttentionInputs(*inputs, AttentionMask(), 0.125), index
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -158,7 +161,7 @@ def test_threads_and_repetition_do_not_change_a_bit(dtype: torch.dtype) -> None:
     try:
         for threads in (1, 2, 2, 3):
             torch.set_num_threads(threads)
-            results.append(cpu.sparse_attention(*plain_case(dtype), scale=0.125))
+            results.append(sparse_attention(*plain_case(dtype)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -176,17 +179,18 @@ def test_bf16_is_as_exact_as_torch_sdpa() -> None:
     sdpa = torch.nn.functional.scaled_dot_product_attention
     truth = sdpa(*wide, is_causal=True)
     theirs = (sdpa(query, key, value, is_causal=True).double() - truth).abs()
-    ours = cpu.sparse_attention(query, key, value, index, AttentionMask(), scale=128**-0.5)
+    ours = sparse_attention(AttentionInputs(query, key, value, AttentionMask(), 128**-0.5), index)
     error = (ours.double() - truth).abs()
     assert error.max() <= 1.5 * theirs.max()
     assert error.mean() <= 1.2 * theirs.mean()
 
 
 def test_nan_in_a_visible_key_is_not_hidden() -> None:
-    query, key, value, index, mask = plain_case(torch.float32)
+    case, index = plain_case(torch.float32)
+    query, key, value, mask = case.query, case.key, case.value, case.mask
     key = key.clone()
     key[0, 0, 0] = torch.nan
-    found = cpu.sparse_attention(query, key, value, index, mask, scale=0.125)
+    found = sparse_attention(AttentionInputs(query, key, value, mask, 0.125), index)
     cells = reference.computed_mask(index, mask, batch=2, num_queries=700, num_keys=700)
     poisoned = cells[..., 0] & torch.tensor([True, False]).view(2, 1, 1)
     poisoned[:, 2:] = False  # these heads read kv head 1
@@ -196,14 +200,21 @@ def test_nan_in_a_visible_key_is_not_hidden() -> None:
 
 def test_unsupported_names_the_reason() -> None:
     wide = PROBE.double()
-    assert "float64" in cpu.unsupported(wide, wide, wide)
-    assert "differ in dtype" in cpu.unsupported(PROBE, PROBE.half(), PROBE)
+    assert "float64" in unsupported(AttentionInputs(wide, wide, wide, AttentionMask(), 1.0))
+    assert "differ in dtype" in unsupported(
+        AttentionInputs(PROBE, PROBE.half(), PROBE, AttentionMask(), 1.0)
+    )
     long = torch.zeros(1, 1, 1, 1024)
-    assert "head_dim 1024" in cpu.unsupported(long, long, PROBE)
-    assert "meta" in cpu.unsupported(PROBE.to("meta"), PROBE, PROBE)
+    assert "head_dim 1024" in unsupported(AttentionInputs(long, long, PROBE, AttentionMask(), 1.0))
+    assert "meta" in unsupported(
+        AttentionInputs(PROBE.to("meta"), PROBE, PROBE, AttentionMask(), 1.0)
+    )
 
 
 def test_unsupported_reads_fake_tensors() -> None:
     with FakeTensorMode():
         fake = torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16)
-        assert cpu.unsupported(fake, fake, fake, softcap=3.0) is None
+        assert (
+            unsupported(AttentionInputs(fake, fake, fake, AttentionMask(), 1.0, softcap=3.0))
+            is None
+        )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpass.lowering import cpu
+from mpass.lowering.cpu import estimators as cpu
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import dtype_name, instruction_sets
 from mpass.lowering.index import AttentionMask, SparseIndex, num_key_blocks
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import vertical_slash as estimate
-from tests.helpers.cpu_cases import DTYPES, assert_same_index, needs_kernels
+from mpass.lowering.reference.block_sparse import BlockSparseRule, block_sparse_index
+from mpass.lowering.reference.selection import first_keys
+from mpass.lowering.reference.vertical_slash import VerticalSlashRule
+from tests.helpers.cpu_cases import DTYPES, assert_same_index, estimating_with, needs_kernels
 from tests.helpers.pairwise import pairwise
 
 pytestmark = needs_kernels
@@ -48,6 +52,10 @@ def rounded(tensor: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
     return tensor.to(torch.bfloat16) if spec.bf16 else tensor
 
 
+def rules_of(vertical_sizes: list[int], slash_sizes: list[int]) -> list[VerticalSlashRule]:
+    return [VerticalSlashRule(*sizes) for sizes in zip(vertical_sizes, slash_sizes, strict=True)]
+
+
 def around_the_budget(sums: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of the sums [N] must be among the `size` largest, and which may be: bool [N] each."""
     least = sums.sort(descending=True).values[min(size, len(sums)) - 1]
@@ -63,7 +71,7 @@ def assert_keeps_the_largest(
 ) -> None:
     """Columns and block diagonals of all heads against the sums [B, h, Nk] of both kinds."""
     num_keys = sums[0].shape[-1]
-    starts = estimate.first_keys(mask, len(sums[0]), sums[0].device)
+    starts = first_keys(mask, len(sums[0]), sums[0].device)
     for b, start in enumerate(starts.tolist()):
         for h, (columns, diagonals) in enumerate(zip(vertical_sizes, slash_sizes, strict=True)):
             scores = sums[0][b, h].clone()
@@ -94,10 +102,12 @@ def test_vertical_slash_equals_plain_torch(
     spec = KernelSpec(dtype_name(dtype), 64, 64, instruction_set, kernel="fixed_budget")
     budgets = {"vertical_sizes": [200, 31, 64, 100], "slash_sizes": [150, 300, 110, 5]}
     heads = [0, 1, 3, 2]
-    found = cpu.vertical_slash_index(query, key, mask, heads, scale=0.125, **budgets, spec=spec)
-    sums = estimate.last_query_sums(
-        rounded(query, spec), rounded(key, spec), mask, heads, scale=0.125
-    )
+    with estimating_with(spec):
+        found = cpu.vertical_slash_index(
+            EstimateInputs(query, key, mask, heads, 0.125), rules_of(**budgets)
+        )
+    given = EstimateInputs(rounded(query, spec), rounded(key, spec), mask, heads, 0.125)
+    sums = estimate.last_query_sums(given)
     assert_keeps_the_largest(found, sums, mask, **budgets)
 
 
@@ -107,31 +117,34 @@ def test_block_top_k_equals_plain_torch(
 ) -> None:
     query, key, mask = inputs(shape, dtype)
     spec = KernelSpec(dtype_name(dtype), 64, 64, instruction_set, kernel="fixed_budget")
-    sizes = {"top_k": [3, 2, 5], "block_sizes": [64, 128, 256]}
-    expected = estimate.block_top_k_index(query, key, mask, [0, 3, 1], **sizes)
-    found = cpu.block_top_k_index(query, key, mask, [0, 3, 1], **sizes, spec=spec)
+    rules = [BlockSparseRule(3, 64), BlockSparseRule(2, 128), BlockSparseRule(5, 256)]
+    given = EstimateInputs(query, key, mask, [0, 3, 1], 1.0)
+    expected = block_sparse_index(given, rules)
+    with estimating_with(spec):
+        found = cpu.block_sparse_index(given, rules)
     assert_same_index(found, expected)
 
 
 def test_equal_scores_go_to_the_first_keys() -> None:
     query, key = torch.zeros(1, 1, 640, 64), torch.zeros(1, 1, 640, 64)
-    budgets = {"vertical_sizes": [40], "slash_sizes": [130]}
-    index = cpu.vertical_slash_index(query, key, AttentionMask(), [0], scale=1.0, **budgets)
+    given = EstimateInputs(query, key, AttentionMask(), [0], 1.0)
+    index = cpu.vertical_slash_index(given, [VerticalSlashRule(40, 130)])
     # The last 64 keys are seen by fewer of the last queries, the rest by all, equally.
     assert index.column_index[0, 0].tolist() == list(range(40))
-    blocks = cpu.block_top_k_index(query, key, AttentionMask(), [0], top_k=[3], block_sizes=[64])
+    blocks = cpu.block_sparse_index(given, [BlockSparseRule(3, 64)])
     assert blocks.block_index[0, 0, 9, :3].tolist() == [0, 1, 9]
 
 
 def test_estimators_do_not_depend_on_the_number_of_threads() -> None:
     query, key, mask = inputs("two_chunks", torch.bfloat16)
-    budgets = {"vertical_sizes": [200, 300], "slash_sizes": [150, 300]}
+    given = EstimateInputs(query, key, mask, [0, 3], 0.125)
+    rules = rules_of([200, 300], [150, 300])
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(cpu.vertical_slash_index(query, key, mask, [0, 3], scale=0.125, **budgets))
+            found.append(cpu.vertical_slash_index(given, rules))
     finally:
         torch.set_num_threads(before)
     assert_same_index(found[1], found[0])

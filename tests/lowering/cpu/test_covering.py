@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mpass.lowering import cpu
 from mpass.lowering.cpu import estimators as lists
-from mpass.lowering.cpu.support import estimate_spec
 from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import flex_prefill as estimate_flex
 from mpass.lowering.reference import sample_attention as estimate_sampled
 from mpass.patterns.base import Pattern
@@ -23,9 +22,21 @@ from tests.lowering.cpu.test_estimators import DIM, HEADS, SCALE, assert_nearly_
 pytestmark = needs_kernels
 
 PATTERNS: list[tuple[Pattern, str, Callable[..., SparseIndex]]] = [
-    (FlexPrefill(0.6, 0.0, 65, block_size=64), "flex_index", estimate_flex.flex_index),
-    (FlexPrefill(0.5, 1.0, 1, block_size=128), "flex_index", estimate_flex.flex_index),
-    (SampleAttention(0.5, 0.1, 0.1), "sampled_index", estimate_sampled.sampled_index),
+    (
+        FlexPrefill(0.6, 0.0, 65, block_size=64),
+        "flex_prefill_index",
+        estimate_flex.flex_prefill_index,
+    ),
+    (
+        FlexPrefill(0.5, 1.0, 1, block_size=128),
+        "flex_prefill_index",
+        estimate_flex.flex_prefill_index,
+    ),
+    (
+        SampleAttention(0.5, 0.1, 0.1),
+        "sample_attention_index",
+        estimate_sampled.sample_attention_index,
+    ),
 ]
 
 
@@ -38,13 +49,15 @@ def test_patterns_estimate_by_generated_code(
     pattern: Pattern, name: str, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
-    generated = getattr(cpu, name)
-    monkeypatch.setattr(cpu, name, lambda *a, **k: called.append(name) or generated(*a, **k))
+    generated = getattr(lists, name)
+    monkeypatch.setattr(lists, name, lambda *a, **k: called.append(name) or generated(*a, **k))
     query, key = inputs(torch.bfloat16, batch=1, num_queries=300, num_keys=300, kv_heads=2, seed=5)
     own = [pattern] * len(HEADS)
-    index = type(pattern).estimate(query, key, AttentionMask(), HEADS, own, scale=SCALE)
+    index = type(pattern).estimate(EstimateInputs(query, key, AttentionMask(), HEADS, SCALE), own)
     rules = [pattern.rule()] * len(HEADS)
-    assert_nearly_the_same(index, plain(query, key, AttentionMask(), HEADS, rules, scale=SCALE))
+    assert_nearly_the_same(
+        index, plain(EstimateInputs(query, key, AttentionMask(), HEADS, SCALE), rules)
+    )
     assert called == [name]
 
 
@@ -57,8 +70,8 @@ def test_a_row_that_is_no_number_does_not_count(
     query[:, :, 639] = value
     query[:, :, 300:303] = value
     rules = [pattern.rule()] * len(HEADS)
-    found = getattr(cpu, name)(query, key, AttentionMask(), HEADS, rules, scale=SCALE)
-    expected = plain(query, key, AttentionMask(), HEADS, rules, scale=SCALE)
+    found = getattr(lists, name)(EstimateInputs(query, key, AttentionMask(), HEADS, SCALE), rules)
+    expected = plain(EstimateInputs(query, key, AttentionMask(), HEADS, SCALE), rules)
     assert_nearly_the_same(found, expected)
     assert (found.block_count.sum() + found.column_count.sum()) > 0
 
@@ -66,10 +79,14 @@ def test_a_row_that_is_no_number_does_not_count(
 def test_full_coverage_keeps_every_key_with_attention() -> None:
     query, key = inputs(torch.float32, batch=1, num_queries=500, num_keys=500, kv_heads=2, seed=7)
     rule = SampleAttention(1.0, 0.5, 0.01).rule()
-    index = cpu.sampled_index(query * 0.1, key, AttentionMask(), HEADS, [rule] * 4, scale=SCALE)
+    index = lists.sample_attention_index(
+        EstimateInputs(query * 0.1, key, AttentionMask(), HEADS, SCALE), [rule] * 4
+    )
     assert (index.column_count == 500).all()
     wide = FlexPrefill(1.0, 0.0, 64, block_size=64).rule()
-    lists_of_all = cpu.flex_index(query, key, AttentionMask(), HEADS, [wide] * 4, scale=SCALE)
+    lists_of_all = lists.flex_prefill_index(
+        EstimateInputs(query, key, AttentionMask(), HEADS, SCALE), [wide] * 4
+    )
     assert torch.equal(lists_of_all.block_count[0, 0], torch.arange(1, 9, dtype=torch.int32))
 
 
@@ -78,9 +95,10 @@ def test_equal_blocks_go_to_the_first_ones(budget: int) -> None:
     """Keys that are all alike: columns and diagonals of equal score, the first of them kept."""
     query, key = torch.randn(1, 1, 640, DIM), torch.ones(1, 1, 640, DIM)
     rule = FlexPrefill(0.01, 0.0, budget, budget, block_size=64).rule()
-    spec = estimate_spec(query)
-    found = lists.flex_index(query, key, AttentionMask(), [0], [rule], scale=0.2, spec=spec)
-    expected = estimate_flex.flex_index(query, key, AttentionMask(), [0], [rule], scale=0.2)
+    found = lists.flex_prefill_index(EstimateInputs(query, key, AttentionMask(), [0], 0.2), [rule])
+    expected = estimate_flex.flex_prefill_index(
+        EstimateInputs(query, key, AttentionMask(), [0], 0.2), [rule]
+    )
     assert found.block_index[0, 0, -1, 0] == 0
     assert found.block_count[0, 0, -1] == budget // 64 * 2
     assert torch.equal(found.block_count, expected.block_count)
@@ -93,10 +111,16 @@ def test_mixed_rules_do_not_disturb_each_other() -> None:
         FlexPrefill(0.5, 0.0, 1, block_size=256).rule(),
         FlexPrefill(0.9, 1.0, 100, 300, block_size=192).rule(),
     ]
-    together = cpu.flex_index(query, key, AttentionMask(), [4, 1, 2], rules, scale=SCALE)
+    together = lists.flex_prefill_index(
+        EstimateInputs(query, key, AttentionMask(), [4, 1, 2], SCALE), rules
+    )
     for i, (head, rule) in enumerate(zip([4, 1, 2], rules, strict=True)):
-        alone = cpu.flex_index(query, key, AttentionMask(), [head], [rule], scale=SCALE)
+        alone = lists.flex_prefill_index(
+            EstimateInputs(query, key, AttentionMask(), [head], SCALE), [rule]
+        )
         assert torch.equal(together.block_count[:, i], alone.block_count[:, 0])
         assert torch.equal(together.block_index[:, i], alone.block_index[:, 0])
-    again = cpu.flex_index(query, key, AttentionMask(), [4, 1, 2], rules, scale=SCALE)
+    again = lists.flex_prefill_index(
+        EstimateInputs(query, key, AttentionMask(), [4, 1, 2], SCALE), rules
+    )
     assert_same_index(again, together)

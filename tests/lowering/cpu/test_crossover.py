@@ -12,6 +12,7 @@ from mpass.lowering.cpu import dense as cpu_dense
 from mpass.lowering.cpu.cost_model import CostConstants, EstimatorConstants, predict
 from mpass.lowering.crossover import EstimatedWork
 from mpass.lowering.index import AttentionMask, IndexWidth, list_slots, whole_index
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.recorder import Log, record
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference.dense import dense_attention
@@ -55,9 +56,9 @@ def count_estimates(monkeypatch: pytest.MonkeyPatch, cls: type[Pattern]) -> list
     lengths: list[int] = []
     original = cls.estimate
 
-    def estimate(query, key, *rest, **named):
-        lengths.append(key.shape[2])
-        return original(query, key, *rest, **named)
+    def estimate(inputs, patterns):
+        lengths.append(inputs.num_keys)
+        return original(inputs, patterns)
 
     monkeypatch.setattr(cls, "estimate", estimate)
     return lengths
@@ -89,7 +90,8 @@ def run_ops(
             min_seq_len,
             0,
         )
-    return found, dense_attention(query, key, value, AttentionMask(), scale=0.2), log
+    inputs = AttentionInputs(query, key, value, AttentionMask(), 0.2)
+    return found, dense_attention(inputs), log
 
 
 @pytest.mark.parametrize(
@@ -161,19 +163,19 @@ def test_estimation_must_leave_something_to_gain(constants: dict[str, EstimatorC
     assert gain > 0
     for share, pays in ((0.9, True), (1.1, False)):
         constants["estimator"] = EstimatorConstants(gain * share, 0.0, 0.0)
-        assert cpu_dense.estimation_pays(work(0.2, exact=True)) is pays
+        assert cpu_dense.estimation_worthwhile(work(0.2, exact=True)) is pays
     # What a data-dependent pattern will find is a guess: its price has to be small besides.
     for share, pays in ((0.9 / cpu_dense.GAIN_RATIO, True), (0.9, False)):
         constants["estimator"] = EstimatorConstants(gain * share, 0.0, 0.0)
-        assert cpu_dense.estimation_pays(work(0.2, exact=False)) is pays
-    assert not cpu_dense.estimation_pays(work(1.0, exact=True))
+        assert cpu_dense.estimation_worthwhile(work(0.2, exact=False)) is pays
+    assert not cpu_dense.estimation_worthwhile(work(1.0, exact=True))
 
 
 def test_nothing_is_estimated_in_plain_torch_unless_forced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "mpass.lowering.cpu.unsupported", lambda *_, **__: "no C++ compiler was found"
+        "mpass.lowering.cpu.support.unsupported", lambda *_: "no C++ compiler was found"
     )
     lengths = count_estimates(monkeypatch, mpass.AShape)
     run_ops(mpass.AShape(1, 8), 512)
@@ -183,14 +185,14 @@ def test_nothing_is_estimated_in_plain_torch_unless_forced(
 
 
 @pytest.mark.parametrize("cls", registered_patterns().values(), ids=lambda cls: cls.name)
-def test_least_share_is_no_more_than_what_is_computed(cls: type[Pattern]) -> None:
+def test_min_density_is_no_more_than_what_is_computed(cls: type[Pattern]) -> None:
     length = 1000
     query, key, _ = random_attention(num_queries=length)
     computed = mpass.density(query, key, pattern=cls(), scale=0.2)
     # Sizes are rounded up to blocks of 64.
-    assert cls().least_share(length) <= float(computed.min()) + 0.1
-    if cls.budgeted:
-        assert cls().least_share(length) >= float(computed.max()) - 0.1
+    assert cls().min_density(length) <= float(computed.min()) + 0.1
+    if cls.fixed_budget:
+        assert cls().min_density(length) >= float(computed.max()) - 0.1
 
 
 @pytest.mark.parametrize("cls", [mpass.BlockSparse, mpass.AShape])
@@ -211,12 +213,12 @@ def test_whole_index_selects_every_block_however_short_its_lists_are() -> None:
 @pytest.mark.parametrize("pattern", [mpass.Union(), mpass.VerticalSlash(40, 200)], ids=str)
 def test_another_default_device_changes_nothing(pattern):
     query, key, value = random_attention(num_queries=300, head_dim=HEAD_DIM)
-    mask = AttentionMask(window=100)
+    inputs = AttentionInputs(query, key, value, AttentionMask(window=100), 0.25)
     cpu_dense.all_tiles.cache_clear()
     with torch.device("meta"):
-        dense = cpu_dense.dense_attention(query, key, value, mask, scale=0.25)
+        dense = cpu_dense.dense_attention(inputs)
         sparse = mpass.sparse_attention(query, key, value, pattern=pattern, enable_gqa=True)
     cpu_dense.all_tiles.cache_clear()
-    assert torch.equal(dense, cpu_dense.dense_attention(query, key, value, mask, scale=0.25))
+    assert torch.equal(dense, cpu_dense.dense_attention(inputs))
     again = mpass.sparse_attention(query, key, value, pattern=pattern, enable_gqa=True)
     assert torch.equal(sparse, again)

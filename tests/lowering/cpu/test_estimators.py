@@ -16,6 +16,7 @@ from mpass.lowering.cpu import library
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import dtype_name, instruction_sets
 from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import block_scores as estimate_tiles
 from mpass.lowering.reference import flex_prefill as estimate_flex
 from mpass.lowering.reference import sample_attention as estimate_sampled
@@ -27,7 +28,7 @@ from mpass.patterns.flex_prefill import FlexPrefill
 from mpass.patterns.sample_attention import SampleAttention
 from mpass.patterns.union import Union
 from mpass.patterns.x_attention import XAttention
-from tests.helpers.cpu_cases import DTYPES, assert_same_index, needs_kernels
+from tests.helpers.cpu_cases import DTYPES, assert_same_index, estimating_with, needs_kernels
 from tests.helpers.pairwise import pairwise
 from tests.lowering.cpu.test_source import EMULATED_TILES
 
@@ -38,8 +39,8 @@ DIM, SCALE = 40, 0.25
 # kernel: generated function, plain function, rules that differ in what they bind
 ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseIndex], list[Any]]] = {
     "union": (
-        lists.union_index,
-        estimate_union.union_index,
+        lists.vertical_block_index,
+        estimate_union.vertical_block_index,
         [
             Union(0.6, 1.0, 33, last_queries=32).rule(),
             Union(0.6, 0.1, 0, 2, 1, rows=64, pool=64).rule(),
@@ -48,8 +49,8 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
         ],
     ),
     "block_scores": (
-        lists.tile_index,
-        estimate_tiles.tile_index,
+        lists.block_scores_index,
+        estimate_tiles.block_scores_index,
         [
             BlockMax(0.5, 64, 1, 1, 1).rule(),
             BlockMax(0.9, 192, 1, 1, 3, 9).rule(),
@@ -58,8 +59,8 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
         ],
     ),
     "x_attention": (
-        lists.antidiagonal_index,
-        estimate_antidiagonal.antidiagonal_index,
+        lists.x_attention_index,
+        estimate_antidiagonal.x_attention_index,
         [
             XAttention(0.6, 8, 128).rule(),
             XAttention(0.5, 16, 192, 0, 1, 1).rule(),
@@ -68,8 +69,8 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
         ],
     ),
     "flex_prefill": (
-        lists.flex_index,
-        estimate_flex.flex_index,
+        lists.flex_prefill_index,
+        estimate_flex.flex_prefill_index,
         [
             FlexPrefill(0.6, 0.0, 65, block_size=64).rule(),
             FlexPrefill(0.5, 1.0, 1, block_size=128).rule(),
@@ -78,8 +79,8 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
         ],
     ),
     "sample_attention": (
-        lists.sampled_index,
-        estimate_sampled.sampled_index,
+        lists.sample_attention_index,
+        estimate_sampled.sample_attention_index,
         [
             SampleAttention(0.5, 0.1, 0.1).rule(),
             SampleAttention(0.9, 1.0, 0.01, 9, 70).rule(),
@@ -170,8 +171,9 @@ def check_against_plain_torch(
         key_mask[1, -90:] = False
     mask = AttentionMask(query_offset=offset, window=window, key_mask=key_mask)
     spec = KernelSpec(dtype_name(dtype), DIM, DIM, instruction_set, kernel=kernel)
-    found = generated(query, key, mask, HEADS, rules, scale=SCALE, spec=spec)
-    expected = plain(query, key, mask, HEADS, rules, scale=SCALE)
+    with estimating_with(spec):
+        found = generated(EstimateInputs(query, key, mask, HEADS, SCALE), rules)
+    expected = plain(EstimateInputs(query, key, mask, HEADS, SCALE), rules)
     # With bf16 products, near-equal scores may change places.
     assert share_of_equal_lists(found, expected) >= (0.9 if spec.bf16 else 0.99)
     assert_nearly_the_same(found, expected)
@@ -202,8 +204,8 @@ def test_any_shape_selects_what_plain_torch_selects(kernel: str, data: st.DataOb
     window = data.draw(st.sampled_from([0, 0, 65, 130]))
     mask = AttentionMask(query_offset=offset, window=window, key_mask=key_mask)
     scale = data.draw(st.sampled_from([SCALE, SCALE, -SCALE]))
-    found = generated(query, key, mask, HEADS, rules, scale=scale)
-    expected = plain(query, key, mask, HEADS, rules, scale=scale)
+    found = generated(EstimateInputs(query, key, mask, HEADS, scale), rules)
+    expected = plain(EstimateInputs(query, key, mask, HEADS, scale), rules)
     # A score may lie within a rounding of a threshold; over so many lists some do.
     assert share_of_equal_lists(found, expected) >= 0.85
     assert_nearly_the_same(found, expected)
@@ -215,7 +217,7 @@ def test_nan_leaves_lists_that_can_be_read(kernel: str, where: str) -> None:
     generated, _, rules = ESTIMATORS[kernel]
     query, key = inputs(torch.float32, batch=1, num_queries=640, num_keys=640, kv_heads=2, seed=4)
     (query if where == "queries" else key)[:, :, 300::7] = torch.nan
-    index = generated(query, key, AttentionMask(), HEADS, rules, scale=SCALE)
+    index = generated(EstimateInputs(query, key, AttentionMask(), HEADS, SCALE), rules)
     lists = [(index.column_count, index.column_index, 640)]
     if index.block_count.numel():
         lists.append((index.block_count.clamp(max=10), index.block_index, 10))
@@ -229,8 +231,8 @@ def test_nan_leaves_lists_that_can_be_read(kernel: str, where: str) -> None:
 def test_a_scale_of_zero_makes_all_keys_equal(kernel: str) -> None:
     generated, plain, rules = ESTIMATORS[kernel]
     query, key = inputs(torch.float32, batch=1, num_queries=640, num_keys=640, kv_heads=2, seed=3)
-    found = generated(query, key, AttentionMask(), HEADS[:2], rules[:2], scale=0.0)
-    expected = plain(query * 0, key, AttentionMask(), HEADS[:2], rules[:2], scale=1.0)
+    found = generated(EstimateInputs(query, key, AttentionMask(), HEADS[:2], 0.0), rules[:2])
+    expected = plain(EstimateInputs(query * 0, key, AttentionMask(), HEADS[:2], 1.0), rules[:2])
     assert torch.equal(found.block_count[:, :, :2], expected.block_count[:, :, :2])
     assert (found.block_count > 0).all()
     assert_nearly_the_same(found, expected)
@@ -246,7 +248,9 @@ def test_lists_do_not_depend_on_the_number_of_threads(kernel: str) -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(generated(query, key, AttentionMask(), HEADS, rules, scale=SCALE))
+            found.append(
+                generated(EstimateInputs(query, key, AttentionMask(), HEADS, SCALE), rules)
+            )
     finally:
         torch.set_num_threads(before)
     assert_same_index(*found)
@@ -264,8 +268,9 @@ def test_amx_source_selects_the_same_with_emulated_tiles(
     query, key = inputs(torch.bfloat16, batch=1, num_queries=203, num_keys=250, kv_heads=2, seed=4)
     mask = AttentionMask(query_offset=47)
     spec = KernelSpec("bfloat16", DIM, DIM, "amx")
-    found = generated(query, key, mask, HEADS, rules, scale=SCALE, spec=spec)
-    expected = plain(query, key, mask, HEADS, rules, scale=SCALE)
+    with estimating_with(spec):
+        found = generated(EstimateInputs(query, key, mask, HEADS, SCALE), rules)
+    expected = plain(EstimateInputs(query, key, mask, HEADS, SCALE), rules)
     assert share_of_equal_lists(found, expected) >= 0.9
 
 
@@ -275,7 +280,9 @@ def test_what_all_keys_share_does_not_cost_union_its_precision() -> None:
     shared = torch.zeros(DIM)
     shared[3], shared[17] = 300.0, -120.0
     _, plain, rules = ESTIMATORS["union"]
-    index = lists.union_index(query, key + shared, AttentionMask(), HEADS, rules, scale=SCALE)
-    expected = plain(query, key, AttentionMask(), HEADS, rules, scale=SCALE)
+    index = lists.vertical_block_index(
+        EstimateInputs(query, key + shared, AttentionMask(), HEADS, SCALE), rules
+    )
+    expected = plain(EstimateInputs(query, key, AttentionMask(), HEADS, SCALE), rules)
     same = (index.block_index == expected.block_index).all(-1).float().mean()
     assert same >= 0.85

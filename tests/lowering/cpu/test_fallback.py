@@ -13,10 +13,13 @@ import torch
 
 from mpass.lowering.cpu import library, support
 from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import AttentionInputs
 from tests.helpers.cpu_cases import needs_kernels
 from tests.helpers.processes import run_python
 
 QUERY = torch.zeros(1, 2, 8, 16)
+INPUTS = AttentionInputs(QUERY, QUERY, QUERY, AttentionMask(), 1.0)
 
 SCRIPT = """
 import warnings, torch, mpass
@@ -93,7 +96,7 @@ def warnings_of_choosing(times: int = 3) -> tuple[str, list[str]]:
     """The lowering that serves and what is said about it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        lowering = [choose_lowering(QUERY, QUERY, QUERY) for _ in range(times)][-1]
+        lowering = [choose_lowering(INPUTS) for _ in range(times)][-1]
     return lowering.name, [str(warning.message) for warning in caught]
 
 

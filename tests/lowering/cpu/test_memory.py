@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mpass.lowering import cpu
+from mpass.lowering.cpu.attention import sparse_attention
 from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.support import kernel_spec
 from mpass.lowering.index import (
@@ -16,6 +16,7 @@ from mpass.lowering.index import (
     diagonal_slots,
     empty_index,
 )
+from mpass.lowering.inputs import AttentionInputs
 from tests.helpers.cpu_cases import needs_kernels
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import run_python
@@ -49,12 +50,13 @@ def run_with_less_and_less_memory() -> None:
     def run(head_dim: int = 64) -> None:
         query = torch.zeros(1, 2, 640, head_dim)
         key = torch.zeros(1, 1, 640, head_dim)
-        cpu.sparse_attention(query, key, key, index, AttentionMask(), scale=0.125)
+        sparse_attention(AttentionInputs(query, key, key, AttentionMask(), 0.125), index)
 
     torch.set_num_threads(THREADS)
     run(head_dim=32)  # starts the threads; another library, so that it keeps no memory for this one
     # Compiled, not run: with fewer threads the others would end, and start anew without memory.
-    load_library(kernel_spec(torch.empty(1, 2, 640, 64), torch.empty(1, 1, 640, 64)))
+    query, key = torch.empty(1, 2, 640, 64), torch.empty(1, 1, 640, 64)
+    load_library(kernel_spec(AttentionInputs(query, key, key, AttentionMask(), 1.0)))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     raised = returned = 0
     for step in range(STEPS):

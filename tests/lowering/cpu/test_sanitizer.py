@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import torch
 
-from mpass.lowering import cpu
+from mpass.lowering.cpu import estimators as cpu
 from tests.helpers.cpu_cases import REASON, attention_cases, run_case
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import run_python
@@ -51,12 +51,17 @@ def run_cases() -> None:
 
     from mpass.lowering.cpu import library
     from mpass.lowering.index import AttentionMask
+    from mpass.lowering.inputs import EstimateInputs
+    from mpass.lowering.reference.block_sparse import BlockSparseRule
+    from mpass.lowering.reference.vertical_slash import VerticalSlashRule
     from mpass.patterns.flex_prefill import FlexPrefill
     from mpass.patterns.sample_attention import SampleAttention
 
     covering = {
-        cpu.flex_index: [FlexPrefill(0.6, tau, 65, block_size=64).rule() for tau in (0.0, 1.0)],
-        cpu.sampled_index: [SampleAttention(0.9, share).rule() for share in (0.05, 1.0)],
+        cpu.flex_prefill_index: [
+            FlexPrefill(0.6, tau, 65, block_size=64).rule() for tau in (0.0, 1.0)
+        ],
+        cpu.sample_attention_index: [SampleAttention(0.9, share).rule() for share in (0.05, 1.0)],
     }
     library.EXTRA_FLAGS = (*library.EXTRA_FLAGS, "-fsanitize=address", "-g")
     passed = 0
@@ -74,16 +79,16 @@ def run_cases() -> None:
             query = torch.randn(1, 2, num_queries, 40).to(dtype)
             key = torch.randn(1, 1, num_keys, 40).to(dtype)
             mask = AttentionMask(query_offset=num_keys - num_queries)
-            budgets = {"scale": 0.2, "vertical_sizes": [60, 99], "slash_sizes": [110, 150]}
-            cpu.vertical_slash_index(query, key, mask, [0, 1], **budgets)
-            sizes = {"top_k": [2, 3], "block_sizes": [64, 128]}
-            cpu.block_top_k_index(query, key, mask, [0, 1], **sizes)
+            given = EstimateInputs(query, key, mask, [0, 1], 0.2)
+            slashes = [VerticalSlashRule(60, 110), VerticalSlashRule(99, 150)]
+            cpu.vertical_slash_index(given, slashes)
+            cpu.block_sparse_index(given, [BlockSparseRule(2, 64), BlockSparseRule(3, 128)])
             key_mask = torch.arange(num_keys).expand(1, -1) % 7 > 0
             for window, real in ((0, None), (100, None), (0, key_mask)):
                 hidden = AttentionMask(query_offset=num_keys - num_queries, window=window)
                 hidden = dataclasses.replace(hidden, key_mask=real)
                 for index, rules in covering.items():
-                    index(query, key, hidden, [0, 1], rules, scale=0.2)
+                    index(dataclasses.replace(given, mask=hidden), rules)
             passed += 1
     print(f"{passed} cases passed")
 

@@ -10,17 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpass.lowering import cpu
-from mpass.lowering.cpu import library, source
+from mpass.lowering.cpu import estimators, library, source
 from mpass.lowering.cpu.attention import run_attention
 from mpass.lowering.cpu.list_arguments import LIST_KERNELS
 from mpass.lowering.cpu.source import KERNELS, generate_source, generate_spec_header
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import instruction_sets
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.reference import attention as reference
-from mpass.lowering.reference import vertical_slash as estimate
-from tests.helpers.cpu_cases import assert_same_index, needs_kernels, random_index, random_inputs
+from mpass.lowering.reference.vertical_slash import VerticalSlashRule, vertical_slash_index
+from tests.helpers.cpu_cases import (
+    assert_same_index,
+    estimating_with,
+    needs_kernels,
+    random_index,
+    random_inputs,
+)
 from tests.helpers.golden import assert_golden
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -198,7 +204,7 @@ def test_amx_source_is_right_on_emulated_tiles(
     monkeypatch.setattr(library, "EXTRA_FLAGS", flags)
     monkeypatch.setattr(library, "load_library", library.load_library.__wrapped__)
     monkeypatch.setattr("mpass.lowering.cpu.attention.load_library", library.load_library)
-    monkeypatch.setattr("mpass.lowering.cpu.budget_estimators.load_library", library.load_library)
+    monkeypatch.setattr("mpass.lowering.cpu.estimators.load_library", library.load_library)
 
     generator = torch.Generator().manual_seed(2)
     sizes = {"batch": 1, "num_queries": 203, "num_keys": 250}
@@ -208,17 +214,17 @@ def test_amx_source_is_right_on_emulated_tiles(
         generator, torch.bfloat16, heads=2, kv_heads=1, head_dim=head_dim, value_dim=72, **sizes
     )
     spec = KernelSpec("bfloat16", head_dim, 72, "amx")
-    found = run_attention(spec, query, key, value, index, mask, scale=0.125)
+    found = run_attention(spec, AttentionInputs(query, key, value, mask, 0.125), index)
     wide = [tensor.double() for tensor in (query, key, value)]
-    expected = reference.sparse_attention(*wide, index, mask, scale=0.125)
+    expected = reference.sparse_attention(AttentionInputs(*wide, mask, 0.125), index)
     assert (found.double() - expected).abs().max() < 2e-2
 
-    budgets = {"scale": 0.125, "vertical_sizes": [40, 60], "slash_sizes": [120, 130]}
+    rules = [VerticalSlashRule(40, 120), VerticalSlashRule(60, 130)]
+    given = EstimateInputs(query, key, mask, [0, 1], 0.125)
     spec = KernelSpec("bfloat16", head_dim, head_dim, "amx", kernel="fixed_budget")
-    assert_same_index(
-        cpu.vertical_slash_index(query, key, mask, [0, 1], **budgets, spec=spec),
-        estimate.vertical_slash_index(query, key, mask, [0, 1], **budgets),
-    )
+    with estimating_with(spec):
+        found = estimators.vertical_slash_index(given, rules)
+    assert_same_index(found, vertical_slash_index(given, rules))
 
 
 @needs_kernels

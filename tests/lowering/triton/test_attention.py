@@ -9,10 +9,10 @@ import mpass
 from mpass import backend
 from mpass.lowering import dispatch, ops
 from mpass.lowering.index import AttentionMask, IndexWidth
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.recorder import record
 from mpass.lowering.reference import attention as reference
-from mpass.lowering.triton import sparse_attention
-from mpass.lowering.triton.attention import attention_spec, key_limits
+from mpass.lowering.triton.attention import attention_spec, key_limits, sparse_attention
 from mpass.patterns.strided import Strided
 from mpass.patterns.tri_shape import TriShape
 from tests.helpers.triton_cases import SLOTS, padding, poisoned_memory, random_index
@@ -73,11 +73,12 @@ def check(
     logits = torch.linspace(-1, 2, heads) if sinks else None
     with poisoned_memory():
         out = sparse_attention(
-            query, key, value, index, mask, scale=scale, softcap=softcap, sinks=logits
+            AttentionInputs(query, key, value, mask, scale, softcap=softcap, sink_logits=logits),
+            index,
         )
     wide = (query.double(), key.double(), value.double())
     truth = reference.sparse_attention(
-        *wide, index, mask, scale=scale, softcap=softcap, sinks=logits
+        AttentionInputs(*wide, mask, scale, softcap=softcap, sink_logits=logits), index
     )
     assert out.dtype == dtype and out.shape == truth.shape
     assert out.transpose(1, 2).is_contiguous()
@@ -131,7 +132,7 @@ def test_heads_that_share_a_row_of_the_index_are_packed_into_one_program(width):
     mask = AttentionMask()
     sizes = {"batch": 1, "num_queries": 150, "num_keys": 150}
     shared = random_index(SLOTS["shared"], mask, width=width, **sizes)
-    assert attention_spec(query, key, value, shared, mask).pack == 2
+    assert attention_spec(AttentionInputs(query, key, value, mask, 0.2), shared).pack == 2
     check(SLOTS["shared"], width)
     check(SLOTS["shared"], width, window=50, offset=37, sinks=True, softcap=2.0)
 
@@ -146,7 +147,7 @@ def test_heads_that_share_a_row_of_the_index_are_packed_into_one_program(width):
     ids=str,
 )
 def test_heads_of_a_static_pattern_are_packed_in_compiled_programs(pattern, form, monkeypatch):
-    monkeypatch.setattr(ops, "choose_lowering", lambda *_, **__: dispatch.Lowering("triton"))
+    monkeypatch.setattr(ops, "choose_lowering", lambda *_, **__: dispatch.find_lowering("triton"))
     monkeypatch.setattr(backend, "start_kernels", lambda plans: [])
     seen = []
 
@@ -164,7 +165,7 @@ def test_heads_of_a_static_pattern_are_packed_in_compiled_programs(pattern, form
     (operands,) = seen
     index, mask = operands.index, operands.mask
     assert len(set(index.head_slots)) == 1
-    spec = attention_spec(query, key, value, index, mask)
+    spec = attention_spec(AttentionInputs(query, key, value, mask, 0.2), index)
     assert (spec.pack, spec.columns, spec.form) == (2, True, form)
     cells = mpass.computed_mask(query, key, pattern=pattern)
     truth = dense_attention(query, key, value, cells, operands.scale)
@@ -226,7 +227,7 @@ def test_rows_that_see_nothing_are_zero():
     sizes = {"batch": 1, "num_queries": 130, "num_keys": 130}
     index = random_index(SLOTS["mixed"], mask, width=WITH_COLUMNS, **sizes)
     with poisoned_memory():
-        out = sparse_attention(query, key, value, index, mask, scale=0.2)
+        out = sparse_attention(AttentionInputs(query, key, value, mask, 0.2), index)
     assert torch.count_nonzero(out) == 0
 
 
@@ -237,8 +238,8 @@ def test_sinks_of_minus_infinity_are_no_sinks():
     sizes = {"batch": 1, "num_queries": 130, "num_keys": 130}
     index = random_index(SLOTS["mixed"], mask, width=WITH_COLUMNS, **sizes)
     sinks = torch.full((4,), -torch.inf)
-    without = sparse_attention(query, key, value, index, mask, scale=0.2)
-    out = sparse_attention(query, key, value, index, mask, scale=0.2, sinks=sinks)
+    without = sparse_attention(AttentionInputs(query, key, value, mask, 0.2), index)
+    out = sparse_attention(AttentionInputs(query, key, value, mask, 0.2, sink_logits=sinks), index)
     assert (out - without).abs().max() < TOLERANCE[torch.float32]
 
 
@@ -248,13 +249,18 @@ def test_no_queries_and_no_keys_launch_nothing():
     index = random_index(
         SLOTS["lists"], mask, batch=1, num_queries=0, num_keys=70, width=BLOCKS_ONLY
     )
-    assert sparse_attention(query, key, value, index, mask, scale=1.0).shape == (1, 4, 0, 32)
+    assert sparse_attention(AttentionInputs(query, key, value, mask, 1.0), index).shape == (
+        1,
+        4,
+        0,
+        32,
+    )
     query, key, value = random_attention(num_queries=70, num_keys=0)
     index = random_index(
         SLOTS["lists"], mask, batch=1, num_queries=70, num_keys=0, width=BLOCKS_ONLY
     )
     with poisoned_memory():
-        out = sparse_attention(query, key, value, index, mask, scale=1.0)
+        out = sparse_attention(AttentionInputs(query, key, value, mask, 1.0), index)
     assert torch.count_nonzero(out) == 0
 
 

@@ -7,21 +7,25 @@ import dataclasses
 import pytest
 import torch
 
-from mpass.lowering import dispatch
+from mpass.lowering.dispatch import find_lowering
 from mpass.lowering.index import AttentionMask, IndexWidth, empty_index
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import block_scores as estimate_tiles
+from mpass.lowering.reference import block_sparse as reference
 from mpass.lowering.reference import union as estimate_union
-from mpass.lowering.reference import vertical_slash as reference
 from mpass.lowering.reference import x_attention as estimate_antidiagonal
-from mpass.lowering.reference.block_scores import TileRule
+from mpass.lowering.reference.block_scores import BlockScoresRule
+from mpass.lowering.reference.block_sparse import BlockSparseRule
 from mpass.lowering.reference.pooled_keys import pooled_keys
-from mpass.lowering.reference.union import UnionRule
-from mpass.lowering.reference.x_attention import AntidiagonalRule
-from mpass.lowering.triton import antidiagonal_index, block_top_k_index, tile_index, union_index
-from mpass.lowering.triton import block_scores as blocks
+from mpass.lowering.reference.union import VerticalBlockRule
+from mpass.lowering.reference.x_attention import XAttentionRule
+from mpass.lowering.triton import block_scores, list_blocks, union, x_attention
 from mpass.lowering.triton import pooled_keys as pooled
-from mpass.lowering.triton import x_attention as antidiagonal
+from mpass.lowering.triton.block_scores import block_scores_index
+from mpass.lowering.triton.block_sparse import block_sparse_index
 from mpass.lowering.triton.launch import device_ints
+from mpass.lowering.triton.union import vertical_block_index
+from mpass.lowering.triton.x_attention import x_attention_index
 from mpass.patterns.base import find_pattern
 from mpass.patterns.base import scored as lists
 from tests.helpers.triton_cases import assert_same, padding, poisoned_memory
@@ -39,8 +43,8 @@ MASKS = {
 }
 HEADS = [3, 0, 2]
 
-TOP_P = TileRule(None, 0.6, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=5)
-MAX = TileRule(0.5, None, 64, sink_blocks=0, local_blocks=1, last_blocks=1, max_blocks=5)
+TOP_P = BlockScoresRule(None, 0.6, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=5)
+MAX = BlockScoresRule(0.5, None, 64, sink_blocks=0, local_blocks=1, last_blocks=1, max_blocks=5)
 TILES = {
     "share": [MAX, dataclasses.replace(MAX, share=0.9, block_size=128, max_blocks=6), MAX],
     "mass": [
@@ -50,14 +54,14 @@ TILES = {
     ],
 }
 UNION = [
-    UnionRule(0.6, 1.0, 33, 1, 2, 0, rows=16, pool=8, max_blocks=6, last_queries=16),
-    UnionRule(0.6, 0.3, 0, 0, 1, 0, rows=64, pool=64, max_blocks=6, last_queries=64),
-    UnionRule(0.5, 0.3, 17, 0, 1, 1, rows=16, pool=8, max_blocks=3, last_queries=32),
+    VerticalBlockRule(0.6, 1.0, 33, 1, 2, 0, rows=16, pool=8, max_blocks=6, last_queries=16),
+    VerticalBlockRule(0.6, 0.3, 0, 0, 1, 0, rows=64, pool=64, max_blocks=6, last_queries=64),
+    VerticalBlockRule(0.5, 0.3, 17, 0, 1, 1, rows=16, pool=8, max_blocks=3, last_queries=32),
 ]
 ANTIDIAGONAL = [
-    AntidiagonalRule(0.6, 8, 64, 1, 1, 0, max_blocks=5),
-    AntidiagonalRule(0.5, 16, 192, 0, 1, 1, max_blocks=6),
-    AntidiagonalRule(0.9, 64, 128, 1, 1, 0, max_blocks=4),
+    XAttentionRule(0.6, 8, 64, 1, 1, 0, max_blocks=5),
+    XAttentionRule(0.5, 16, 192, 0, 1, 1, max_blocks=6),
+    XAttentionRule(0.9, 64, 128, 1, 1, 0, max_blocks=4),
 ]
 
 
@@ -83,19 +87,21 @@ def agreement(index, expected) -> float:
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_block_top_k_selects_what_the_reference_selects(mask):
     query, key = tensors(mask)
-    options = {"top_k": [1, 2, 50], "block_sizes": [64, 128, 64]}
+    rules = [BlockSparseRule(1, 64), BlockSparseRule(2, 128), BlockSparseRule(50, 64)]
+    arguments = (EstimateInputs(query, key, mask, HEADS, 1.0), rules)
     with poisoned_memory():
-        index = block_top_k_index(query, key, mask, HEADS, **options)
-    assert_same(index, reference.block_top_k_index(query, key, mask, HEADS, **options))
+        index = block_sparse_index(*arguments)
+    assert_same(index, reference.block_sparse_index(*arguments))
 
 
 def test_block_scores_taken_in_turns_select_the_same(monkeypatch):
     query, key, _ = random_attention(num_queries=500, num_keys=577, seed=3)
     mask = AttentionMask(query_offset=77)
-    options = {"top_k": [2, 1], "block_sizes": [128, 64]}
-    expected = reference.block_top_k_index(query, key, mask, [0, 3], **options)
-    monkeypatch.setattr(blocks, "SCORE_BYTES", 1)
-    assert_same(block_top_k_index(query, key, mask, [0, 3], **options), expected)
+    given = EstimateInputs(query, key, mask, [0, 3], 1.0)
+    arguments = (given, [BlockSparseRule(2, 128), BlockSparseRule(1, 64)])
+    expected = reference.block_sparse_index(*arguments)
+    monkeypatch.setattr(list_blocks, "SCORE_BYTES", 1)
+    assert_same(block_sparse_index(*arguments), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -136,39 +142,39 @@ def test_means_of_runs_of_keys_equal_reference(size):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_tiles_select_what_the_reference_selects(mask, kind):
     query, key = tensors(mask)
-    arguments = (query, key, mask, HEADS, TILES[kind])
+    arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), TILES[kind])
     with poisoned_memory():
-        index = tile_index(*arguments, scale=SCALE)
-    assert_same(index, estimate_tiles.tile_index(*arguments, scale=SCALE))
+        index = block_scores_index(*arguments)
+    assert_same(index, estimate_tiles.block_scores_index(*arguments))
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_union_selects_what_the_reference_selects(mask):
     query, key = tensors(mask)
-    arguments = (query, key, mask, HEADS, UNION)
+    arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), UNION)
     with poisoned_memory():
-        index = union_index(*arguments, scale=SCALE)
-    assert_same(index, estimate_union.union_index(*arguments, scale=SCALE))
+        index = vertical_block_index(*arguments)
+    assert_same(index, estimate_union.vertical_block_index(*arguments))
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_antidiagonals_select_what_the_reference_selects(mask):
     query, key = tensors(mask)
-    arguments = (query, key, mask, HEADS, ANTIDIAGONAL)
+    arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), ANTIDIAGONAL)
     with poisoned_memory():
-        index = antidiagonal_index(*arguments, scale=SCALE)
-    assert_same(index, estimate_antidiagonal.antidiagonal_index(*arguments, scale=SCALE))
+        index = x_attention_index(*arguments)
+    assert_same(index, estimate_antidiagonal.x_attention_index(*arguments))
 
 
 @pytest.mark.parametrize("stride", [1, 4, 32])
 def test_antidiagonals_of_any_stride_and_head_size_select_what_the_reference_selects(stride):
     mask = AttentionMask(query_offset=300, key_mask=padding(2, LENGTH))
     query, key = tensors(mask, head_dim=80)
-    rule = AntidiagonalRule(0.6, stride, 128, 1, 1, 0, max_blocks=4)
-    arguments = (query, key, mask, [1, 2], [rule, rule])
+    rule = XAttentionRule(0.6, stride, 128, 1, 1, 0, max_blocks=4)
+    arguments = (EstimateInputs(query, key, mask, [1, 2], SCALE), [rule, rule])
     with poisoned_memory():
-        index = antidiagonal_index(*arguments, scale=SCALE)
-    assert_same(index, estimate_antidiagonal.antidiagonal_index(*arguments, scale=SCALE))
+        index = x_attention_index(*arguments)
+    assert_same(index, estimate_antidiagonal.x_attention_index(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -177,29 +183,28 @@ def test_lists_in_half_precision_nearly_equal_reference(dtype):
     mask = MASKS["padding"]
     query, key = tensors(mask, head_dim=80, dtype=dtype)
     for kind in TILES:
-        arguments = (query, key, mask, HEADS, TILES[kind])
-        expected = estimate_tiles.tile_index(*arguments, scale=0.1)
-        assert agreement(tile_index(*arguments, scale=0.1), expected) >= 0.97
-    arguments = (query, key, mask, HEADS, UNION)
-    expected = estimate_union.union_index(*arguments, scale=0.1)
-    assert agreement(union_index(*arguments, scale=0.1), expected) >= 0.97
-    arguments = (query, key, mask, HEADS, ANTIDIAGONAL)
-    expected = estimate_antidiagonal.antidiagonal_index(*arguments, scale=0.1)
-    assert agreement(antidiagonal_index(*arguments, scale=0.1), expected) >= 0.97
+        arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), TILES[kind])
+        expected = estimate_tiles.block_scores_index(*arguments)
+        assert agreement(block_scores_index(*arguments), expected) >= 0.97
+    arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), UNION)
+    expected = estimate_union.vertical_block_index(*arguments)
+    assert agreement(vertical_block_index(*arguments), expected) >= 0.97
+    arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), ANTIDIAGONAL)
+    expected = estimate_antidiagonal.x_attention_index(*arguments)
+    assert agreement(x_attention_index(*arguments), expected) >= 0.97
 
 
 def test_scores_taken_in_turns_give_the_same_lists(monkeypatch):
     mask = MASKS["offset"]
     query, key = tensors(mask)
-    tiles = (query, key, mask, HEADS, TILES["mass"])
-    union = (query, key, mask, HEADS, UNION)
-    groups = (query, key, mask, HEADS, ANTIDIAGONAL)
-    expected = tile_index(*tiles, scale=SCALE), union_index(*union, scale=SCALE)
-    together = antidiagonal_index(*groups, scale=SCALE)
-    monkeypatch.setattr(blocks, "SCORE_BYTES", 1)
-    assert_same(antidiagonal_index(*groups, scale=SCALE), together)
-    assert_same(tile_index(*tiles, scale=SCALE), expected[0])
-    assert_same(union_index(*union, scale=SCALE), expected[1])
+    given = EstimateInputs(query, key, mask, HEADS, SCALE)
+    tiles, rules, groups = (given, TILES["mass"]), (given, UNION), (given, ANTIDIAGONAL)
+    expected = block_scores_index(*tiles), vertical_block_index(*rules)
+    together = x_attention_index(*groups)
+    monkeypatch.setattr(list_blocks, "SCORE_BYTES", 1)
+    assert_same(x_attention_index(*groups), together)
+    assert_same(block_scores_index(*tiles), expected[0])
+    assert_same(vertical_block_index(*rules), expected[1])
 
 
 def test_rows_wider_than_a_chunk_are_listed_whole():
@@ -207,14 +212,14 @@ def test_rows_wider_than_a_chunk_are_listed_whole():
     generator = torch.Generator().manual_seed(0)
     query = torch.zeros(1, 1, 64, 16)
     key = torch.zeros(1, 1, 3000 * 64, 16)
-    mask = AttentionMask(query_offset=2999 * 64)
+    given = EstimateInputs(query, key, AttentionMask(query_offset=2999 * 64), [0], 1.0)
     scores = torch.rand(1, 1, 1, 3000, generator=generator)
     scores[..., 5::7] = 0.25  # ties, of which some are kept
     index = empty_index(query, 1, IndexWidth(max_blocks=1500), [0])
     for rule, limit in (("top_k", 1500), ("row_mass", 1000)):
-        rules = device_ints(blocks.ListRule(0, limit, 1, 2, 0, 0.99).numbers(), query.device)
-        blocks.list_blocks(
-            index, scores, rule, rules, query, key, mask,
+        rules = device_ints(list_blocks.ListRule(0, limit, 1, 2, 0, 0.99).numbers(), query.device)
+        list_blocks.list_blocks(
+            index, scores, rule, rules, given,
             rows=(0, 1), first_score_row=2999, repeat=1,
         )  # fmt: skip
         forced = [2999] if rule == "top_k" else [0, 2998, 2999]
@@ -226,7 +231,7 @@ def test_rows_wider_than_a_chunk_are_listed_whole():
 
 def test_blocks_that_a_row_asked_for_come_before_better_ones_and_count_as_held():
     query, key = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 8 * 64, 16)
-    mask = AttentionMask(query_offset=7 * 64)
+    given = EstimateInputs(query, key, AttentionMask(query_offset=7 * 64), [0], 1.0)
     scores = torch.tensor([0.5, -0.1, 4.0, 3.0, -0.2, 3.0, 0.0, 1.0]).view(1, 1, 1, 8)
     for share, limit, expected in (
         (0.05, 8, [1, 4, 7]),
@@ -238,9 +243,9 @@ def test_blocks_that_a_row_asked_for_come_before_better_ones_and_count_as_held()
         (0.50, 2, [4, 7]),
     ):
         index = empty_index(query, 1, IndexWidth(max_blocks=8), [0])
-        rules = device_ints(blocks.ListRule(0, limit, 0, 1, 0, share).numbers(), query.device)
-        blocks.list_blocks(
-            index, scores, "row_mass", rules, query, key, mask,
+        rules = device_ints(list_blocks.ListRule(0, limit, 0, 1, 0, share).numbers(), query.device)
+        list_blocks.list_blocks(
+            index, scores, "row_mass", rules, given,
             rows=(0, 1), first_score_row=7, repeat=1,
         )  # fmt: skip
         assert index.block_index[0, 0, 0, : int(index.block_count)].tolist() == expected
@@ -250,9 +255,9 @@ def test_blocks_that_a_row_asked_for_come_before_better_ones_and_count_as_held()
 def test_a_gpu_takes_the_generated_estimator_of_the_pattern(name, monkeypatch):
     pattern = find_pattern(name)()
     query, key, _ = random_attention(num_queries=130)
-    monkeypatch.setattr(lists, "choose_lowering", lambda *_: dispatch.Lowering("triton"))
+    monkeypatch.setattr(lists, "choose_lowering", lambda *_: find_lowering("triton"))
     called = []
-    for module in (blocks, antidiagonal):
+    for module in (block_scores, union, x_attention):
         monkeypatch.setattr(module, "list_blocks", lambda *_, **__: called.append(name))
-    type(pattern).estimate(query, key, AttentionMask(), [0], [pattern], scale=1.0)
+    type(pattern).estimate(EstimateInputs(query, key, AttentionMask(), [0], 1.0), [pattern])
     assert called

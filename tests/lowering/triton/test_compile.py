@@ -19,7 +19,7 @@ from mpass.lowering.triton.compile import (
 from mpass.lowering.triton.spec import (
     GROUP_TILE,
     SHARED_MEMORY,
-    KernelSpec,
+    TritonKernelSpec,
     parts,
     score_warps,
     select_warps,
@@ -56,41 +56,43 @@ FLAGS = {
 }
 
 
-def block_spec(rule: str, width: int, **flags) -> KernelSpec:
+def block_spec(rule: str, width: int, **flags) -> TritonKernelSpec:
     """The listing kernel of rows of `width` scores."""
-    return KernelSpec("blocks", tile=width, rule=rule, num_warps=select_warps(width), **flags)
+    return TritonKernelSpec("blocks", tile=width, rule=rule, num_warps=select_warps(width), **flags)
 
 
-def score_spec(template: str, head_dim: int, **values) -> KernelSpec:
+def score_spec(template: str, head_dim: int, **values) -> TritonKernelSpec:
     """A kernel of estimation that multiplies query rows with means, or groups with groups."""
     shape = {"num_warps": score_warps(head_dim), "num_stages": 2}
     if template == "group_scores":
         shape = {"num_warps": 8, "num_stages": 3, "tile": GROUP_TILE}
-    return KernelSpec(template, head_dim=head_dim, **shape, **values)
+    return TritonKernelSpec(template, head_dim=head_dim, **shape, **values)
 
 
 SMALL_KERNELS = [
-    (KernelSpec("ints", num_warps=1), "write_ints"),
-    (KernelSpec("rows", num_warps=1), "plan_rows"),
+    (TritonKernelSpec("ints", num_warps=1), "write_ints"),
+    (TritonKernelSpec("rows", num_warps=1), "plan_rows"),
     (
-        KernelSpec("rows", form="mixed", columns=True, window=True, padding=True, num_warps=1),
+        TritonKernelSpec(
+            "rows", form="mixed", columns=True, window=True, padding=True, num_warps=1
+        ),
         "plan_rows",
     ),
-    (KernelSpec("columns", head_dim=192, value_dim=128), "gather_columns"),
-    (KernelSpec("last_queries", head_dim=128, num_stages=2), "row_statistics"),
+    (TritonKernelSpec("columns", head_dim=192, value_dim=128), "gather_columns"),
+    (TritonKernelSpec("last_queries", head_dim=128, num_stages=2), "row_statistics"),
     (
-        KernelSpec("last_queries", head_dim=128, window=True, padding=True, num_stages=2),
+        TritonKernelSpec("last_queries", head_dim=128, window=True, padding=True, num_stages=2),
         "sum_probabilities",
     ),
     (
-        KernelSpec("last_queries", head_dim=256, num_warps=8, num_stages=2),
+        TritonKernelSpec("last_queries", head_dim=256, num_warps=8, num_stages=2),
         "sum_probabilities",
     ),
-    (KernelSpec("select", tile=1024, window=True), "mark_distances"),
-    (KernelSpec("select", tile=1024), "list_columns"),
-    (KernelSpec("select", tile=1024), "list_diagonals"),
-    (KernelSpec("pool", head_dim=128, pool=64, padding=True), "pool_runs"),
-    (KernelSpec("pool", head_dim=256, pool=8, padding=True), "pool_runs"),
+    (TritonKernelSpec("select", tile=1024, window=True), "mark_distances"),
+    (TritonKernelSpec("select", tile=1024), "list_columns"),
+    (TritonKernelSpec("select", tile=1024), "list_diagonals"),
+    (TritonKernelSpec("pool", head_dim=128, pool=64, padding=True), "pool_runs"),
+    (TritonKernelSpec("pool", head_dim=256, pool=8, padding=True), "pool_runs"),
     (block_spec("top_k", 2048, window=True), "list_blocks"),
     (block_spec("share", 2048, target="sm_80"), "list_blocks"),
     (block_spec("row_mass", 16384, window=True, padding=True), "list_blocks"),
@@ -103,7 +105,7 @@ SMALL_KERNELS = [
 ]
 
 
-def check_attention(spec: KernelSpec) -> Report:
+def check_attention(spec: TritonKernelSpec) -> Report:
     report = attention_report(spec)
     assert report.spill_bytes <= MAX_SPILL
     assert report.shared_bytes <= SHARED_MEMORY[spec.target]

@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import flex_prefill as estimate_flex
 from mpass.lowering.reference import sample_attention as reference
-from mpass.lowering.reference.flex_prefill import FlexRule
-from mpass.lowering.reference.sample_attention import SampledRule
-from mpass.lowering.triton import flex_index, sampled_index
+from mpass.lowering.reference.flex_prefill import FlexPrefillRule
+from mpass.lowering.reference.sample_attention import SampleAttentionRule
+from mpass.lowering.triton.flex_prefill import flex_prefill_index
+from mpass.lowering.triton.sample_attention import sample_attention_index
 from tests.helpers.triton_cases import assert_same, padding, poisoned_memory
 from tests.helpers.truth import random_attention
 
 LENGTH, SCALE = 333, 0.3
-RULE = SampledRule(0.7, 0.3, 0.2, max_window=100, max_columns=200)
+RULE = SampleAttentionRule(0.7, 0.3, 0.2, max_window=100, max_columns=200)
 RULES = [RULE, dataclasses.replace(RULE, coverage=1.0, max_columns=90), RULE]
 HEADS = [3, 0, 2]
 MASKS = {
@@ -40,32 +42,33 @@ def tensors(mask: AttentionMask, *, head_dim: int = 32, dtype: torch.dtype = tor
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_sampled_rows_select_what_the_reference_selects(mask):
-    arguments = (*tensors(mask), mask, HEADS, RULES)
+    arguments = (EstimateInputs(*tensors(mask), mask, HEADS, SCALE), RULES)
     with poisoned_memory():
-        index = sampled_index(*arguments, scale=SCALE)
-    assert_same(index, reference.sampled_index(*arguments, scale=SCALE))
+        index = sample_attention_index(*arguments)
+    assert_same(index, reference.sample_attention_index(*arguments))
 
 
 @pytest.mark.parametrize("row_share", [0.001, 1.0])
 def test_one_row_and_every_row_select_what_the_reference_selects(row_share):
     mask = MASKS["offset"]
     rules = [RULE, dataclasses.replace(RULE, row_share=row_share)]
-    arguments = (*tensors(mask, head_dim=80), mask, [1, 3], rules)
+    arguments = (EstimateInputs(*tensors(mask, head_dim=80), mask, [1, 3], 0.1), rules)
     with poisoned_memory():
-        index = sampled_index(*arguments, scale=0.1)
-    assert_same(index, reference.sampled_index(*arguments, scale=0.1))
+        index = sample_attention_index(*arguments)
+    assert_same(index, reference.sample_attention_index(*arguments))
 
 
 def test_sampled_rows_in_half_precision_give_nearly_the_same_columns():
     mask = MASKS["padding"]
-    arguments = (*tensors(mask, dtype=torch.bfloat16), mask, HEADS, RULES)
-    index = sampled_index(*arguments, scale=SCALE)
-    expected = reference.sampled_index(*arguments, scale=SCALE)
+    given = EstimateInputs(*tensors(mask, dtype=torch.bfloat16), mask, HEADS, SCALE)
+    arguments = (given, RULES)
+    index = sample_attention_index(*arguments)
+    expected = reference.sample_attention_index(*arguments)
     same = (index.column_index == expected.column_index).float().mean()
     assert same >= 0.97
 
 
-FLEX = FlexRule(0.6, 0.1, 64, 192, 64, max_blocks=5)
+FLEX = FlexPrefillRule(0.6, 0.1, 64, 192, 64, max_blocks=5)
 FLEX_RULES = {
     "columns and diagonals": [dataclasses.replace(FLEX, tau=0.0), FLEX],
     "pooled queries": [dataclasses.replace(FLEX, tau=1.0, gamma=0.9), FLEX],
@@ -76,7 +79,7 @@ FLEX_RULES = {
 @pytest.mark.parametrize("rules", FLEX_RULES.values(), ids=FLEX_RULES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_flex_prefill_selects_what_the_reference_selects(mask, rules):
-    arguments = (*tensors(mask), mask, [3, 0], rules)
+    arguments = (EstimateInputs(*tensors(mask), mask, [3, 0], SCALE), rules)
     with poisoned_memory():
-        index = flex_index(*arguments, scale=SCALE)
-    assert_same(index, estimate_flex.flex_index(*arguments, scale=SCALE))
+        index = flex_prefill_index(*arguments)
+    assert_same(index, estimate_flex.flex_prefill_index(*arguments))

@@ -12,24 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpass.lowering import triton as lowering
-from mpass.lowering.triton import source
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
+from mpass.lowering.triton import attention, source
 from mpass.lowering.triton.attention import entry_form, row_form
 from mpass.lowering.triton.spec import (
     TARGETS,
-    KernelSpec,
+    TritonKernelSpec,
     attention_tile,
     pack_warps,
     parts,
     query_heads_per_program,
     target_of,
 )
+from mpass.lowering.triton.support import unsupported
 from tests.helpers.golden import assert_golden
 from tests.helpers.processes import run_python
 
 GOLDEN = Path(__file__).parent / "golden"
 
-ATTENTION = KernelSpec("attention", head_dim=128, value_dim=128, num_stages=2)
+ATTENTION = TritonKernelSpec("attention", head_dim=128, value_dim=128, num_stages=2)
 SPECS = {
     "attention_lists": ATTENTION,
     "attention_lists_packed": dataclasses.replace(ATTENTION, pack=2, num_warps=8),
@@ -51,24 +53,24 @@ SPECS = {
         target="sm_80",
     ),
     "attention_bidirectional": dataclasses.replace(ATTENTION, causal=False, padding=True),
-    "rows_lists": KernelSpec("rows", num_warps=1),
-    "rows_mixed_everything": KernelSpec(
+    "rows_lists": TritonKernelSpec("rows", num_warps=1),
+    "rows_mixed_everything": TritonKernelSpec(
         "rows", form="mixed", columns=True, window=True, padding=True, num_warps=1
     ),
-    "columns": KernelSpec("columns", head_dim=80, value_dim=128),
-    "last_queries": KernelSpec("last_queries", head_dim=128, num_stages=2),
-    "last_queries_masked": KernelSpec(
+    "columns": TritonKernelSpec("columns", head_dim=80, value_dim=128),
+    "last_queries": TritonKernelSpec("last_queries", head_dim=128, num_stages=2),
+    "last_queries_masked": TritonKernelSpec(
         "last_queries", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
     ),
-    "select": KernelSpec("select", tile=1024),
-    "pool": KernelSpec("pool", head_dim=128, pool=64),
-    "pool_masked": KernelSpec("pool", head_dim=80, pool=8, padding=True),
-    "tile_scores": KernelSpec("tile_scores", head_dim=128, num_stages=2),
-    "tile_scores_masked": KernelSpec(
+    "select": TritonKernelSpec("select", tile=1024),
+    "pool": TritonKernelSpec("pool", head_dim=128, pool=64),
+    "pool_masked": TritonKernelSpec("pool", head_dim=80, pool=8, padding=True),
+    "tile_scores": TritonKernelSpec("tile_scores", head_dim=128, num_stages=2),
+    "tile_scores_masked": TritonKernelSpec(
         "tile_scores", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
     ),
-    "row_scores": KernelSpec("row_scores", head_dim=128, rows=16, pool=8, num_stages=2),
-    "row_scores_masked": KernelSpec(
+    "row_scores": TritonKernelSpec("row_scores", head_dim=128, rows=16, pool=8, num_stages=2),
+    "row_scores_masked": TritonKernelSpec(
         "row_scores",
         dtype="fp16",
         head_dim=80,
@@ -78,16 +80,16 @@ SPECS = {
         padding=True,
         num_stages=2,
     ),
-    "blocks_top_k": KernelSpec("blocks", tile=2048, num_warps=8),
-    "blocks_share": KernelSpec("blocks", tile=2048, rule="share", num_warps=8),
-    "blocks_mass": KernelSpec("blocks", tile=2048, rule="mass", num_warps=8),
-    "blocks_row_mass": KernelSpec(
+    "blocks_top_k": TritonKernelSpec("blocks", tile=2048, num_warps=8),
+    "blocks_share": TritonKernelSpec("blocks", tile=2048, rule="share", num_warps=8),
+    "blocks_mass": TritonKernelSpec("blocks", tile=2048, rule="mass", num_warps=8),
+    "blocks_row_mass": TritonKernelSpec(
         "blocks", tile=16384, rule="row_mass", window=True, padding=True, num_warps=16
     ),
-    "group_scores": KernelSpec(
+    "group_scores": TritonKernelSpec(
         "group_scores", head_dim=128, tile=128, pool=8, num_warps=8, num_stages=3
     ),
-    "group_scores_masked": KernelSpec(
+    "group_scores_masked": TritonKernelSpec(
         "group_scores",
         dtype="fp16",
         head_dim=80,
@@ -98,11 +100,11 @@ SPECS = {
         num_warps=8,
         num_stages=3,
     ),
-    "sampled_rows": KernelSpec("sampled_rows", head_dim=128, num_stages=2),
-    "sampled_rows_masked": KernelSpec(
+    "sampled_rows": TritonKernelSpec("sampled_rows", head_dim=128, num_stages=2),
+    "sampled_rows_masked": TritonKernelSpec(
         "sampled_rows", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
     ),
-    "ints": KernelSpec("ints", num_warps=1),
+    "ints": TritonKernelSpec("ints", num_warps=1),
 }
 
 
@@ -145,17 +147,15 @@ def test_the_language_is_as_before_after_an_interpreted_launch():
     import triton.language as tl
 
     import mpass
-    from mpass.lowering import triton as lowering
-    from mpass.lowering.index import AttentionMask
     from tests.helpers.truth import random_attention
 
     spaces = (tl, tl.core, tl.math, tl.tensor)
     before = [dict(vars(space)) for space in spaces]
     query, key, value = random_attention(num_queries=130)
     index = mpass.AShape.estimate(
-        query, key, AttentionMask(), range(4), [mpass.AShape(8, 64)] * 4, scale=0.2
+        EstimateInputs(query, key, AttentionMask(), range(4), 0.2), [mpass.AShape(8, 64)] * 4
     )
-    lowering.sparse_attention(query, key, value, index, AttentionMask(), scale=0.2)
+    attention.sparse_attention(AttentionInputs(query, key, value, AttentionMask(), 0.2), index)
     for space, content in zip(spaces, before, strict=True):
         changed = [name for name, value in content.items() if vars(space)[name] is not value]
         assert not changed, (space, changed)
@@ -172,7 +172,7 @@ def test_importing_the_lowering_does_not_import_triton():
 
 def test_unsupported_tells_why_in_words():
     query = torch.empty(1, 2, 8, 32)
-    assert "GPU" in lowering.unsupported(query, query, query)
+    assert "GPU" in unsupported(AttentionInputs(query, query, query, AttentionMask(), 1.0))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -11,19 +11,28 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpass.lowering import triton as lowering
+from mpass.lowering.estimators import ESTIMATORS
 from mpass.lowering.index import AttentionMask, IndexWidth
-from mpass.lowering.reference.block_scores import TileRule
-from mpass.lowering.reference.flex_prefill import FlexRule
-from mpass.lowering.reference.sample_attention import SampledRule
-from mpass.lowering.reference.union import UnionRule
-from mpass.lowering.reference.x_attention import AntidiagonalRule
-from mpass.lowering.triton import attention, launch
-from mpass.lowering.triton import block_scores as blocks
-from mpass.lowering.triton import pooled_keys as pooled
-from mpass.lowering.triton import sample_attention as sampled
-from mpass.lowering.triton import vertical_slash as estimate
-from mpass.lowering.triton import x_attention as antidiagonal
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
+from mpass.lowering.reference.block_scores import BlockScoresRule
+from mpass.lowering.reference.block_sparse import BlockSparseRule
+from mpass.lowering.reference.flex_prefill import FlexPrefillRule
+from mpass.lowering.reference.sample_attention import SampleAttentionRule
+from mpass.lowering.reference.union import VerticalBlockRule
+from mpass.lowering.reference.vertical_slash import VerticalSlashRule
+from mpass.lowering.reference.x_attention import XAttentionRule
+from mpass.lowering.triton import (
+    LOWERING,
+    attention,
+    block_scores,
+    launch,
+    list_blocks,
+    pooled_keys,
+    sample_attention,
+    union,
+    vertical_slash,
+    x_attention,
+)
 from mpass.patterns.base import find_pattern
 from tests.helpers.triton_cases import SLOTS, padding, random_index
 from tests.helpers.truth import random_attention
@@ -32,11 +41,18 @@ READS_THE_DEVICE = {"_local_scalar_dense", "nonzero", "masked_select", "equal", 
 COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
 
 
-TILES = TileRule(0.5, None, 128, 1, 1, 1, 9)
-UNION = UnionRule(0.5, 0.5, 20, 1, 1, 1, 16, 8, 9, 64)
-FLEX = FlexRule(0.9, 0.1, 64, 1024, 128, 9)
-SAMPLED = SampledRule(0.9, 0.1, 0.1, 100, 50)
-ANTIDIAGONAL = AntidiagonalRule(0.5, 8, 128, 1, 1, 1, 9)
+TILES = BlockScoresRule(0.5, None, 128, 1, 1, 1, 9)
+RULES = {
+    "block_scores": [TILES, dataclasses.replace(TILES, share=None, mass=0.5)],
+    "block_sparse": [BlockSparseRule(50, 64)],
+    "flex_prefill": [FlexPrefillRule(0.9, 0.1, 64, 1024, 128, 9)],
+    "sample_attention": [SampleAttentionRule(0.9, 0.1, 0.1, 100, 50)],
+    "vertical_block": [VerticalBlockRule(0.5, 0.5, 20, 1, 1, 1, 16, 8, 9, 64)],
+    "vertical_slash": [VerticalSlashRule(50, 50)],
+    "x_attention": [XAttentionRule(0.5, 8, 128, 1, 1, 1, 9)],
+}
+SCORED = (block_scores, sample_attention, union, vertical_slash, x_attention)
+"""Modules of estimators with kernels of their own beside those that list blocks."""
 
 
 class OpNames(TorchDispatchMode):
@@ -58,12 +74,12 @@ def launches(monkeypatch):
     """Names and grids of the kernels that are launched, instead of running them."""
     seen = []
 
-    def enqueue(spec, kernel, grid, *arguments):
+    def enqueue(spec, kernel, grid, **arguments):
         seen.append((kernel, grid))
         if kernel == "write_ints":
-            arguments[0].zero_()  # torch indexes with these
+            arguments["out"].zero_()  # torch indexes with these
 
-    for module in (launch, antidiagonal, attention, blocks, estimate, pooled, sampled):
+    for module in (*SCORED, launch, attention, list_blocks, pooled_keys):
         monkeypatch.setattr(module, "launch", enqueue)
     return seen
 
@@ -87,8 +103,9 @@ def test_attention_is_three_launches_and_no_host_sync(mask, launches):
         width=IndexWidth(3, 3, 70),
     )
     with OpNames() as ops:
-        lowering.sparse_attention(
-            query, key, value, index, mask, scale=0.2, softcap=2.0, sinks=torch.ones(4)
+        attention.sparse_attention(
+            AttentionInputs(query, key, value, mask, 0.2, softcap=2.0, sink_logits=torch.ones(4)),
+            index,
         )
     assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
     # The mixed form reads each head's slot, which one more launch writes.
@@ -102,21 +119,11 @@ def test_estimation_has_no_host_sync_and_no_launch_per_head(mask, launches):
     counts = []
     for heads in ([0], [0, 1, 2, 3]):
         launches.clear()
-        sizes = [50] * len(heads)
+        given = EstimateInputs(query, key, mask, heads, 0.2)
         with OpNames() as ops:
-            lowering.vertical_slash_index(
-                query, key, mask, heads, scale=0.2, vertical_sizes=sizes, slash_sizes=sizes
-            )
-            lowering.block_top_k_index(
-                query, key, mask, heads, top_k=sizes, block_sizes=[64] * len(heads)
-            )
-            for rule in (TILES, dataclasses.replace(TILES, share=None, mass=0.5)):
-                lowering.tile_index(query, key, mask, heads, [rule] * len(heads), scale=0.2)
-            lowering.union_index(query, key, mask, heads, [UNION] * len(heads), scale=0.2)
-            lowering.sampled_index(query, key, mask, heads, [SAMPLED] * len(heads), scale=0.2)
-            lowering.flex_index(query, key, mask, heads, [FLEX] * len(heads), scale=0.2)
-            rules = [ANTIDIAGONAL] * len(heads)
-            lowering.antidiagonal_index(query, key, mask, heads, rules, scale=0.2)
+            for estimator in ESTIMATORS:
+                for rule in RULES[estimator.name]:
+                    LOWERING.estimate(estimator)(given, [rule] * len(heads))
         assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
         counts.append(sum(kernel != "write_ints" for kernel, _ in launches))
     assert counts[0] == counts[1]
@@ -130,7 +137,7 @@ def test_static_patterns_have_no_host_sync_and_no_op_per_head(name, mask):
     counts = []
     for heads in ([0, 1], [0, 1, 2, 3]):
         with OpNames() as ops:
-            cls.estimate(query, key, mask, heads, [cls()] * len(heads), scale=0.2)
+            cls.estimate(EstimateInputs(query, key, mask, heads, 0.2), [cls()] * len(heads))
         assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
         counts.append(ops.count)
     assert counts[0] == counts[1]

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from mpass.lowering.index import AttentionMask, num_query_blocks
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import vertical_slash as reference
+from mpass.lowering.reference.vertical_slash import VerticalSlashRule
 from mpass.lowering.triton import vertical_slash as generated
-from mpass.lowering.triton import vertical_slash_index
 from mpass.lowering.triton.launch import device_ints
+from mpass.lowering.triton.vertical_slash import vertical_slash_index
 from tests.helpers.triton_cases import assert_same, padding, poisoned_memory
 from tests.helpers.truth import random_attention
 
@@ -22,7 +24,7 @@ MASKS = {
     "window and padding": AttentionMask(window=90, key_mask=padding(2, 260)),
 }
 HEADS = [3, 0, 2]
-VERTICAL, SLASH = [40, 1, 90], [130, 7, 101]
+RULES = [VerticalSlashRule(40, 130), VerticalSlashRule(1, 7), VerticalSlashRule(90, 101)]
 
 
 def tensors(mask: AttentionMask, *, head_dim: int = 32, dtype: torch.dtype = torch.float32):
@@ -42,11 +44,11 @@ def tensors(mask: AttentionMask, *, head_dim: int = 32, dtype: torch.dtype = tor
 def test_sums_of_the_last_queries_equal_reference(mask):
     query, key = tensors(mask)
     with poisoned_memory():
-        sums = generated.last_query_sums(query, key, mask, HEADS, scale=0.3)
-    expected = reference.last_query_sums(query, key, mask, HEADS, scale=0.3)
+        sums = generated.last_query_sums(EstimateInputs(query, key, mask, HEADS, 0.3))
+    expected = reference.last_query_sums(EstimateInputs(query, key, mask, HEADS, 0.3))
     for got, truth in zip(sums, expected, strict=True):
         assert (got - truth).abs().max() < 1e-5
-    again = generated.last_query_sums(query, key, mask, HEADS, scale=0.3)
+    again = generated.last_query_sums(EstimateInputs(query, key, mask, HEADS, 0.3))
     assert torch.equal(sums, again)
 
 
@@ -54,8 +56,8 @@ def test_sums_of_the_last_queries_equal_reference(mask):
 def test_sums_in_half_precision_equal_reference(dtype):
     mask = MASKS["window and padding"]
     query, key = tensors(mask, head_dim=80, dtype=dtype)
-    sums = generated.last_query_sums(query, key, mask, HEADS, scale=0.3)
-    expected = reference.last_query_sums(query, key, mask, HEADS, scale=0.3)
+    sums = generated.last_query_sums(EstimateInputs(query, key, mask, HEADS, 0.3))
+    expected = reference.last_query_sums(EstimateInputs(query, key, mask, HEADS, 0.3))
     for got, truth in zip(sums, expected, strict=True):
         assert (got - truth).abs().max() < 1e-5
 
@@ -63,18 +65,19 @@ def test_sums_in_half_precision_equal_reference(dtype):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_vertical_slash_selects_what_the_reference_selects(mask):
     query, key = tensors(mask)
-    options = {"scale": 0.3, "vertical_sizes": VERTICAL, "slash_sizes": SLASH}
+    arguments = (EstimateInputs(query, key, mask, HEADS, 0.3), RULES)
     with poisoned_memory():
-        index = vertical_slash_index(query, key, mask, HEADS, **options)
-    assert_same(index, reference.vertical_slash_index(query, key, mask, HEADS, **options))
+        index = vertical_slash_index(*arguments)
+    assert_same(index, reference.vertical_slash_index(*arguments))
 
 
 @pytest.mark.parametrize("length", [1, 40, 64])
 def test_vertical_slash_of_a_short_prompt_equals_reference(length):
     query, key, _ = random_attention(num_queries=length, seed=2)
-    options = {"scale": 0.3, "vertical_sizes": [500], "slash_sizes": [500]}
-    index = vertical_slash_index(query, key, AttentionMask(), [1], **options)
-    assert_same(index, reference.vertical_slash_index(query, key, AttentionMask(), [1], **options))
+    given = EstimateInputs(query, key, AttentionMask(), [1], 0.3)
+    arguments = (given, [VerticalSlashRule(500, 500)])
+    index = vertical_slash_index(*arguments)
+    assert_same(index, reference.vertical_slash_index(*arguments))
 
 
 def test_ties_go_to_the_smaller_position():
@@ -82,18 +85,17 @@ def test_ties_go_to_the_smaller_position():
     query, key, _ = random_attention(num_queries=200)
     key = key[:, :, :1].expand(-1, -1, 200, -1).contiguous()
     mask = AttentionMask(causal=False)
-    options = {"scale": 0.3, "vertical_sizes": [50], "slash_sizes": [110]}
-    index = vertical_slash_index(query, key, mask, [0], **options)
+    given = EstimateInputs(query, key, mask, [0], 0.3)
+    index = vertical_slash_index(given, [VerticalSlashRule(50, 110)])
     assert index.column_index[0, 0].tolist() == list(range(50))
 
 
 def test_index_does_not_depend_on_the_sizes_of_other_heads():
     query, key, _ = random_attention(num_queries=200)
     mask = AttentionMask()
-    sizes = {"scale": 0.3, "vertical_sizes": [35, 80], "slash_sizes": [101, 150]}
-    both = vertical_slash_index(query, key, mask, [0, 1], **sizes)
-    alone = {"scale": 0.3, "vertical_sizes": [35], "slash_sizes": [101]}
-    one = vertical_slash_index(query, key, mask, [0], **alone)
+    rules = [VerticalSlashRule(35, 101), VerticalSlashRule(80, 150)]
+    both = vertical_slash_index(EstimateInputs(query, key, mask, [0, 1], 0.3), rules)
+    one = vertical_slash_index(EstimateInputs(query, key, mask, [0], 0.3), rules[:1])
     count = int(one.column_count[0, 0])
     assert count == int(both.column_count[0, 0]) == 35
     assert torch.equal(one.column_index[0, 0, :count], both.column_index[0, 0, :count])

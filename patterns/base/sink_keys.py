@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.index import AttentionMask, SparseIndex
-from mpass.lowering.reference.vertical_slash import first_keys
+from mpass.lowering.reference.selection import first_keys
 
 
 def sink_columns(key: Tensor, mask: AttentionMask, batch: int, sizes: Sequence[int]) -> Tensor:

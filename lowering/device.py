@@ -1,0 +1,101 @@
+"""What a lowering is: the functions that run on one kind of device, and the policy of that device.
+
+A lowering is one folder whose package exports one `LOWERING`; mpass.lowering.dispatch finds it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpass.lowering.crossover import EstimatedWork
+from mpass.lowering.estimators import EstimateFunction, Estimator
+from mpass.lowering.index import SparseIndex
+from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.reference import attention, dense
+
+SHORTEST_PROMPT = 2048
+"""Keys from which attention becomes sparse where neither an option, a config nor a device says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """A function that is imported when it is first called, so that a table of them costs nothing.
+
+    place: its module and its name, as `module:name`.
+    """
+
+    place: str
+
+    def load(self) -> Callable[..., Any]:
+        """The function itself."""
+        module, name = self.place.split(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return found
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.load()(*arguments)
+
+
+def no_wait(device: torch.device) -> None:
+    """Nothing runs behind the caller's back on such a device."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lowering:
+    """How sparse attention runs on one kind of device, and all that depends on the device.
+
+    name: as in records and reports; device: the type of the tensors that it serves.
+    serves: why it cannot serve an attention, in words, or None; reads dtypes, devices and static
+    shapes only, so that fake tensors will do.
+    sparse_attention, dense_attention: as their references in mpass.lowering.reference.
+    estimators: its own implementations; the reference serves where there is none.
+    default_pattern: what a head gets that nothing configures: of the patterns with an own estimator
+    here, the one that loses least (docs/patterns/union.md).
+    shortest_prompt: keys from which attention is sparse where nothing configures it.
+    decides_by_cost: whether reading an index costs so little that each call compares its work with
+    dense attention's; where it does not, the host would have to wait for the device.
+    fallback: whether plain torch takes what it does not serve; else that stays dense.
+    builds_ahead: whether kernels take long to build, so that a thread starts before they are used.
+    breakeven_density: the share of the dense work up to which sparse attention is no slower.
+    estimation_worthwhile: whether estimating an index and using it can be faster than dense.
+    language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
+    dtype, a head_dim and a softcap or none.
+    synchronize: waits until a device has done its work.
+    """
+
+    name: str
+    device: str
+    serves: Callable[[AttentionInputs], str | None]
+    sparse_attention: Callable[[AttentionInputs, SparseIndex], Tensor]
+    dense_attention: Callable[[AttentionInputs], Tensor] = dense.dense_attention
+    estimators: Mapping[Estimator, EstimateFunction] = field(default_factory=dict)
+    default_pattern: str = "vertical_slash"
+    shortest_prompt: int = SHORTEST_PROMPT
+    decides_by_cost: bool = False
+    fallback: bool = False
+    builds_ahead: bool = False
+    breakeven_density: Callable[[AttentionInputs], float] = dense.breakeven_density
+    estimation_worthwhile: Callable[[EstimatedWork], bool] = dense.estimation_worthwhile
+    language: str = ""
+    made_for: Callable[[Any, torch.dtype, int, bool], bool] = lambda *_: False
+    synchronize: Callable[[torch.device], None] = no_wait
+
+    def estimate(self, estimator: Estimator) -> EstimateFunction:
+        """Its implementation of an estimator, plain torch's where it has none."""
+        return self.estimators.get(estimator, estimator.reference)
+
+
+REFERENCE = Lowering(
+    name="reference",
+    device="",
+    serves=lambda inputs: None,
+    sparse_attention=attention.sparse_attention,
+    fallback=True,
+)
+"""Plain torch: what all others mean, and what runs where none of them serves."""

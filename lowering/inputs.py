@@ -1,0 +1,87 @@
+"""What attention and its estimators are given: one record each, for every lowering and pattern.
+
+Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mpass.lowering.index import AttentionMask, first_query_block, num_query_blocks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionInputs:
+    """What one attention reads.
+
+    query: [B, H, Nq, D].
+    key: [B, Hk, Nk, D]; head h reads kv head h // (H // Hk).
+    value: [B, Hk, Nk, Dv].
+    mask: which keys a query may see before any sparsity.
+    scale: factor of the scores.
+    softcap: scores become softcap * tanh(s / softcap) if it is above 0.
+    sink_logits: float [H], one more logit per head that takes probability and has no value.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: AttentionMask
+    scale: float
+    softcap: float = 0.0
+    sink_logits: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EstimateInputs:
+    """What an estimator reads to decide which keys some heads look at.
+
+    query: [B, H, Nq, D], all query heads of the layer.
+    key: [B, Hk, Nk, D]; head h reads kv head h // (H // Hk).
+    mask: which keys a query may see before any sparsity.
+    heads: the query heads that the index is for, in the order of its rows.
+    scale: factor of the scores.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: AttentionMask
+    heads: Sequence[int]
+    scale: float
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.query.shape[0]
+
+    @property
+    def num_queries(self) -> int:
+        """Nq."""
+        return self.query.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        """Nk."""
+        return self.key.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads per kv head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def first_block(self) -> int:
+        """The block of the absolute grid that holds the first query."""
+        return first_query_block(self.mask.query_offset)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the absolute grid that hold the queries."""
+        return num_query_blocks(self.num_queries, self.mask.query_offset)
+
+    def attention(self) -> AttentionInputs:
+        """The attention of these queries and keys, the keys in the values' place."""
+        return AttentionInputs(self.query, self.key, self.key, self.mask, self.scale)

@@ -1,0 +1,57 @@
+"""Selecting by score: the pieces that the estimators in plain torch share.
+
+Letters: B batch, h heads asked for, R rows, N entries of a row, Nk keys, J key blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpass.lowering.index import AttentionMask
+
+LAST_QUERIES = 64
+"""Queries at the prompt's end from which vertical-slash estimates (MInference, section 3.2)."""
+
+
+def largest(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Bool table of the `counts[r]` largest entries of each row: [B, R, N] -> [B, R, N].
+
+    Ties go to the smaller index.
+    """
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    limit = torch.tensor(list(counts), device=scores.device)[:, None]
+    keep = torch.arange(scores.shape[-1], device=scores.device) < limit
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, keep.expand_as(order))
+
+
+def table_to_list(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Counts [...] and ascending positions [..., width] of the true entries of a bool [..., N]."""
+    counts = table.sum(-1)
+    order = torch.sort(table.to(torch.uint8), dim=-1, descending=True, stable=True).indices
+    order = torch.nn.functional.pad(order, (0, max(0, width - order.shape[-1])))[..., :width]
+    live = torch.arange(width, device=table.device) < counts[..., None]
+    return counts, torch.where(live, order, 0)
+
+
+def last_rows(mask: AttentionMask, batch: int, num_queries: int, device: torch.device) -> Tensor:
+    """Rows of the last queries that are not padding, ascending: int64 [B, LAST_QUERIES].
+
+    Negative where a batch row has fewer.
+    """
+    last = torch.full((batch,), num_queries - 1, device=device)
+    offset = mask.query_offset
+    if mask.key_mask is not None and mask.key_mask.shape[1] >= offset + num_queries:
+        valid = mask.key_mask[:, offset : offset + num_queries]
+        rows = torch.arange(num_queries, device=device)
+        last = torch.where(valid, rows, -1).amax(-1)
+    return last[:, None] - torch.arange(LAST_QUERIES - 1, -1, -1, device=device)
+
+
+def first_keys(mask: AttentionMask, batch: int, device: torch.device) -> Tensor:
+    """Position of the first key that is not padding, per batch row: int64 [B]."""
+    if mask.key_mask is None:
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    return mask.key_mask.to(torch.uint8).argmax(-1)

@@ -1,0 +1,83 @@
+"""Blocks by estimated attention and vertical columns by that of the last queries, by kernels.
+
+The meaning stands in mpass.lowering.reference.union; pooled keys are rounded to the keys' dtype.
+Letters: B batch, h heads asked for, I query blocks, J key blocks, S pooled keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mpass.lowering.index import BLOCK, SparseIndex, num_key_blocks
+from mpass.lowering.inputs import EstimateInputs
+from mpass.lowering.reference.union import VerticalBlockRule, vertical_block_width
+from mpass.lowering.triton.launch import device_ints, launch
+from mpass.lowering.triton.list_blocks import (
+    ListRule,
+    empty_lists,
+    float_bits,
+    group_by_kind,
+    list_blocks,
+    numbers_of,
+    score_chunks,
+)
+from mpass.lowering.triton.pooled_keys import kernel_inputs, pooled_keys, score_arguments
+from mpass.lowering.triton.vertical_slash import last_query_sums, list_columns
+
+
+def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRule]) -> SparseIndex:
+    """As mpass.lowering.reference.union.
+
+    Heads that sample the same query rows and pool the same number of keys are taken together.
+    """
+    inputs = kernel_inputs(inputs)
+    query, mask, batch = inputs.query, inputs.mask, inputs.batch
+    width = vertical_block_width(rules)
+    index = empty_lists(inputs, width)
+    num_blocks = num_key_blocks(inputs.num_keys)
+    for (sampled, pool), places in group_by_kind([(rule.rows, rule.pool) for rule in rules]):
+        count = len(places)
+        lists = [vertical_block_list_rule(i, rules[i]) for i in places]
+        shares = [float_bits(rules[i].row_share) for i in places]
+        ints = device_ints(
+            [*(inputs.heads[i] for i in places), *shares, *numbers_of(lists)], query.device
+        )
+        head_of, row_shares, rule_ints = ints.split([count, count, 8 * count])
+        means, weights = pooled_keys(inputs.key, mask, pool)
+        spec, common = score_arguments(
+            "row_scores", inputs, means, weights, head_of, rows=sampled, pool=pool
+        )
+        for start, stop in score_chunks(index, mask, count, num_blocks, 1):
+            scores = torch.empty(batch, count, stop - start, num_blocks, device=query.device)
+            launch(
+                spec,
+                "score_rows",
+                (-(-(stop - start) * sampled // BLOCK), count, batch),
+                scores=scores,
+                row_shares=row_shares,
+                first_block=inputs.first_block + start,
+                stop_block=inputs.first_block + stop,
+                **common,
+            )
+            list_blocks(
+                index,
+                scores,
+                "row_mass",
+                rule_ints,
+                inputs,
+                rows=(start, stop),
+                first_score_row=inputs.first_block + start,
+                repeat=1,
+            )
+    if width.max_columns and 0 not in (len(inputs.heads), inputs.num_keys):
+        sums = last_query_sums(inputs, [rule.last_queries for rule in rules])
+        list_columns(index, sums[0], [rule.columns for rule in rules], least=0.0)
+    return index
+
+
+def vertical_block_list_rule(slot: int, rule: VerticalBlockRule) -> ListRule:
+    """The blocks of a VerticalBlockRule as the listing kernel takes them."""
+    forced = (rule.sink_blocks, rule.local_blocks, rule.last_blocks)
+    return ListRule(slot, rule.max_blocks, *forced, rule.mass)
