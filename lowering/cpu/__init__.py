@@ -3,8 +3,16 @@
 Nothing is compiled, and no compiler is looked for, before the first call.
 """
 
-from mpass.lowering import estimators
 from mpass.lowering.device import Lazy, Lowering
+from mpass.lowering.estimators import (
+    BLOCK_SCORES,
+    BLOCK_SPARSE,
+    FLEX_PREFILL,
+    SAMPLE_ATTENTION,
+    VERTICAL_BLOCK,
+    VERTICAL_SLASH,
+    X_ATTENTION,
+)
 
 HERE = __name__
 
@@ -17,13 +25,13 @@ LOWERING = Lowering(
     breakeven_density=Lazy(f"{HERE}.dense:breakeven_density"),
     estimation_worthwhile=Lazy(f"{HERE}.dense:estimation_worthwhile"),
     estimators={
-        estimators.BLOCK_SCORES: Lazy(f"{HERE}.estimators:block_scores_index"),
-        estimators.BLOCK_SPARSE: Lazy(f"{HERE}.estimators:block_sparse_index"),
-        estimators.FLEX_PREFILL: Lazy(f"{HERE}.estimators:flex_prefill_index"),
-        estimators.SAMPLE_ATTENTION: Lazy(f"{HERE}.estimators:sample_attention_index"),
-        estimators.VERTICAL_BLOCK: Lazy(f"{HERE}.estimators:vertical_block_index"),
-        estimators.VERTICAL_SLASH: Lazy(f"{HERE}.estimators:vertical_slash_index"),
-        estimators.X_ATTENTION: Lazy(f"{HERE}.estimators:x_attention_index"),
+        BLOCK_SCORES: Lazy(f"{HERE}.estimators:block_scores_index"),
+        BLOCK_SPARSE: Lazy(f"{HERE}.estimators:block_sparse_index"),
+        FLEX_PREFILL: Lazy(f"{HERE}.estimators:flex_prefill_index"),
+        SAMPLE_ATTENTION: Lazy(f"{HERE}.estimators:sample_attention_index"),
+        VERTICAL_BLOCK: Lazy(f"{HERE}.estimators:vertical_block_index"),
+        VERTICAL_SLASH: Lazy(f"{HERE}.estimators:vertical_slash_index"),
+        X_ATTENTION: Lazy(f"{HERE}.estimators:x_attention_index"),
     },
     default_pattern="union",
     decides_by_cost=True,

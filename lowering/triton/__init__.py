@@ -4,8 +4,16 @@ A `TritonKernelSpec` (spec.py) becomes source (source.py, templates/), a module 
 launch (launch.py). Triton itself is imported by the first call, never by importing this package.
 """
 
-from mpass.lowering import estimators
 from mpass.lowering.device import Lazy, Lowering
+from mpass.lowering.estimators import (
+    BLOCK_SCORES,
+    BLOCK_SPARSE,
+    FLEX_PREFILL,
+    SAMPLE_ATTENTION,
+    VERTICAL_BLOCK,
+    VERTICAL_SLASH,
+    X_ATTENTION,
+)
 
 HERE = __name__
 
@@ -15,13 +23,13 @@ LOWERING = Lowering(
     serves=Lazy(f"{HERE}.support:unsupported"),
     sparse_attention=Lazy(f"{HERE}.attention:sparse_attention"),
     estimators={
-        estimators.BLOCK_SCORES: Lazy(f"{HERE}.block_scores:block_scores_index"),
-        estimators.BLOCK_SPARSE: Lazy(f"{HERE}.block_sparse:block_sparse_index"),
-        estimators.FLEX_PREFILL: Lazy(f"{HERE}.flex_prefill:flex_prefill_index"),
-        estimators.SAMPLE_ATTENTION: Lazy(f"{HERE}.sample_attention:sample_attention_index"),
-        estimators.VERTICAL_BLOCK: Lazy(f"{HERE}.union:vertical_block_index"),
-        estimators.VERTICAL_SLASH: Lazy(f"{HERE}.vertical_slash:vertical_slash_index"),
-        estimators.X_ATTENTION: Lazy(f"{HERE}.x_attention:x_attention_index"),
+        BLOCK_SCORES: Lazy(f"{HERE}.block_scores:block_scores_index"),
+        BLOCK_SPARSE: Lazy(f"{HERE}.block_sparse:block_sparse_index"),
+        FLEX_PREFILL: Lazy(f"{HERE}.flex_prefill:flex_prefill_index"),
+        SAMPLE_ATTENTION: Lazy(f"{HERE}.sample_attention:sample_attention_index"),
+        VERTICAL_BLOCK: Lazy(f"{HERE}.union:vertical_block_index"),
+        VERTICAL_SLASH: Lazy(f"{HERE}.vertical_slash:vertical_slash_index"),
+        X_ATTENTION: Lazy(f"{HERE}.x_attention:x_attention_index"),
     },
     language="python",
     made_for=Lazy(f"{HERE}.support:made_for"),
