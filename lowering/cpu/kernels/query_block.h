@@ -9,6 +9,7 @@
 #include "indexing.h"
 #include "memory.h"
 #include "tile_bounds.h"
+#include "vector_types.h"
 
 namespace {
 
