@@ -1,8 +1,8 @@
 """What a graph writes in place, and when: reading a tensor later than its maker needs this.
 
 Tensors that share memory share the storage of their fake tensors, so a write through one view is
-seen as a write to all of them. What a node writes is observed (mpass.graph.observation); what cannot
-be observed counts as a write to all tensors that the node is given.
+seen as a write to all of them. What a node writes is observed (mpass.graph.observation); what
+cannot be observed counts as a write to all tensors that the node is given.
 """
 
 from __future__ import annotations
