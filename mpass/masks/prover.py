@@ -166,6 +166,8 @@ def assemble(
     terms: MaskTerms, sizes: MaskSizes, reader: GraphReader, key: fx.Node, at: fx.Node
 ) -> MaskMeaning:
     """The meaning of classified terms. Raises NotUnderstood with the reason why there is none."""
+    if sympy.false in terms.padding:
+        raise NotUnderstood("the mask hides every key")
     if terms.unknown:
         raise NotUnderstood(describe(terms.unknown[0], reader))
     like = (*shape_of(key), *lengths(reader))

@@ -206,6 +206,8 @@ def setitem(call: OpCall) -> Expr:
     for i, (item, size) in enumerate(zip(items, shape, strict=True)):
         if isinstance(item, slice):
             begin, end = setitem_bounds(item, size)
+            if ((number(size) if end is None else end) - begin).is_nonpositive:
+                return expr  # Nothing is assigned.
             if begin != 0:
                 inside.append(compare(sympy.Ge, axis(i), begin))
             if end is not None:
