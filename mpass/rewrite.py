@@ -27,7 +27,7 @@ def rewrite_attention(gm: fx.GraphModule, plans: Sequence[AttentionPlan]) -> Non
     for plan in plans:
         replace_site(gm.graph, plan)
     if plans:
-        remove_dead(gm.graph)
+        remove_dead(gm.graph, [plan.site.output for plan in plans])
         gm.graph.lint()
         gm.recompile()
 

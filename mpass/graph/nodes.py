@@ -5,17 +5,24 @@ Nothing here edits a graph or adds a guard to its shapes.
 
 from __future__ import annotations
 
+import builtins
+import functools
+import math
+import operator
 import os
 import re
 from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 """Where torch's own Python files lie."""
+
+MADE_HERE = "minference_made"
+"""Key of the meta of nodes that the backend made, and may remove again."""
 
 INPLACE_NAMES = {
     "iadd": "add",
@@ -104,20 +111,62 @@ def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and isinstance(value_of(node), torch.Tensor)
 
 
+TORCH_NAMESPACES = (
+    torch,
+    torch.nn.functional,
+    torch.Tensor,
+    operator,
+    torch._C._nn,
+    builtins,
+    math,
+    torch.special,
+    torch.linalg,
+    torch.fft,
+)
+"""Where the functions live that mean what their names say."""
+
+OPERATOR_NAMESPACES = ("aten", "prims", "minference")
+"""Those of registered ops; the prims of a name mean what the torch function of the name does."""
+
+
+@functools.lru_cache(maxsize=4096)
+def is_torch_function(target: Any) -> bool:
+    """Whether a callable is one of torch's functions or Python's operators, by identity."""
+    name = getattr(target, "__name__", "")
+    found = (getattr(place, name, None) for place in TORCH_NAMESPACES) if name else ()
+    return any(function is not None and function == target for function in found)
+
+
 def op_name(node: fx.Node) -> str:
-    """Name of an op, the same for a function, a method, an in-place method and an aten op."""
-    target: Any = node.target
-    if node.op not in ("call_function", "call_method"):
-        return node.op
-    if node.op == "call_method":
-        name = str(target)
-    elif target is getattr:
-        name = str(node.args[1])
-    elif isinstance(target, OpOverload):
-        name = target.overloadpacket.__name__
-    else:
-        name = getattr(target, "__name__", str(target))
+    """Name of an op, the same for a function, a method, an in-place method and an aten op.
+
+    A function that is neither torch's nor Python's has its full name, with dots: a custom op `add`
+    is no addition.
+    """
+    if node.op == "call_function":
+        if node.target is getattr:
+            return str(node.args[1]).strip("_")
+        return function_name(node.target)
+    return plain_name(str(node.target)) if node.op == "call_method" else node.op
+
+
+@functools.lru_cache(maxsize=4096)
+def function_name(target: Any) -> str:
+    """The name of a call's function as `op_name` gives it."""
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        packet = target.overloadpacket if isinstance(target, OpOverload) else target
+        namespace = packet._qualified_op_name.partition("::")[0]
+        name = packet.__name__
+        if namespace not in OPERATOR_NAMESPACES:
+            return f"{namespace}.{name}"
+        return plain_name(name)
+    name = getattr(target, "__name__", str(target))
+    if isinstance(target, HigherOrderOperator) or is_torch_function(target):
+        return plain_name(name)
+    return f"{getattr(target, '__module__', None) or 'function'}.{name}"
+
+
+def plain_name(name: str) -> str:
+    """A name without the marks of an in-place or private op."""
     inplace = INPLACE_NAMES.get(name)
-    if inplace is not None:
-        return inplace
-    return name.strip("_")
+    return name.strip("_") if inplace is None else inplace

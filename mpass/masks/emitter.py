@@ -15,7 +15,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mpass.graph.nodes import example, value_of
+from mpass.graph.nodes import MADE_HERE, example, value_of
 from mpass.graph.site import Length
 from mpass.masks.conjuncts import MaskSizes
 from mpass.masks.expressions import BATCH, KEY, Expr, NotUnderstood, Where, axis, is_truth, number
@@ -165,6 +165,7 @@ class Emitter:
         with self.graph.inserting_before(self.at):
             node = self.graph.call_function(function, args, kwargs)
         node.meta["example_value"] = self.example_of(node)
+        node.meta[MADE_HERE] = True
         return node
 
     def example_of(self, node: fx.Node) -> Any:

@@ -166,6 +166,8 @@ def assemble(
     terms: MaskTerms, sizes: MaskSizes, reader: GraphReader, key: fx.Node, at: fx.Node
 ) -> MaskMeaning:
     """The meaning of classified terms. Raises NotUnderstood with the reason why there is none."""
+    if sympy.false in terms.padding:
+        raise NotUnderstood("the mask hides every key")
     if terms.unknown:
         raise NotUnderstood(describe(terms.unknown[0], reader))
     like = (*shape_of(key), *lengths(reader))
@@ -179,15 +181,10 @@ def assemble(
         window = window_size(terms, sizes)
         if window:
             proof.append(f"window of {window}: q - k < {terms.width}")
-    valid = terms.valid
-    if valid is not None and at_most(sizes.keys, valid):
-        valid = None
     valid_keys = None
-    if valid is not None:
-        valid_keys = as_length(valid, like)
-        if valid_keys is None:
-            raise NotUnderstood(f"number of valid keys {valid} is not a size")
-        proof.append(f"valid keys: k < {valid}")
+    if terms.valid is not None and not at_most(sizes.keys, terms.valid):
+        valid_keys = valid_length(terms, sizes, like)
+        proof.append(f"valid keys: k < {terms.valid}")
     key_mask = None
     if terms.padding:
         key_mask = key_mask_node(terms, sizes, reader, key, at)
@@ -214,6 +211,37 @@ def lengths(reader: GraphReader) -> list[torch.SymInt]:
                 if isinstance(size, torch.SymInt):
                     return [size]
     return []
+
+
+def valid_length(terms: MaskTerms, sizes: MaskSizes, like: Sequence[Length]) -> Length | None:
+    """The number of keys that a mask leaves, if keys and values can be cut to it.
+
+    They cannot where a query may stand after the last valid key, or where the number may be more
+    than there are: then the length becomes a term of the key mask, and None is returned.
+    """
+    valid = terms.valid
+    length = as_length(valid, like)
+    if length is None:
+        raise NotUnderstood(f"number of valid keys {valid} is not a size")
+    if not is_positive(length):
+        raise NotUnderstood(f"number of valid keys {valid} might not be positive")
+    keys = as_length(sizes.keys, like)
+    if terms.offset is None and keys is not None and statically_known_true(length <= keys):
+        return length
+    terms.padding.append(KEY < valid)
+    return None
+
+
+def is_positive(length: Length) -> bool:
+    """Whether a length is at least 1, by a guard where it is a symbol that may get one."""
+    if statically_known_true(length >= 1):
+        return True
+    if isinstance(length, int) or statically_known_true(length < 1):
+        return False
+    try:
+        return bool(length >= 1)
+    except Exception:  # known at run time only, or of a range that the user promised
+        return False
 
 
 def query_offset(expr: Expr, like: Sequence[Length], reader: GraphReader) -> Length | fx.Node:

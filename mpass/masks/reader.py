@@ -7,7 +7,7 @@ answer would need a wrong rule (masks/rules), not a missing one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -15,10 +15,43 @@ import torch
 from torch import fx
 
 from mpass.graph.nodes import example, op_name, value_of
+from mpass.graph.observation import hint
 from mpass.graph.writes import StorageWrites, storage_of
-from mpass.masks.expressions import Expr, NotUnderstood, axis, number, substitute
+from mpass.masks.expressions import (
+    Expr,
+    NotUnderstood,
+    as_number,
+    as_truth,
+    axis,
+    number,
+    substitute,
+)
 
 Rule = Callable[["OpCall"], Expr]
+
+MAX_STEPS = 400
+"""A mask that takes more ops than this to read is given up."""
+
+MAX_NODES, MAX_DEPTH = 1200, 40
+"""Size and depth of the largest expression that is read on; sympy works on them recursively."""
+
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "input": ("self", "x", "a", "x1"),
+    "other": ("x2",),
+    "dim": ("axis",),
+}
+"""Other names that torch takes for a parameter."""
+
+NO_OPS = frozenset({"device", "pin_memory", "layout", "memory_format", "non_blocking", "names"})
+"""Keywords that do not change the values of a result."""
+
+
+class Needed(Exception):
+    """Raised while a rule runs: this tensor has to be read first."""
+
+    def __init__(self, node: fx.Node, write: fx.Node | None) -> None:
+        super().__init__(node.name)
+        self.node, self.write = node, write
 
 
 class GraphReader:
@@ -26,6 +59,9 @@ class GraphReader:
 
     rules: how ops are read, by name. bindings: tensors whose expression is given from outside (the
     indices of a mask_mod, the scores that a mask is added to).
+
+    Reading does not recurse: a rule that asks for a tensor that was not read yet is left, and run
+    again when it was.
     """
 
     def __init__(
@@ -51,19 +87,53 @@ class GraphReader:
 
     def read(self, node: fx.Node, at: fx.Node) -> Expr:
         """The element of a node's tensor as another node sees it, in `axis(0)`, `axis(1)`, ..."""
+        try:
+            return self.known_element(node, at)
+        except Needed as needed:
+            return self._read_all(needed)
+
+    def known_element(self, node: fx.Node, at: fx.Node) -> Expr:
+        """The same, if it was read already. Raises Needed if not."""
         if node in self.bindings:
             return self.bindings[node]
+        if not isinstance(value_of(node), torch.Tensor):
+            raise NotUnderstood(f"{node.name} is no tensor")
         write = self.writes.last_write(node, self.writes.position[at])
         known = self._memo.get((node, write))
         if known is None:
-            known = self._memo[node, write] = self._evaluate(node, write)
+            raise Needed(node, write)
         return known
+
+    def _read_all(self, needed: Needed) -> Expr:
+        """Read a tensor and what it is made of, innermost first."""
+        stack = [(needed.node, needed.write)]
+        steps = 0
+        while stack:
+            node, write = stack[-1]
+            if (node, write) in self._memo:
+                stack.pop()
+                continue
+            try:
+                self._memo[node, write] = self._evaluate(node, write)
+            except Needed as inner:
+                stack.append((inner.node, inner.write))
+                steps += 1
+                if steps > MAX_STEPS:
+                    self._give_up(stack)
+        return self._memo[needed.node, needed.write]
+
+    def _give_up(self, stack: list[tuple[fx.Node, fx.Node | None]]) -> None:
+        reason = f"this mask takes more than {MAX_STEPS} steps to read"
+        for node, write in stack:
+            self._memo[node, write] = self.unknown(node, reason, write or node)
 
     def read_step(self, call: fx.Node, carried: fx.Node, value: Expr) -> Expr:
         """One op applied to a value that stands for one of its arguments; the rest is read."""
-        shape = example(call).shape
-        rule = self.rules[op_name(call)]
-        return drop_unit_axes(rule(OpCall(self, call, shape, (carried, value))), shape)
+        while True:
+            try:
+                return self._run_rule(call, call, (carried, value))
+            except Needed as needed:
+                self._read_all(needed)
 
     def known(self) -> Iterator[tuple[fx.Node, Expr]]:
         """The tensors read so far that nothing ever writes to, with their expressions."""
@@ -72,22 +142,44 @@ class GraphReader:
                 yield node, expr
 
     def _evaluate(self, node: fx.Node, write: fx.Node | None) -> Expr:
+        reshaping = self.writes.reshaped(node)
+        if reshaping is not None:
+            return self.unknown(node, f"{node.name} is reshaped in place", reshaping)
         if write is None or write is node:
             return self._apply(node, node)
-        if "out" in write.kwargs or not same_view(node, write.args[0] if write.args else None):
+        target = first_argument(write)
+        # Only `x.op_(...)` whose one written tensor is x itself, seen through this very view.
+        if (
+            "out" in write.kwargs
+            or self.writes.written_by(write) != [target]
+            or not same_view(node, target)
+        ):
             return self.unknown(node, f"{node.name} is written through another view", write)
         return self._apply(write, node)
 
     def _apply(self, call: fx.Node, result: fx.Node) -> Expr:
         """The rule of a call on its arguments; `result` is the tensor that has its value."""
-        shape = example(result).shape
         try:
-            rule = self.rules.get(op_name(call))
-            if rule is None:
-                raise NotUnderstood("this op is not understood")
-            return drop_unit_axes(rule(OpCall(self, call, shape)), shape)
-        except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
+            expr = self._run_rule(call, result)
+            if is_too_large(expr):
+                raise NotUnderstood("the mask is made of too many parts")
+            return expr
+        except RecursionError:
+            return self.unknown(result, "the mask is made of too many parts", call)
+        except (NotUnderstood, LookupError, TypeError, ValueError, AttributeError) as reason:
             return self.unknown(result, f"{op_name(call)}: {reason}", call)
+
+    def _run_rule(
+        self, call: fx.Node, result: fx.Node, carried: tuple[fx.Node, Expr] | None = None
+    ) -> Expr:
+        rule = self.rules.get(op_name(call))
+        if rule is None:
+            raise NotUnderstood("this op is not understood")
+        tensor = example(result)
+        bound = OpCall(self, call, tensor.shape, tensor.dtype, carried)
+        expr = rule(bound)
+        bound.check_all_used()
+        return drop_unit_axes(as_stored(expr, tensor.dtype), tensor.shape)
 
     def unknown(self, node: fx.Node, reason: str = "", call: fx.Node | None = None) -> Expr:
         """An uninterpreted function of a tensor's own indices."""
@@ -110,55 +202,132 @@ class GraphReader:
 
 @dataclass(frozen=True)
 class OpCall:
-    """One op that is being read: its arguments by place or name, its result's shape."""
+    """One op that is being read: its arguments, its result's shape and dtype.
+
+    A rule takes every argument that was given, by place or name; what it leaves and is not known
+    to be without effect makes the call not understood (`check_all_used`).
+    """
 
     reader: GraphReader
     node: fx.Node
     shape: torch.Size
+    dtype: torch.dtype
     carried: tuple[fx.Node, Expr] | None = None
+    used: set[int | str] = field(default_factory=set)
 
     def read(self, node: fx.Node) -> Expr:
-        """Element expression of an argument in its own axes."""
+        """Element expression of an argument in its own axes. Raises Needed if it is to be read."""
         if self.carried is not None and node is self.carried[0]:
             return self.carried[1]
-        return self.reader.read(node, self.node)
+        return self.reader.known_element(node, self.node)
 
-    def argument(self, place: int, name: str = "", default: Any = None) -> Any:
-        """An argument with nodes that stand for numbers replaced by these numbers."""
+    def raw(self, place: int | None, name: str = "", default: Any = None) -> Any:
+        """An argument by place (None: keyword only) or by name, as it stands in the graph."""
         args, kwargs = self.node.args, self.node.kwargs
-        value = args[place] if place < len(args) else kwargs.get(name, default)
-        return unwrap_constant(value)
+        if place is not None and place < len(args):
+            self.used.add(place)
+            return args[place]
+        for alias in (name, *ALIASES.get(name, ())):
+            if alias in kwargs:
+                self.used.add(alias)
+                return kwargs[alias]
+        return default
+
+    def argument(self, place: int | None, name: str = "", default: Any = None) -> Any:
+        """An argument with nodes that stand for numbers replaced by these numbers."""
+        return unwrap_constant(self.raw(place, name, default))
 
     def rest(self, start: int, name: str = "") -> tuple[Any, ...]:
         """Sizes given one by one or as one list, from a place on."""
         value = self.argument(start, name)
         if isinstance(value, (list, tuple)):
             return tuple(unwrap_constant(item) for item in value)
+        self.used.update(range(start, len(self.node.args)))
         return tuple(unwrap_constant(item) for item in self.node.args[start:])
+
+    def skip(self, start: int = 1) -> None:
+        """Take all arguments from a place on: they only decide the result's shape or dtype."""
+        self.used.update(range(start, len(self.node.args)))
+        self.used.update(self.node.kwargs)
+
+    def skip_sizes(self, start: int = 1) -> None:
+        """Take all arguments from a place on as sizes and dimensions, which the result shows."""
+        given = [*self.node.args[start:], *self.node.kwargs.values()]
+        if any(isinstance(value, (torch.dtype, str)) for value in given):
+            raise NotUnderstood("reinterpreting bits")
+        self.skip(start)
+
+    def check_all_used(self) -> None:
+        """Raise NotUnderstood for an argument that the rule did not take."""
+        if "out" in self.node.kwargs:
+            raise NotUnderstood("written to out=")
+        if self.node.op not in ("call_function", "call_method") or self.node.target is getattr:
+            return
+        for place, value in enumerate(self.node.args):
+            if place not in self.used and value is not None:
+                raise NotUnderstood(f"argument {place + 1} is not understood")
+        for name, value in self.node.kwargs.items():
+            without_effect = name in NO_OPS or value is None or value is False
+            if name not in self.used and not (without_effect and not isinstance(value, fx.Node)):
+                raise NotUnderstood(f"argument {name} is not understood")
 
     def tensor(self, place: int = 0, name: str = "input") -> tuple[Expr, torch.Size]:
         """Element expression and shape of a tensor argument."""
         value = self.argument(place, name)
         if not isinstance(value, fx.Node):
             raise NotUnderstood(f"argument {name} is no tensor")
-        return self.read(value), example(value).shape
+        return self.read(value), self.shape_of(value)
+
+    def shape_of(self, node: fx.Node) -> torch.Size:
+        """Shape of an argument, which must have been the same when this op ran."""
+        if self.reader.writes.reshaped(node) is not None:
+            raise NotUnderstood(f"{node.name} is reshaped in place")
+        return example(node).shape
 
     def operand(self, place: int, name: str = "other") -> Expr:
         """A tensor argument or a number, broadcast to the result's dimensions."""
-        return self.broadcast(self.argument(place, name))
+        value = self.argument(place, name, MISSING)
+        if value is MISSING:
+            raise NotUnderstood(f"argument {name} is missing")
+        return self.broadcast(value)
 
     def broadcast(self, value: Any) -> Expr:
         """A tensor node or a number, broadcast to the result's dimensions."""
         if isinstance(value, fx.Node):
             expr = self.read(value)
-            return align(expr, example(value).dim(), len(self.shape))
+            return align(expr, len(self.shape_of(value)), len(self.shape))
         return number(value)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the result."""
-        value = value_of(self.node)
-        return value.dtype if isinstance(value, torch.Tensor) else example(self.node.args[0]).dtype  # type: ignore[arg-type]
+
+MISSING = object()
+
+
+def first_argument(node: fx.Node) -> fx.Node | None:
+    """The tensor that an in-place op is called on."""
+    names = ("input", *ALIASES["input"])
+    given = (node.kwargs[name] for name in names if name in node.kwargs)
+    first = node.args[0] if node.args else next(given, None)
+    return first if isinstance(first, fx.Node) else None
+
+
+def as_stored(expr: Expr, dtype: torch.dtype) -> Expr:
+    """A truth value in a tensor of numbers is 0 or 1, a number in a tensor of bools `!= 0`."""
+    if dtype == torch.bool:
+        return as_truth(expr)
+    return as_number(expr)
+
+
+def is_too_large(expr: Expr) -> bool:
+    """Whether an expression has too many parts, or is nested too deeply, to be worked on."""
+    pending = [(expr, 1)]
+    count = 0
+    while pending:
+        part, depth = pending.pop()
+        count += 1
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            return True
+        pending += [(arg, depth + 1) for arg in part.args]
+    return False
 
 
 def unwrap_constant(value: Any) -> Any:
@@ -194,9 +363,24 @@ def same_view(left: fx.Node, right: object) -> bool:
     if not isinstance(right, fx.Node) or storage_of(left) != storage_of(right):
         return False
     a, b = example(left), example(right)
-    if a.dim() != b.dim() or a.dtype != b.dtype:
+    if a.dim() != b.dim() or a.dtype != b.dtype or overlaps(b):
         return False
     return geometry(a) == geometry(b)
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements of a tensor might share memory, in the call that is being compiled."""
+    steps = sorted(
+        (hint(stride), hint(size))
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if hint(size) > 1
+    )
+    reach = 0
+    for stride, size in steps:
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def geometry(tensor: torch.Tensor) -> list[Expr]:

@@ -16,7 +16,7 @@ from torch import fx
 
 from mpass.graph.dead_code import remove_dead
 from mpass.graph.nodes import module_path, op_name, value_of
-from mpass.graph.writes import StorageWrites, written_by
+from mpass.graph.writes import SAME_MEMORY, StorageWrites, written_by
 from mpass.match.spellings import SPELLINGS
 
 CALLS = (
@@ -31,14 +31,17 @@ def inline_subgraphs(gm: fx.GraphModule) -> int:
     writes = StorageWrites(gm.graph)
     calls = [node for node in gm.graph.nodes if called_graph(node) is not None]
     names = Counter((str(node.args[0].target), module_path(node)) for node in calls)
+    replaced: list[fx.Node] = []
     for node in calls:
         if not reason_to_keep(node, writes):
             shared = names[str(node.args[0].target), module_path(node)] > 1
+            body = node.args[0]
             inline_call(gm, node, named=not shared)
+            replaced.append(body)
             inlined += 1
     if not inlined:
         return 0
-    remove_dead(gm.graph)
+    remove_dead(gm.graph, dict.fromkeys(replaced))
     gm.graph.lint()
     gm.recompile()
     return inlined + inline_subgraphs(gm)
@@ -107,6 +110,9 @@ def inline_call(gm: fx.GraphModule, call: fx.Node, named: bool = True) -> None:
     results: Any = fx.map_arg(output.args[0], lambda old: values[old])
     for user in list(call.users):
         assert user.target is operator.getitem
+        result = results[user.args[1]]
+        if isinstance(result, fx.Node):
+            result.meta.setdefault(SAME_MEMORY, []).append(value_of(user))
         user.replace_all_uses_with(results[user.args[1]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)

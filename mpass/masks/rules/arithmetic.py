@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import sympy
 import torch
+from torch._ops import OpOverload
 
+from mpass.graph.nodes import op_name
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -24,7 +26,7 @@ from mpass.masks.expressions import (
     select,
 )
 from mpass.masks.reader import OpCall, Rule, dimension, registrar
-from mpass.masks.rules.values import EXACT_DTYPES, cast_number
+from mpass.masks.rules.values import EXACT_DTYPES, cast, cast_number
 
 ARITHMETIC_RULES: dict[str, Rule] = {}
 
@@ -37,15 +39,18 @@ rule = registrar(ARITHMETIC_RULES)
 # -- arithmetic -------------------------------------------------------------------------------
 
 
-def arithmetic(function: Callable[..., Expr]) -> Rule:
-    """A rule for arithmetic on two operands; `alpha` scales the second."""
+def arithmetic(function: Callable[..., Expr], scaled: int | None = None) -> Rule:
+    """A rule for arithmetic on two operands; `alpha` scales the one at `scaled`, if any."""
 
     def apply(call: OpCall) -> Expr:
-        left, right = as_number(call.operand(0, "input")), as_number(call.operand(1))
-        alpha = call.argument(2, "alpha", 1)
-        if alpha != 1:
-            right = lift(lambda value: times(value, number(alpha)), right)
-        return exact(call, lift(function, left, right))
+        operands = [as_number(call.operand(0, "input")), as_number(call.operand(1))]
+        if scaled is not None:
+            # Positional in aten's overloads for numbers only; torch.add(x, 2, y) is an old form.
+            place = 2 if isinstance(call.node.target, OpOverload) else None
+            alpha = number(call.argument(place, "alpha", 1))
+            if alpha != 1:
+                operands[scaled] = lift(lambda value: times(value, alpha), operands[scaled])
+        return exact(call, lift(function, *operands))
 
     return apply
 
@@ -80,9 +85,9 @@ def times(left: Expr, right: Expr) -> Expr:
 
 
 ARITHMETIC_RULES |= {
-    "add": arithmetic(lambda left, right: left + right),
-    **dict.fromkeys(("sub", "subtract"), arithmetic(lambda left, right: left - right)),
-    **dict.fromkeys(("rsub",), arithmetic(lambda left, right: right - left)),
+    "add": arithmetic(lambda left, right: left + right, 1),
+    **dict.fromkeys(("sub", "subtract"), arithmetic(lambda left, right: left - right, 1)),
+    "rsub": arithmetic(lambda left, right: right - left, 0),
     **dict.fromkeys(("mul", "multiply"), arithmetic(times)),
 }
 
@@ -100,7 +105,7 @@ def floor_divide(call: OpCall) -> Expr:
 @rule("div", "divide", "truediv", "true_divide")
 def divide(call: OpCall) -> Expr:
     """Division with rounding_mode="floor"; true division of constants only."""
-    rounding = call.argument(2, "rounding_mode")
+    rounding = call.argument(None, "rounding_mode")
     if rounding == "floor":
         return quotient(call)
     if rounding is not None:
@@ -147,7 +152,7 @@ def absolute(call: OpCall) -> Expr:
 
 @rule("minimum", "maximum")
 def extremum(call: OpCall) -> Expr:
-    relation = sympy.Le if "min" in str(call.node.target) else sympy.Ge
+    relation = sympy.Le if op_name(call.node) == "minimum" else sympy.Ge
 
     def apply(left: Expr, right: Expr) -> Expr:
         return Where(compare(relation, left, right), left, right)
@@ -164,7 +169,7 @@ def triangle(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     row, column = axis(len(shape) - 2), axis(len(shape) - 1)
     diagonal = number(call.argument(1, "diagonal", 0))
-    lower = "tril" in str(call.node.target)
+    lower = op_name(call.node) == "tril"
     kept = compare(sympy.Le if lower else sympy.Ge, column, row + diagonal)
     # Substituting 0 for a unit dimension is right here too: the reader does it to the result.
     return select(kept, expr, sympy.false if is_truth(expr) else number(0))
@@ -175,7 +180,8 @@ def cumsum(call: OpCall) -> Expr:
     """Of a value that does not change along the dimension: value * (index + 1)."""
     expr, shape = call.tensor()
     along = axis(dimension(call.argument(1, "dim"), len(shape)))
-    expr = as_number(expr)
+    dtype = call.argument(None, "dtype")
+    expr = as_number(expr) if dtype is None else cast(expr, dtype)
     if isinstance(expr, Where) or along in expr.free_symbols or not expr.is_integer:
         raise NotUnderstood("cumulative sum of what changes along the dimension")
     return exact(call, times(expr, along + 1))
@@ -186,7 +192,7 @@ def diff(call: OpCall) -> Expr:
     """First difference along a dimension, with at most one value prepended."""
     expr, shape = call.tensor()
     dim = dimension(call.argument(2, "dim", -1), len(shape))
-    prepend = call.argument(3, "prepend")
+    prepend = call.raw(3, "prepend")
     if call.argument(1, "n", 1) != 1 or call.argument(4, "append") is not None:
         raise NotUnderstood("higher differences")
     if shape[dim] == 1 or is_truth(expr):

@@ -10,8 +10,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mpass.graph.nodes import example
+from mpass.graph.nodes import op_name
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -37,7 +38,7 @@ rule = registrar(INDEX_RULES)
 def getitem(call: OpCall) -> Expr:
     """x[...] with None, slices, integers, an ellipsis and integer tensors."""
     expr, shape = call.tensor()
-    index = call.argument(1, "indices")
+    index = call.raw(1, "indices")
     items = list(index) if isinstance(index, (list, tuple)) else [index]
     if call.node.target is torch.ops.aten.index.Tensor:
         items = [slice(None) if item is None else item for item in items]
@@ -50,7 +51,7 @@ def index_map(call: OpCall, shape: torch.Size, items: list[Any]) -> dict[Expr, E
     tensors = [item for item in items if isinstance(item, fx.Node)]
     if any(is_truth(call.read(item)) for item in tensors):
         raise NotUnderstood("indexing by a mask")
-    block = max((example(item).dim() for item in tensors), default=0)
+    block = max((len(call.shape_of(item)) for item in tensors), default=0)
     places = [i for i, item in enumerate(items) if is_advanced(item, bool(tensors))]
     adjacent = not places or places[-1] - places[0] + 1 == len(places)
 
@@ -110,7 +111,7 @@ def gathered(call: OpCall, item: Any, start: int, block: int, size: Any) -> Expr
     expr = call.read(item)
     if not expr.is_nonnegative:
         raise NotUnderstood("indexing by values that might be negative")
-    rank = example(item).dim()
+    rank = len(call.shape_of(item))
     shift = start + block - rank
     return substitute(expr, {axis(i): axis(i + shift) for i in range(rank)})
 
@@ -122,8 +123,24 @@ def slice_bounds(item: slice, size: Any) -> tuple[Expr, Expr]:
         raise NotUnderstood("slice with a step that is not positive")
     if item.start is None:
         return number(0), step
-    begin = normalize_index(number(item.start), size)
-    return (number(0) if begin.is_negative else begin), step
+    return from_start(number(item.start), size), step
+
+
+def from_start(bound: Expr, size: Any) -> Expr:
+    """A slice's bound counted from the start, where -9 of 5 is 0. What is over the size stays."""
+    if bound.is_nonnegative:
+        return bound
+    if not bound.is_negative:
+        raise NotUnderstood(f"slice up to or from {bound}, of unknown sign")
+    begin = number(size) + bound
+    if begin.is_nonpositive:
+        return number(0)
+    if isinstance(size, torch.SymInt) and isinstance(bound, sympy.Integer):
+        if not statically_known_true(size >= -int(bound)):
+            raise NotUnderstood(f"slice of the last {-bound} of {size}, which may be fewer")
+    elif not begin.is_nonnegative:
+        raise NotUnderstood(f"slice up to or from {begin}, of unknown sign")
+    return begin
 
 
 def normalize_index(index: Expr, size: Any) -> Expr:
@@ -140,22 +157,24 @@ def select_slice(call: OpCall) -> Expr:
     """x.select(dim, i), aten.slice(x, dim, start, end, step), x.narrow(dim, start, length)."""
     expr, shape = call.tensor()
     dim = dimension(call.argument(1, "dim", 0), len(shape))
-    start = call.argument(2, "index", call.argument(2, "start"))
-    if "select" in str(call.node.target):
-        items: list[Any] = [slice(None)] * dim + [start]
-    elif "narrow" in str(call.node.target):
-        items = [slice(None)] * dim + [slice(start, None)]
-    else:
-        items = [slice(None)] * dim + [slice(start, None, call.argument(4, "step", 1))]
+    name = op_name(call.node)
+    start = call.argument(2, "index" if name == "select" else "start")
     if isinstance(start, fx.Node):
         raise NotUnderstood("slice from a tensor")
-    return expr.xreplace(index_map(call, shape, items))
+    item: Any = start
+    if name == "narrow":
+        call.argument(3, "length")
+        item = slice(start, None)
+    elif name == "slice":
+        call.argument(3, "end")
+        item = slice(start, None, call.argument(4, "step", 1))
+    return expr.xreplace(index_map(call, shape, [slice(None)] * dim + [item]))
 
 
 @rule("gather", "take_along_dim")
 def gather(call: OpCall) -> Expr:
     expr, shape = call.tensor()
-    place, name = (1, "dim") if "gather" in str(call.node.target) else (2, "dim")
+    place, name = (1, "dim") if op_name(call.node) == "gather" else (2, "dim")
     dim = dimension(call.argument(place, name), len(shape))
     index = call.operand(3 - place, "index" if place == 1 else "indices")
     if not index.is_nonnegative:
@@ -178,7 +197,7 @@ def index_select(call: OpCall) -> Expr:
 def setitem(call: OpCall) -> Expr:
     """x[slices] = value: the value inside the slices, x elsewhere."""
     expr, shape = call.tensor()
-    index = call.argument(1)
+    index = call.raw(1)
     items = full_index(list(index) if isinstance(index, (list, tuple)) else [index], len(shape))
     value = call.argument(2)
     inside: list[Expr] = []
@@ -186,30 +205,34 @@ def setitem(call: OpCall) -> Expr:
     kept = [i for i, item in enumerate(items) if isinstance(item, slice)]
     for i, (item, size) in enumerate(zip(items, shape, strict=True)):
         if isinstance(item, slice):
-            begin, end = setitem_bounds(item, number(size))
-            inside += [
-                compare(relation, axis(i), bound)
-                for relation, bound in ((sympy.Ge, begin), (sympy.Lt, end))
-                if bound not in (number(0), number(size))
-            ]
+            begin, end = setitem_bounds(item, size)
+            if ((number(size) if end is None else end) - begin).is_nonpositive:
+                return expr  # Nothing is assigned.
+            if begin != 0:
+                inside.append(compare(sympy.Ge, axis(i), begin))
+            if end is not None:
+                inside.append(compare(sympy.Lt, axis(i), end))
             local[axis(kept.index(i))] = axis(i) - begin
         elif isinstance(item, (int, torch.SymInt)):
             inside.append(compare(sympy.Eq, axis(i), normalize_index(number(item), size)))
         else:
             raise NotUnderstood("assignment by tensor, mask or new dimension")
     if isinstance(value, fx.Node):
-        written = align(call.read(value), example(value).dim(), len(kept))
-        written = substitute(written, local)
+        rank = len(call.shape_of(value))
+        if rank > len(kept):
+            raise NotUnderstood("assignment of a value of more dimensions")
+        written = substitute(align(call.read(value), rank, len(kept)), local)
     else:
         written = number(value)
-    dtype = example(call.node.args[0]).dtype  # type: ignore[arg-type]
-    written = cast(written, dtype)
-    return select(sympy.And(*inside), written, expr)
+    return select(sympy.And(*inside), cast(written, call.dtype), expr)
 
 
-def setitem_bounds(item: slice, size: Expr) -> tuple[Expr, Expr]:
-    """First index of a slice and the one after its last."""
+def setitem_bounds(item: slice, size: Any) -> tuple[Expr, Expr | None]:
+    """First index of a slice and the one after its last; None for the end of the dimension."""
     begin, step = slice_bounds(item, size)
     if step != 1:
         raise NotUnderstood("assignment with a step")
-    return begin, size if item.stop is None else normalize_index(number(item.stop), size)
+    if item.stop is None:
+        return begin, None
+    end = from_start(number(item.stop), size)
+    return begin, None if (end - number(size)).is_nonnegative else end

@@ -12,7 +12,10 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
 
+from mpass.graph.nodes import example, op_name
+from mpass.graph.observation import constant
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -27,12 +30,22 @@ from mpass.masks.expressions import (
     number,
     select,
 )
-from mpass.masks.reader import OpCall, Rule, registrar
+from mpass.masks.reader import OpCall, Rule, registrar, unwrap_constant
 
 VALUE_RULES: dict[str, Rule] = {}
 
 EXACT_DTYPES = (torch.int64, torch.int32, torch.float64, torch.float32)
 """dtypes that hold every position of a sequence exactly (float32 below 2**24)."""
+
+NUMBER_DTYPES = (
+    *EXACT_DTYPES,
+    torch.float16,
+    torch.bfloat16,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)
+"""dtypes of numbers; others round, saturate or have no infinity (8-bit floats)."""
 
 LARGE = 4096.0
 """Numbers of at least this magnitude stand for infinity in a mask, so rounding is no matter."""
@@ -63,14 +76,16 @@ def get_attr(call: OpCall) -> Expr:
 
 @rule("arange")
 def arange(call: OpCall) -> Expr:
-    start, end, step = number(0), call.argument(0, "end"), number(1)
-    second = call.argument(1)
-    if second is not None and not isinstance(second, torch.dtype):
-        start, end = number(call.argument(0)), second
-        step = number(call.argument(2, "step", 1))
-    elif "start" in call.node.kwargs:
-        start = number(call.argument(99, "start"))
-        end, step = call.argument(99, "end", end), number(call.argument(99, "step", 1))
+    """arange(end), arange(start, end), arange(start, end, step), or by keywords."""
+    call.argument(None, "dtype")
+    bounds = [value for value in call.node.args if not isinstance(value, torch.dtype)][:3]
+    if len(bounds) == 1 and "end" not in call.node.kwargs:
+        start, end = 0, call.argument(0)
+    elif "start" in call.node.kwargs or not bounds:
+        start, end = call.argument(None, "start", 0), call.argument(0, "end")
+    else:
+        start, end = call.argument(0), call.argument(1, "end")
+    start, step = number(start), number(call.argument(2, "step", 1))
     number(end)
     if not (start.is_integer and step.is_integer) or call.dtype not in EXACT_DTYPES:
         raise NotUnderstood("arange of fractions, or in a dtype that does not hold every position")
@@ -79,29 +94,36 @@ def arange(call: OpCall) -> Expr:
 
 @rule("ones", "new_ones", "ones_like")
 def ones(call: OpCall) -> Expr:
+    call.skip(0)
     return sympy.true if call.dtype == torch.bool else number(1)
 
 
 @rule("zeros", "new_zeros", "zeros_like", "zero")
 def zeros(call: OpCall) -> Expr:
+    call.skip(0)
     return sympy.false if call.dtype == torch.bool else number(0)
 
 
 @rule("full", "new_full", "full_like")
 def full(call: OpCall) -> Expr:
-    return stored(call, call.argument(1, "fill_value"))
+    place = 2 if op_name(call.node) == "new_full" else 1
+    value = call.argument(place, "fill_value")
+    call.skip(0)
+    return stored(call, value)
 
 
 @rule("fill")
 def fill(call: OpCall) -> Expr:
+    call.raw(0, "input")
     return stored(call, call.argument(1, "value"))
 
 
 @rule("tensor", "scalar_tensor", "as_tensor")
 def tensor(call: OpCall) -> Expr:
     value = call.argument(0, "data", call.argument(0, "s"))
+    call.skip(1)
     if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
+        value = unwrap_constant(value[0])
     if isinstance(value, (list, tuple)):
         raise NotUnderstood("a tensor of several constants")
     return stored(call, value)
@@ -120,9 +142,12 @@ def stored(call: OpCall, value: Any) -> Expr:
 @rule("contiguous", "clone", "detach", "alias", "cpu", "cuda")
 def convert(call: OpCall) -> Expr:
     """dtype and device conversions, and copies: the value as the result's dtype holds it."""
-    if call.node.target in ("copy_", torch.ops.aten.copy_.default, torch.ops.aten.copy.default):
+    if op_name(call.node) == "copy":
+        call.raw(0, "input")
+        call.argument(2, "non_blocking")
         return cast(call.operand(1, "src"), call.dtype)
     expr, _ = call.tensor()
+    call.skip()
     return cast(expr, call.dtype)
 
 
@@ -135,6 +160,8 @@ def cast(expr: Expr, dtype: torch.dtype) -> Expr:
 
 def cast_number(value: Expr, dtype: torch.dtype) -> Expr:
     """A number in another dtype, if that holds it exactly; very large magnitudes may be rounded."""
+    if dtype not in NUMBER_DTYPES:
+        raise NotUnderstood(f"{dtype} is not served")
     if value.is_number:
         if value in (0, 1) or fits(float(value), dtype):
             return value
@@ -210,10 +237,36 @@ def invert(call: OpCall) -> Expr:
 
 
 def comparison(relation: Any) -> Rule:
+    """A rule for a comparison, which torch makes in the common dtype of its operands."""
+
     def apply(call: OpCall) -> Expr:
-        return compare(relation, call.operand(0, "input"), call.operand(1))
+        left, right = call.operand(0, "input"), call.operand(1)
+        given = (call.argument(0, "input"), call.argument(1, "other"))
+        dtype = common_dtype(*given)
+        if dtype is not None and dtype.is_floating_point:
+            left = promoted(left, given[0], dtype)
+            right = promoted(right, given[1], dtype)
+        return compare(relation, left, right)
 
     return apply
+
+
+def promoted(expr: Expr, argument: Any, dtype: torch.dtype) -> Expr:
+    """An operand in the floating-point dtype that it is compared in."""
+    if isinstance(argument, fx.Node):
+        return expr if example(argument).dtype == dtype else cast(expr, dtype)
+    if isinstance(argument, float):
+        return number(float(torch.tensor(argument, dtype=dtype)))
+    return cast(expr, dtype)
+
+
+def common_dtype(left: Any, right: Any) -> torch.dtype | None:
+    """dtype that two operands are brought to; None for two numbers."""
+    values = [example(value) if isinstance(value, fx.Node) else value for value in (left, right)]
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        return None
+    plain = [constant(value) for value in values]
+    return torch.result_type(*plain)
 
 
 VALUE_RULES |= {
@@ -233,10 +286,11 @@ VALUE_RULES |= {
 @rule("where")
 def where(call: OpCall) -> Expr:
     """torch.where(condition, x, y), or x.where(condition, y)."""
-    condition, yes, no = call.operand(0, "condition"), call.operand(1), call.operand(2)
     if call.node.op == "call_method":
-        condition, yes = yes, condition
-    return stored_choice(call, as_truth(condition), yes, no)
+        yes, condition = call.operand(0, "input"), call.operand(1, "condition")
+    else:
+        condition, yes = call.operand(0, "condition"), call.operand(1, "input")
+    return stored_choice(call, as_truth(condition), yes, call.operand(2))
 
 
 @rule("masked_fill")
@@ -245,7 +299,7 @@ def masked_fill(call: OpCall) -> Expr:
         call,
         as_truth(call.operand(1, "mask")),
         call.operand(2, "value"),
-        call.operand(0),
+        call.operand(0, "input"),
     )
 
 

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.nodes import example, op_name
+from mpass.graph.nodes import op_name
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -24,6 +24,7 @@ from mpass.masks.expressions import (
     substitute,
 )
 from mpass.masks.reader import OpCall, Rule, align, dimension, is_one, registrar, unwrap_constant
+from mpass.masks.rules.values import cast
 
 SHAPE_RULES: dict[str, Rule] = {}
 
@@ -36,6 +37,7 @@ rule = registrar(SHAPE_RULES)
 @rule("expand", "expand_as", "broadcast_to")
 def expand(call: OpCall) -> Expr:
     expr, shape = call.tensor()
+    call.skip_sizes()
     return align(expr, len(shape), len(call.shape))
 
 
@@ -64,7 +66,7 @@ def permutation(call: OpCall, rank: int) -> list[int]:
             raise NotUnderstood(f"{name} of {rank} dimensions")
         first, second = rank - 2, rank - 1
     else:
-        names = ("dim0", "dim1") if name == "transpose" else ("axis0", "axis1")
+        names = ("axis0", "axis1") if name == "swapaxes" else ("dim0", "dim1")
         first, second = call.argument(1, names[0]), call.argument(2, names[1])
     first, second = dimension(first, rank), dimension(second, rank)
     order[first], order[second] = order[second], order[first]
@@ -76,8 +78,7 @@ def permutation(call: OpCall, rank: int) -> list[int]:
 def reshape(call: OpCall) -> Expr:
     """Any change of shape in row-major order."""
     expr, shape = call.tensor()
-    if isinstance(call.argument(1), torch.dtype):
-        raise NotUnderstood("reinterpreting bits")
+    call.skip_sizes()
     return expr.xreplace(reshape_map(shape, call.shape))
 
 
@@ -141,6 +142,7 @@ def is_smaller(left: Expr, right: Expr) -> bool:
 @rule("repeat", "tile")
 def repeat(call: OpCall) -> Expr:
     expr, shape = call.tensor()
+    call.skip_sizes()
     shift = len(call.shape) - len(shape)
     replacement = {
         axis(i): sympy.Mod(axis(i + shift), number(size))
@@ -156,15 +158,15 @@ def repeat(call: OpCall) -> Expr:
 def repeat_interleave(call: OpCall) -> Expr:
     expr, shape = call.tensor()
     repeats, dim = call.argument(1, "repeats"), call.argument(2, "dim")
+    call.skip_sizes(3)
     if not isinstance(repeats, int) or dim is None:
         raise NotUnderstood("repeat_interleave by a tensor, or flattening")
     along = axis(dimension(dim, len(shape)))
     return expr.xreplace({along: sympy.floor(along / repeats)})
 
 
-def is_empty(node: fx.Node) -> bool:
-    """Whether a tensor is the [0] that torch.cat ignores."""
-    shape = example(node).shape
+def is_empty(shape: torch.Size) -> bool:
+    """Whether a shape is the [0] that torch.cat ignores."""
     return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0
 
 
@@ -176,8 +178,9 @@ def pad(call: OpCall) -> Expr:
     """Constant padding at either end of trailing dimensions; negative padding cuts."""
     expr, shape = call.tensor()
     amounts = call.argument(1, "pad")
-    mode, value = "constant", call.argument(2, "value", 0)
-    if "constant" not in str(call.node.target):
+    if op_name(call.node) == "constant_pad_nd":
+        mode, value = "constant", call.argument(2, "value", 0)
+    else:
         mode, value = call.argument(2, "mode", "constant"), call.argument(3, "value")
     if mode != "constant" or not isinstance(amounts, (list, tuple)):
         raise NotUnderstood(f"padding with mode {mode!r}")
@@ -197,7 +200,7 @@ def pad(call: OpCall) -> Expr:
     expr = substitute(expr, moved)
     if is_truth(expr):
         return select(sympy.And(*inside), expr, as_truth(as_number(outside)))
-    return Where(sympy.And(*inside), expr, as_number(outside))
+    return Where(sympy.And(*inside), expr, cast(as_number(outside), call.dtype))
 
 
 @rule("cat", "concat", "concatenate")
@@ -207,16 +210,19 @@ def cat(call: OpCall) -> Expr:
     if not isinstance(tensors, (list, tuple)):
         raise NotUnderstood("cat of no list")
     # torch.cat skips empty tensors of one dimension, as an empty cache layer holds.
-    nodes = [node for node in tensors if isinstance(node, fx.Node) and not is_empty(node)]
+    if not all(isinstance(node, fx.Node) for node in tensors):
+        raise NotUnderstood("cat of what is no tensor")
+    shapes = {node: call.shape_of(node) for node in tensors}
+    nodes = [node for node in tensors if not is_empty(shapes[node])]
     dim = dimension(call.argument(1, "dim", 0), len(call.shape))
     along = axis(dim)
     starts = [number(0)]
     for node in nodes:
-        starts.append(starts[-1] + number(example(node).shape[dim]))
+        starts.append(starts[-1] + number(shapes[node][dim]))
     result: Expr | None = None
     for node, start, end in reversed(list(zip(nodes, starts, starts[1:], strict=False))):
         expr = call.read(node)
-        if is_one(example(node).shape[dim]):
+        if is_one(shapes[node][dim]):
             part = expr
         else:
             part = substitute(expr, {along: along - start})
@@ -226,4 +232,4 @@ def cat(call: OpCall) -> Expr:
             result = select(compare(sympy.Lt, along, end), part, result)
     if result is None:
         raise NotUnderstood("cat of nothing")
-    return result
+    return cast(result, call.dtype)

@@ -1,0 +1,397 @@
+"""What one call of a graph does besides giving its value, found by running it once on fakes.
+
+The call is run on fresh fake tensors of the sizes that its arguments have while compiling, and
+every ATen op that it comes down to is looked at: its schema says which tensors it writes. So an
+in-place activation, `out=`, a list of tensors and a custom op are all seen by what they do and not
+by how they are called. What cannot be run, or is not torch's, is not known: it counts as writing to
+all its tensors. Nothing here touches the example values of a graph or the guards on its shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpass.graph.nodes import is_torch_function, value_of
+
+MAX_KNOWN = 8192
+"""Calls that are remembered; a 32-layer model has about a hundred different ones."""
+
+UNBACKED_SIZE = 8
+"""Stands for a size that depends on data."""
+
+UNDECLARED_WRITES = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
+"""ATen ops that update running statistics in training, which their schemas do not say."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What a call does, by the places of its tensors among its arguments (`tensor_nodes`).
+
+    known: whether that was observed; if not, nothing may be assumed. writes: the places that are
+    written. reshapes: those whose sizes, strides or memory are other ones afterwards. pure: whether
+    nobody could notice if the call were left out but by its value and its writes.
+    """
+
+    known: bool
+    writes: frozenset[int] = frozenset()
+    reshapes: frozenset[int] = frozenset()
+    pure: bool = False
+
+
+UNKNOWN = Effects(known=False)
+NOTHING = Effects(known=True, pure=True)
+NOT_PURE = Effects(known=True, pure=False)
+
+
+def observe(node: fx.Node) -> Effects:
+    """The effects of a node of a graph."""
+    if node.op in ("placeholder", "output"):
+        return NOT_PURE
+    if node.op == "get_attr":
+        return NOTHING
+    if node.op not in ("call_function", "call_method"):
+        return UNKNOWN
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        return effects_of_schema(node, target)
+    if isinstance(target, HigherOrderOperator):
+        return effects_of_subgraphs(node)
+    if target is operator.getitem and isinstance(node.args[0], fx.Node):
+        if not isinstance(value_of(node.args[0]), torch.Tensor):
+            return NOTHING  # An item of a tuple or list.
+    key = call_key(node)
+    if key is None:
+        return UNKNOWN
+    known = _observed.get(key)
+    if known is None:
+        if len(_observed) >= MAX_KNOWN:
+            _observed.clear()
+        known = _observed[key] = run_on_fakes(node)
+    return known
+
+
+_observed: dict[Any, Effects] = {}
+
+
+def tensor_nodes(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a call's arguments, in order and once per place."""
+    return [*nodes_in(node.args), *nodes_in(node.kwargs)]
+
+
+def nodes_in(value: object) -> Iterator[fx.Node]:
+    """The nodes of an argument, which may be nested."""
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from nodes_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from nodes_in(item)
+    elif isinstance(value, slice):
+        yield from nodes_in((value.start, value.stop, value.step))
+
+
+# -- by schema and by sub-graph ---------------------------------------------------------------
+
+
+def effects_of_schema(node: fx.Node, target: OpOverload) -> Effects:
+    """What an operator's schema says."""
+    written: set[fx.Node] = set()
+    for index, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        written.update(nodes_in(value))
+    if undeclared(target):
+        return UNKNOWN
+    places = places_of(node, written)
+    reshapes = places if torch.Tag.inplace_view in target.tags else frozenset()
+    return Effects(True, places, reshapes, is_pure_op(target))
+
+
+def undeclared(target: OpOverload) -> bool:
+    return target.namespace == "aten" and target._schema.name[6:] in UNDECLARED_WRITES
+
+
+def is_pure_op(target: OpOverload) -> bool:
+    """Whether an ATen op draws no random numbers and has a result or something that it writes."""
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    return bool(target._schema.returns) or target._schema.is_mutable
+
+
+def effects_of_subgraphs(node: fx.Node) -> Effects:
+    """A higher-order op does what its sub-graphs do; without readable ones it is not known."""
+    owner = node.graph.owning_module
+    names = [arg for arg in node.all_input_nodes if arg.op == "get_attr"]
+    attributes = (getattr(owner, str(arg.target), None) for arg in names)
+    graphs = [module.graph for module in attributes if isinstance(module, fx.GraphModule)]
+    if not graphs:
+        return UNKNOWN
+    pure = True
+    for graph in graphs:
+        outside: set[int] = set()
+        written: set[int] = set()
+        for inner in graph.nodes:
+            if inner.op in ("placeholder", "get_attr"):
+                outside |= storages_in(value_of(inner))
+            if inner.op not in ("call_function", "call_method"):
+                continue
+            effects = observe(inner)
+            if not effects.known or effects.reshapes:
+                return UNKNOWN
+            pure = pure and effects.pure
+            places = tensor_nodes(inner)
+            for place in effects.writes:
+                storages = storages_in(value_of(places[place]))
+                if not storages:
+                    return UNKNOWN
+                written |= storages
+        if written & outside:
+            return Effects(True, frozenset(range(len(tensor_nodes(node)))), frozenset(), pure)
+    return Effects(True, pure=pure)
+
+
+def places_of(node: fx.Node, written: set[fx.Node]) -> frozenset[int]:
+    return frozenset(i for i, arg in enumerate(tensor_nodes(node)) if arg in written)
+
+
+def storages_in(value: object) -> set[int]:
+    """Identities of the memory of a value's tensors; empty if it has none or that is not known."""
+    found: set[int] = set()
+    for tensor in tensors_in(value):
+        try:
+            found.add(int(tensor.untyped_storage()._cdata))
+        except (NotImplementedError, RuntimeError):  # a batched tensor inside of vmap has none
+            return set()
+    return found
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """The tensors of a value, which may be a nested list."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+# -- by running -------------------------------------------------------------------------------
+
+
+class Unobservable(Exception):
+    """A call, or one of its arguments, that cannot be run on fakes."""
+
+
+def call_key(node: fx.Node) -> Any:
+    """What the effects of a call depend on; None if it must not be run.
+
+    Numbers other than 0 and 1 (which may stand for True) tell nothing about what is written.
+    """
+    target: Any = node.target
+    if node.op == "call_method":
+        if not hasattr(torch.Tensor, str(target)):
+            return None
+    elif isinstance(target, OpOverloadPacket):
+        pass
+    elif not is_torch_function(target):
+        return None
+    try:
+        args, kwargs = frozen(node.args), frozen(node.kwargs)
+        key = (node.op, target, args, kwargs)
+        hash(key)
+    except (Unobservable, TypeError):
+        return None
+    has_tensor = any(True for arg in tensor_nodes(node) for _ in tensors_in(value_of(arg)))
+    result = value_of(node)
+    if has_tensor or isinstance(result, torch.Tensor):
+        return key
+    # Arithmetic of sizes; what works on no tensor (a mode, functorch's levels) is never run.
+    numbers = isinstance(result, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+    own = getattr(target, "__module__", None) in ("_operator", "math", "builtins", "torch")
+    return key if numbers and own else None
+
+
+def frozen(value: object) -> Any:
+    """An argument as part of a key. Raises Unobservable for what is neither tensor nor constant."""
+    if isinstance(value, fx.Node):
+        return frozen_value(value_of(value))
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, frozen(item)) for name, item in value.items())
+    if isinstance(value, slice):
+        return ("slice", frozen(value.start), frozen(value.stop), frozen(value.step))
+    return frozen_value(value)
+
+
+def frozen_value(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        check_plain(value)
+        strided = tuple(map(hint, (*value.shape, *value.stride())))
+        return ("tensor", value.dtype, value.device.type, strided)
+    if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
+        value = constant(value)
+    if isinstance(value, bool) or value is None or value is Ellipsis:
+        return (type(value), value)
+    if isinstance(value, int):
+        return (int, value if value in (0, 1, -1) else 2 if value > 0 else -2)
+    if isinstance(value, (float, complex, str, torch.dtype, torch.device, torch.layout)):
+        return (type(value), value)
+    if isinstance(value, torch.memory_format):
+        return (torch.memory_format, value)
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen_value(item) for item in value)
+    raise Unobservable(type(value).__name__)
+
+
+def check_plain(tensor: torch.Tensor) -> None:
+    """Raise Unobservable for what has no strided memory of its own."""
+    plain = type(tensor) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if not plain or wrapped or tensor.layout != torch.strided:
+        raise Unobservable("a tensor subclass")
+
+
+def hint(size: Any) -> int:
+    """A size in the call that is being compiled."""
+    return int(constant(size))
+
+
+def constant(value: Any) -> Any:
+    """A symbolic number as the one that it stands for now; asks without adding a guard."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    node = value.node
+    if node.has_hint():
+        return node.hint
+    return {torch.SymInt: UNBACKED_SIZE, torch.SymFloat: 0.5, torch.SymBool: True}[type(value)]
+
+
+@functools.cache
+def fake_mode() -> FakeTensorMode:
+    """A mode of our own: its sizes are numbers, and what depends on data stays inside of it."""
+    env = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+
+
+class Watch(TorchDispatchMode):
+    """Notes which of some tensors' memory is written by the ops that run."""
+
+    def __init__(self, tensors: list[tuple[int, torch.Tensor]]) -> None:
+        super().__init__()
+        self.places: dict[int, set[int]] = {}
+        for place, tensor in tensors:
+            for storage in storages_in(tensor):
+                self.places.setdefault(storage, set()).add(place)
+        self.written: set[int] = set()
+        self.pure = True
+        self.known = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, OpOverload):
+            self.known = False
+            return func(*args, **kwargs)
+        self.pure = self.pure and is_pure_op(func)
+        self.known = self.known and not undeclared(func)
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                for storage in storages_in(value):
+                    self.written |= self.places.get(storage, set())
+        return func(*args, **kwargs)
+
+
+def run_on_fakes(node: fx.Node) -> Effects:
+    """Run a call once on fresh fake tensors and say what it did to them."""
+    tensors: list[tuple[int, torch.Tensor]] = []
+    counter = iter(range(1 << 30))
+
+    def fresh(argument: fx.Node) -> Any:
+        place = next(counter)
+
+        def make(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                tensor = fresh_tensor(value)
+                tensors.append((place, tensor))
+                return tensor
+            if isinstance(value, (list, tuple)):
+                return tuple(make(item) for item in value)
+            return constant(value)
+
+        return make(value_of(argument))
+
+    try:
+        with torch.no_grad(), fake_mode():
+            args: Any = arguments(node.args, fresh)
+            kwargs: Any = arguments(node.kwargs, fresh)
+            before = [geometry(tensor) for _, tensor in tensors]
+            with Watch(tensors) as watch:
+                if node.op == "call_method":
+                    result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+            changed = {
+                place
+                for (place, tensor), old in zip(tensors, before, strict=True)
+                if geometry(tensor) != old
+            }
+    except Exception:  # whatever it is: what was not seen to the end is not known
+        return UNKNOWN
+    if not watch.known:
+        return UNKNOWN
+    pure = watch.pure and (bool(watch.written) or is_plain_result(result))
+    return Effects(True, frozenset(watch.written | changed), frozenset(changed), pure)
+
+
+def arguments(value: Any, fresh: Callable[[fx.Node], Any]) -> Any:
+    """Arguments with fresh values in the places of nodes, visited in the order of `nodes_in`."""
+    if isinstance(value, fx.Node):
+        return fresh(value)
+    if isinstance(value, tuple):
+        return tuple(arguments(item, fresh) for item in value)
+    if isinstance(value, list):
+        return [arguments(item, fresh) for item in value]
+    if isinstance(value, dict):
+        return {name: arguments(item, fresh) for name, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(arguments(item, fresh) for item in (value.start, value.stop, value.step)))
+    return constant(value)
+
+
+def fresh_tensor(like: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the sizes that another has now, which shares no memory with it."""
+    check_plain(like)
+    shape, strides = [*map(hint, like.shape)], [*map(hint, like.stride())]
+    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+
+
+def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    storage = int(tensor.untyped_storage()._cdata)
+    return (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, storage)
+
+
+def is_plain_result(value: object) -> bool:
+    """Whether a result is tensors and numbers: no mode, handle or module."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain_result, value))
+    kinds = (torch.Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return isinstance(value, kinds) or isinstance(value, (torch.dtype, torch.device))
