@@ -60,6 +60,7 @@ class AttentionSite:
     spelling: how the attention is written, by a name of mpass.match.spellings.
     dense_reason: why the site must stay dense whatever the mask (dropout, weights returned, ...).
     listed: flex_attention's lists of blocks, if they may say something else than the mask.
+    dtype: what the products are computed in where autocast narrows them; None: the query's.
     """
 
     output: fx.Node
@@ -78,6 +79,7 @@ class AttentionSite:
     dense_reason: str = ""
     source: str = ""
     listed: ListedBlocks | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def num_heads(self) -> int:
