@@ -35,7 +35,7 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
         query, key, value = (example(node) for node in (site.query, site.key, site.value))
         if query.device.type != "cpu" or unsupported(query, key, value, softcap=site.softcap):
             continue
-        dtype, head_dim = query.dtype, int(query.shape[-1])
+        dtype, head_dim = site.compute_dtype, int(query.shape[-1])
         threads[start_attention(dtype, head_dim, int(value.shape[-1]), site.softcap)] = None
         for cls in dict.fromkeys(map(type, plan.patterns)):
             threads[start_estimator(cls, dtype, head_dim)] = None

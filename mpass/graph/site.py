@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mpass.graph.nodes import head_count, shape_of
+from mpass.graph.nodes import example, head_count, shape_of
 
 Length = int | torch.SymInt
 
@@ -80,6 +80,11 @@ class AttentionSite:
     source: str = ""
     listed: ListedBlocks | None = None
     dtype: torch.dtype | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What query, key and value are in when they are multiplied: autocast may narrow them."""
+        return self.dtype or example(self.query).dtype
 
     @property
     def num_heads(self) -> int:

@@ -96,7 +96,7 @@ def fits(candidate: fx.Node, node: fx.Node, order: tuple[int, ...], heads: objec
     shape, wanted = shape_of(candidate), shape_of(node)
     if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(heads, int):
         return False
-    if shape[1] > heads or heads % shape[1]:
+    if not 0 < shape[1] <= heads or heads % shape[1]:
         return False
     return all(same_size(shape[i], wanted[order[i]]) for i in (0, 2, 3))
 
