@@ -6,17 +6,21 @@ ops and their arguments, so Inductor's caches see it (a late pass would not run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
+from mpass.failures import contain
+from mpass.graph.printing import count_ops
+from mpass.graph.site import AttentionSite
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.match import find_attention, inline_subgraphs
 from mpass.options import Options, parse_options
-from mpass.plan import AttentionPlan, plan_attention
+from mpass.plan import AttentionPlan, Skip, plan_attention
 from mpass.report import Report, keep_report, make_report
 from mpass.rewrite import rewrite_attention
 from mpass.warm_up import start_kernels
@@ -46,20 +50,59 @@ def minference(
     return compiled
 
 
-def apply_passes(gm: fx.GraphModule, options: Options, trace: Trace) -> Report:
-    """The passes in order: inline, match, plan, rewrite. Edits `gm`; returns what was done."""
-    inline_subgraphs(gm)
-    sites = find_attention(gm)
-    trace.mark("match")
-    decisions = [plan_attention(site, options) for site in sites]
-    trace.mark("plan")
-    plans = [plan for plan in decisions if isinstance(plan, AttentionPlan)]
-    start_kernels(plans)
-    rewrite_attention(gm, plans)
-    trace.mark("rewrite")
+def apply_passes(
+    gm: fx.GraphModule, options: Options, trace: Trace, recorded: Collection[fx.Node] = ()
+) -> Report:
+    """The passes in order: inline, match, plan, rewrite. Edits `gm`; returns what was done.
+
+    recorded: nodes that gradients may be asked for, though their values do not say so. A failure
+    of ours keeps one attention dense, or else leaves the whole graph as it was.
+    """
+    original = copy_graph(gm.graph)
+    sites: list[AttentionSite] = []
+    try:
+        inline_subgraphs(gm)
+        sites = [with_gradients(site, recorded) for site in find_attention(gm)]
+        trace.mark("match")
+        decisions = [plan_or_skip(gm, site, options) for site in sites]
+        trace.mark("plan")
+        start_kernels([plan for plan in decisions if isinstance(plan, AttentionPlan)])
+        decisions = rewrite_attention(gm, decisions)
+        trace.mark("rewrite")
+    except Exception as error:
+        reason = contain(error, "rewriting a graph", count_ops(gm))
+        decisions = [Skip(site, site.dense_reason or reason) for site in sites]
+        gm.graph = original
+        gm.recompile()
     report = make_report(decisions, options.shortest)
     close_trace(trace, gm, decisions, report, options)
     return report
+
+
+def plan_or_skip(gm: fx.GraphModule, site: AttentionSite, options: Options) -> AttentionPlan | Skip:
+    """The decision about one site; dense if planning fails."""
+    try:
+        return plan_attention(site, options)
+    except Exception as error:
+        return Skip(site, contain(error, "planning attention", count_ops(gm)))
+
+
+def with_gradients(site: AttentionSite, recorded: Collection[fx.Node]) -> AttentionSite:
+    """The site, dense where gradients may be asked for."""
+    if site.dense_reason or site.output not in recorded:
+        return site
+    reason = "gradients are recorded: rewrite the program under torch.no_grad()"
+    return dataclasses.replace(site, dense_reason=reason)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The nodes of a graph in another one, to go back to."""
+    copied = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        nodes[node] = copied.node_copy(node, nodes.__getitem__)
+    copied._codegen = graph._codegen
+    return copied
 
 
 def compile_rest(

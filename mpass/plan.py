@@ -14,12 +14,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import (
     free_symbols,
+    free_unbacked_symbols,
     statically_known_true,
 )
 
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, shape_of
-from mpass.graph.site import AttentionSite, Length
+from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import device_lowering, reason_against
 from mpass.lowering.index import AttentionMask
@@ -83,10 +84,9 @@ def reason_to_skip(site: AttentionSite) -> str:
     if site.dense_reason:
         return site.dense_reason
     query, key, value = (example(node) for node in (site.query, site.key, site.value))
-    if query.dtype not in DTYPES:
-        return f"dtype {query.dtype} is not served; allowed: float32, bfloat16, float16"
-    if not query.dtype == key.dtype == value.dtype:
-        return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    reason = dtype_reason(site)
+    if reason:
+        return reason
     if device_lowering(query.device) is REFERENCE:
         return f"no kernels are generated for device {query.device.type!r}"
     if any(not isinstance(n, int) for n in (site.num_heads, site.num_kv_heads, site.head_dim)):
@@ -104,9 +104,18 @@ def reason_to_skip(site: AttentionSite) -> str:
     if isinstance(site.mask.query_offset, fx.Node):
         return "the position of the first query is a tensor: it is known only at run time"
     num_queries, num_keys = query.shape[2], key.shape[2]
+    sizes = (*query.shape, *key.shape, *value.shape, site.mask.query_offset, site.mask.valid_keys)
+    unknown = next((size for size in sizes if is_unbacked(size)), None)
+    if unknown is not None:
+        return f"a size is known at run time only ({unknown}, as Tensor.item() gives it)"
     for length in (site.mask.query_offset, site.mask.valid_keys):
         if isinstance(length, torch.SymInt) and not is_sum_of_products(length.node.expr):
             return f"a length of the mask, {length}, is no sum of products of the graph's sizes"
+    if site.mask.valid_keys is not None and not is_served(site.mask, num_queries, num_keys):
+        return (
+            f"{length_in_words(site.mask.valid_keys)} valid keys of {length_in_words(num_keys)}: "
+            "none, too many, or fewer than the queries' positions"
+        )
     if site.mask.causal and not statically_known_true(
         site.mask.query_offset + num_queries <= num_keys
     ):
@@ -116,6 +125,49 @@ def reason_to_skip(site: AttentionSite) -> str:
             f"{length_in_words(num_keys)} keys"
         )
     return ""
+
+
+def dtype_reason(site: AttentionSite) -> str:
+    """Why no kernel computes what the site computes, by its dtypes; "" if one does."""
+    output = example(site.output).dtype
+    dtypes = [example(node).dtype for node in (site.query, site.key, site.value)]
+    if is_autocast(site):
+        return ""
+    if dtypes[0] not in DTYPES:
+        return f"dtype {dtypes[0]} is not served; allowed: float32, bfloat16, float16"
+    if len(set(dtypes)) > 1:
+        return "query, key and value differ in dtype: {}, {}, {}".format(*dtypes)
+    if output != dtypes[0]:
+        return f"the output is of {output}, the query of {dtypes[0]}"
+    return ""
+
+
+def is_autocast(site: AttentionSite) -> bool:
+    """Whether autocast narrows query, key and value to the output's dtype before they are used."""
+    output = example(site.output).dtype
+    dtypes = {example(node).dtype for node in (site.query, site.key, site.value)}
+    narrow = output in (torch.bfloat16, torch.float16) and site.compute_dtype == output
+    return narrow and dtypes <= {torch.float32, output}
+
+
+def is_unbacked(size: object) -> bool:
+    """Whether a size has no value while compiling, so that no guard may be put on it."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
+def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
+    """Whether a length of valid keys can be cut off: by what is known, else by a guard."""
+    valid, least = mask.valid_keys, 1
+    if mask.causal:
+        least = mask.query_offset + num_queries  # type: ignore[operator]
+    return holds(valid >= least, valid) and holds(valid <= num_keys, valid)  # type: ignore[operator]
+
+
+def holds(condition: bool | torch.SymBool, about: Length) -> bool:
+    """Whether a condition about a length is true in every call that the graph serves."""
+    if isinstance(condition, bool) or statically_known_true(condition):
+        return bool(condition)
+    return not has_user_range(about) and bool(condition)
 
 
 def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:

@@ -1,48 +1,115 @@
 """Plans -> an edited graph. Finished or untouched: a graph is never left half rewritten.
 
 A site becomes one estimation op per pattern among its heads, a join where there are several, and
-one sparse attention. Masks and repeated kv heads that nothing else reads are dropped.
+one sparse attention. What is put in is propagated on fake tensors and compared with what it
+replaces before anything is handed over. Masks and repeated kv heads that nothing else reads are
+dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Sequence
 
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
+from mpass.failures import contain
+from mpass.graph.arguments import subject
 from mpass.graph.dead_code import remove_dead
-from mpass.graph.nodes import shape_of, value_of
+from mpass.graph.nodes import example, op_name, same_size, shape_of, value_of
+from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.lowering.index import join_slots
+from mpass.match import erase_added
 from mpass.patterns.base import Pattern, head_slots, index_op, shared_slots
-from mpass.plan import AttentionPlan
+from mpass.plan import AttentionPlan, Skip
+
+LAYOUTS = frozenset("transpose permute swapaxes contiguous reshape flatten".split())
+"""Ops after which it may not matter any more how attention's output was laid out."""
+
+Decision = AttentionPlan | Skip
 
 
-def rewrite_attention(gm: fx.GraphModule, plans: Sequence[AttentionPlan]) -> None:
-    """Replace every planned site of `gm` in place, drop what died, and check the graph."""
-    for plan in plans:
-        replace_site(gm.graph, plan)
-    if plans:
-        remove_dead(gm.graph, [plan.site.output for plan in plans])
+def rewrite_attention(gm: fx.GraphModule, decisions: Sequence[Decision]) -> list[Decision]:
+    """Replace every planned site of `gm` in place, drop what died, and check the graph.
+
+    Returns the decisions with those plans skipped whose replacement is not what the site computes.
+    """
+    final = [replace_planned(gm, decision) for decision in decisions]
+    replaced = [plan.site.output for plan in final if isinstance(plan, AttentionPlan)]
+    if replaced:
+        remove_dead(gm.graph, replaced)
         gm.graph.lint()
         gm.recompile()
+    return final
 
 
-def replace_site(graph: fx.Graph, plan: AttentionPlan) -> None:
-    """Insert the ops of one plan at the site's output and hand its uses over."""
+def replace_planned(gm: fx.GraphModule, decision: Decision) -> Decision:
+    """Carry out one plan, if it is one; a Skip if that cannot be done. Then nothing is edited."""
+    if not isinstance(decision, AttentionPlan):
+        return decision
+    before = set(gm.graph.nodes)
+    try:
+        reason = replace_site(gm.graph, decision, before)
+    except Exception as error:
+        reason = contain(error, "rewriting attention", count_ops(gm))
+    if not reason:
+        return decision
+    erase_added(gm.graph, before)
+    return Skip(decision.site, reason, decision.config_source)
+
+
+def replace_site(graph: fx.Graph, plan: AttentionPlan, before: set[fx.Node]) -> str:
+    """Insert the ops of one plan at the site's output and hand its uses over.
+
+    before: the nodes of the graph. Returns why the ops are no replacement; "" if all is done.
+    """
+    site = plan.site
+    output = insert_site(graph, plan)
+    for node in graph.nodes:
+        if node not in before:
+            propagate(node, site.output)
+    old, new = example(site.output), value_of(output)
+    if not isinstance(old, FakeTensor):
+        site.output.replace_all_uses_with(output)  # A graph of real tensors, made by hand.
+        return ""
+    if not isinstance(new, torch.Tensor):
+        return "the result of sparse attention is not known when compiling"
+    reason = difference(old, new)
+    if reason:
+        return reason
+    if not (same_layout(old, new) or is_rearranged(site.output, new)):
+        order = layout_order(old)
+        if order is None:
+            return f"the output has strides {tuple(old.stride())}, which no order of sizes gives"
+        output = insert_layout(graph, site.output, output, order)
+        new = example(output)
+    # A view of the old value: what aliases it keeps doing so for those who look at storages.
+    with torch.no_grad(), without_guards(output):
+        output.meta[value_key(site.output)] = old.as_strided(new.shape, new.stride())
+    site.output.replace_all_uses_with(output)
+    return ""
+
+
+def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
+    """The ops of one plan, before the site's output; the node that has the attention's result."""
     site, mask = plan.site, plan.site.mask
     if mask is None:
         raise AssertionError(f"site {site.path or site.output.name} was planned without a mask")
     with graph.inserting_before(site.output):
+        site = insert_casts(graph, site)
+        plan = dataclasses.replace(plan, site=site)
         key, value, key_mask = insert_keys(graph, site, mask)
         offset = as_argument(graph, mask.query_offset)
         visible = (key_mask, offset, mask.window, mask.causal)
         index, slots = insert_index(graph, plan, key, visible)
-        arguments = (site.query, key, value, *index, list(slots), key_mask, site.sinks)
+        sinks = insert_sinks(graph, site)
+        arguments = (site.query, key, value, *index, list(slots), key_mask, sinks)
         output = graph.call_function(
             torch.ops.minference.sparse_attention.default,
             (
@@ -61,7 +128,137 @@ def replace_site(graph: fx.Graph, plan: AttentionPlan) -> None:
             created.append(output)
     for node in created:
         copy_meta(site.output, node)
-    site.output.replace_all_uses_with(output)
+    return output
+
+
+def insert_casts(graph: fx.Graph, site: AttentionSite) -> AttentionSite:
+    """The site with query, key and value as autocast narrows them."""
+
+    def cast(node: fx.Node) -> fx.Node:
+        if example(node).dtype == site.compute_dtype:
+            return node
+        narrow = graph.call_method("to", (node, site.compute_dtype))
+        copy_meta(site.output, narrow)
+        propagate(narrow, site.output)
+        return narrow
+
+    query, key, value = map(cast, (site.query, site.key, site.value))
+    return dataclasses.replace(site, query=query, key=key, value=value)
+
+
+def insert_sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
+    """The sinks as the kernels read them: one number per head, one after the other."""
+    sinks = site.sinks
+    if sinks is None:
+        return None
+    value = example(sinks)
+    if value.shape[0] == site.num_heads and value.stride(0) == 1:
+        return sinks
+    arguments: tuple[object, ...] = (sinks, site.num_heads) if value.shape[0] == 1 else (sinks,)
+    name = "repeat" if value.shape[0] == 1 else "contiguous"
+    node = graph.call_method(name, arguments)  # type: ignore[arg-type]
+    copy_meta(site.output, node)
+    return node
+
+
+def value_key(origin: fx.Node) -> str:
+    """Where nodes of a graph keep their fake value: Dynamo's and exported graphs differ."""
+    return "val" if "val" in origin.meta and "example_value" not in origin.meta else "example_value"
+
+
+def propagate(node: fx.Node, origin: fx.Node) -> None:
+    """Give a new node its fake value, computed from those of its arguments; adds no guards."""
+    if value_of(node) is not None or node.op not in ("call_function", "call_method"):
+        return
+    if not isinstance(example(origin), FakeTensor):
+        return
+    if any(value_of(argument) is None for argument in node.all_input_nodes):
+        raise LookupError(f"an argument of {node.name} has no fake value")
+    node.meta[value_key(origin)] = run_fake(node, {})
+
+
+def run_fake(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> object:
+    """What a call gives on fake values: those given, else the ones that the nodes have."""
+
+    def find(argument: fx.Node) -> object:
+        return values[argument] if argument in values else value_of(argument)
+
+    args, kwargs = fx.map_arg(node.args, find), fx.map_arg(node.kwargs, find)
+    with torch.no_grad(), without_guards(node):
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def difference(old: torch.Tensor, new: torch.Tensor) -> str:
+    """Why a value is no replacement of another, layout aside; "" if it is one."""
+    pairs = zip(old.shape, new.shape, strict=False)
+    if old.dim() != new.dim() or not all(same_size(*pair) for pair in pairs):
+        return f"shape {tuple(old.shape)} would become {tuple(new.shape)}"
+    for name in ("dtype", "device", "requires_grad"):
+        if getattr(old, name) != getattr(new, name):
+            return f"{name} {getattr(old, name)} would become {getattr(new, name)}"
+    return ""
+
+
+def same_layout(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether two values of one shape have the same strides, where these matter."""
+    rows = zip(old.shape, old.stride(), new.stride(), strict=True)
+    return all(
+        same_size(*strides) for size, *strides in rows if not (isinstance(size, int) and size < 2)
+    )
+
+
+def is_rearranged(output: fx.Node, new: torch.Tensor) -> bool:
+    """Whether all that reads an output rearranges it, to the layout that it had anyway.
+
+    Each step must be the only reader of the one before, so that no other can tell a view from a
+    copy.
+    """
+    values = {output: new}
+    node = output
+    while len(node.users) == 1:
+        (user,) = node.users
+        if op_name(user) not in LAYOUTS or subject(user) is not node:
+            return False
+        result = run_fake(user, values)
+        if not isinstance(result, torch.Tensor) or difference(example(user), result):
+            return False
+        if same_layout(example(user), result):
+            return True
+        values[user], node = result, user
+    return False
+
+
+def layout_order(value: torch.Tensor) -> tuple[int, ...] | None:
+    """The order of dimensions in which a value lies densely in memory; None if it does not."""
+    for order in itertools.permutations(range(value.dim())):
+        expected: int | torch.SymInt = 1
+        for dim in reversed(order):
+            size = value.shape[dim]
+            if isinstance(size, int) and size < 2:
+                continue
+            if not same_size(value.stride(dim), expected):
+                break
+            expected = expected * size
+        else:
+            return order
+    return None
+
+
+def insert_layout(
+    graph: fx.Graph, origin: fx.Node, output: fx.Node, order: tuple[int, ...]
+) -> fx.Node:
+    """A copy of the output whose dimensions lie in memory in an order."""
+    back = tuple(order.index(dim) for dim in range(len(order)))
+    with graph.inserting_before(origin):
+        steps: list[tuple[str, tuple[int, ...]]]
+        steps = [("permute", order), ("contiguous", ()), ("permute", back)]
+        for name, arguments in steps:
+            output = graph.call_method(name, (output, *arguments))
+            copy_meta(origin, output)
+            propagate(output, origin)
+    return output
 
 
 def insert_check(

@@ -39,7 +39,7 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
         lowering = device_lowering(query.device)
         if not lowering.builds_ahead or lowering.serves(inputs):
             continue
-        dtype, head_dim, value_dim = query.dtype, int(query.shape[-1]), int(value.shape[-1])
+        dtype, head_dim, value_dim = site.compute_dtype, int(query.shape[-1]), int(value.shape[-1])
         threads[start_attention(lowering, dtype, head_dim, value_dim, site.softcap)] = None
         for cls in dict.fromkeys(map(type, plan.patterns)):
             threads[start_estimator(lowering, cls, dtype, head_dim)] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,9 @@ from torch._dynamo.utils import counters
 from mpass import debug
 from mpass.evaluate.tasks import Haystack, make_haystack
 from tests.helpers.haystacks import STORY
+
+# A failure of the passes is told to users and keeps attention dense: here it is an error.
+os.environ.setdefault("MPASS_STRICT", "1")
 
 # Property tests take the time that a busy machine gives them.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -20,6 +20,7 @@ FOLDERS = {"mpass": "mpass", "mpass.lowering": "lowering", "mpass.patterns": "pa
 
 LAYERS = [
     "errors",
+    "failures",
     "files",
     "lowering",
     "patterns",

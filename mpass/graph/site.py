@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mpass.graph.nodes import head_count, shape_of
+from mpass.graph.nodes import example, head_count, shape_of
 
 Length = int | torch.SymInt
 
@@ -60,6 +60,7 @@ class AttentionSite:
     spelling: how the attention is written, by a name of mpass.match.spellings.
     dense_reason: why the site must stay dense whatever the mask (dropout, weights returned, ...).
     listed: flex_attention's lists of blocks, if they may say something else than the mask.
+    dtype: what the products are computed in where autocast narrows them; None: the query's.
     """
 
     output: fx.Node
@@ -78,6 +79,12 @@ class AttentionSite:
     dense_reason: str = ""
     source: str = ""
     listed: ListedBlocks | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What query, key and value are in when they are multiplied: autocast may narrow them."""
+        return self.dtype or example(self.query).dtype
 
     @property
     def num_heads(self) -> int:

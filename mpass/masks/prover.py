@@ -6,6 +6,7 @@ known forms makes the whole mask unproven. Masks shared by many layers are prove
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
 from mpass.masks.rules.indexing import INDEX_RULES
 from mpass.masks.rules.values import VALUE_RULES
 from mpass.masks.rules.views import SHAPE_RULES
+from mpass.masks.scores import PROBES, hides_finitely, seen_scores
 
 RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
 
@@ -71,7 +73,9 @@ class MaskProver:
         memo = (mask, write, sizes)
         if memo not in self._memo:
             condition = mask_condition(self.reader, mask, sizes, at)
-            self._memo[memo] = self.prove_condition(condition, sizes, key, at)
+            proof = self.prove_condition(condition, sizes, key, at)
+            finite = hides_finitely(self.reader.read(mask, at))
+            self._memo[memo] = rows_without_keys(proof, finite)
         return self._memo[memo]
 
     def prove_steps(
@@ -80,23 +84,27 @@ class MaskProver:
         """The meaning of masks put on raw scores [B, H, Nq, Nk], op by op.
 
         steps: (op, its argument that carries the scores); the ops are add, sub, masked_fill, where
-        and casts. The scores are read as zero, so what remains is 0 where a key is seen.
+        and casts. Scores must remain themselves where a key is seen, see masks/scores.py.
         """
         sizes = mask_sizes(query, key)
-        value: Expr = sympy.Integer(0)
+        values: tuple[Expr, Expr] = PROBES
         for op, carried in steps:
             try:
-                value = self.reader.read_step(op, carried, value)
+                zero, one = (self.reader.read_step(op, carried, value) for value in values)
             except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
                 return MaskProof(None, f"{op_name(op)} on the scores: {reason}")
-        condition = visible(value)
+            values = zero, one
+        if visible(values[0]) is None:
+            reason = explain_unknown(values[0], self.reader)
+            return MaskProof(None, f"additive bias, no mask: {reason}")
+        condition = seen_scores(values)
         if condition is None:
-            return MaskProof(None, f"additive bias, no mask: {explain_unknown(value, self.reader)}")
+            return MaskProof(None, "scores are replaced or scaled where a key is seen")
         condition = rename(condition, 4)
         memo = (condition, sizes)
         if memo not in self._memo:
             self._memo[memo] = self.prove_condition(condition, sizes, key, at)
-        return self._memo[memo]
+        return rows_without_keys(self._memo[memo], hides_finitely(values[0]))
 
     def prove_mask_mod(
         self,
@@ -133,6 +141,25 @@ class MaskProver:
             return MaskProof(meaning, "", condition)
         except NotUnderstood as reason:
             return MaskProof(None, str(reason), condition)
+
+
+def rows_without_keys(proof: MaskProof, finite: bool) -> MaskProof:
+    """A proof, given up where rows that see no key are more than padding.
+
+    finite: keys are hidden by a finite number, so that such a row is the mean of all values, where
+    sparse attention gives zeros. Causal attention always shows a query its own position unless the
+    key mask hides that, and then the query is padding itself; where no tensor of the graph says
+    what is padding, this is no padding.
+    """
+    meaning, condition = proof.meaning, proof.condition
+    if not finite or meaning is None or meaning.key_mask is None or condition is None:
+        return proof
+    if not condition.atoms(AppliedUndef):
+        reason = "rows that see no key are the mean of all values: hide keys by -inf, not a number"
+        return MaskProof(None, reason, condition)
+    words = "rows that see no key are padding: zeros, not the mean of all values"
+    told = dataclasses.replace(meaning, proof=(*meaning.proof, words))
+    return dataclasses.replace(proof, meaning=told)
 
 
 def mask_sizes(query: fx.Node, key: fx.Node) -> MaskSizes:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import fx
 
-from mpass.graph.nodes import layer_index, module_path
+from mpass.failures import contain
+from mpass.graph.arguments import tensor_arguments
+from mpass.graph.nodes import layer_index, module_path, op_name, shape_of
+from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
 from mpass.masks.prover import MaskProver
+from mpass.match.common import make_site
+from mpass.match.eager_scores import trace_scores
 from mpass.match.inline import called_graph, inline_subgraphs, reason_to_keep
 from mpass.match.spellings import SPELLINGS
 
-__all__ = ["SPELLINGS", "find_attention", "inline_subgraphs"]
+__all__ = ["SPELLINGS", "erase_added", "find_attention", "inline_subgraphs"]
+
+NESTING = "increment_nesting", "decrement_nesting"
+"""Ends of the names of the ops between which a transform of torch.func is at work."""
 
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
@@ -20,19 +29,64 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
 
     Nothing that is there is edited; small nodes that make a key mask may be added, which are dead
     until a rewrite uses them. Attention in a sub-graph that `inline_subgraphs` had to leave alone
-    is dense.
+    is dense, and so is attention at which matching fails.
     """
     prover = MaskProver(gm.graph)
     sites: list[AttentionSite] = []
+    depth = 0
     for node in list(gm.graph.nodes):
+        depth += nesting(node)
         for spelling in SPELLINGS:
-            if spelling.starts_at(node) and (site := spelling.match(node, prover)) is not None:
+            if not spelling.starts_at(node):
+                continue
+            before = set(gm.graph.nodes)
+            try:
+                site = transformed(node, prover) if depth else spelling.match(node, prover)
+            except Exception as error:
+                reason = contain(error, f"matching attention ({spelling.name})", count_ops(gm))
+                site = site_at(node, reason)
+                erase_added(gm.graph, before)
+                prover = MaskProver(gm.graph)
+            if site is not None:
                 sites.append(replace(site, spelling=spelling.name))
         inner = called_graph(node)
         if inner is not None:
             reason = reason_to_keep(node, prover.writes) or "inside of a sub-graph"
             sites += [dense_inside(site, node, reason) for site in find_attention(inner)]
     return sites
+
+
+def nesting(node: fx.Node) -> int:
+    """1 where a transform of torch.func begins (vmap, grad, jvp), -1 where it ends, else 0."""
+    name = op_name(node) if node.op == "call_function" else ""
+    return name.endswith(NESTING[0]) - name.endswith(NESTING[1])
+
+
+def transformed(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
+    """The dense site of an attention inside of a transform, whose tensors are not what they seem.
+
+    None for a softmax that no product leads to.
+    """
+    if op_name(node) == "softmax" and trace_scores(node, prover) is None:
+        return None
+    return site_at(node, "inside of torch.vmap or torch.func: sparse attention has no rule")
+
+
+def site_at(node: fx.Node, reason: str) -> AttentionSite | None:
+    """The dense site of a call about which nothing else is known; None if it has no tensors."""
+    tensors = [tensor for tensor in tensor_arguments(node) if len(shape_of(tensor)) > 0]
+    if not tensors:
+        return None
+    query, key, value = tensors[:3] if len(tensors) >= 3 else tensors[:1] * 3
+    fields = {"query": query, "key": key, "value": value, "scale": 1.0, "mask": None}
+    return make_site(node, **fields, unproven=reason, dense_reason=reason)
+
+
+def erase_added(graph: fx.Graph, before: Collection[fx.Node]) -> None:
+    """Erase the nodes that were added to a graph and that nothing uses."""
+    for node in reversed(list(graph.nodes)):
+        if node not in before and not node.users:
+            graph.erase_node(node)
 
 
 def dense_inside(site: AttentionSite, call: fx.Node, reason: str) -> AttentionSite:

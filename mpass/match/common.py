@@ -36,6 +36,8 @@ def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
         return f"key {tuple(k[1:3])} and value {tuple(v[1:3])} differ in heads or length"
     if not (isinstance(q[1], int) and isinstance(k[1], int) and isinstance(q[3], int)):
         return "number of heads or head_dim is dynamic"
+    if 0 in (q[1], k[1], q[3], v[3]):
+        return "there are no heads, or no channels"
     if q[1] % k[1]:
         return f"{q[1]} query heads are no multiple of {k[1]} key/value heads"
     return ""
@@ -81,7 +83,7 @@ def constant_scale(scale: object, query: fx.Node) -> float | None:
     """The scale of the scores as a number, 1/sqrt(D) for None; None if it is not a constant."""
     if scale is None:
         head_dim = shape_of(query)[-1]
-        return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) else None
+        return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) and head_dim else None
     return constant_number(scale)
 
 

@@ -11,12 +11,19 @@ from __future__ import annotations
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from mpass.graph.nodes import is_tensor, op_name, shape_of
+from mpass.graph.arguments import bind
+from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
 from mpass.masks.expressions import axis
 from mpass.masks.prover import MaskProof, MaskProver
 from mpass.match.common import gradient_reason, make_site, shape_reason
-from mpass.match.eager_scores import Chain, read_scores, shape_problem, trace_scores
+from mpass.match.eager_scores import (
+    Chain,
+    precision_problem,
+    read_scores,
+    shape_problem,
+    trace_scores,
+)
 from mpass.match.eager_weights import Weights, trace_weights
 from mpass.match.products import Product, bind_scores, bind_value, operands
 from mpass.match.repeat_kv import original, original_pair
@@ -35,7 +42,7 @@ def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         return None
     first = bind_scores(chain.product)
     second = bind_value(weights.output, weights.operand)
-    problem = chain.problem or weights.problem or shape_problem(chain)
+    problem = chain.problem or weights.problem or shape_problem(chain) or rounding(chain, weights)
     if problem or first is None or second is None:
         return dense_site(chain, weights, problem or "the products are not of [B, H, N, D] tensors")
     return build_site(chain, weights.output, first, second, prover)
@@ -73,8 +80,15 @@ def build_site(
         mask=proof.meaning,
         unproven=proof.reason,
         output_transposed=second.output_transposed,
+        dtype=example(chain.product).dtype,
         dense_reason=reason,
     )
+
+
+def rounding(chain: Chain, weights: Weights) -> str:
+    """Why the steps between the products round more than the products do; "" if they do not."""
+    steps = [op for op, _ in chain.steps]
+    return precision_problem(chain.product, [*steps, chain.softmax, *weights.steps])
 
 
 def dense_site(chain: Chain, weights: Weights, reason: str) -> AttentionSite:
@@ -97,19 +111,20 @@ def is_softmax(node: fx.Node) -> bool:
     """Whether a node is a softmax over the last dimension."""
     if node.op not in ("call_function", "call_method") or op_name(node) != "softmax":
         return False
-    if not is_tensor(node) or not isinstance(node.args[0], fx.Node):
+    given = bind(node)
+    if not is_tensor(node) or not is_tensor(given.get("input")) or "out" in given:
         return False
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return dim in (-1, len(shape_of(node)) - 1)
+    return given.get("dim") in (-1, len(shape_of(node)) - 1)
 
 
 def sink_logits(sinks: fx.Node, softmax: fx.Node, prover: MaskProver) -> fx.Node | None:
-    """The [H] tensor behind sinks of [B, H, Nq, 1]; None if they are something else."""
+    """The [H] tensor behind sinks of [B, H, Nq, 1], or the [1] that all heads share; else None."""
     expr = prover.reader.read(sinks, softmax)
     if not isinstance(expr, AppliedUndef) or expr.args not in ((axis(1),), ()):
         return None
     node = prover.reader.sources[expr.func.__name__]
-    if len(shape_of(node)) != 1 or prover.writes.ever_written(node):
+    heads = 1 if expr.args == () else shape_of(sinks)[1]
+    if tuple(shape_of(node)) != (heads,) or prover.writes.ever_written(node):
         return None
     return node
 

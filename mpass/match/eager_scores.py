@@ -6,11 +6,14 @@ that keeps the site dense.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
+from mpass.graph.arguments import argument, bind, place_of, subject, tensor_arguments
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.masks.expressions import number
 from mpass.masks.prover import MaskProver
@@ -23,6 +26,15 @@ FACTORS = frozenset("mul multiply div divide truediv true_divide".split())
 MASKS = frozenset("add sub subtract masked_fill where".split())
 RESHAPES = frozenset("view reshape unsafe_view expand getitem".split())
 MAX_STEPS = 16
+
+OPERANDS = frozenset({"input", "other", "condition", "mask", "value"})
+"""Arguments that ops on scores may have; any other (alpha, out) makes them another op."""
+
+PLACES = {"where": ("input", "other"), "add": ("input", "other")}
+"""The arguments that may carry the scores, where these are not just the first."""
+
+FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+"""dtypes that scores and weights may have on their way."""
 
 
 @dataclass
@@ -58,7 +70,7 @@ def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
     path = {softmax}
     problem = ""
     reader: fx.Node = softmax
-    found: Any = softmax.args[0]
+    found: Any = argument(softmax, "input")
     for _ in range(MAX_STEPS):
         if not isinstance(found, fx.Node) or not is_tensor(found):
             return None
@@ -70,8 +82,7 @@ def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
         name = op_name(node)
         reader = node
         if name == "cat" and sinks is None and is_pair(node):
-            parts: Any = node.args[0]
-            found, sinks = parts
+            found, sinks = argument(node, "tensors")
             changed = [op_name(op) for op, _ in steps if op_name(op) not in CASTS]
             if changed:
                 problem = problem or f"scores are changed by {changed[0]} beside attention sinks"
@@ -80,7 +91,9 @@ def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
         maximum = own_maximum(node) if name == "sub" else None
         if maximum:
             path |= maximum
-            found = node.args[0]
+            found = argument(node, "input")
+            if sinks is not None or any(op_name(op) == "tanh" for op, _ in steps):
+                problem = problem or "the maximum of the scores is subtracted before sinks or tanh"
             continue
         carried = carrying_argument(node)
         if carried is None:
@@ -93,8 +106,7 @@ def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
 
 def is_pair(cat: fx.Node) -> bool:
     """Whether torch.cat joins two tensors along the last dimension."""
-    parts = cat.args[0]
-    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+    parts, dim = argument(cat, "tensors"), argument(cat, "dim", 0)
     last = dim in (-1, len(shape_of(cat)) - 1)
     return last and isinstance(parts, (list, tuple)) and len(parts) == 2
 
@@ -105,15 +117,30 @@ def misuse(op: fx.Node, carried: fx.Node) -> str:
     if name not in CASTS | FACTORS | MASKS | {"tanh"}:
         verb = "reshaped" if name in RESHAPES else "changed"
         return f"scores are {verb} by {name} before the softmax"
-    if sum(arg is carried for arg in (*op.args, *op.kwargs.values())) != 1:
+    if sum(tensor is carried for tensor in tensor_arguments(op)) != 1:
         return f"scores are used twice by {name}"
-    places = {"where": (0, 2) if op.op == "call_method" else (1, 2), "add": (0, 1)}
-    if op.args.index(carried) not in places.get(name, (0, 1) if name in FACTORS else (0,)):
+    given = bind(op)
+    place = place_of(op, carried)
+    if place not in PLACES.get(name, ("input", "other") if name in FACTORS else ("input",)):
         return f"scores are not the operand that {name} masks"
-    if name in ("add", "sub", "subtract") and (len(op.args) > 2 or "alpha" in op.kwargs):
+    if name not in CASTS and any(given[extra] is not None for extra in given.keys() - OPERANDS):
         return f"scores are scaled by {name}"
-    if name in CASTS and not example(op).dtype.is_floating_point:
-        return f"scores are rounded to {example(op).dtype}"
+    return ""
+
+
+def precision_problem(product: fx.Node, steps: Iterable[fx.Node]) -> str:
+    """Why the steps between two products are of another precision than attention has.
+
+    Sparse attention keeps scores and weights in fp32. A step that rounds no more than the product
+    itself does is within the tolerance of its dtype; one that rounds more is another result.
+    """
+    own = torch.finfo(example(product).dtype)
+    for op in steps:
+        dtype = example(op).dtype
+        if dtype not in FLOATS:
+            return f"scores or weights are rounded to {dtype}"
+        if torch.finfo(dtype).eps > own.eps or torch.finfo(dtype).max < own.max:
+            return f"scores of {example(product).dtype} are rounded to {dtype}"
     return ""
 
 
@@ -131,7 +158,7 @@ def as_read_by(node: fx.Node, reader: fx.Node, prover: MaskProver) -> tuple[fx.N
     write = prover.writes.last_write(node, prover.writes.position[reader])
     if write is None or write is node:
         return node, ""
-    if is_tensor(write) and same_view(node, write.args[0]):
+    if is_tensor(write) and same_view(node, subject(write)):
         return write, ""
     return node, "scores are written in place"
 
@@ -140,7 +167,7 @@ def carrying_argument(node: fx.Node) -> fx.Node | None:
     """The argument through which scores reach an op: the one that leads to a product."""
     if node.op not in ("call_function", "call_method"):
         return None
-    candidates = [arg for arg in node.args if isinstance(arg, fx.Node) and is_tensor(arg)]
+    candidates = list(tensor_arguments(node))
     shape = shape_of(node)
     full = [arg for arg in candidates if shape_of(arg)[-1:] == shape[-1:]] or candidates
     leading = [arg for arg in full if leads_to_product(arg, MAX_STEPS)]
@@ -159,24 +186,27 @@ def leads_to_product(node: fx.Node, depth: int) -> bool:
 
 def own_maximum(sub: fx.Node) -> set[fx.Node]:
     """The nodes of x.max(-1, keepdim=True) in `x - max`, which a softmax does not notice."""
-    scores, node = sub.args[0], sub.args[1]
+    given = bind(sub)
+    if given.keys() - {"input", "other"}:
+        return set()
+    scores, node = given.get("input"), given.get("other")
     nodes: set[fx.Node] = set()
     if isinstance(node, fx.Node) and op_name(node) in ("getitem", "values"):
         nodes.add(node)
-        if node.args[1] not in (0, "values"):
+        if node.target is not getattr and argument(node, "index") != 0:
             return set()
-        node = node.args[0]
+        node = subject(node)
     if not isinstance(node, fx.Node) or op_name(node) not in ("max", "amax"):
         return set()
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")
-    own = node.args[0] is scores and dim in (-1, [-1], (-1,)) and keep is True
+    given = bind(node)
+    last = given.get("dim") in (-1, [-1], (-1,))
+    own = given.get("input") is scores and last and given.get("keepdim") is True
     return {*nodes, node} if own else set()
 
 
 def alibi_reason(product: fx.Node) -> str:
     """Why a product that adds a bias keeps a site dense."""
-    if op_name(product) == "baddbmm" and product.kwargs.get("beta", 1) != 0:
+    if op_name(product) == "baddbmm" and argument(product, "beta", 1) != 0:
         return "baddbmm adds a bias (ALiBi) to the scores: only masks can be served"
     return ""
 
@@ -214,12 +244,13 @@ def read_scores(chain: Chain) -> Scores:
 
 def constant_factor(op: fx.Node, carried: fx.Node) -> float | None:
     """The number that an op multiplies the scores by."""
-    left, right = op.args[0], op.args[1]
-    other = constant_number(right if left is carried else left)
-    if other is None or len(op.args) > 2:
+    given = bind(op)
+    if any(given[extra] is not None for extra in given.keys() - {"input", "other"}):
         return None
-    if op.kwargs.get("rounding_mode") is not None:
+    divided = given.get("input") is carried
+    other = constant_number(given.get("other") if divided else given.get("input"))
+    if other is None:
         return None
     if op_name(op) in ("mul", "multiply"):
         return other
-    return 1.0 / other if left is carried and other else None
+    return 1.0 / other if divided and other else None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
+from mpass.graph.arguments import argument, bind
 from mpass.graph.nodes import is_tensor, op_name, shape_of
 from mpass.match.common import dropout_reason
 from mpass.match.eager_scores import CASTS, FACTORS, MASKS, MAX_STEPS, RESHAPES
@@ -18,16 +18,21 @@ OTHERS = frozenset({"nan_to_num", "clamp", "relu", "pow"})
 
 @dataclass(frozen=True)
 class Weights:
-    """The way from a softmax to the product with the value: its end, the operand, any problem."""
+    """The way from a softmax to the product with the value: its end, the operand, any problem.
+
+    steps: the ops on the way.
+    """
 
     output: fx.Node
     operand: fx.Node
     problem: str
+    steps: tuple[fx.Node, ...] = ()
 
 
 def trace_weights(softmax: fx.Node, sinks: bool) -> Weights | None:
     """The way from a softmax to a product with the value; None if there is none."""
     node, problem = softmax, ""
+    steps: list[fx.Node] = []
     for _ in range(MAX_STEPS):
         following = next((user for user in node.users if continues(user, node, MAX_STEPS)), None)
         if following is None:
@@ -38,7 +43,7 @@ def trace_weights(softmax: fx.Node, sinks: bool) -> Weights | None:
         if is_product(following):
             if sinks:
                 problem = problem or "attention sinks are not cut off the weights"
-            return Weights(following, node, problem)
+            return Weights(following, node, problem, tuple(steps))
         if name in DROPOUTS:
             problem = problem or dropout_in(following)
         elif sinks and name == "getitem" and cuts_last(following):
@@ -46,6 +51,7 @@ def trace_weights(softmax: fx.Node, sinks: bool) -> Weights | None:
         elif name not in CASTS:
             problem = problem or f"attention weights are changed by {name}"
         node = following
+        steps.append(node)
     return None
 
 
@@ -63,20 +69,15 @@ def continues(user: fx.Node, weights: fx.Node, depth: int) -> bool:
 
 def dropout_in(node: fx.Node) -> str:
     """Why a dropout op keeps a site dense."""
-
-    def argument(place: int, *names: str, default: Any = None) -> Any:
-        if len(node.args) > place:
-            return node.args[place]
-        return next((node.kwargs[name] for name in names if name in node.kwargs), default)
-
-    if argument(2, "training", "train", default=True) is False:
+    given = bind(node)
+    if given.get("train", True) is False:
         return ""
-    return dropout_reason(argument(1, "p", default=0.5))
+    return dropout_reason(given.get("p", 0.5))
 
 
 def cuts_last(node: fx.Node) -> bool:
     """Whether an op is x[..., :-1]."""
-    index = node.args[1]
+    index = argument(node, "index")
     if not isinstance(index, (list, tuple)):
         return False
     *others, last = index

@@ -15,14 +15,14 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.nodes import is_tensor, op_name, shape_of
+from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite, Length, ListedBlocks, MaskMeaning
 from mpass.lowering.block_mask import BlockLists, lists_agree
 from mpass.lowering.index import AttentionMask
 from mpass.masks.expressions import BATCH, HEAD, KEY, QUERY, Expr
 from mpass.masks.prover import MaskProof, MaskProver, mask_sizes
 from mpass.match.common import constant_scale, gradient_reason, make_site, shape_reason
-from mpass.match.eager_scores import CASTS, FACTORS, constant_factor
+from mpass.match.eager_scores import CASTS, FACTORS, FLOATS, constant_factor
 from mpass.match.spelling import Spelling
 
 LISTS = slice(2, 6)
@@ -99,8 +99,11 @@ def read_score_mod(module: fx.GraphModule | None) -> float | None:
     node = result_of(module.graph)
     after, before, capped = 1.0, 1.0, False
     while isinstance(node, fx.Node) and node is not placeholders[0]:
-        carried = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
+        given = (*node.args, *node.kwargs.values())
+        carried = next((arg for arg in given if isinstance(arg, fx.Node)), None)
         if carried is None or node.op == "placeholder":
+            return None
+        if is_tensor(node) and example(node).dtype not in FLOATS:
             return None
         name = op_name(node)
         if name == "tanh" and not capped:

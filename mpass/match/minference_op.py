@@ -29,6 +29,8 @@ def match_minference_op(node: fx.Node, _prover: object) -> AttentionSite | None:
     if node.op != "call_function" or str(node.target) not in TARGETS:
         return None
     arguments: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | node.kwargs
+    if any(name not in arguments for name in ARGUMENTS):
+        return None
     query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = (
         arguments[name] for name in ARGUMENTS
     )

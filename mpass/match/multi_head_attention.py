@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from mpass.graph.nodes import is_tensor
+from mpass.graph.arguments import tensor_arguments
 from mpass.graph.site import AttentionSite
 from mpass.masks.prover import MaskProver
 from mpass.match.common import make_site
@@ -27,7 +27,7 @@ def match_multi_head_attention(node: fx.Node, prover: MaskProver) -> AttentionSi
     """The dense site of an opaque multi-head attention; None if the node is none."""
     if node.op != "call_function" or node.target not in OPS:
         return None
-    tensors = [arg for arg in node.args if isinstance(arg, fx.Node) and is_tensor(arg)]
+    tensors = list(tensor_arguments(node))
     if not tensors:
         return None
     fused = node.target is torch._transformer_encoder_layer_fwd

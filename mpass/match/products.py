@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
+from mpass.graph.arguments import bind
 from mpass.graph.nodes import is_tensor, op_name, shape_of
 
-PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
+OPERANDS = {
+    "matmul": ("input", "other"),
+    "bmm": ("input", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+    "einsum": (),
+}
+"""The products, and the arguments that they multiply (einsum's have no names)."""
 IDENTITY = (0, 1, 2, 3)
 TRANSPOSED = (0, 1, 3, 2)
 
@@ -31,21 +39,32 @@ class Product:
 
 def is_product(node: fx.Node) -> bool:
     """Whether a node multiplies two tensors of at least three dimensions."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in PRODUCTS:
+    if node.op not in ("call_function", "call_method") or op_name(node) not in OPERANDS:
         return False
     tensors = operands(node)
-    return len(tensors) >= 2 and all(len(shape_of(tensor)) >= 3 for tensor in tensors)
+    if len(tensors) < 2 or "out" in node.kwargs:
+        return False
+    return all(len(shape_of(tensor)) >= 3 for tensor in tensors)
 
 
 def operands(product: fx.Node) -> list[fx.Node]:
     """The tensors that a product multiplies (baddbmm's addend is none of them)."""
     if op_name(product) == "einsum":
-        rest: Any = product.args[1:]
-        tensors = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+        tensors = einsum_arguments(product)[1]
     else:
-        named = (product.kwargs.get(name) for name in ("other", "mat2", "batch1", "batch2"))
-        tensors = [*product.args, *(value for value in named if value is not None)][-2:]
+        given = bind(product)
+        tensors = [given.get(name) for name in OPERANDS.get(op_name(product), ())]
     return [node for node in tensors if isinstance(node, fx.Node) and is_tensor(node)]
+
+
+def einsum_arguments(product: fx.Node) -> tuple[object, Sequence[Any]]:
+    """The equation and the operands, given one by one or as a list."""
+    if not product.args or product.kwargs.keys() - {"path"}:
+        return None, ()
+    equation, *rest = product.args
+    if len(rest) == 1 and isinstance(rest[0], (list, tuple)):
+        return equation, rest[0]
+    return equation, rest
 
 
 def bind_scores(node: fx.Node) -> Product | None:
@@ -71,7 +90,7 @@ def bind_value(node: fx.Node, weights: fx.Node) -> Product | None:
 
 def parse_einsum(node: fx.Node) -> tuple[list[str], list[fx.Node], str] | None:
     """Letters of two 4-D operands, the operands, letters of the result."""
-    equation: Any = node.args[0]
+    equation, _ = einsum_arguments(node)
     tensors = operands(node)
     if not isinstance(equation, str) or len(tensors) != 2:
         return None

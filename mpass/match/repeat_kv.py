@@ -13,6 +13,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from mpass.graph.arguments import subject
 from mpass.graph.nodes import example, is_tensor, op_name, same_size, shape_of
 from mpass.masks.expressions import Expr, axis
 from mpass.masks.prover import RULES, MaskProver
@@ -74,7 +75,7 @@ def original_pair(
 def ancestors(node: fx.Node) -> Iterator[fx.Node]:
     """Tensors that a tensor is a rearrangement of, nearest first."""
     for _ in range(MAX_STEPS):
-        first = node.args[0] if node.args else None
+        first = subject(node)
         if op_name(node) not in STRUCTURAL or not isinstance(first, fx.Node):
             return
         if not is_tensor(first):
@@ -85,8 +86,8 @@ def ancestors(node: fx.Node) -> Iterator[fx.Node]:
 
 def next_on_path(candidate: fx.Node, node: fx.Node) -> fx.Node:
     """The op on the way to `node` that reads `candidate`."""
-    while node.args[0] is not candidate:
-        node = node.args[0]  # type: ignore[assignment]
+    while subject(node) is not candidate:
+        node = subject(node)
     return node
 
 
@@ -95,7 +96,7 @@ def fits(candidate: fx.Node, node: fx.Node, order: tuple[int, ...], heads: objec
     shape, wanted = shape_of(candidate), shape_of(node)
     if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(heads, int):
         return False
-    if shape[1] > heads or heads % shape[1]:
+    if not 0 < shape[1] <= heads or heads % shape[1]:
         return False
     return all(same_size(shape[i], wanted[order[i]]) for i in (0, 2, 3))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mpass.graph.nodes import is_tensor, same_size, shape_of
+from mpass.graph.nodes import example, is_tensor, same_size, shape_of
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.masks.prover import MaskProver
 from mpass.match.common import (
@@ -78,6 +78,7 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         mask=mask,
         unproven=unproven,
         dense_reason=reason,
+        dtype=example(node).dtype,
     )
 
 
@@ -105,6 +106,8 @@ def reason_to_stay(call: SdpaCall, scale: float | None) -> str:
         return f"{heads} query heads and {kv_heads} key heads without enable_gqa"
     if scale is None:
         return "scale is not a constant"
+    if call.attn_mask is not None and call.is_causal is not False:
+        return "attn_mask together with is_causal=True, which torch refuses"
     return dropout_reason(call.dropout_p)
 
 
