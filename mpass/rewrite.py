@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
@@ -40,7 +40,8 @@ def rewrite_attention(gm: fx.GraphModule, decisions: Sequence[Decision]) -> list
 
     Returns the decisions with those plans skipped whose replacement is not what the site computes.
     """
-    final = [replace_planned(gm, decision) for decision in decisions]
+    taken_over: dict[fx.Node, fx.Node] = {}
+    final = [replace_planned(gm, decision, taken_over) for decision in decisions]
     replaced = [plan.site.output for plan in final if isinstance(plan, AttentionPlan)]
     if replaced:
         remove_dead(gm.graph, replaced)
@@ -49,13 +50,25 @@ def rewrite_attention(gm: fx.GraphModule, decisions: Sequence[Decision]) -> list
     return final
 
 
-def replace_planned(gm: fx.GraphModule, decision: Decision) -> Decision:
-    """Carry out one plan, if it is one; a Skip if that cannot be done. Then nothing is edited."""
+def reading(site: AttentionSite, taken_over: Mapping[fx.Node, fx.Node]) -> AttentionSite:
+    """A site that reads what took the place of attentions before it, writes to that included."""
+    query, key, value = (taken_over.get(n, n) for n in (site.query, site.key, site.value))
+    return dataclasses.replace(site, query=query, key=key, value=value)
+
+
+def replace_planned(
+    gm: fx.GraphModule, decision: Decision, taken_over: dict[fx.Node, fx.Node]
+) -> Decision:
+    """Carry out one plan, if it is one; a Skip if that cannot be done. Then nothing is edited.
+
+    taken_over: what took the place of outputs; this site's is added.
+    """
     if not isinstance(decision, AttentionPlan):
         return decision
     before = set(gm.graph.nodes)
     try:
-        reason = replace_site(gm.graph, decision, before)
+        plan = dataclasses.replace(decision, site=reading(decision.site, taken_over))
+        reason = replace_site(gm.graph, plan, before, taken_over)
     except Exception as error:
         reason = contain(error, "rewriting attention", count_ops(gm))
     if not reason:
@@ -64,7 +77,12 @@ def replace_planned(gm: fx.GraphModule, decision: Decision) -> Decision:
     return Skip(decision.site, reason, decision.config_source)
 
 
-def replace_site(graph: fx.Graph, plan: AttentionPlan, before: set[fx.Node]) -> str:
+def replace_site(
+    graph: fx.Graph,
+    plan: AttentionPlan,
+    before: set[fx.Node],
+    taken_over: dict[fx.Node, fx.Node],
+) -> str:
     """Insert the ops of one plan at the site's output and hand its uses over.
 
     before: the nodes of the graph. Returns why the ops are no replacement; "" if all is done.
@@ -76,6 +94,7 @@ def replace_site(graph: fx.Graph, plan: AttentionPlan, before: set[fx.Node]) -> 
             propagate(node, site.output)
     old, new = example(site.output), value_of(output)
     if not isinstance(old, FakeTensor):
+        taken_over[site.output] = output
         site.output.replace_all_uses_with(output)  # A graph of real tensors, made by hand.
         return ""
     if not isinstance(new, torch.Tensor):
@@ -92,6 +111,7 @@ def replace_site(graph: fx.Graph, plan: AttentionPlan, before: set[fx.Node]) -> 
     # A view of the old value: what aliases it keeps doing so for those who look at storages.
     with torch.no_grad(), without_guards(output):
         output.meta[value_key(site.output)] = old.as_strided(new.shape, new.stride())
+    taken_over[site.output] = output
     site.output.replace_all_uses_with(output)
     return ""
 

@@ -80,7 +80,7 @@ class Instrument:
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Replace the sites of a graph; it runs as it is, nothing else is compiled."""
         taken: set[int] = set()
-        replaced: list[fx.Node] = []
+        chosen: list[AttentionSite] = []
         for site in find_attention(gm):
             reason = reason_to_skip(site)
             if not reason and (site.mask is None or not site.mask.causal):
@@ -91,9 +91,10 @@ class Instrument:
                 self.skipped.append(f"{site.path or site.output.name}: {reason}")
                 continue
             taken.add(site.layer)
-            replaced.append(site.output)
+            chosen.append(site)
+        for site in reversed(chosen):  # So that a site reads the call that replaces one before it.
             insert_call(gm.graph, site, self.call)
-        remove_dead(gm.graph, replaced)
+        remove_dead(gm.graph, [site.output for site in chosen])
         gm.graph.lint()
         gm.recompile()
         self.layers = sorted({*self.layers, *taken})

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from torch import fx
 
 from mpass.graph.nodes import MADE_HERE
-from mpass.graph.observation import observe
 from mpass.graph.writes import StorageWrites
 
 
@@ -74,7 +73,7 @@ def is_noticed(node: fx.Node, external: set[int], writes: StorageWrites) -> bool
     """Whether a node has an effect beyond its value and beyond the graph's own memory."""
     if node.op in ("placeholder", "output"):
         return True
-    effects = observe(node)
+    effects = writes.effects[node]
     if not effects.known or not effects.pure:
         return True
     for target in writes.written_by(node):

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mpass.graph.nodes import value_of
-from mpass.graph.observation import observe, storages_in, tensor_nodes, tensors_in
+from mpass.graph.observation import Effects, observe, storages_in, tensor_nodes, tensors_in
 
 SAME_MEMORY = "minference_same_memory"
 """Key of a node's meta: a value in whose memory the node's own tensor lies too.
@@ -34,14 +34,16 @@ class StorageWrites:
         for node in graph.nodes:
             if SAME_MEMORY in node.meta:
                 self._join(node)
+        self.effects: dict[fx.Node, Effects] = {}
         self._written: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            targets = written_by(node)
+            effects = self.effects[node] = observe(node)
+            targets = written_by(node, effects)
             if targets:
                 self._written[node] = targets
             for target in targets:
                 self._record(node, target)
-            for target in reshaped_by(node):
+            for target in reshaped_by(node, effects):
                 for reshaped in (node, target):
                     self._reshaped.setdefault(id(value_of(reshaped)), node)
 
@@ -159,9 +161,9 @@ def storage_of(node: fx.Node) -> int | None:
     return next(iter(storages)) if len(storages) == 1 else None
 
 
-def written_by(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node writes to, or might."""
-    effects = observe(node)
+def written_by(node: fx.Node, effects: Effects | None = None) -> list[fx.Node]:
+    """The arguments that a node writes to, or might; `effects` are its own, if they are known."""
+    effects = observe(node) if effects is None else effects
     if effects.known and not effects.writes:
         return []
     places = tensor_nodes(node)
@@ -170,8 +172,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return [arg for arg in dict.fromkeys(places) if memory_of(arg) != set()]
 
 
-def reshaped_by(node: fx.Node) -> list[fx.Node]:
+def reshaped_by(node: fx.Node, effects: Effects) -> list[fx.Node]:
     """The arguments whose sizes or strides are other ones after a node ran."""
-    effects = observe(node)
     places = tensor_nodes(node) if effects.reshapes else []
     return [places[place] for place in sorted(effects.reshapes)]
