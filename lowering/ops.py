@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mpass.failures import contain
 from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree, warn_of_lists
 from mpass.lowering.density import density, work_share
 from mpass.lowering.dispatch import choose_lowering
@@ -107,14 +108,17 @@ def sparse_attention(
         if log.inspect is not None:
             log.inspect(call, Operands(query, key, index, mask, scale, softcap, sinks))
     out: Tensor
-    if dense:
-        out = lowering.function("dense_attention")(
-            query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks
-        )
-    else:
-        out = lowering.function("sparse_attention")(
-            query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
-        )
+    if not dense:
+        try:
+            out = lowering.function("sparse_attention")(
+                query, key, value, index, mask, scale=scale, softcap=softcap, sinks=sinks
+            )
+            return out
+        except Exception as error:
+            contain(error, f"a kernel of sparse attention ({lowering.name})")
+    out = lowering.function("dense_attention")(
+        query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks
+    )
     return out
 
 
