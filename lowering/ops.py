@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mpass.failures import contain
 from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree, warn_of_lists
 from mpass.lowering.density import density, work_share
 from mpass.lowering.device import Lowering
@@ -84,9 +85,12 @@ def sparse_attention(
     lowering = choose_lowering(inputs)
     reason = decide_dense(lowering, inputs, index, dense_above=dense_above, min_seq_len=min_seq_len)
     record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
-    if reason:
-        return lowering.dense_attention(inputs)
-    return lowering.sparse_attention(inputs, index)
+    if not reason:
+        try:
+            return lowering.sparse_attention(inputs, index)
+        except Exception as error:
+            contain(error, f"a kernel of sparse attention ({lowering.name})")
+    return lowering.dense_attention(inputs)
 
 
 def decide_dense(

@@ -32,6 +32,11 @@ from mpass.plan import AttentionPlan, Skip
 LAYOUTS = frozenset("transpose permute swapaxes contiguous reshape flatten".split())
 """Ops after which it may not matter any more how attention's output was laid out."""
 
+CONTIGUOUS = {"memory_format": torch.contiguous_format}
+
+aten = torch.ops.aten
+"""New nodes are calls of registered ops, which exported programs may hold as well."""
+
 Decision = AttentionPlan | Skip
 
 
@@ -144,7 +149,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         )
         created = [output, *insert_check(graph, site, output, visible)]
         if site.output_transposed:
-            output = graph.call_method("transpose", (output, 1, 2))
+            output = graph.call_function(aten.transpose.int, (output, 1, 2))
             created.append(output)
     for node in created:
         copy_meta(site.output, node)
@@ -157,7 +162,7 @@ def insert_casts(graph: fx.Graph, site: AttentionSite) -> AttentionSite:
     def cast(node: fx.Node) -> fx.Node:
         if example(node).dtype == site.compute_dtype:
             return node
-        narrow = graph.call_method("to", (node, site.compute_dtype))
+        narrow = graph.call_function(aten.to.dtype, (node, site.compute_dtype))
         copy_meta(site.output, narrow)
         propagate(narrow, site.output)
         return narrow
@@ -174,9 +179,10 @@ def insert_sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
     value = example(sinks)
     if value.shape[0] == site.num_heads and value.stride(0) == 1:
         return sinks
-    arguments: tuple[object, ...] = (sinks, site.num_heads) if value.shape[0] == 1 else (sinks,)
-    name = "repeat" if value.shape[0] == 1 else "contiguous"
-    node = graph.call_method(name, arguments)  # type: ignore[arg-type]
+    if value.shape[0] == 1:
+        node = graph.call_function(aten.repeat.default, (sinks, [site.num_heads]))
+    else:
+        node = graph.call_function(aten.clone.default, (sinks,), dict(CONTIGUOUS))
     copy_meta(site.output, node)
     return node
 
@@ -272,10 +278,12 @@ def insert_layout(
     """A copy of the output whose dimensions lie in memory in an order."""
     back = tuple(order.index(dim) for dim in range(len(order)))
     with graph.inserting_before(origin):
-        steps: list[tuple[str, tuple[int, ...]]]
-        steps = [("permute", order), ("contiguous", ()), ("permute", back)]
-        for name, arguments in steps:
-            output = graph.call_method(name, (output, *arguments))
+        for target, arguments, settings in (
+            (aten.permute.default, (list(order),), {}),
+            (aten.clone.default, (), CONTIGUOUS),
+            (aten.permute.default, (list(back),), {}),
+        ):
+            output = graph.call_function(target, (output, *arguments), dict(settings))
             copy_meta(origin, output)
             propagate(output, origin)
     return output
@@ -305,23 +313,18 @@ def insert_keys(
     batch = shape_of(site.query)[0]
     if key_mask is not None and shape_of(key_mask)[0] != batch:
         rows = as_argument(graph, batch)
-        key_mask = graph.call_method("expand", (key_mask, rows, -1))
+        key_mask = graph.call_function(aten.expand.default, (key_mask, [rows, -1]))
         copy_meta(site.output, key_mask)
     if mask.valid_keys is None:
         return key, value, key_mask
-    rows_kept = slice(None, as_argument(graph, mask.valid_keys))
-    everything = slice(None)
+    kept = as_argument(graph, mask.valid_keys)
 
-    def cut(node: fx.Node, *where: slice) -> fx.Node:
-        shorter = graph.call_function(operator.getitem, (node, where))
+    def cut(node: fx.Node, dim: int) -> fx.Node:
+        shorter = graph.call_function(aten.slice.Tensor, (node, dim, 0, kept))
         copy_meta(site.output, shorter)
         return shorter
 
-    return (
-        cut(key, everything, everything, rows_kept),
-        cut(value, everything, everything, rows_kept),
-        None if key_mask is None else cut(key_mask, everything, rows_kept),
-    )
+    return cut(key, 2), cut(value, 2), None if key_mask is None else cut(key_mask, 1)
 
 
 def insert_index(
@@ -408,5 +411,5 @@ def find_symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
             return node
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
             if isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                return graph.call_method("size", (node, dim))
+                return graph.call_function(aten.sym_size.int, (node, dim))
     raise LookupError(f"no input of the graph holds the length {symbol}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import sympy
+import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
@@ -126,6 +127,6 @@ def reads_by_head(
 def permuted(node: fx.Node, order: tuple[int, ...]) -> fx.Node:
     """A new node with an operand's dimensions in order; dead until a rewrite reads it."""
     with node.graph.inserting_after(node):
-        result = node.graph.call_method("permute", (node, *order))
+        result = node.graph.call_function(torch.ops.aten.permute.default, (node, list(order)))
     result.meta["example_value"] = example(node).permute(order)
     return result

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpass.failures import contain
 from mpass.lowering.index import (
     AttentionMask,
     diagonal_slots,
@@ -60,12 +61,15 @@ def define_index_op(cls: type[Pattern]) -> None:
         mask = AttentionMask(causal, query_offset, window, key_mask)
         inputs = EstimateInputs(query, key, mask, heads, scale)
         reason = reason_for_dense(inputs, own, dense_above=dense_above, min_seq_len=min_seq_len)
-        if reason:
-            note_dense(reason)
-            rows = num_query_blocks(query.shape[2], query_offset)
-            slots = head_slots(cls, len(heads))
-            return whole_index(query, rows, own.width, slots).tensors()
-        return cls.estimate(inputs, own.patterns).tensors()
+        if not reason:
+            try:
+                return cls.estimate(inputs, own.patterns).tensors()
+            except Exception as error:
+                reason = contain(error, f"the estimation of {cls.name}")
+        note_dense(reason)
+        rows = num_query_blocks(query.shape[2], query_offset)
+        slots = head_slots(cls, len(heads))
+        return whole_index(query, rows, own.width, slots).tensors()
 
     def fake(
         query: Tensor,
