@@ -48,47 +48,13 @@ KEY = ("model", "dtype", "text", "length", "pattern")
 """Fields under which a line is found again."""
 
 
-def settings(name: str, length: int) -> list[str]:
-    """A pattern over its parameters, about 5% to 60% dense; fixed budgets go with the length.
-
-    Each range holds what is published, if anything is.
-    """
-    tokens = [length // part for part in (128, 64, 32, 16, 8)]
-    ranges = {
-        "a_shape": [f"a_shape(128, {length // 4})"],
-        "block_max": [f"block_max(share={x})" for x in (0.03, 0.1, 0.3, 0.8)],
-        "block_sparse": [f"block_sparse({max(4, length // 64 // part)})" for part in (10, 5)],
-        "block_top_p": [f"block_top_p(mass={x})" for x in (0.3, 0.6, 0.8, 0.9)],
-        "flex_prefill": [f"flex_prefill(gamma={x})" for x in (0.5, 0.7, 0.8, 0.9, 0.95)],
-        "sample_attention": [f"sample_attention(coverage={x})" for x in (0.9, 0.95)],
-        "strided": [f"strided(64, {length // 8}, {length // 8})"],
-        "tri_shape": [f"tri_shape(8, {length // 4})"],
-        "union": [
-            "union(mass=0.3, row_share=0.15)",
-            "union(mass=0.5, row_share=0.06)",
-            "union(mass=0.7, row_share=0.04)",
-            "union(mass=0.7, row_share=0.03)",
-            "union",
-            "union(mass=0.7, row_share=0.02)",
-            "union(mass=0.6, row_share=0.015)",
-            "union(mass=0.6, row_share=0.02, rows=32)",
-            "union(mass=0.7, row_share=0.02, pool=4)",
-            "union(mass=0.8, row_share=0.01)",
-            "union(mass=0.85, row_share=0.007)",
-        ],
-        "vertical_slash": [f"vertical_slash({size}, {size})" for size in tokens],
-        "x_attention": [f"x_attention(threshold={x})" for x in (0.5, 0.7, 0.8, 0.9, 0.95, 0.975)],
-    }
-    return ranges.get(name, [name])
-
-
 def list_patterns(asked: Sequence[str] | None, length: int) -> list[str]:
     """Settings of the patterns in turn, so that a stopped run has some of every pattern.
 
     asked: names of patterns, for all their settings, and settings; all patterns if None.
     """
-    known = [name for name in registered_patterns() if name != DENSE]
-    columns = [settings(item, length) if item in known else [item] for item in asked or known]
+    known = {name: cls for name, cls in registered_patterns().items() if name != DENSE}
+    columns = [known[item].sweep(length) if item in known else (item,) for item in asked or known]
     longest = max(map(len, columns), default=0)
     return [column[step] for step in range(longest) for column in columns if step < len(column)]
 

@@ -14,23 +14,53 @@ import sys
 from pathlib import Path
 
 from mpass.inspection.draw import as_svg, draw_pattern
-from mpass.patterns.base import Pattern, registered_patterns
+from mpass.patterns.base import Pattern, parameter_kinds, registered_patterns
 
 FOLDER = Path(__file__).parent.parent / "docs" / "patterns"
 MEASURED = "## Measured"
 PICTURE_TOKENS = 8192
 
 
+def split_docstring(cls: type[Pattern]) -> tuple[str, dict[str, str]]:
+    """What a class says of itself, and the meaning of each parameter.
+
+    A parameter's meaning begins on a line of its own, `name: Meaning.`; it ends before the next
+    parameter, or at an empty line.
+    """
+    words: list[str] = []
+    meanings: dict[str, str] = {}
+    current = ""
+    for line in (inspect.getdoc(cls) or "").splitlines():
+        name, colon, rest = line.partition(": ")
+        if colon and name in parameter_kinds(cls):
+            current = name
+            meanings[name] = rest.strip()
+        elif current and line.strip():
+            meanings[current] += f" {line.strip()}"
+        else:
+            current = ""
+            words.append(line)
+    return "\n".join(words).strip(), meanings
+
+
+def parameter_table(cls: type[Pattern], meanings: dict[str, str]) -> str:
+    """A row per parameter, in Markdown; "" for a pattern without parameters."""
+    kinds = parameter_kinds(cls)
+    rows = [
+        f"| `{field.name}` | {kinds[field.name]} | `{field.default!r}` | "
+        f"{meanings.get(field.name, '')} |"
+        for field in dataclasses.fields(cls)
+    ]
+    head = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
 def page_of(cls: type[Pattern], kept: str) -> str:
     """The page of one pattern in Markdown; kept: what stands under "Measured", or nothing."""
     idea = inspect.getdoc(sys.modules[cls.__module__]) or ""
-    meaning = inspect.getdoc(cls) or ""
-    fields = [
-        f"| `{field.name}` | {field.type} | `{field.default}` |"
-        for field in dataclasses.fields(cls)
-    ]
+    meaning, meanings = split_docstring(cls)
     cost = cls().cost()
-    bound = inspect.getdoc(cls.cost) if cls.cost.__doc__ != Pattern.cost.__doc__ else ""
+    bound = (cls.cost.__doc__ or "").strip()
     kinds = {"lists": "key blocks per query block", "diagonals": "block diagonals per head"}
     parts = [
         f"# {cls.name}",
@@ -40,10 +70,10 @@ def page_of(cls: type[Pattern], kept: str) -> str:
         f"`mpass draw {cls.name} --tokens {PICTURE_TOKENS} -o picture.svg`.",
         "## Parameters",
         meaning,
-        "\n".join(["| field | type | default |", "|---|---|---|", *fields]) if fields else "",
+        parameter_table(cls, meanings),
         "## Cost",
         "Multiply-adds of one head, N tokens, D head_dim, with default parameters"
-        + (f". {bound}" if bound else ".").replace("..", "."),
+        + (f". {bound}" if bound else "."),
         f"    {cost}",
         "## Index",
         f"{kinds[cls.form].capitalize()}; "

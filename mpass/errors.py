@@ -48,6 +48,32 @@ class PatternValueError(MpassError):
         super().__init__(f"{pattern}: {field} is {value!r}; allowed: {allowed}")
 
 
+class PatternClassError(MpassError):
+    """A class that cannot be registered as a pattern: something is missing or of a wrong type."""
+
+    def __init__(self, cls: type, fault: str, remedy: str) -> None:
+        super().__init__(f"pattern class {cls.__module__}.{cls.__qualname__}: {fault}; {remedy}")
+
+
+class PatternNameTakenError(MpassError):
+    """Two pattern classes of one name, or a pattern named as one of mpass's own ops."""
+
+    def __init__(self, name: str, newcomer: str, owner: str) -> None:
+        super().__init__(
+            f"pattern name {name!r} of {newcomer} is taken by {owner}; give the class another name"
+        )
+
+
+class PatternLoadError(MpassError):
+    """An installed package whose entry point for patterns cannot be loaded."""
+
+    def __init__(self, name: str, module: str, package: str, error: BaseException) -> None:
+        super().__init__(
+            f"patterns of entry point {name!r} ({module}) of package {package} are not available: "
+            f"{in_one_line(error)}; repair, update or uninstall that package"
+        )
+
+
 class ConfigMismatchError(MpassError):
     """A SparseConfig that does not fit the model: other layers or heads than the model has."""
 

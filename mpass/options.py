@@ -113,9 +113,10 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     elif pattern is not None:
         if config is not None:
             raise OptionValueError("pattern", pattern, "not together with 'config'")
-        if isinstance(pattern, str) and pattern not in registered_patterns():
-            raise UnknownPatternError(pattern, [*registered_patterns(), *PRESETS])
-        values["pattern"] = as_pattern(pattern)
+        try:
+            values["pattern"] = as_pattern(pattern)
+        except UnknownPatternError:
+            raise UnknownPatternError(pattern, [*registered_patterns(), *PRESETS]) from None
         values["config_source"] = "options['pattern']"
     check_length("min_seq_len", values.get("min_seq_len"))
     share = values.get("dense_above", 0.6)

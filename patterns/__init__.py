@@ -1,1 +1,1 @@
-"""Which keys a block of queries looks at: one file per sparse pattern, see base.py."""
+"""Which keys a block of queries looks at: one file per sparse pattern, see base/."""

@@ -1,12 +1,13 @@
 """A-shape: the first keys (sinks) and a local window, whatever the input.
 
-MInference 1.0, section 3.1; StreamingLLM's mask. Nothing is estimated.
+The pattern is that of MInference 1.0, section 3.1, and its mask is StreamingLLM's. Nothing is
+estimated.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -28,6 +29,7 @@ from mpass.lowering.reference.selection import first_keys
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
+    Lost,
     Pattern,
     causal_keys,
     check_positive,
@@ -41,7 +43,10 @@ from mpass.patterns.base.sink_keys import list_sinks
 class AShape(Pattern):
     """Keep the first `sink_size` keys and the `window_size` keys up to the query's own.
 
-    Sizes are in tokens. Padding does not count: the sinks are the first real keys of a batch row.
+    Padding does not count: the sinks are the first real keys of a batch row.
+
+    sink_size: Every query sees this many of the first keys. 0 keeps none of them.
+    window_size: A query sees this many of the nearest keys, its own included.
     """
 
     sink_size: int = 128
@@ -96,13 +101,28 @@ class AShape(Pattern):
     def cost(self) -> sympy.Expr:
         return 2 * LENGTH * self.min_keys() * HEAD_DIM
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(sink_size=3, window_size=40), cls(0, 1)
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
+    @classmethod
+    def candidates(cls) -> tuple[Self, ...]:
+        """Table 7 of MInference's paper (arXiv 2407.02490), and two cheaper ones."""
+        return cls(1024, 4096), cls(64, 256), cls(128, 1024)
 
-    draw_main(AShape())
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        return (f"a_shape(128, {length // 4})",)
+
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        return {cls.name: lambda x: cls(window_size=max(64, int(length * x)))}
+
+    @classmethod
+    def budget_hint(cls, lost: Lost) -> str:
+        """What lies behind the window is found by a pattern that looks for it."""
+        return ""
 
 
 if __name__ == "__main__":
-    main()
+    AShape.main()

@@ -1,24 +1,25 @@
 """Block-max: key blocks that score at least a share of the best one for a tile of queries.
 
-FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758) for the defaults: keys
-are averaged over blocks of 128; a tile of 128 queries gives block J the score
-`sum over its rows of exp(q . mean(K_J) * scale - m)`, m the greatest exponent of the tile. Kept are
-the blocks that score at least `share` times the best, the first blocks, the nearest, and everything
-for the last tiles. Nothing is sorted or summed up, which makes it the cheapest of the adaptive
-patterns; published results start at 4K tokens and hold to 256K.
+The rule is FlashPrefill's (arXiv 2603.06199); the defaults are those of its second version (arXiv
+2608.19758). Keys are averaged over blocks of 128. A tile of 128 queries gives block J the score
+`sum over its rows of exp(q . mean(K_J) * scale - m)`, where m is the greatest exponent of the tile.
+A tile keeps the blocks that score at least `share` times the best one, the first blocks and the
+nearest ones; the last tiles keep everything. Nothing is sorted or summed up, which makes this the
+cheapest of the adaptive patterns. Published results start at 4K tokens and hold to 256K.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import sympy
 
 from mpass.lowering.estimators import BLOCK_SCORES, Estimator
 from mpass.lowering.index import BLOCK
 from mpass.lowering.reference.block_scores import BlockScoresRule
-from mpass.patterns.base import register_pattern
+from mpass.patterns.base import Lost, register_pattern
 from mpass.patterns.base.checks import check_blocks, check_share
 from mpass.patterns.base.scored import ListPattern, attention_cost, tile_cost
 
@@ -26,12 +27,14 @@ from mpass.patterns.base.scored import ListPattern, attention_cost, tile_cost
 @register_pattern
 @dataclass(frozen=True)
 class BlockMax(ListPattern):
-    """Keep the blocks that score at least `share` of the best one.
+    """Keep the key blocks that score at least `share` of the best one.
 
-    share: smaller keeps more; block_size: tokens per tile of queries and per block of keys;
-    sink_blocks, local_blocks: first and nearest blocks of that size, the own included;
-    last_blocks: tiles at the end of the prompt that keep everything; max_blocks: most blocks of 64
-    keys per tile, the best are kept where it binds.
+    share: A block needs this part of the best block's score. A smaller share keeps more.
+    block_size: A tile of queries and a block of keys have this many tokens, a multiple of 64.
+    sink_blocks: This many of the first blocks are always kept.
+    local_blocks: This many of the nearest blocks are always kept, the tile's own included.
+    last_blocks: This many tiles at the end of the prompt keep every block.
+    max_blocks: A tile keeps at most this many blocks of 64 keys, and the best where this binds.
     """
 
     share: float = 0.1
@@ -52,16 +55,25 @@ class BlockMax(ListPattern):
         return BlockScoresRule(**self.parameters(), mass=None)  # type: ignore[arg-type]
 
     def cost(self) -> sympy.Expr:
-        """An upper bound: how many blocks come near the best one is the prompt's matter."""
+        """This is an upper bound: how many blocks come near the best one depends on the prompt."""
         return tile_cost(self.block_size) + attention_cost(self.max_blocks)
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(0.95, 64, 1, 1, 0), cls(0.5, 64, 1, 1, 1), cls(0.9, 128, 1, 1, 0, 4)
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        return tuple(f"block_max(share={x})" for x in (0.03, 0.1, 0.3, 0.8))
 
-    draw_main(BlockMax())
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        return {cls.name: lambda x: cls(share=0.9 * 0.001**x)}
+
+    @classmethod
+    def budget_hint(cls, lost: Lost) -> str:
+        return "a smaller share"
 
 
 if __name__ == "__main__":
-    main()
+    BlockMax.main()

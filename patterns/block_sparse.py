@@ -1,12 +1,14 @@
 """Block-sparse: per block of queries, the key blocks of largest mean-pooled score.
 
-MInference 1.0, sections 3.1 and 3.2, Algorithm 3. The diagonal block is always kept.
+The rule is that of MInference 1.0, sections 3.1 and 3.2, Algorithm 3. The diagonal block is always
+kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import sympy
 
@@ -16,6 +18,7 @@ from mpass.lowering.index import BLOCK
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
+    Lost,
     causal_keys,
     check_positive,
     register_pattern,
@@ -26,7 +29,11 @@ from mpass.patterns.base.scored import ListPattern
 @register_pattern
 @dataclass(frozen=True)
 class BlockSparse(ListPattern):
-    """Keep the `top_k` key blocks per query block; blocks hold `block_size` tokens each."""
+    """Keep the `top_k` key blocks of the largest mean score per query block.
+
+    top_k: Every query block keeps this many key blocks, the diagonal block included.
+    block_size: A block of keys or queries has this many tokens, a multiple of 64.
+    """
 
     top_k: int = 100
     block_size: int = BLOCK
@@ -51,13 +58,27 @@ class BlockSparse(ListPattern):
         estimation = blocks**2 * HEAD_DIM / 2 + 2 * LENGTH * HEAD_DIM
         return estimation + 2 * LENGTH * self.min_keys() * HEAD_DIM
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(top_k=2), cls(1, 128)
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
+    @classmethod
+    def candidates(cls) -> tuple[Self, ...]:
+        """Table 7 of MInference's paper (arXiv 2407.02490), and cheaper ones."""
+        return tuple(cls(count) for count in (100, 8, 16, 32))
 
-    draw_main(BlockSparse())
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        return tuple(f"block_sparse({max(4, length // 64 // part)})" for part in (10, 5))
+
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        return {cls.name: lambda x: cls(top_k=1 + int(length // 64 * x))}
+
+    @classmethod
+    def budget_hint(cls, lost: Lost) -> str:
+        return "a larger top_k"
 
 
 if __name__ == "__main__":
-    main()
+    BlockSparse.main()

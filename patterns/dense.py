@@ -1,8 +1,8 @@
-"""Dense: every key that the mask allows. For heads that a config leaves as they are."""
+"""Dense: every key that the mask allows. It is for heads that a config leaves as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -25,8 +25,11 @@ from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, register_pattern
 @register_pattern
 @dataclass(frozen=True)
 class Dense(Pattern):
-    """Keep every key. A layer that is dense in all heads is not rewritten at all, unless its mask
-    is a sliding window: then only the window is computed."""
+    """Keep every key that the mask allows.
+
+    A layer that is dense in all heads is not rewritten at all, unless its mask is a sliding window:
+    then only the window is computed.
+    """
 
     name: ClassVar[str] = "dense"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
@@ -57,13 +60,11 @@ class Dense(Pattern):
     def cost(self) -> sympy.Expr:
         return LENGTH**2 * HEAD_DIM
 
-
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
-
-    draw_main(Dense())
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        """There is nothing to compare: it is what the others are compared with."""
+        return {}
 
 
 if __name__ == "__main__":
-    main()
+    Dense.main()

@@ -1,23 +1,32 @@
 """FlexPrefill: per head and prompt, vertical-slash with budgets by coverage, or pooled blocks.
 
-FlexPrefill (Lai et al., ICLR 2025), algorithms 1 to 3, as released. The last 128 queries tell how
-many blocks of columns and how many block diagonals cover `gamma` of their attention. Where the mean
-of these queries against mean keys gives nearly the same block weights (Jensen-Shannon distance
-below `tau`), mean queries are trusted for the whole prompt: the best pairs of blocks, over all
-query blocks together, that hold `gamma` of the attention.
+The rule is FlexPrefill's (Lai et al., ICLR 2025), algorithms 1 to 3, as released. The last 128
+queries tell how many blocks of columns and how many block diagonals cover `gamma` of their
+attention. Where the mean of these queries against mean keys gives nearly the same block weights
+(their Jensen-Shannon distance is below `tau`), mean queries are trusted for the whole prompt: such
+a head keeps the best pairs of blocks, over all query blocks together, that hold `gamma` of the
+attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import sympy
 
 from mpass.errors import PatternValueError
 from mpass.lowering.estimators import FLEX_PREFILL, Estimator
 from mpass.lowering.index import BLOCK
-from mpass.patterns.base import HEAD_DIM, LENGTH, causal_keys, check_positive, register_pattern
+from mpass.patterns.base import (
+    HEAD_DIM,
+    LENGTH,
+    Lost,
+    causal_keys,
+    check_positive,
+    register_pattern,
+)
 from mpass.patterns.base.checks import check_multiple, check_room, check_share
 from mpass.patterns.base.scored import ListPattern, attention_cost
 
@@ -27,9 +36,15 @@ from mpass.patterns.base.scored import ListPattern, attention_cost
 class FlexPrefill(ListPattern):
     """Cover `gamma` of the attention by whole columns and diagonals of blocks, or by blocks.
 
-    gamma: coverage, 0.9 or 0.95 as published; tau: heads whose mean queries come closer than this
-    use them, 0 for none; min_budget, max_budget: tokens per kind (columns, diagonals); block_size:
-    tokens; max_blocks: most blocks of 64 keys per query block, the best are kept where it binds.
+    gamma: This part of the attention is covered; 0.9 and 0.95 are published. A larger gamma keeps
+        more.
+    tau: A head's mean queries are trusted to choose blocks up to this Jensen-Shannon distance. 0
+        trusts them in no head.
+    min_budget: At least this many tokens are kept of each kind, columns and diagonals.
+    max_budget: At most this many tokens are kept of each kind, columns and diagonals.
+    block_size: A block of keys or queries has this many tokens, a multiple of 64.
+    max_blocks: A query block keeps at most this many blocks of 64 keys, and the best where this
+        binds.
     """
 
     gamma: float = 0.9
@@ -57,18 +72,27 @@ class FlexPrefill(ListPattern):
         return causal_keys(self.min_budget)
 
     def cost(self) -> sympy.Expr:
-        """An upper bound: how many blocks cover `gamma` of the attention is the prompt's matter."""
+        """This is an upper bound: how many blocks cover `gamma` depends on the prompt."""
         last = self.block_size * LENGTH * HEAD_DIM
         pooled = 2 * LENGTH * HEAD_DIM + (LENGTH / self.block_size) ** 2 / 2 * HEAD_DIM
         return last + pooled + attention_cost(self.max_blocks)
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(0.5, 1.0, 1, block_size=64), cls(0.6, 0.0, 64, 128)
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        return tuple(f"flex_prefill(gamma={x})" for x in (0.5, 0.7, 0.8, 0.9, 0.95))
 
-    draw_main(FlexPrefill())
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        return {cls.name: lambda x: cls(gamma=0.05 + 0.945 * x, min_budget=max(64, int(1024 * x)))}
+
+    @classmethod
+    def budget_hint(cls, lost: Lost) -> str:
+        return "a larger gamma"
 
 
 if __name__ == "__main__":
-    main()
+    FlexPrefill.main()

@@ -1,14 +1,14 @@
 """SampleAttention: a local window in proportion to the prompt, and columns by coverage.
 
-SampleAttention (Zhu et al., arXiv 2406.15486), section 4, with its published shares: 5% of the
-queries, evenly spread, attend to everything; the fewest columns that hold 95% of what they attend
-to are kept; so are the nearest 8% of the prompt for every query. The number of columns adapts to
-head and prompt; where the limit binds, the strongest are kept.
+The rule is SampleAttention's (Zhu et al., arXiv 2406.15486), section 4, with its published shares.
+5% of the queries, evenly spaced, attend to everything; the fewest columns that hold 95% of what
+they attend to are kept, and so are the nearest 8% of the prompt for every query. The number of
+columns adapts to head and prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -24,6 +24,7 @@ from mpass.lowering.reference.sample_attention import sample_attention_columns, 
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
+    Lost,
     causal_keys,
     check_positive,
     register_pattern,
@@ -37,9 +38,12 @@ from mpass.patterns.base.scored import EstimatedPattern
 class SampleAttention(EstimatedPattern):
     """Keep the nearest keys, and the columns that sampled queries attend to.
 
-    coverage: share of the sampled attention that the columns hold; row_share: share of the queries
-    that is sampled; window_share: nearest keys as a share of the prompt, at most max_window tokens;
-    max_columns: most columns per head.
+    coverage: The kept columns hold this part of the sampled attention. A larger coverage keeps
+        more.
+    row_share: This part of the queries is sampled.
+    window_share: Every query sees this part of the prompt, the nearest keys.
+    max_window: The nearest keys are at most this many, whatever `window_share` of the prompt is.
+    max_columns: A head keeps at most this many columns, and the strongest where this binds.
     """
 
     coverage: float = 0.95
@@ -75,18 +79,27 @@ class SampleAttention(EstimatedPattern):
         return sympy.Min(self.window_share * LENGTH, self.max_window) + BLOCK
 
     def cost(self) -> sympy.Expr:
-        """An upper bound: how many columns hold `coverage` is the prompt's matter."""
+        """This is an upper bound: how many columns hold `coverage` depends on the prompt."""
         estimation = self.row_share * LENGTH**2 / 2 * HEAD_DIM
         kept = causal_keys(self.window() + self.max_columns)
         return estimation + 2 * LENGTH * kept * HEAD_DIM
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(0.5, 0.1, 0.1), cls(0.9, 1.0, 0.01, 9, 7)
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        return tuple(f"sample_attention(coverage={x})" for x in (0.9, 0.95))
 
-    draw_main(SampleAttention())
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        return {cls.name: lambda x: cls(coverage=0.05 + 0.945 * x, window_share=0.005 + 0.08 * x)}
+
+    @classmethod
+    def budget_hint(cls, lost: Lost) -> str:
+        return "a larger coverage"
 
 
 if __name__ == "__main__":
-    main()
+    SampleAttention.main()

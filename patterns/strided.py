@@ -1,14 +1,15 @@
 """Strided: a local window, and every `stride`-th token diagonal behind it, whatever the input.
 
-The strided pattern of Sparse Transformer (Child et al., 2019, section 4.2) with `reach` 0, and the
-dilated window of Longformer (Beltagy et al., 2020, section 3.1) with a finite one. Strides are
-whole blocks, so that a kernel computes no more than what is selected of each block diagonal. With
-the first keys on top, as StreamingLLM found models to need. Nothing is estimated.
+With a `reach` as long as the prompt this is the strided pattern of Sparse Transformer (Child et
+al., 2019, section 4.2); with a shorter one it is the dilated window of Longformer (Beltagy et al.,
+2020, section 3.1). Strides are whole blocks, so that a kernel computes no more than what is
+selected of each block diagonal. The first keys are kept on top, as StreamingLLM found models to
+need. Nothing is estimated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -40,10 +41,12 @@ from mpass.patterns.base.sink_keys import sink_columns
 @register_pattern
 @dataclass(frozen=True)
 class Strided(Pattern):
-    """Keep the first keys, the nearest keys, and whole block diagonals at every multiple of stride.
+    """Keep the first keys, the nearest keys, and whole block diagonals at multiples of `stride`.
 
-    sink_size, window_size: tokens, as of a_shape; stride: distance between the block diagonals
-    behind the window, tokens, a multiple of 64; reach: the greatest distance of one, tokens.
+    sink_size: Every query sees this many of the first keys. 0 keeps none of them.
+    window_size: A query sees this many of the nearest keys, its own included.
+    stride: The block diagonals behind the window are this many tokens apart, a multiple of 64.
+    reach: No block diagonal behind the window is further away than this many tokens.
     """
 
     sink_size: int = 64
@@ -113,13 +116,18 @@ class Strided(Pattern):
     def cost(self) -> sympy.Expr:
         return 2 * LENGTH * self.min_keys() * HEAD_DIM
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(3, 40, 192, 320), cls(0, 1, 64, 128)
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        return (f"strided(64, {length // 8}, {length // 8})",)
 
-    draw_main(Strided())
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        return {cls.name: lambda x: cls(window_size=max(64, int(length * x)))}
 
 
 if __name__ == "__main__":
-    main()
+    Strided.main()

@@ -1,14 +1,14 @@
 """Tri-shape: first keys, a local window, and dense last rows, whatever the input.
 
-Named in MInference's repository and used by TriangleMix (arXiv 2507.21526) for its deep layers:
-A-shape leaves out what the question at the prompt's end looks for, so the last queries see
-everything. Nothing is estimated.
+MInference's repository names the pattern, and TriangleMix (arXiv 2507.21526) uses it for its deep
+layers. A-shape leaves out what the question at the prompt's end looks for; here the last queries
+see everything. Nothing is estimated.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -45,8 +45,11 @@ from mpass.patterns.base.sink_keys import list_sinks, sink_columns
 class TriShape(Pattern):
     """Keep the first `sink_size` keys and the nearest `window_size`; the last queries keep all.
 
-    last_size: queries at the prompt's end that keep all keys, at any length; sizes are in tokens.
-    Defaults as published by TriangleMix.
+    The defaults are those that TriangleMix publishes.
+
+    sink_size: Every query sees this many of the first keys. 0 keeps none of them.
+    window_size: A query sees this many of the nearest keys, its own included.
+    last_size: This many queries at the prompt's end see every key, at any length.
     """
 
     sink_size: int = 8
@@ -117,13 +120,18 @@ class TriShape(Pattern):
     def cost(self) -> sympy.Expr:
         return 2 * LENGTH * self.min_keys() * HEAD_DIM
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(3, 40, 70), cls(0, 1, 0)
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        return (f"tri_shape(8, {length // 4})",)
 
-    draw_main(TriShape())
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        return {cls.name: lambda x: cls(window_size=max(64, int(length * x)))}
 
 
 if __name__ == "__main__":
-    main()
+    TriShape.main()

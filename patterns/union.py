@@ -1,39 +1,55 @@
 """Vertical-block, named union: key blocks per query block, and vertical columns per head.
 
 A query block keeps the key blocks that hold most of its attention, which keeps what is spread over
-neighbouring keys; vertical columns (single keys) keep what the last queries look for wherever it
+neighbouring keys. Vertical columns (single keys) keep what the last queries look for wherever it
 stands, which a block's mean would hide. Either alone fails where the other is strong: columns lose
-fluency, and without them the end of a prompt loses three times as
-much. Both come from softmax weights of real query rows, so the number of blocks adapts to each
-head, prompt and query block.
+fluency, and without them the end of a prompt loses three times as much. Both come from softmax
+weights of real query rows, so the number of blocks adapts to each head, prompt and query block.
 
-For some rows of a query block: softmax over pooled keys (means of runs of keys) of
+For some rows of a query block, the softmax over pooled keys (means of runs of keys) of
 `q . mean(run) * scale + log(size of run)`, summed over those of a key block, is the attention
 that the row would give to the block. A query block keeps its forced blocks; the blocks to which one
 row gives `row_share` or more (what one token looks for must not be averaged away); and then the
-best ones by the sum over rows, until `mass` of it is held. Columns: the vertical scores of
-MInference 1.0, section 3.2, from the last 16 queries instead of 64: what earlier ones look for
-stands in the blocks. Generated C++ rounds means and rows to 8 bits where the machine multiplies
-those (SageAttention, arXiv 2410.02367, section 4.2): they only choose. For prompts from 4K tokens
-on when loss matters more than the last bit of speed: estimation is dearer than that of block_max.
+best ones by the sum over rows, until `mass` of it is held. Columns are chosen by the vertical
+scores of MInference 1.0, section 3.2, from the last 16 queries instead of 64: what earlier queries
+look for stands in the blocks. Generated C++ rounds means and rows to 8 bits where the machine
+multiplies those (SageAttention, arXiv 2410.02367, section 4.2), which is exact enough to choose.
+The pattern is for prompts from 4K tokens on where loss matters more than speed: it costs more to
+estimate than block_max.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import sympy
 
 from mpass.errors import PatternValueError
 from mpass.lowering.estimators import VERTICAL_BLOCK, Estimator
 from mpass.lowering.index import BLOCK
-from mpass.patterns.base import HEAD_DIM, LENGTH, register_pattern
+from mpass.patterns.base import HEAD_DIM, LENGTH, Lost, register_pattern
 from mpass.patterns.base.checks import check_blocks, check_divisor, check_share
 from mpass.patterns.base.scored import ListPattern, attention_cost
 
 LAST_QUERIES_CHOICES = (16, 32, 64)
 """Numbers of queries that the generated C++ has a loop for."""
+
+CANDIDATE_SHARES = (
+    (0.5, 0.5),
+    (0.5, 0.25),
+    (0.7, 0.25),
+    (0.7, 0.1),
+    (0.8, 0.05),
+    (0.8, 0.02),
+    (0.9, 0.02),
+    (0.95, 0.01),
+)
+"""`mass` and `row_share` that a calibration tries, from the cheapest to nearly everything."""
+
+CANDIDATE_ROWS = ((0.05, 256), (0.03, 256), (0.03, 512), (0.015, 512))
+"""`row_share` and `columns` between them, where single rows decide more than the sum."""
 
 
 @register_pattern
@@ -41,15 +57,20 @@ LAST_QUERIES_CHOICES = (16, 32, 64)
 class VerticalBlock(ListPattern):
     """Keep blocks up to a share of the estimated attention, and the strongest vertical columns.
 
-    mass: share of the estimated attention of a query block that its kept blocks hold; 1 keeps all.
-    row_share: a block that one row gives this share of its attention is kept too; 1 for none.
-    columns: vertical columns (single keys) per head, those with the most attention of the last
-    `last_queries` queries (16, 32 or 64).
-    sink_blocks, local_blocks: first blocks and nearest blocks (the own included), always kept.
-    last_blocks: query blocks at the end of the prompt that keep every block.
-    rows: query rows per block of 64 that are looked at; pool: keys per run. Both divide 64.
-    max_blocks: most blocks per query block; where it binds, the best are kept. It bounds the
-    memory of the index: 4 * max_blocks bytes per 64 queries and head.
+    mass: The kept blocks hold this part of a query block's estimated attention. 1 keeps all.
+    row_share: A block to which one row gives this part of its attention is kept, too. 1 keeps no
+        block for that reason.
+    columns: A head keeps this many vertical columns (single keys), those with the most attention
+        of the last `last_queries` queries.
+    sink_blocks: This many of the first blocks are always kept.
+    local_blocks: This many of the nearest blocks are always kept, the own one included.
+    last_blocks: This many query blocks at the end of the prompt keep every block.
+    rows: This many query rows of a block of 64 are looked at. The number divides 64.
+    pool: The mean of this many keys stands for all of them. The number divides 64.
+    max_blocks: A query block keeps at most this many blocks, and the best where this binds. The
+        index takes 4 * max_blocks bytes per 64 queries and head.
+    last_queries: The columns are chosen by this many queries at the end of the prompt: 16, 32 or
+        64.
     """
 
     mass: float = 0.6
@@ -75,23 +96,62 @@ class VerticalBlock(ListPattern):
             raise PatternValueError(self.name, "last_queries", self.last_queries, allowed)
 
     def cost(self) -> sympy.Expr:
-        """An upper bound: how many blocks hold `mass` of the attention is the prompt's matter."""
+        """This is an upper bound: how many blocks hold `mass` depends on the prompt."""
         looked_at = LENGTH * sympy.Rational(self.rows, BLOCK)
         pooled = LENGTH * HEAD_DIM + looked_at * LENGTH / (2 * self.pool) * HEAD_DIM
         vertical = self.last_queries * LENGTH * HEAD_DIM if self.columns else 0
         return pooled + vertical + attention_cost(self.max_blocks, self.columns)
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return (
+            cls(0.1, 0.9, 16, local_blocks=1),
+            cls(0.5, 0.3, 20),
+            cls(0.8, 1.0, 5, 0, 1, rows=64, pool=64, max_blocks=3),
+        )
+
+    @classmethod
+    def candidates(cls) -> tuple[Self, ...]:
+        shares = [
+            cls(mass=mass, row_share=share, columns=columns)
+            for mass, share in CANDIDATE_SHARES
+            for columns in (64, 512)
+        ]
+        rows = [cls(row_share=share, columns=columns) for share, columns in CANDIDATE_ROWS]
+        return (*shares, *rows)
+
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        return (
+            "union(mass=0.3, row_share=0.15)",
+            "union(mass=0.5, row_share=0.06)",
+            "union(mass=0.7, row_share=0.04)",
+            "union(mass=0.7, row_share=0.03)",
+            "union",
+            "union(mass=0.7, row_share=0.02)",
+            "union(mass=0.6, row_share=0.015)",
+            "union(mass=0.6, row_share=0.02, rows=32)",
+            "union(mass=0.7, row_share=0.02, pool=4)",
+            "union(mass=0.8, row_share=0.01)",
+            "union(mass=0.85, row_share=0.007)",
+        )
+
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        return {
+            "union": lambda x: cls(mass=0.7, row_share=0.5 * 0.002**x),
+            "union, 512 columns": lambda x: cls(0.7, row_share=0.5 * 0.002**x, columns=512),
+            "union by mass": lambda x: cls(mass=0.1 + 0.895 * x, row_share=0.1),
+        }
+
+    @classmethod
+    def budget_hint(cls, lost: Lost) -> str:
+        return "more columns" if lost == "vertical" else "a larger mass"
 
 
 Union = VerticalBlock
 """The older name of the class; the pattern itself is still named union."""
 
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
-
-    draw_main(VerticalBlock())
-
-
 if __name__ == "__main__":
-    main()
+    VerticalBlock.main()

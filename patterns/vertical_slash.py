@@ -1,11 +1,12 @@
 """Vertical-slash: the keys and the diagonals that the last queries attend to most.
 
-MInference 1.0, sections 3.1 and 3.2, Algorithm 2; constants as in its released code.
+The rule is that of MInference 1.0, sections 3.1 and 3.2, Algorithm 2; constants are those of its
+released code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -22,11 +23,18 @@ from mpass.lowering.reference.selection import LAST_QUERIES
 from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
+    Lost,
     causal_keys,
     check_positive,
     register_pattern,
 )
 from mpass.patterns.base.scored import EstimatedPattern
+
+TABLE_7 = ((30, 2048), (100, 1800), (500, 1500), (3000, 200))
+"""Sizes of the search space of MInference's paper (arXiv 2407.02490, Table 7)."""
+
+RELEASED = ((30, 800), (100, 800), (500, 700), (1000, 1024), (3500, 100), (1000, 6096))
+"""Sizes that MInference's released code and files name."""
 
 
 @register_pattern
@@ -36,6 +44,9 @@ class VerticalSlash(EstimatedPattern):
 
     Both are chosen by the attention of the last 64 queries. The first 30 keys and the 100 nearest
     diagonals are always kept and count towards the sizes, which are at least as large.
+
+    vertical_size: Every query of a head sees this many keys, the same ones.
+    slash_size: Every query of a head sees the keys at this many distances, the same ones.
     """
 
     vertical_size: int = 1000
@@ -70,13 +81,28 @@ class VerticalSlash(EstimatedPattern):
         kept = sympy.Min(LENGTH / 2, self.vertical_size + BLOCK * diagonals)
         return estimation + 2 * LENGTH * kept * HEAD_DIM
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(20, 64), cls(40, 110), cls(1, 1)
 
-def main() -> None:
-    """Draw the pattern, in the terminal or into the SVG that is named."""
-    from mpass.inspection.draw import draw_main
+    @classmethod
+    def candidates(cls) -> tuple[Self, ...]:
+        return tuple(cls(*sizes) for sizes in (*TABLE_7, *RELEASED))
 
-    draw_main(VerticalSlash())
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        sizes = [length // part for part in (128, 64, 32, 16, 8)]
+        return tuple(f"vertical_slash({size}, {size})" for size in sizes)
+
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        """MInference's (1000, 6096), both numbers cut alike."""
+        return {cls.name: lambda x: cls(max(1, int(1000 * x)), max(1, int(6096 * x)))}
+
+    @classmethod
+    def budget_hint(cls, lost: Lost) -> str:
+        return "" if lost == "spread" else f"a larger {lost} budget"
 
 
 if __name__ == "__main__":
-    main()
+    VerticalSlash.main()

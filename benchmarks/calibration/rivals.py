@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from mpass.calibration.kernel_cost import KernelCost, count_work, fit_kernel, re
 from mpass.calibration.probe import Probe
 from mpass.config.pattern_text import parse_pattern
 from mpass.evaluate.plan import read_lines
-from mpass.patterns.base import Pattern, find_pattern
+from mpass.patterns.base import Pattern, registered_patterns
 
 LAYERS = 6
 """Layers on which a rival's cost is looked up, evenly spread."""
@@ -26,50 +25,9 @@ CLOSE = 0.99
 
 
 def knobs(length: int) -> dict[str, Callable[[float], Pattern]]:
-    """Per rival the pattern for a knob from 0 (cheapest) to 1 (nearly everything).
-
-    vertical_slash is MInference's (1000, 6096), both numbers cut alike. The other parameters keep
-    their defaults where those leave room for a small size.
-    """
-
-    def make(name: str, **fields: Callable[[float], Any]) -> Callable[[float], Pattern]:
-        cls = find_pattern(name)
-        return lambda x: cls(**{field: value(x) for field, value in fields.items()})
-
-    def tokens(x: float) -> int:
-        return max(64, int(length * x))
-
-    def nearly(x: float) -> float:
-        return 0.05 + 0.945 * x
-
-    return {
-        "union": make("union", mass=lambda x: 0.7, row_share=lambda x: 0.5 * 0.002**x),
-        "union, 512 columns": make(
-            "union",
-            mass=lambda x: 0.7,
-            row_share=lambda x: 0.5 * 0.002**x,
-            columns=lambda x: 512,
-        ),
-        "union by mass": make("union", mass=lambda x: 0.1 + 0.895 * x, row_share=lambda x: 0.1),
-        "block_top_p": make("block_top_p", mass=nearly),
-        "block_max": make("block_max", share=lambda x: 0.9 * 0.001**x),
-        "block_sparse": make("block_sparse", top_k=lambda x: 1 + int(length // 64 * x)),
-        "vertical_slash": make(
-            "vertical_slash",
-            vertical_size=lambda x: max(1, int(1000 * x)),
-            slash_size=lambda x: max(1, int(6096 * x)),
-        ),
-        "a_shape": make("a_shape", window_size=tokens),
-        "tri_shape": make("tri_shape", window_size=tokens),
-        "strided": make("strided", window_size=tokens),
-        "flex_prefill": make(
-            "flex_prefill", gamma=nearly, min_budget=lambda x: max(64, int(1024 * x))
-        ),
-        "x_attention": make("x_attention", threshold=nearly),
-        "sample_attention": make(
-            "sample_attention", coverage=nearly, window_share=lambda x: 0.005 + 0.08 * x
-        ),
-    }
+    """Per rival the pattern for a knob from 0 (cheapest) to 1 (nearly everything)."""
+    patterns = [cls for _, cls in sorted(registered_patterns().items())]
+    return {name: make for cls in patterns for name, make in cls.knobs(length).items()}
 
 
 def tune_rivals(work: Work, plan: Plan) -> None:

@@ -21,7 +21,13 @@ from mpass.config.minference_format import looks_like_minference, parse_minferen
 from mpass.config.spans import Span, as_span
 from mpass.errors import ConfigFileError, MpassError, PatternValueError
 from mpass.files import write_whole
-from mpass.patterns.base import Pattern, find_pattern
+from mpass.patterns.base import (
+    Pattern,
+    find_pattern,
+    parameter_kinds,
+    registered_patterns,
+    take_parameter,
+)
 
 FORMAT = "mpass.sparse_config"
 VERSION = 1
@@ -113,12 +119,21 @@ def text_errors(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
         yield path, f"{value} is no number that a config may hold"
 
 
-@functools.cache
 def schema() -> Mapping[str, Any]:
-    """The published JSON Schema of our format."""
-    text = importlib.resources.files("mpass.config").joinpath("schema.json").read_text("utf-8")
-    loaded: dict[str, Any] = json.loads(text)
+    """The published JSON Schema of our format, and parameters of plugins that are text."""
+    loaded: dict[str, Any] = json.loads(schema_text())
+    parameters = loaded["$defs"]["pattern"]["oneOf"][1]["properties"]
+    for cls in registered_patterns().values():
+        for name, kind in parameter_kinds(cls).items():
+            if kind.type is str:
+                parameters[name] = {"type": ["number", "boolean", "string"]}
     return loaded
+
+
+@functools.cache
+def schema_text() -> str:
+    """The file with the published JSON Schema."""
+    return importlib.resources.files("mpass.config").joinpath("schema.json").read_text("utf-8")
 
 
 def schema_errors(document: Any) -> list[tuple[str, str]]:
@@ -241,7 +256,7 @@ def pattern_from_json(value: str | Mapping[str, Any]) -> Pattern:
         return find_pattern(value)()
     name = value["pattern"]
     cls = find_pattern(name)
-    fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    fields = [field.name for field in dataclasses.fields(cls)]
     parameters: dict[str, Any] = {}
     for key, given in value.items():
         if key == "pattern":
@@ -249,10 +264,7 @@ def pattern_from_json(value: str | Mapping[str, Any]) -> Pattern:
         if key not in fields:
             allowed = f"the parameters {', '.join(fields) or '(none)'}"
             raise PatternValueError(name, key, given, allowed)
-        kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}[fields[key]]
-        if not isinstance(given, kinds) or (fields[key] != "bool" and isinstance(given, bool)):
-            raise PatternValueError(name, key, given, f"a value of type {fields[key]}")
-        parameters[key] = float(given) if fields[key] == "float" else given
+        parameters[key] = take_parameter(cls, name, key, given)
     return cls(**parameters)
 
 

@@ -18,7 +18,7 @@ def parse_pattern(text: str) -> Pattern:
     `str(pattern)` writes the second form.
     Raises UnknownPatternError, PatternValueError, and OptionValueError for what is not a call.
     """
-    from mpass.patterns.base import find_pattern
+    from mpass.patterns.base import check_types, find_pattern
 
     malformed = OptionValueError("pattern", text, "NAME, NAME(1, 2) or NAME(field=1)")
     try:
@@ -41,4 +41,6 @@ def parse_pattern(text: str) -> Pattern:
         at_fault = unknown[0] if unknown else f"{len(tree.args)} values"
         allowed = f"{cls.name} with the fields {', '.join(fields) or '(none)'}, each once"
         raise OptionValueError("pattern", f"{text}: {at_fault}", allowed)
-    return cls(**values, **named)
+    pattern = cls(**values, **named)
+    check_types(pattern)
+    return pattern

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpass.patterns.base import Lost, Pattern, registered_patterns
+
 LOW_RECALL = 0.95
 """Below this share of the exact attention a head deserves a word."""
 
@@ -14,18 +16,6 @@ SPARE_RECALL = 0.995
 SPARE_DENSITY = 0.3
 MORE = 8
 """Key blocks or block diagonals whose gain is quoted."""
-
-
-BUDGETS = {
-    "block_sparse": "a larger top_k",
-    "block_top_p": "a larger mass",
-    "union": "a larger mass",
-    "block_max": "a smaller share",
-    "x_attention": "a larger threshold",
-    "flex_prefill": "a larger gamma",
-    "sample_attention": "a larger coverage",
-}
-"""What makes a pattern that chooses blocks or keys by weight keep more of them."""
 
 
 def advise(
@@ -53,21 +43,17 @@ def advise(
             return f"keeps {recall:.1%} with {density:.0%} of the keys: a smaller budget may do"
         return ""
     columns, diagonals = gain(lost_by_block), gain(lost_by_distance)
-    far, near = ("slash", diagonals), ("vertical", columns)
-    kind, best = far if diagonals >= columns else near
+    kind: Lost = "slash" if diagonals >= columns else "vertical"
+    best = max(diagonals, columns)
     lost = 1.0 - recall
+    cls = registered_patterns().get(name, Pattern)
     if best < 0.25 * lost:
-        other = "block_sparse fits such a head better"
-        hint = f"the lost mass is spread out: {BUDGETS.get(name, other)}, or dense"
-    elif name == "a_shape":
-        hint = f"vertical_slash would find the {MORE} {places(kind)} that hold {best:.1%}"
-    else:
-        budget = BUDGETS.get(name, "a larger budget")
-        if name == "vertical_slash":
-            budget = f"a larger {kind} budget"
-        elif name == "union" and kind == "vertical":
-            budget = "more columns"
+        budget = cls.budget_hint("spread") or "block_sparse fits such a head better"
+        hint = f"the lost mass is spread out: {budget}, or dense"
+    elif budget := cls.budget_hint(kind):
         hint = f"{budget}: the {MORE} best {places(kind)} hold {best:.1%}"
+    else:
+        hint = f"vertical_slash would find the {MORE} {places(kind)} that hold {best:.1%}"
     return f"loses {lost:.1%} of the attention; {hint}"
 
 
@@ -76,6 +62,6 @@ def gain(lost: Tensor) -> float:
     return float(torch.topk(lost, min(MORE, len(lost))).values.sum())
 
 
-def places(kind: str) -> str:
+def places(kind: Lost) -> str:
     """What a budget of that kind buys."""
     return "block diagonals" if kind == "slash" else "key blocks"

@@ -6,14 +6,22 @@ import dataclasses
 
 from mpass.errors import PatternValueError
 from mpass.lowering.index import BLOCK
+from mpass.patterns.base.parameters import take_parameter
 from mpass.patterns.base.pattern import Pattern
+
+
+def check_types(pattern: Pattern) -> None:
+    """Raise PatternValueError unless every field has a value of its type, or of its Literal."""
+    for name, value in pattern.parameters().items():
+        take_parameter(type(pattern), pattern.name, name, value)
 
 
 def check_positive(pattern: Pattern, **allow_zero: bool) -> None:
     """Raise PatternValueError unless the int fields are positive (or zero where allowed)."""
     for field in dataclasses.fields(pattern):
         value = getattr(pattern, field.name)
-        if str(field.type) != "int":
+        # Dynamo traces this where a model makes a pattern: annotations are only compared.
+        if not (field.type is int or field.type == "int"):
             continue
         lowest = 0 if allow_zero.get(field.name) else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
@@ -34,7 +42,7 @@ def check_blocks(pattern: Pattern) -> None:
     check_positive(pattern, sink_blocks=True, last_blocks=True, columns=True)
     if hasattr(pattern, "block_size"):
         check_multiple(pattern, "block_size")
-    check_room(pattern, forced_blocks(pattern), pattern.parameters()["max_blocks"])
+    check_room(pattern, forced_blocks(pattern), int(pattern.parameters()["max_blocks"]))
 
 
 def check_share(pattern: Pattern, *fields: str) -> None:

@@ -5,7 +5,6 @@ Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.ops import NAMESPACE, IndexTensors
 from mpass.lowering.recorder import note_dense
 from mpass.patterns.base.crossover import HeadPatterns, reason_for_dense
+from mpass.patterns.base.parameters import parameter_kinds
 from mpass.patterns.base.pattern import Pattern
 
 
@@ -35,9 +35,8 @@ def define_index_op(cls: type[Pattern]) -> None:
     dense_above and min_seq_len are those of `minference::sparse_attention`. Where they say before
     anything is estimated that dense attention will run, nothing is: the index selects every key.
     """
-    kinds = {"int": "int[]", "float": "float[]", "bool": "bool[]"}
-    fields = dataclasses.fields(cls)
-    arguments = "".join(f", {kinds[str(field.type)]} {field.name}" for field in fields)
+    kinds = parameter_kinds(cls)
+    arguments = "".join(f", {kind.schema} {name}" for name, kind in kinds.items())
     schema = (
         "(Tensor query, Tensor key, Tensor? key_mask, int[] heads, SymInt query_offset, "
         "int window, bool causal, float scale, float dense_above, "

@@ -7,7 +7,7 @@ head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import sympy
@@ -26,6 +26,11 @@ LENGTH, HEAD_DIM = sympy.symbols("N D", positive=True)
 """Symbols of `Pattern.cost`: sequence length and head_dim."""
 
 
+Lost = Literal["spread", "vertical", "slash"]
+"""Where the attention lies that a head loses: at a few keys (vertical), at a few distances between
+query and key (slash), or spread over many of both."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Pattern:
     """Base of all patterns: parameters of one head, and the class's rule for many heads at once.
@@ -33,7 +38,9 @@ class Pattern:
     name: as in options and files, also the op's; form: how it selects blocks (lowering/index.py);
     bidirectional: whether it is defined without a causal mask; fixed_budget: whether the parameters
     alone say how many keys are kept; input_independent: whether they say which ones, so that heads
-    with the same parameters look at the same keys. Fields are int, float or bool.
+    with the same parameters look at the same keys; required: what a subclass must define. Fields
+    are int, float, bool or a Literal (mpass.patterns.base.parameters); every one has a default. The
+    methods at the end tell what tools do with a pattern, and may be left out.
     """
 
     name: ClassVar[str] = ""
@@ -41,6 +48,7 @@ class Pattern:
     bidirectional: ClassVar[bool] = False
     fixed_budget: ClassVar[bool] = False
     input_independent: ClassVar[bool] = False
+    required: ClassVar[tuple[str, ...]] = ("estimate", "width", "select", "cost")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -98,13 +106,65 @@ class Pattern:
         inputs = EstimateInputs(query, key, mask, heads, scale)
         return type(self).select(inputs, [self] * len(heads))
 
-    def parameters(self) -> dict[str, int | float | bool]:
+    def parameters(self) -> dict[str, int | float | bool | str]:
         """Field names and values."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __str__(self) -> str:
-        values = ", ".join(str(value) for value in self.parameters().values())
+        values = ", ".join(repr(value) for value in self.parameters().values())
         return f"{self.name}({values})"
+
+    # What tools do with a pattern. A subclass may leave all of these out.
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Small instances, which tests run.
+
+        The first one has to leave something out of a prompt of 400 tokens.
+        """
+        return (cls(),)
+
+    @classmethod
+    def candidates(cls) -> tuple[Self, ...]:
+        """The instances that a calibration tries if it is not told which: the default one."""
+        return (cls(),)
+
+    @classmethod
+    def sweep(cls, length: int) -> tuple[str, ...]:
+        """The settings that benchmarks/frontier.py measures on a prompt of `length` tokens.
+
+        They should range from about 5% to 60% dense, the sparsest first, and hold what is
+        published. Each is written as the command line takes it: `name`, or `name(field=1)`.
+        """
+        return (cls.name,)
+
+    @classmethod
+    def knobs(cls, length: int) -> dict[str, Callable[[float], Self]]:
+        """The pattern at a given cost, for benchmarks/calibration on prompts of `length` tokens.
+
+        The keys name the ways in which it can be made dearer; each value makes the instance for a
+        number from 0 (the cheapest) to 1 (nearly every key). By default there is no such way, and
+        the default instance is what is compared.
+        """
+        return {cls.name: lambda x: cls()}
+
+    @classmethod
+    def budget_hint(cls, lost: Lost) -> str:
+        """How this pattern keeps more of the attention that a head loses: "a larger top_k".
+
+        It is "" where no parameter helps: the advice names another pattern then.
+        """
+        return "" if lost == "spread" else "a larger budget"
+
+    @classmethod
+    def main(cls) -> None:
+        """What the pattern's file does when it is run: draw the default instance.
+
+        The picture goes to the terminal, or into the SVG that the command line names.
+        """
+        from mpass.inspection.draw import draw_main
+
+        draw_main(cls())
 
 
 keep_old_names(Pattern)

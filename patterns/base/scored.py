@@ -48,6 +48,7 @@ class EstimatedPattern(Pattern):
     A subclass has fields and an `estimator` of them.
     """
 
+    required: ClassVar[tuple[str, ...]] = ("estimator", "select", "cost")
     estimator: ClassVar[Estimator]
 
     def rule(self) -> Any:
@@ -71,6 +72,7 @@ class ListPattern(EstimatedPattern):
     """
 
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
+    required: ClassVar[tuple[str, ...]] = ("estimator", "cost")
 
     def min_keys(self) -> sympy.Expr:
         return causal_keys(forced_blocks(self) * BLOCK)

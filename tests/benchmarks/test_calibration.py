@@ -36,12 +36,19 @@ LINES = [
 ] + [line("one", "a_shape @ 0.25", [9.0, 9.0], 3.0, 2.5)]
 
 
+TURNED = [
+    name
+    for name, make in rivals.knobs(8192).items()
+    if "knobs" in vars(type(make(0.5)))  # a pattern without a knob is compared as it is
+]
+
+
 def test_every_registered_pattern_has_a_rival():
     made = {make(0.5).name for make in rivals.knobs(8192).values()}
     assert made == set(registered_patterns()) - {"dense"}
 
 
-@pytest.mark.parametrize("name", rivals.knobs(8192))
+@pytest.mark.parametrize("name", TURNED)
 def test_a_rivals_knob_is_allowed_over_its_whole_range(name):
     make = rivals.knobs(8192)[name]
     assert make(0.0) != make(1.0)

@@ -174,27 +174,6 @@ def test_profile_of_a_model_counts_exactly():
     assert str(BlockSparse(2)) in str(done)
 
 
-SMALL = {
-    "a_shape": {"sink_size": 8, "window_size": 100},
-    "block_max": {
-        "share": 0.95,
-        "block_size": 64,
-        "sink_blocks": 1,
-        "local_blocks": 1,
-        "last_blocks": 0,
-    },
-    "block_sparse": {"top_k": 2},
-    "block_top_p": {"mass": 0.5, "sink_blocks": 1, "local_blocks": 1, "last_blocks": 0},
-    "flex_prefill": {"gamma": 0.5, "min_budget": 128},
-    "sample_attention": {"coverage": 0.5, "row_share": 0.1},
-    "strided": {"sink_size": 8, "window_size": 64, "stride": 128},
-    "tri_shape": {"window_size": 64, "last_size": 64},
-    "union": {"mass": 0.1, "row_share": 0.9, "columns": 16, "local_blocks": 1},
-    "vertical_slash": {"vertical_size": 20, "slash_size": 64},
-    "x_attention": {"threshold": 0.5},
-}
-"""Parameters by which patterns leave something out of prompts as short as those below."""
-
 SHAPES = {
     "square": {"queries": 450, "keys": 450},
     "batch with padding": {"batch": 2, "mask": AttentionMask(key_mask=PADDED)},
@@ -207,7 +186,7 @@ SHAPES = {
 def test_recall_and_density_of_every_pattern_are_those_of_brute_force(name, shape):
     """Four query heads over two kv heads, the index by the pattern's own estimation."""
     made = make_operands(**SHAPES[shape])
-    pattern = registered_patterns()[name](**SMALL.get(name, {}))
+    pattern = registered_patterns()[name].examples()[0]
     index = estimate_index(made.query, made.key, made.mask, pattern, 0.5)
     operands = dataclasses.replace(made, index=index)
     recall, weights, _, _ = brute_force(operands)

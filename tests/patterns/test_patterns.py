@@ -13,36 +13,10 @@ import mpass
 from mpass.errors import PatternValueError, ShapeError, UnknownPatternError
 from mpass.lowering.cpu.support import best_instruction_set, estimate_spec
 from mpass.patterns.base import find_pattern, registered_patterns
-from mpass.patterns.block_max import BlockMax
-from mpass.patterns.block_top_p import BlockTopP
-from mpass.patterns.flex_prefill import FlexPrefill
-from mpass.patterns.sample_attention import SampleAttention
-from mpass.patterns.strided import Strided
-from mpass.patterns.tri_shape import TriShape
-from mpass.patterns.union import Union
-from mpass.patterns.x_attention import XAttention
 from tests.helpers.truth import TOLERANCE, dense_attention, random_attention
 
-SMALL = {
-    "a_shape": [mpass.AShape(sink_size=3, window_size=40), mpass.AShape(0, 1)],
-    "vertical_slash": [mpass.VerticalSlash(40, 110), mpass.VerticalSlash(1, 1)],
-    "block_sparse": [mpass.BlockSparse(top_k=2), mpass.BlockSparse(1, 128)],
-    "dense": [mpass.Dense()],
-    "union": [Union(0.5, 0.3, 20), Union(0.8, 1.0, 5, 0, 1, rows=64, pool=64, max_blocks=3)],
-    "block_max": [BlockMax(0.5, 64, 1, 1, 1), BlockMax(0.9, 128, 1, 1, 0, 4)],
-    "flex_prefill": [FlexPrefill(0.5, 1.0, 1, block_size=64), FlexPrefill(0.6, 0.0, 64, 128)],
-    "sample_attention": [SampleAttention(0.5, 0.1, 0.1), SampleAttention(0.9, 1.0, 0.01, 9, 7)],
-    "strided": [Strided(3, 40, 192, 320), Strided(0, 1, 64, 128)],
-    "tri_shape": [TriShape(3, 40, 70), TriShape(0, 1, 0)],
-    "x_attention": [XAttention(0.5, block_size=64), XAttention(0.6, 16, max_blocks=6)],
-    "block_top_p": [BlockTopP(0.3, 64, 0, 1, 0), BlockTopP(0.5, 128, 1, 1, 1, 4)],
-}
-"""Parameters small enough that something is left out; other patterns take their defaults."""
-
 PATTERNS = [
-    pattern
-    for name, cls in sorted(registered_patterns().items())
-    for pattern in SMALL.get(name, [cls()])
+    pattern for _, cls in sorted(registered_patterns().items()) for pattern in cls.examples()
 ]
 
 
