@@ -8,7 +8,7 @@ that is how the masks of long prompts are looked at within bounded memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mpass.graph.nodes import example, is_tensor, op_name, value_of
-from mpass.graph.writes import StorageWrites
+from mpass.graph.writes import StorageWrites, storage_of
 
 MAX_NODES = 2000
 """A larger part of a graph is not run."""
@@ -98,13 +98,14 @@ class Part:
 
 
 def part_of(
-    targets: list[fx.Node], given: Mapping[fx.Node, Any], at: fx.Node, writes: StorageWrites
+    targets: list[fx.Node], given: Collection[fx.Node], at: fx.Node, writes: StorageWrites
 ) -> Part:
     """What has to run so that `at` can read the targets: their inputs, and writes to any of them.
 
     given: nodes whose values come from outside, whatever computes them.
     """
     before = writes.position[at]
+    unused = ops_without_result(at.graph)
     found: dict[fx.Node, None] = {}
     leaves: dict[fx.Node, None] = {}
     written = False
@@ -124,11 +125,25 @@ def part_of(
             found[node] = None
             stack.extend(node.all_input_nodes)
         if is_tensor(node):
-            writers = [w for w in writes.writes_to(node) if writes.position.get(w, before) < before]
+            candidates = {*writes.writes_to(node), *unused.get(storage_of(node), ())}
+            writers = [w for w in candidates if writes.position.get(w, before) < before]
             written = written or bool(writers)
             stack.extend(writers)
-    order = {node: place for place, node in enumerate(at.graph.nodes)}
-    return Part(tuple(sorted(found, key=order.__getitem__)), tuple(leaves), written)
+    return Part(tuple(sorted(found, key=writes.position.__getitem__)), tuple(leaves), written)
+
+
+def ops_without_result(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
+    """Ops whose result nothing uses, by the memory of each argument.
+
+    They are there for what they do to it, whatever is known of them: Dynamo drops what is dead.
+    """
+    found: dict[int | None, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and not node.users:
+            for argument in node.all_input_nodes:
+                if is_tensor(argument):
+                    found.setdefault(storage_of(argument), []).append(node)
+    return found
 
 
 def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -278,7 +293,7 @@ def getitem(run: Run, node: fx.Node, _shape: Shape) -> Tensor:
     items[place : place + 1] = [slice(None)] * (rank - used)
     kept = [item for item in items if item is not None]
     simple = all(item is None or isinstance(item, slice) for item in items)
-    if not simple or kept[-2] != slice(None) or None in items[-2:]:
+    if not simple or None in items[-2:] or kept[-2] != slice(None):
         return run.whole(node).index_select(-2, run.rows)
     result: Tensor = run.strip(operand)[tuple(run.plain(items))]
     return result

@@ -181,7 +181,7 @@ def check_mask(validator: Validator, site: AttentionSite) -> Difference | None:
     key = ("mask", mask, write, claim_key(site), causal_flag(bound.is_causal))
 
     def check() -> Difference | None:
-        for part, values in inputs_of(validator, site, [mask, *key_mask(site)], {}):
+        for part, values in inputs_of(validator, site, [mask, *key_mask(site)], []):
             for run, rows in strips(validator, site, part, values):
                 seen = run.strip(mask)
                 if seen.dtype != torch.bool:
@@ -220,7 +220,7 @@ def check_mask_mod(validator: Validator, site: AttentionSite) -> Difference | No
     def check() -> Difference | None:
         batch, heads, _, _ = shape_now(site.query)
         num_keys = shape_now(site.key)[2]
-        for part, values in inputs_of(validator, site, [*tensors, *key_mask(site)], {}):
+        for part, values in inputs_of(validator, site, [*tensors, *key_mask(site)], []):
             for run, rows in strips(validator, site, part, values):
                 device = example(site.query).device
                 indices = (
@@ -249,6 +249,8 @@ def check_scores(validator: Validator, site: AttentionSite) -> Difference | None
     scores = softmax.args[0] if softmax is not None and softmax.args else None
     if softmax is None or not isinstance(scores, fx.Node):
         return None
+    if site.sinks is not None and math.prod(shape_now(site.sinks)) != shape_now(site.query)[1]:
+        return Difference("sinks", 1, (f"{list(shape_now(site.sinks))}, one per head is claimed",))
     given = attention_inputs(site)
     targets = [scores, *key_mask(site)]
 
@@ -374,13 +376,9 @@ def key_mask(site: AttentionSite) -> list[fx.Node]:
     return [site.mask.key_mask] if site.mask is not None and site.mask.key_mask else []
 
 
-def attention_inputs(site: AttentionSite) -> dict[fx.Node, Tensor]:
-    """Random query, key, value and sinks of a site."""
-    nodes = [site.query, site.key, site.value, *([site.sinks] if site.sinks is not None else [])]
-    return {
-        node: random_tensor(node, torch.Generator().manual_seed(7 + i))
-        for i, node in enumerate(nodes)
-    }
+def attention_inputs(site: AttentionSite) -> list[fx.Node]:
+    """Query, key, value and sinks of a site: where the part that is run begins."""
+    return [site.query, site.key, site.value, *([] if site.sinks is None else [site.sinks])]
 
 
 # -- inputs -----------------------------------------------------------------------------------
@@ -410,7 +408,7 @@ def inputs_of(
     validator: Validator,
     site: AttentionSite,
     targets: list[fx.Node],
-    given: dict[fx.Node, Tensor],
+    given: list[fx.Node],
     at: fx.Node | None = None,
     after: bool = False,
 ) -> Iterator[tuple[Part, dict[fx.Node, Any]]]:
@@ -424,8 +422,8 @@ def inputs_of(
         for leaf in part.leaves:
             values[leaf], flag = leaf_value(leaf, invented, generator)
             flags = flags or flag
-        # What runs may write in place.
-        yield part, values | {node: tensor.clone() for node, tensor in given.items()}
+        values |= {node: random_tensor(node, generator) for node in given}
+        yield part, values
         if not flags:
             return
 
