@@ -489,7 +489,8 @@ def signature(part: Part, site: AttentionSite, target: fx.Node) -> tuple[Any, ..
     steps = []
     for place, node in enumerate(part.nodes):
         names[node] = place
-        args = str(fx.map_arg((node.args, node.kwargs), functools.partial(Named, names)))
+        named: Any = functools.partial(Named, names)
+        args = str(fx.map_arg((node.args, node.kwargs), named))
         steps.append((node.op, str(node.target), args))
     return (*steps, names.get(target))
 
