@@ -23,6 +23,7 @@ from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
 from mpass.report import Report, keep_report, make_report
 from mpass.rewrite import rewrite_attention
+from mpass.validation import validate_sites
 from mpass.warm_up import start_kernels
 
 
@@ -53,7 +54,7 @@ def minference(
 def apply_passes(
     gm: fx.GraphModule, options: Options, trace: Trace, recorded: Collection[fx.Node] = ()
 ) -> Report:
-    """The passes in order: inline, match, plan, rewrite. Edits `gm`; returns what was done.
+    """The passes in order: inline, match, plan, validate, rewrite. They edit `gm`.
 
     recorded: nodes that gradients may be asked for, though their values do not say so. A failure
     of ours keeps one attention dense, or else leaves the whole graph as it was.
@@ -66,6 +67,8 @@ def apply_passes(
         trace.mark("match")
         decisions = [plan_or_skip(gm, site, options) for site in sites]
         trace.mark("plan")
+        decisions = validate_sites(gm, decisions, options.validate)
+        trace.mark("validate")
         start_kernels([plan for plan in decisions if isinstance(plan, AttentionPlan)])
         decisions = rewrite_attention(gm, decisions)
         trace.mark("rewrite")

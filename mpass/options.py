@@ -18,6 +18,9 @@ from mpass.patterns.base import Pattern, registered_patterns
 DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
 """Prompts shorter than this stay dense unless something says otherwise; tokens."""
 
+VALIDATIONS = ("off", "sample", "full")
+"""How much of a proven mask is held against the mask that the model computes."""
+
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
 
@@ -32,6 +35,8 @@ class Options:
     DEFAULT_MIN_SEQ_LEN.
     dense_above: share of the dense work above which the op runs dense attention instead.
     inner_backend: what compiles the rewritten graph.
+    validate: how much of every proof is held against what the graph computes, while compiling:
+    "sample" looks at some rows of a mask, "full" at every cell, "off" at nothing.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
     config_source: where pattern or config come from, in words for the report.
@@ -42,6 +47,7 @@ class Options:
     min_seq_len: int | None = None
     dense_above: float = 0.6
     inner_backend: str = "inductor"
+    validate: str = "sample"
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
     config_source: str = ""
@@ -127,6 +133,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     debug = values.get("debug", False)
     if not isinstance(debug, bool | str | os.PathLike):
         raise OptionValueError("debug", debug, "True, False or a folder")
+    validate = values.get("validate", "sample")
+    if validate not in VALIDATIONS:
+        raise OptionValueError("validate", validate, ", ".join(VALIDATIONS))
     inner = values.get("inner_backend", "inductor")
     if inner not in INNER_BACKENDS:
         raise OptionValueError("inner_backend", inner, ", ".join(INNER_BACKENDS))

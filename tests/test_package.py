@@ -31,6 +31,7 @@ LAYERS = [
     "match",
     "resolve",
     "plan",
+    "validation",
     "rewrite",
     "warm_up",
     "text_table",

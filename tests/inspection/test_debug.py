@@ -60,7 +60,7 @@ def test_folder_holds_every_stage(tmp_path):
     assert "torch._C._nn.scaled_dot_product_attention: 2 -> 0 (-2)" in differences
     assert json.loads((folder / "config.json").read_text())["pattern"] == str(PATTERN)
     seconds = json.loads((folder / "timings.json").read_text())
-    assert list(seconds) == ["match", "plan", "rewrite", "debug", "inner compiler"]
+    assert list(seconds) == ["match", "plan", "validate", "rewrite", "debug", "inner compiler"]
     assert all(value >= 0 for value in seconds.values())
 
 
