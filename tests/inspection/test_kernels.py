@@ -7,6 +7,7 @@ import torch
 
 import mpass
 from mpass import debug
+from mpass.backend import kernel_details
 from mpass.lowering import kernel_sources as sources
 from mpass.lowering.kernel_sources import KernelSource, announce_source, generated_sources
 from tests.helpers.toys import Decoder, compile_toy
@@ -23,7 +24,7 @@ def forget_sources(monkeypatch):
 def test_kernels_are_written_when_they_are_first_built(tmp_path, monkeypatch):
     forget_sources(monkeypatch)
     announce_source(KernelSource("before", "cpp", "int before;\n", (("flags", "-O3"),)))
-    debug.watch_kernels(tmp_path)
+    debug.watch_kernels(tmp_path, kernel_details)
     announce_source(KernelSource("after", "python", "after = 1\n"))
     names = {path.name for path in (tmp_path / "kernels").iterdir()}
     assert names == {"before.cpp", "before.txt", "after.py", "after.txt"}
@@ -37,7 +38,7 @@ def test_details_of_a_triton_kernel_are_those_of_its_compiler(tmp_path, monkeypa
     from mpass.lowering.triton.source import load
 
     forget_sources(monkeypatch)
-    debug.watch_kernels(tmp_path)
+    debug.watch_kernels(tmp_path, kernel_details)
     spec = table_spec("sm_90", 64, columns=True)
     load.cache_clear()
     load(spec)
@@ -57,7 +58,7 @@ def test_details_of_a_cpu_kernel_are_the_flags_it_was_compiled_with(tmp_path, mo
     from mpass.lowering.cpu.library import load_library
 
     forget_sources(monkeypatch)
-    debug.watch_kernels(tmp_path)
+    debug.watch_kernels(tmp_path, kernel_details)
     commands = []
     original = cpp_builder.run_compile_cmd
 
@@ -94,7 +95,7 @@ def test_a_kernel_whose_compiler_fails_is_still_shown():
 def test_kernel_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch):
     forget_sources(monkeypatch)
     (tmp_path / "kernels").write_text("in the way")
-    debug.watch_kernels(tmp_path)
+    debug.watch_kernels(tmp_path, kernel_details)
     with pytest.warns(debug.DebugFolderWarning) as caught:
         announce_source(KernelSource("one", "cpp", ""))
         announce_source(KernelSource("two", "cpp", ""))
