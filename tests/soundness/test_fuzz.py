@@ -191,7 +191,7 @@ def examples(count):
     )
 
 
-@examples(40)
+@examples(24)
 @given(programs)
 def test_random_programs_are_not_wrong(spec):
     assert wrong(spec) == ""
@@ -243,7 +243,7 @@ def test_fuzzer_finds(name, monkeypatch):
     """With a mistake put back in, the programs that are drawn show a difference."""
     MISTAKES[name](monkeypatch)
 
-    @settings(examples(150), phases=[Phase.generate], report_multiple_bugs=False)
+    @settings(examples(60), phases=[Phase.generate], report_multiple_bugs=False)
     @given(programs)
     def search(spec):
         assert wrong(spec) == ""
