@@ -199,7 +199,7 @@ def diff(call: OpCall) -> Expr:
         raise NotUnderstood("difference of what may have one element")
     along = axis(dim)
     if prepend is None:
-        return lift(lambda value: step(value, along, along + 1), expr)
+        return exact(call, lift(lambda value: step(value, along, along + 1), expr))
     first, first_shape = call.tensor(3, "prepend")
     if first_shape[dim] != 1:
         raise NotUnderstood("several values prepended")
