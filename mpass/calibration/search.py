@@ -46,12 +46,20 @@ def calibrate(
     settings: Settings | None = None,
     state: str | Path | None = None,
     on_progress: OnProgress = lambda step, done, total: None,
+    announce: OnProgress | None = None,
 ) -> SparseConfig:
     """Search a SparseConfig for a model; `run_calibration` gives all that was measured with it.
 
-    model: any module that the backend serves, in eval mode. inputs: token ids [1, N], or retrieval
-    prompts (mpass.evaluate.samples.Sample). state: file to resume from and append to. Raises
-    CalibrationError, BudgetError, OptionValueError.
+    model: any module that the backend serves, in eval mode.
+    inputs: token ids [1, N], or retrieval prompts (mpass.evaluate.samples.Sample).
+    held_out: inputs of the same kinds, on which the result is compared with dense attention.
+    candidates: the patterns to choose from; by default those that each pattern offers.
+    settings: what is searched for, and how; see mpass.calibration.Settings.
+    state: a file to resume from and append to.
+    on_progress: is called with a step's name, what is done of it, and how much there is.
+    announce: the older name of on_progress.
+
+    Raises CalibrationError, BudgetError and OptionValueError.
     """
     return run_calibration(
         model,
@@ -60,7 +68,7 @@ def calibrate(
         candidates=candidates,
         settings=settings,
         state=state,
-        on_progress=on_progress,
+        on_progress=announce or on_progress,
     ).config
 
 
@@ -73,9 +81,11 @@ def run_calibration(
     settings: Settings | None = None,
     state: str | Path | None = None,
     on_progress: OnProgress = lambda step, done, total: None,
+    announce: OnProgress | None = None,
 ) -> Calibration:
-    """As `calibrate`, with everything that was measured."""
+    """The same as `calibrate`, with everything that was measured."""
     settings = settings or Settings()
+    on_progress = announce or on_progress
     check_settings(settings)
     items = [as_input(value) for value in inputs]
     if not any(item.kind == "text" for item in items):
