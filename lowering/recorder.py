@@ -19,9 +19,12 @@ from mpass.lowering.index import AttentionMask, SparseIndex
 class AttentionCall:
     """One executed sparse attention.
 
-    layer: as in the graph, -1 if unknown; lowering: "cpu", "triton", "reference" or "dense";
-    density: share of the mask's cells computed, fp64 [B, H]; num_queries, num_keys: lengths;
-    index_bytes: memory of the index; reason: why dense attention ran, in words.
+    layer: the number that the layer has in the graph; -1 if it is unknown.
+    lowering: "cpu", "triton", "reference" or "dense".
+    density: the share of the mask's cells that was computed, fp64 [B, H].
+    num_queries, num_keys: the lengths.
+    index_bytes: the memory of the index.
+    reason: why dense attention ran, in words; "" if it did not.
     """
 
     layer: int

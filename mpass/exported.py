@@ -30,15 +30,16 @@ from mpass.report import Report, keep_report
 def rewrite_exported(
     program: ExportedProgram, options: Mapping[str, Any] | None = None
 ) -> ExportedProgram:
-    """A program with its attention made sparse; the one given is left as it is.
+    """Make the attention of a program of torch.export sparse; the one given is left as it is.
 
-    options: our own keys, as in `torch.compile(..., backend="minference", options=...)`. The
-    report is `mpass.last_report()`. The ops have Python bodies: the result runs where Python and
-    mpass are. Raises UnknownOptionError, OptionValueError, UnknownPatternError,
-    ConfigMismatchError.
-
-    Rewritten while gradients are recorded, attention that depends on a parameter or an input that
+    The report is `mpass.last_report()`. The ops have Python bodies: the result runs where Python
+    and mpass are. Rewritten while gradients are recorded, attention that depends on a parameter or an input that
     requires them stays dense: sparse attention has no backward.
+
+    program: what torch.export gave.
+    options: our own keys, as in `torch.compile(..., backend="minference", options=...)`.
+
+    Raises UnknownOptionError, OptionValueError, UnknownPatternError and ConfigMismatchError.
     """
     parsed = parse_options(None, options)
     gm = copy.deepcopy(program.graph_module)

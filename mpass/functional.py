@@ -32,12 +32,23 @@ def sparse_attention(
     window: int = 0,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the keys that `pattern` selects for every head.
+    """Compute attention over the keys that `pattern` selects for every head: [B, H, Nq, Dv].
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv]; H > Hk needs
-    `enable_gqa=True`. scale: 1/sqrt(D) by default. query_offset: keys before the first query, when
-    Nq < Nk. window: sliding window in tokens. key_mask: bool [B, Nk], False for padding.
-    Raises ShapeError, DtypeError, UnknownPatternError.
+    B is the batch, H the number of query heads, Hk that of key and value heads, Nq and Nk are the
+    numbers of queries and keys, D is the head_dim and Dv the size of a value.
+
+    query: [B, H, Nq, D], in float32, bfloat16 or float16.
+    key: [B, Hk, Nk, D], where Hk divides H.
+    value: [B, Hk, Nk, Dv].
+    pattern: a pattern, or the name of one with its default parameters.
+    scale: the factor of the scores; 1 / sqrt(D) by default.
+    is_causal: whether a query sees no key after its own position.
+    enable_gqa: must be True where H is larger than Hk, as in torch.
+    query_offset: the number of keys before the first query; needed where Nq is not Nk.
+    window: the sliding window in tokens, a query's own included; 0 for none.
+    key_mask: bool [B, Nk], False for padding.
+
+    Raises ShapeError, DtypeError and UnknownPatternError before anything is computed.
     """
     mask = attention_mask(query, key, value, is_causal, enable_gqa, query_offset, window, key_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -57,9 +68,10 @@ def computed_mask(
     window: int = 0,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """What the kernels really compute, cell by cell: bool [B, H, Nq, Nk]. Small N only.
+    """Tell what the kernels really compute, cell by cell: bool [B, H, Nq, Nk], for small N only.
 
     It contains the pattern's selected set, and `sparse_attention` equals dense attention under it.
+    The parameters and errors are those of `sparse_attention`.
     """
     mask = attention_mask(query, key, key, is_causal, True, query_offset, window, key_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -83,7 +95,10 @@ def density(
     window: int = 0,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Share of the work of dense attention under the same mask that is computed: fp64 [B, H]."""
+    """Tell which share of dense attention under the same mask is computed: fp64 [B, H].
+
+    The parameters and errors are those of `sparse_attention`.
+    """
     mask = attention_mask(query, key, key, is_causal, True, query_offset, window, key_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return densities.density(

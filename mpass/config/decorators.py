@@ -101,14 +101,18 @@ def configure(
 
         with mpass.configure(pattern=[mpass.AShape(64, 512), "dense"], heads=[0, 1]): ...
 
-    pattern: a pattern or its name; a list with one per head (of `heads`, else of the layer); or a
-    mapping from head to pattern. layers, heads: what it applies to, as numbers or spans like
-    "0-3" and "16-"; all if not given. min_seq_len: shorter prompts stay dense, tokens.
-    head_offset: the first head that the module owns, where it owns a slice of a layer's heads
-    (tensor parallelism); heads are numbered over the whole layer, here and in every config.
+    The innermost wins, head by head, and all of them win over options.
 
-    The innermost wins, head by head, and all of them win over options. Raises OptionValueError,
-    UnknownPatternError.
+    pattern: a pattern or its name; a list with one per head (of `heads`, else of the layer); or a
+        mapping from head to pattern.
+    layers: the layers that it applies to, as numbers or spans like "0-3" and "16-"; all if not
+        given.
+    heads: the heads that it applies to, likewise. They are numbered over the whole layer.
+    min_seq_len: the number of tokens from which on prompts are sparse.
+    head_offset: the first head that the module owns, where it owns a slice of a layer's heads
+        (tensor parallelism).
+
+    Raises OptionValueError and UnknownPatternError.
     """
     settings = {
         "pattern": as_json_values(pattern),

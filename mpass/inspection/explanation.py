@@ -90,10 +90,17 @@ def explain(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """Which attentions of a model become sparse on these inputs, which do not, and why.
+    """Tell which attentions of a model become sparse on these inputs, which do not, and why.
 
-    args, kwargs: what the model is called with; options, dynamic: as of torch.compile. Runs the
-    model once, in the caller's gradient mode. Raises what the options raise.
+    The model runs once, in the caller's gradient mode.
+
+    model: a module or a function, not compiled.
+    args: what it is called with, by position.
+    options: those of `torch.compile(..., backend="minference")`.
+    dynamic: the `dynamic` of torch.compile.
+    kwargs: what it is called with, by keyword.
+
+    Raises what the options raise.
     """
     capture = make_capture(options)
     log = run_captured(capture, model, args, kwargs, dynamic)

@@ -90,11 +90,18 @@ def profile(
 ) -> Profile:
     """Run a model on a prompt and compare its sparse attention with the exact one.
 
-    inputs: a tensor, positional arguments or keyword arguments; options, dynamic: as of
-    torch.compile, "inner_backend" is "eager" unless they say otherwise; max_query_blocks: blocks of
-    64 queries per layer whose exact attention is computed, evenly spread over the prompt (0 for
-    all); resolution: rows and columns of the maps; progress: told in words what is done. Runs the
-    model three times, in the caller's gradient mode. Raises what the options raise.
+    The model runs three times, in the caller's gradient mode.
+
+    model: a module or a function, not compiled.
+    inputs: a tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+    options: those of torch.compile; "inner_backend" is "eager" unless they say otherwise.
+    dynamic: the `dynamic` of torch.compile.
+    max_query_blocks: the number of blocks of 64 queries per layer whose exact attention is
+        computed, evenly spaced over the prompt; 0 for all.
+    resolution: the number of rows and columns of the maps.
+    progress: is told in words what is done.
+
+    Raises what the options raise.
     """
     args, kwargs = split_inputs(inputs)
     measured: list[Measured] = []
