@@ -127,11 +127,8 @@ def time_attention(
     value: torch.Tensor,
     index: SparseIndex,
 ) -> Row:
-    attend = functools.partial(
-        lowering.sparse_attention,
-        *(query, key, value, index, AttentionMask()),
-        scale=query.shape[-1] ** -0.5,
-    )
+    inputs = AttentionInputs(query, key, value, AttentionMask(), query.shape[-1] ** -0.5)
+    attend = functools.partial(lowering.sparse_attention, inputs, index)
     spent = milliseconds(attend, setting.device)
     flops = computed_flops(index, query.shape[2], query.shape[-1])
     kv_bytes = 2 * key.numel() * key.element_size()
