@@ -95,8 +95,8 @@ class MaskProver:
                 return MaskProof(None, f"{op_name(op)} on the scores: {reason}")
             values = zero, one
         if visible(values[0]) is None:
-            reason = explain_unknown(values[0], self.reader)
-            return MaskProof(None, f"additive bias, no mask: {reason}")
+            unread = explain_unknown(values[0], self.reader)
+            return MaskProof(None, f"additive bias, no mask: {unread}")
         condition = seen_scores(values)
         if condition is None:
             return MaskProof(None, "scores are replaced or scaled where a key is seen")

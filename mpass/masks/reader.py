@@ -131,9 +131,15 @@ class GraphReader:
         """One op applied to a value that stands for one of its arguments; the rest is read."""
         while True:
             try:
-                return self._run_rule(call, call, (carried, value))
+                expr = self._run_rule(call, call, (carried, value))
             except Needed as needed:
                 self._read_all(needed)
+                continue
+            except RecursionError:
+                raise NotUnderstood("the mask is made of too many parts") from None
+            if is_too_large(expr):
+                raise NotUnderstood("the mask is made of too many parts")
+            return expr
 
     def known(self) -> Iterator[tuple[fx.Node, Expr]]:
         """The tensors read so far that nothing ever writes to, with their expressions."""
