@@ -176,13 +176,9 @@ def insert_sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
     sinks = site.sinks
     if sinks is None:
         return None
-    value = example(sinks)
-    if value.shape[0] == site.num_heads and value.stride(0) == 1:
+    if site.num_heads == 1 or same_size(example(sinks).stride(0), 1):
         return sinks
-    if value.shape[0] == 1:
-        node = graph.call_function(aten.repeat.default, (sinks, [site.num_heads]))
-    else:
-        node = graph.call_function(aten.clone.default, (sinks,), dict(CONTIGUOUS))
+    node = graph.call_function(aten.clone.default, (sinks,), dict(CONTIGUOUS))
     copy_meta(site.output, node)
     return node
 

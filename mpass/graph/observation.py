@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -70,6 +71,8 @@ def observe(node: fx.Node) -> Effects:
     if target is operator.getitem and isinstance(node.args[0], fx.Node):
         if not isinstance(value_of(node.args[0]), torch.Tensor):
             return NOTHING  # An item of a tuple or list.
+    if target in LEVEL_CHANGES:
+        return NOT_PURE
     key = call_key(node)
     if key is None:
         return UNKNOWN
@@ -82,6 +85,9 @@ def observe(node: fx.Node) -> Effects:
 
 
 _observed: dict[Any, Effects] = {}
+
+LEVEL_CHANGES = (predispatch._add_batch_dim, predispatch._remove_batch_dim)
+"""They give a tensor in the same memory, seen at another level of torch.vmap."""
 
 
 def tensor_nodes(node: fx.Node) -> list[fx.Node]:
@@ -173,10 +179,17 @@ def storages_in(value: object) -> set[int]:
     found: set[int] = set()
     for tensor in tensors_in(value):
         try:
-            found.add(int(tensor.untyped_storage()._cdata))
-        except (NotImplementedError, RuntimeError):  # a batched tensor inside of vmap has none
+            found.add(int(unwrapped(tensor).untyped_storage()._cdata))
+        except (NotImplementedError, RuntimeError):  # a subclass without memory of its own
             return set()
     return found
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that has the memory of one at a level of torch.func: batched, tracking, ..."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
@@ -262,9 +275,9 @@ def frozen_value(value: Any) -> Any:
 
 def check_plain(tensor: torch.Tensor) -> None:
     """Raise Unobservable for what has no strided memory of its own."""
-    plain = type(tensor) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    if not plain or wrapped or tensor.layout != torch.strided:
+    inner = unwrapped(tensor)
+    plain = type(inner) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
+    if not plain or inner.layout != torch.strided:
         raise Unobservable("a tensor subclass")
 
 

@@ -8,11 +8,12 @@ site that stays dense with the reason; a softmax without them (a router's) is no
 
 from __future__ import annotations
 
+import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
 from mpass.graph.arguments import bind
-from mpass.graph.nodes import example, is_tensor, op_name, shape_of
+from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
 from mpass.masks.expressions import axis
 from mpass.masks.prover import MaskProof, MaskProver
@@ -118,15 +119,30 @@ def is_softmax(node: fx.Node) -> bool:
 
 
 def sink_logits(sinks: fx.Node, softmax: fx.Node, prover: MaskProver) -> fx.Node | None:
-    """The [H] tensor behind sinks of [B, H, Nq, 1], or the [1] that all heads share; else None."""
+    """The [H] tensor behind sinks of [B, H, Nq, 1]; None if they are something else.
+
+    One number that all heads share is repeated by a new node.
+    """
     expr = prover.reader.read(sinks, softmax)
     if not isinstance(expr, AppliedUndef) or expr.args not in ((axis(1),), ()):
         return None
     node = prover.reader.sources[expr.func.__name__]
-    heads = 1 if expr.args == () else shape_of(sinks)[1]
-    if tuple(shape_of(node)) != (heads,) or prover.writes.ever_written(node):
+    heads = shape_of(sinks)[1]
+    if len(shape_of(node)) != 1 or prover.writes.ever_written(node):
         return None
-    return node
+    size = shape_of(node)[0]
+    if size == 1 and expr.args == ():
+        return node if heads == 1 else repeated(node, heads, softmax)
+    return node if size == heads and expr.args == (axis(1),) else None
+
+
+def repeated(node: fx.Node, heads: int, before: fx.Node) -> fx.Node:
+    """A new node with a [1] tensor repeated for each head; dead until a rewrite reads it."""
+    with node.graph.inserting_before(before):
+        result = node.graph.call_function(torch.ops.aten.repeat.default, (node, [heads]))
+    result.meta["example_value"] = example(node).repeat(heads)
+    result.meta[MADE_HERE] = True
+    return result
 
 
 def other_readers(chain: Chain) -> str:

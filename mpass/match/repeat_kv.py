@@ -15,7 +15,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from mpass.graph.arguments import subject
-from mpass.graph.nodes import example, is_tensor, op_name, same_size, shape_of
+from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name, same_size, shape_of
 from mpass.masks.expressions import Expr, axis
 from mpass.masks.prover import RULES, MaskProver
 from mpass.masks.reader import GraphReader, drop_unit_axes
@@ -129,4 +129,5 @@ def permuted(node: fx.Node, order: tuple[int, ...]) -> fx.Node:
     with node.graph.inserting_after(node):
         result = node.graph.call_function(torch.ops.aten.permute.default, (node, list(order)))
     result.meta["example_value"] = example(node).permute(order)
+    result.meta[MADE_HERE] = True
     return result

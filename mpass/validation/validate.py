@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mpass.errors import in_one_line
 from mpass.failures import is_strict
-from mpass.graph.nodes import example, is_tensor, op_name
+from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.graph.writes import StorageWrites
 from mpass.lowering.index import AttentionMask
@@ -252,7 +252,7 @@ def check_scores(validator: Validator, site: AttentionSite) -> Difference | None
     if site.sinks is not None and math.prod(shape_now(site.sinks)) != shape_now(site.query)[1]:
         return Difference("sinks", 1, (f"{list(shape_now(site.sinks))}, one per head is claimed",))
     given = attention_inputs(site)
-    targets = [scores, *key_mask(site)]
+    targets = [scores, *key_mask(site), *made_sinks(site)]
 
     def check() -> Difference | None:
         for part, values in inputs_of(validator, site, targets, given, softmax):
@@ -290,7 +290,7 @@ def check_output(validator: Validator, site: AttentionSite) -> Difference | None
     if batch * heads * queries * shape_now(site.key)[2] > min(validator.effort.cells, 2**22):
         return None
     given = attention_inputs(site)
-    targets = [site.output, *key_mask(site)]
+    targets = [site.output, *key_mask(site), *made_sinks(site)]
 
     def check() -> Difference | None:
         for part, values in inputs_of(validator, site, targets, given, after=True):
@@ -378,7 +378,15 @@ def key_mask(site: AttentionSite) -> list[fx.Node]:
 
 def attention_inputs(site: AttentionSite) -> list[fx.Node]:
     """Query, key, value and sinks of a site: where the part that is run begins."""
-    return [site.query, site.key, site.value, *([] if site.sinks is None else [site.sinks])]
+    sinks = [] if site.sinks is None else [site.sinks]
+    if made_sinks(site):
+        sinks = sinks[0].all_input_nodes
+    return [site.query, site.key, site.value, *sinks]
+
+
+def made_sinks(site: AttentionSite) -> list[fx.Node]:
+    """The sinks of a site, if a matcher has made them of one that all heads share."""
+    return [site.sinks] if site.sinks is not None and MADE_HERE in site.sinks.meta else []
 
 
 # -- inputs -----------------------------------------------------------------------------------
