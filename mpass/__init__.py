@@ -6,6 +6,8 @@ Names are loaded when they are first used, so that importing mpass costs nothing
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 from typing import Any
 
 __version__ = "0.1.0"
@@ -46,9 +48,21 @@ __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    module = _EXPORTS.get(name) or _pattern_module(name)
+    if not module:
         raise AttributeError(f"module 'mpass' has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    return getattr(importlib.import_module(module), name)
+
+
+def _pattern_module(name: str) -> str:
+    """The file of a pattern whose class is not listed: `LogSparse` stands in log_sparse.py.
+
+    It is "" where there is no such file.
+    """
+    if not re.fullmatch("([A-Z][a-z0-9]*)+", name):
+        return ""
+    module = "mpass.patterns." + re.sub("(?<!^)(?=[A-Z])", "_", name).lower()
+    return module if importlib.util.find_spec(module) else ""
 
 
 def __dir__() -> list[str]:
