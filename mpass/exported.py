@@ -33,8 +33,8 @@ def rewrite_exported(
     """Make the attention of a program of torch.export sparse; the one given is left as it is.
 
     The report is `mpass.last_report()`. The ops have Python bodies: the result runs where Python
-    and mpass are. Rewritten while gradients are recorded, attention that depends on a parameter or an input that
-    requires them stays dense: sparse attention has no backward.
+    and mpass are. Rewritten while gradients are recorded, attention that depends on a parameter or
+    an input that requires them stays dense: sparse attention has no backward.
 
     program: what torch.export gave.
     options: our own keys, as in `torch.compile(..., backend="minference", options=...)`.
@@ -79,8 +79,11 @@ def with_graph(program: ExportedProgram, gm: fx.GraphModule) -> ExportedProgram:
 
 def is_lowered(node: fx.Node) -> bool:
     """Whether a call that makes a tensor is none of those that an exported program may hold."""
-    if not isinstance(value_of(node), torch.Tensor) or (
-        node.target is operator.getitem and (not isinstance(value_of(node.args[0]), torch.Tensor))
+    if not isinstance(value_of(node), torch.Tensor):
+        return False
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem and not (
+        isinstance(source, fx.Node) and isinstance(value_of(source), torch.Tensor)
     ):
         return False
     return not isinstance(node.target, (OpOverload, HigherOrderOperator))
@@ -92,7 +95,8 @@ def lower_call(graph: fx.Graph, node: fx.Node) -> None:
 
     def run(*values: Any) -> Any:
         given = dict(zip(inputs, values, strict=True))
-        args, kwargs = (fx.map_arg(part, given.__getitem__) for part in (node.args, node.kwargs))
+        args: Any = fx.map_arg(node.args, given.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, given.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -106,7 +110,8 @@ def lower_call(graph: fx.Graph, node: fx.Node) -> None:
         if inner.op == "call_function":
             with graph.inserting_before(node):
                 copies[inner] = graph.node_copy(inner, copies.__getitem__)
-    result = copies[traced.graph.output_node().args[0]]
+    returned: Any = traced.graph.output_node().args[0]
+    result = copies[returned]
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

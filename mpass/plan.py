@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -157,10 +158,10 @@ def is_unbacked(size: object) -> bool:
 
 def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
     """Whether a length of valid keys can be cut off: by what is known, else by a guard."""
-    valid, least = mask.valid_keys, 1
-    if mask.causal:
-        least = mask.query_offset + num_queries  # type: ignore[operator]
-    return holds(valid >= least, valid) and holds(valid <= num_keys, valid)  # type: ignore[operator]
+    valid: Any = mask.valid_keys
+    offset: Any = mask.query_offset
+    least = offset + num_queries if mask.causal else 1
+    return holds(valid >= least, valid) and holds(valid <= num_keys, valid)
 
 
 def holds(condition: bool | torch.SymBool, about: Length) -> bool:

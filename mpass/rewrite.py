@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -202,7 +203,7 @@ def propagate(node: fx.Node, origin: fx.Node) -> None:
 def run_fake(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> object:
     """What a call gives on fake values: those given, else the ones that the nodes have."""
 
-    def find(argument: fx.Node) -> object:
+    def find(argument: fx.Node) -> Any:
         return values[argument] if argument in values else value_of(argument)
 
     args, kwargs = fx.map_arg(node.args, find), fx.map_arg(node.kwargs, find)
