@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch._functorch import predispatch
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpass.graph.nodes import is_torch_function, value_of
+from mpass.graph.call_keys import (
+    call_key,
+    check_plain,
+    constant,
+    hint,
+    nodes_in,
+    storages_in,
+    tensor_nodes,
+)
+from mpass.graph.nodes import value_of
 
 MAX_KNOWN = 8192
 """Calls that are remembered; a 32-layer model has about a hundred different ones."""
 
-UNBACKED_SIZE = 8
-"""Stands for a size that depends on data."""
 
 UNDECLARED_WRITES = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 """ATen ops that update running statistics in training, which their schemas do not say."""
@@ -88,25 +95,6 @@ _observed: dict[Any, Effects] = {}
 
 LEVEL_CHANGES = (predispatch._add_batch_dim, predispatch._remove_batch_dim)
 """They give a tensor in the same memory, seen at another level of torch.vmap."""
-
-
-def tensor_nodes(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a call's arguments, in order and once per place."""
-    return [*nodes_in(node.args), *nodes_in(node.kwargs)]
-
-
-def nodes_in(value: object) -> Iterator[fx.Node]:
-    """The nodes of an argument, which may be nested."""
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from nodes_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from nodes_in(item)
-    elif isinstance(value, slice):
-        yield from nodes_in((value.start, value.stop, value.step))
 
 
 # -- by schema and by sub-graph ---------------------------------------------------------------
@@ -174,126 +162,7 @@ def places_of(node: fx.Node, written: set[fx.Node]) -> frozenset[int]:
     return frozenset(i for i, arg in enumerate(tensor_nodes(node)) if arg in written)
 
 
-def storages_in(value: object) -> set[int]:
-    """Identities of the memory of a value's tensors; empty if it has none or that is not known."""
-    found: set[int] = set()
-    for tensor in tensors_in(value):
-        try:
-            found.add(int(unwrapped(tensor).untyped_storage()._cdata))
-        except (NotImplementedError, RuntimeError):  # a subclass without memory of its own
-            return set()
-    return found
-
-
-def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that has the memory of one at a level of torch.func: batched, tracking, ..."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """The tensors of a value, which may be a nested list."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-
-
 # -- by running -------------------------------------------------------------------------------
-
-
-class Unobservable(Exception):
-    """A call, or one of its arguments, that cannot be run on fakes."""
-
-
-def call_key(node: fx.Node) -> Any:
-    """What the effects of a call depend on; None if it must not be run.
-
-    Numbers other than 0 and 1 (which may stand for True) tell nothing about what is written.
-    """
-    target: Any = node.target
-    if node.op == "call_method":
-        if not hasattr(torch.Tensor, str(target)):
-            return None
-    elif isinstance(target, OpOverloadPacket):
-        pass
-    elif not is_torch_function(target):
-        return None
-    try:
-        args, kwargs = frozen(node.args), frozen(node.kwargs)
-        key = (node.op, target, args, kwargs)
-        hash(key)
-    except (Unobservable, TypeError):
-        return None
-    has_tensor = any(True for arg in tensor_nodes(node) for _ in tensors_in(value_of(arg)))
-    result = value_of(node)
-    if has_tensor or isinstance(result, torch.Tensor):
-        return key
-    # Arithmetic of sizes; what works on no tensor (a mode, functorch's levels) is never run.
-    numbers = isinstance(result, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
-    own = getattr(target, "__module__", None) in ("_operator", "math", "builtins", "torch")
-    return key if numbers and own else None
-
-
-def frozen(value: object) -> Any:
-    """An argument as part of a key. Raises Unobservable for what is neither tensor nor constant."""
-    if isinstance(value, fx.Node):
-        return frozen_value(value_of(value))
-    if isinstance(value, (list, tuple)):
-        return tuple(frozen(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((name, frozen(item)) for name, item in value.items())
-    if isinstance(value, slice):
-        return ("slice", frozen(value.start), frozen(value.stop), frozen(value.step))
-    return frozen_value(value)
-
-
-def frozen_value(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        check_plain(value)
-        strided = tuple(map(hint, (*value.shape, *value.stride())))
-        return ("tensor", value.dtype, value.device.type, strided)
-    if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
-        value = constant(value)
-    if isinstance(value, bool) or value is None or value is Ellipsis:
-        return (type(value), value)
-    if isinstance(value, int):
-        return (int, value if value in (0, 1, -1) else 2 if value > 0 else -2)
-    if isinstance(value, (float, complex, str, torch.dtype, torch.device, torch.layout)):
-        return (type(value), value)
-    if isinstance(value, torch.memory_format):
-        return (torch.memory_format, value)
-    if isinstance(value, (list, tuple)):
-        return tuple(frozen_value(item) for item in value)
-    raise Unobservable(type(value).__name__)
-
-
-def check_plain(tensor: torch.Tensor) -> None:
-    """Raise Unobservable for what has no strided memory of its own."""
-    inner = unwrapped(tensor)
-    plain = type(inner) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
-    if not plain or inner.layout != torch.strided:
-        raise Unobservable("a tensor subclass")
-
-
-def hint(size: Any) -> int:
-    """A size in the call that is being compiled."""
-    return int(constant(size))
-
-
-def constant(value: Any) -> Any:
-    """A symbolic number as the one that it stands for now; asks without adding a guard."""
-    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value
-    node = value.node
-    if node.has_hint():
-        return node.hint
-    return {torch.SymInt: UNBACKED_SIZE, torch.SymFloat: 0.5, torch.SymBool: True}[type(value)]
 
 
 @functools.cache

@@ -12,8 +12,9 @@ from bisect import bisect_left
 import torch
 from torch import fx
 
+from mpass.graph.call_keys import storages_in, tensor_nodes, tensors_in
 from mpass.graph.nodes import value_of
-from mpass.graph.observation import Effects, observe, storages_in, tensor_nodes, tensors_in
+from mpass.graph.observation import Effects, observe
 
 SAME_MEMORY = "minference_same_memory"
 """Key of a node's meta: a value in whose memory the node's own tensor lies too.

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mpass.graph.nodes import MADE_HERE, example, value_of
 from mpass.graph.site import Length
 from mpass.masks.conjuncts import MaskSizes
+from mpass.masks.elements import is_one
 from mpass.masks.expressions import BATCH, KEY, Expr, NotUnderstood, Where, axis, is_truth, number
-from mpass.masks.reader import GraphReader, is_one
+from mpass.masks.reader import GraphReader
 
 RELATIONS: dict[Any, Callable[..., Any]] = {
     sympy.Eq: torch.eq,

@@ -20,6 +20,7 @@ from mpass.graph.nodes import example, op_name, shape_of, source_line, value_of
 from mpass.graph.site import Length, MaskMeaning
 from mpass.graph.writes import StorageWrites
 from mpass.masks.conjuncts import MaskSizes, MaskTerms, at_most, classify_conjuncts, visible
+from mpass.masks.elements import is_one
 from mpass.masks.emitter import Emitter, as_length, find_key_mask
 from mpass.masks.expressions import (
     BATCH,
@@ -32,7 +33,7 @@ from mpass.masks.expressions import (
     number,
     substitute,
 )
-from mpass.masks.reader import GraphReader, is_one
+from mpass.masks.reader import GraphReader
 from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
 from mpass.masks.rules.indexing import INDEX_RULES
 from mpass.masks.rules.values import VALUE_RULES

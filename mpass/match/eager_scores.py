@@ -15,9 +15,9 @@ from torch import fx
 
 from mpass.graph.arguments import argument, bind, place_of, subject, tensor_arguments
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
+from mpass.masks.elements import same_view
 from mpass.masks.expressions import number
 from mpass.masks.prover import MaskProver
-from mpass.masks.reader import same_view
 from mpass.match.common import constant_number
 from mpass.match.products import is_product
 

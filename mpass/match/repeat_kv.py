@@ -16,9 +16,10 @@ from torch import fx
 
 from mpass.graph.arguments import subject
 from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name, same_size, shape_of
+from mpass.masks.elements import drop_unit_axes
 from mpass.masks.expressions import Expr, axis
 from mpass.masks.prover import RULES, MaskProver
-from mpass.masks.reader import GraphReader, drop_unit_axes
+from mpass.masks.reader import GraphReader
 
 STRUCTURAL = frozenset(
     "getitem index unsqueeze squeeze expand expand_as broadcast_to reshape view unsafe_view "

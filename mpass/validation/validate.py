@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,25 +23,30 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mpass.errors import in_one_line
 from mpass.failures import is_strict
-from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name
-from mpass.graph.site import AttentionSite, MaskMeaning
+from mpass.graph.nodes import example, is_tensor, op_name
+from mpass.graph.site import AttentionSite
 from mpass.graph.writes import StorageWrites
-from mpass.lowering.index import AttentionMask
-from mpass.lowering.reference.attention import allowed_cells, masked_softmax, repeat_kv
+from mpass.lowering.reference.attention import masked_softmax, repeat_kv
 from mpass.masks.conjuncts import HIDDEN
 from mpass.match.sdpa import bind_sdpa
 from mpass.plan import AttentionPlan, Skip
+from mpass.validation.claims import (
+    attention_inputs,
+    claim_key,
+    claimed_cells,
+    claimed_scores,
+    key_mask,
+    made_sinks,
+    tolerance,
+)
+from mpass.validation.report import Difference, Named, bug_report, differing
+from mpass.validation.samples import leaf_value, next_node, random_tensor, rows_to_check
 from mpass.validation.slices import (
     NotRunError,
     Part,
     Run,
-    is_number,
-    number_now,
     part_of,
-    real_tensor,
     shape_now,
-    size_now,
-    value_of,
 )
 
 log = logging.getLogger(__name__)
@@ -79,15 +83,6 @@ EFFORTS = {
     "sample": Effort(cells=2**18, strip=2**18, largest=2**22),
     "full": Effort(cells=math.inf, strip=2**22, largest=2**30),
 }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where a claim and the graph differ: what was compared, how many cells, the first of them."""
-
-    what: str
-    count: int
-    first: tuple[str, ...]
 
 
 def validate_sites(
@@ -321,46 +316,6 @@ def check_output(validator: Validator, site: AttentionSite) -> Difference | None
 # -- what is claimed --------------------------------------------------------------------------
 
 
-def claim_key(site: AttentionSite) -> tuple[Any, ...]:
-    """What a site claims, comparable between layers of one graph."""
-    mask = site.mask
-    assert mask is not None
-    inputs = (*map(shape_now, (site.query, site.key, site.value)), example(site.query).dtype)
-    numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed)
-    meaning = (mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
-    return (*inputs, *numbers, *meaning, str(mask.valid_keys))
-
-
-def claimed_cells(mask: MaskMeaning | None, run: Run, site: AttentionSite, rows: Tensor) -> Tensor:
-    """The cells [B or 1, 1, rows, Nk] that the claim lets be seen."""
-    assert mask is not None
-    if isinstance(mask.query_offset, fx.Node):
-        raise NotRunError("the position of the first query is a tensor")
-    device = example(site.query).device
-    offset = size_now(mask.query_offset)
-    num_keys = shape_now(site.key)[2]
-    padding = None if mask.key_mask is None else run.whole(mask.key_mask)
-    words = AttentionMask(mask.causal, offset, mask.window, padding)
-    cells = allowed_cells(words, rows.to(device) + offset, num_keys)
-    if mask.valid_keys is not None:
-        cells = cells & (torch.arange(num_keys, device=device) < size_now(mask.valid_keys))
-    return cells
-
-
-def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
-    """Scores [B, H, rows, Nk] before any mask, in fp64."""
-    query, key = run.whole(site.query), run.whole(site.key)
-    query = query.index_select(2, rows.to(query.device)).double()
-    key = repeat_kv(key, query.shape[1]).double()
-    scores = query @ key.transpose(-1, -2) * site.scale
-    return site.softcap * torch.tanh(scores / site.softcap) if site.softcap > 0 else scores
-
-
-def tolerance(site: AttentionSite) -> float:
-    """Largest relative difference that rounding makes in the site's dtype."""
-    return {torch.float32: 1e-4, torch.float64: 1e-8}.get(example(site.query).dtype, 0.1)
-
-
 def softmax_of(site: AttentionSite) -> fx.Node | None:
     """The softmax whose weights the output is made of."""
     nodes = [site.output]
@@ -372,44 +327,7 @@ def softmax_of(site: AttentionSite) -> fx.Node | None:
     return None
 
 
-def key_mask(site: AttentionSite) -> list[fx.Node]:
-    return [site.mask.key_mask] if site.mask is not None and site.mask.key_mask else []
-
-
-def attention_inputs(site: AttentionSite) -> list[fx.Node]:
-    """Query, key, value and sinks of a site: where the part that is run begins."""
-    sinks = [] if site.sinks is None else [site.sinks]
-    if made_sinks(site):
-        sinks = sinks[0].all_input_nodes
-    return [site.query, site.key, site.value, *sinks]
-
-
-def made_sinks(site: AttentionSite) -> list[fx.Node]:
-    """The sinks of a site, if a matcher has made them of one that all heads share."""
-    return [site.sinks] if site.sinks is not None and MADE_HERE in site.sinks.meta else []
-
-
 # -- inputs -----------------------------------------------------------------------------------
-
-
-def random_tensor(node: fx.Node, generator: torch.Generator) -> Tensor:
-    """A tensor as a node stands for: normal, or zeros and ones."""
-    fake, shape = example(node), shape_now(node)
-    if fake.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(fake.dtype).to(fake.device)
-    return random_padding(shape, generator).to(fake.dtype).to(fake.device)
-
-
-def random_padding(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Ones with zeros at the left or at the right of each row, and with holes."""
-    size = shape[-1] if shape else 1
-    rows = math.prod(shape[:-1])
-    cut = torch.randint(0, max(1, size // 2), (rows, 1), generator=generator)
-    at = torch.arange(size)
-    left = torch.arange(rows)[:, None] % 2 == 0
-    kept = torch.where(left, at >= cut, at < size - cut)
-    kept &= torch.rand(rows, size, generator=generator) > 0.05
-    return kept.reshape(shape)
 
 
 def inputs_of(
@@ -436,28 +354,6 @@ def inputs_of(
             return
 
 
-def next_node(node: fx.Node) -> fx.Node:
-    return node.next
-
-
-def leaf_value(leaf: fx.Node, invented: bool, generator: torch.Generator) -> tuple[Any, bool]:
-    """The value of an input, and whether it is a mask of zeros and ones that can be invented."""
-    value = value_of(leaf)
-    if is_number(value) and value is not None:
-        return number_now(value), False
-    real = real_tensor(leaf)
-    if real is None and not isinstance(value, Tensor):
-        owner: Any = leaf.graph.owning_module
-        return getattr(owner, str(leaf.target)), False
-    if real is None:
-        return random_tensor(leaf, generator), example(leaf).dtype == torch.bool
-    flags = not real.dtype.is_floating_point and real.numel() > 1
-    flags = flags and bool(((real == 0) | (real == 1)).all())
-    if invented and flags and leaf.op == "placeholder":
-        return random_padding(tuple(real.shape), generator).to(real), True
-    return real.clone(), flags and leaf.op == "placeholder"
-
-
 def strips(
     validator: Validator, site: AttentionSite, part: Part, values: dict[fx.Node, Any]
 ) -> Iterator[tuple[Run, Tensor]]:
@@ -470,17 +366,6 @@ def strips(
     for chunk in rows.split(max(1, validator.effort.strip // per_row)):
         run.at_rows(chunk)
         yield run, chunk
-
-
-def rows_to_check(queries: int, most: float) -> Tensor:
-    """All query rows, or the first, the last and random ones between."""
-    if queries <= most:
-        return torch.arange(queries)
-    count = max(4, int(most))
-    ends = torch.arange(count // 4)
-    generator = torch.Generator().manual_seed(queries)
-    between = torch.randint(0, queries, (count - 2 * len(ends),), generator=generator)
-    return torch.cat([ends, between, queries - 1 - ends]).unique()
 
 
 # -- telling computations apart ---------------------------------------------------------------
@@ -503,56 +388,4 @@ def signature(part: Part, site: AttentionSite, target: fx.Node) -> tuple[Any, ..
     return (*steps, names.get(target))
 
 
-class Named:
-    """A node in a signature."""
-
-    def __init__(self, names: dict[fx.Node, Any], node: fx.Node) -> None:
-        self.name = names.get(node, node.name)
-
-    def __repr__(self) -> str:
-        return f"<{self.name}>"
-
-
 # -- what is said -----------------------------------------------------------------------------
-
-
-def differing(
-    what: str, wrong: Tensor, rows: Tensor, got: Tensor, claimed: Tensor | None
-) -> Difference:
-    """The difference that a tensor of wrong cells shows."""
-    cells = wrong.nonzero()
-    first = []
-    for cell in cells[:5].tolist():
-        place = tuple(cell)
-        position = list(cell)
-        if len(position) >= 2:
-            position[-2] = int(rows[position[-2]])
-        values = f"the graph has {got[place].item():g}"
-        if claimed is not None:
-            values += f", the proof says {claimed[place].item():g}"
-        first.append(f"{position}: {values}")
-    return Difference(what, len(cells), tuple(first))
-
-
-def bug_report(site: AttentionSite, difference: Difference) -> str:
-    """What to paste into a report: where, what was proven, what differs, versions."""
-    import mpass
-
-    mask = site.mask
-    writes = StorageWrites(site.output.graph)
-    try:
-        part = part_of([site.output], attention_inputs(site), next_node(site.output), writes)
-        ops = " ".join(op_name(node) for node in part.nodes)
-    except (NotRunError, LookupError) as error:
-        ops = in_one_line(error)
-    lines = [
-        f"{REASON}. It stays dense. Please report this text:",
-        f"  site: {site.spelling} attention {site.path or site.output.name} at {site.source}",
-        f"  ops: {ops}",
-        *(f"  proof: {line}" for line in (mask.proof if mask is not None else ())),
-        f"  differs: {difference.what}, {difference.count} cells looked at",
-        *(f"    {line}" for line in difference.first),
-        f"  versions: mpass {mpass.__version__}, torch {torch.__version__}, "
-        f"python {platform.python_version()}",
-    ]
-    return "\n".join(lines)

@@ -12,6 +12,7 @@ import torch
 from torch._ops import OpOverload
 
 from mpass.graph.nodes import op_name
+from mpass.masks.elements import dimension
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -25,7 +26,7 @@ from mpass.masks.expressions import (
     number,
     select,
 )
-from mpass.masks.reader import OpCall, Rule, dimension, registrar
+from mpass.masks.reader import OpCall, Rule, registrar
 from mpass.masks.rules.values import EXACT_DTYPES, cast, cast_number
 
 ARITHMETIC_RULES: dict[str, Rule] = {}

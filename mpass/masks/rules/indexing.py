@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mpass.graph.nodes import op_name
+from mpass.masks.elements import align, dimension, unwrap_constant
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -23,7 +24,7 @@ from mpass.masks.expressions import (
     select,
     substitute,
 )
-from mpass.masks.reader import OpCall, Rule, align, dimension, registrar, unwrap_constant
+from mpass.masks.reader import OpCall, Rule, registrar
 from mpass.masks.rules.values import cast
 
 INDEX_RULES: dict[str, Rule] = {}

@@ -14,8 +14,9 @@ import sympy
 import torch
 from torch import fx
 
+from mpass.graph.call_keys import constant
 from mpass.graph.nodes import example, op_name
-from mpass.graph.observation import constant
+from mpass.masks.elements import unwrap_constant
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -30,7 +31,7 @@ from mpass.masks.expressions import (
     number,
     select,
 )
-from mpass.masks.reader import OpCall, Rule, registrar, unwrap_constant
+from mpass.masks.reader import OpCall, Rule, registrar
 
 VALUE_RULES: dict[str, Rule] = {}
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mpass.graph.nodes import op_name
+from mpass.masks.elements import align, dimension, is_one, unwrap_constant
 from mpass.masks.expressions import (
     Expr,
     NotUnderstood,
@@ -23,7 +24,7 @@ from mpass.masks.expressions import (
     select,
     substitute,
 )
-from mpass.masks.reader import OpCall, Rule, align, dimension, is_one, registrar, unwrap_constant
+from mpass.masks.reader import OpCall, Rule, registrar
 from mpass.masks.rules.values import cast
 
 SHAPE_RULES: dict[str, Rule] = {}

@@ -1,0 +1,76 @@
+"""What a proof claims of a mask and of scores, as values to compare with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpass.graph.nodes import MADE_HERE, example
+from mpass.graph.site import AttentionSite, MaskMeaning
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.reference.attention import allowed_cells, repeat_kv
+from mpass.validation.slices import (
+    NotRunError,
+    Run,
+    shape_now,
+    size_now,
+)
+
+
+def claim_key(site: AttentionSite) -> tuple[Any, ...]:
+    """What a site claims, comparable between layers of one graph."""
+    mask = site.mask
+    assert mask is not None
+    inputs = (*map(shape_now, (site.query, site.key, site.value)), example(site.query).dtype)
+    numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed)
+    meaning = (mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
+    return (*inputs, *numbers, *meaning, str(mask.valid_keys))
+
+
+def claimed_cells(mask: MaskMeaning | None, run: Run, site: AttentionSite, rows: Tensor) -> Tensor:
+    """The cells [B or 1, 1, rows, Nk] that the claim lets be seen."""
+    assert mask is not None
+    if isinstance(mask.query_offset, fx.Node):
+        raise NotRunError("the position of the first query is a tensor")
+    device = example(site.query).device
+    offset = size_now(mask.query_offset)
+    num_keys = shape_now(site.key)[2]
+    padding = None if mask.key_mask is None else run.whole(mask.key_mask)
+    words = AttentionMask(mask.causal, offset, mask.window, padding)
+    cells = allowed_cells(words, rows.to(device) + offset, num_keys)
+    if mask.valid_keys is not None:
+        cells = cells & (torch.arange(num_keys, device=device) < size_now(mask.valid_keys))
+    return cells
+
+
+def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
+    """Scores [B, H, rows, Nk] before any mask, in fp64."""
+    query, key = run.whole(site.query), run.whole(site.key)
+    query = query.index_select(2, rows.to(query.device)).double()
+    key = repeat_kv(key, query.shape[1]).double()
+    scores = query @ key.transpose(-1, -2) * site.scale
+    return site.softcap * torch.tanh(scores / site.softcap) if site.softcap > 0 else scores
+
+
+def tolerance(site: AttentionSite) -> float:
+    """Largest relative difference that rounding makes in the site's dtype."""
+    return {torch.float32: 1e-4, torch.float64: 1e-8}.get(example(site.query).dtype, 0.1)
+
+
+def key_mask(site: AttentionSite) -> list[fx.Node]:
+    return [site.mask.key_mask] if site.mask is not None and site.mask.key_mask else []
+
+
+def attention_inputs(site: AttentionSite) -> list[fx.Node]:
+    """Query, key, value and sinks of a site: where the part that is run begins."""
+    sinks = [] if site.sinks is None else [site.sinks]
+    if made_sinks(site):
+        sinks = sinks[0].all_input_nodes
+    return [site.query, site.key, site.value, *sinks]
+
+
+def made_sinks(site: AttentionSite) -> list[fx.Node]:
+    """The sinks of a site, if a matcher has made them of one that all heads share."""
+    return [site.sinks] if site.sinks is not None and MADE_HERE in site.sinks.meta else []
