@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -33,6 +32,12 @@ UNBACKED_SIZE = 8
 
 UNDECLARED_WRITES = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 """ATen ops that update running statistics in training, which their schemas do not say."""
+
+FUNCTORCH = ("torch._functorch", "torch._C._functorch")
+"""Modules whose functions open and close levels of vmap and grad, and wrap tensors for them.
+
+They write to no tensor, and cannot be run or left out one by one.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def observe(node: fx.Node) -> Effects:
     if target is operator.getitem and isinstance(node.args[0], fx.Node):
         if not isinstance(value_of(node.args[0]), torch.Tensor):
             return NOTHING  # An item of a tuple or list.
-    if target in LEVEL_CHANGES:
+    if (getattr(target, "__module__", None) or "").startswith(FUNCTORCH):
         return NOT_PURE
     key = call_key(node)
     if key is None:
@@ -85,9 +90,6 @@ def observe(node: fx.Node) -> Effects:
 
 
 _observed: dict[Any, Effects] = {}
-
-LEVEL_CHANGES = (predispatch._add_batch_dim, predispatch._remove_batch_dim)
-"""They give a tensor in the same memory, seen at another level of torch.vmap."""
 
 
 def tensor_nodes(node: fx.Node) -> list[fx.Node]:
@@ -255,9 +257,8 @@ def frozen(value: object) -> Any:
 
 def frozen_value(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        check_plain(value)
-        strided = tuple(map(hint, (*value.shape, *value.stride())))
-        return ("tensor", value.dtype, value.device.type, strided)
+        shape, strides = layout(value)
+        return ("tensor", value.dtype, value.device.type, tuple(shape), tuple(strides))
     if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
         value = constant(value)
     if isinstance(value, bool) or value is None or value is Ellipsis:
@@ -273,12 +274,22 @@ def frozen_value(value: Any) -> Any:
     raise Unobservable(type(value).__name__)
 
 
-def check_plain(tensor: torch.Tensor) -> None:
-    """Raise Unobservable for what has no strided memory of its own."""
-    inner = unwrapped(tensor)
-    plain = type(inner) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
-    if not plain or inner.layout != torch.strided:
+def layout(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides in the call that is being compiled; strides are empty for row-major order.
+
+    A tensor inside of vmap has the sizes that the function sees. Raises Unobservable for a subclass
+    or a sparse tensor, which have no strided memory of their own.
+    """
+    if type(unwrapped(tensor)) not in (FakeTensor, torch.Tensor, torch.nn.Parameter):
         raise Unobservable("a tensor subclass")
+    if tensor.layout != torch.strided:
+        raise Unobservable("no strided tensor")
+    shape = [hint(size) for size in tensor.shape]
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return shape, []
+    strides = [hint(stride) for stride in tensor.stride()]
+    repeated = any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True))
+    return shape, [] if repeated else strides
 
 
 def hint(size: Any) -> int:
@@ -354,6 +365,8 @@ def run_on_fakes(node: fx.Node) -> Effects:
         with torch.no_grad(), fake_mode():
             args: Any = arguments(node.args, fresh)
             kwargs: Any = arguments(node.kwargs, fresh)
+            if node.target in (operator.getitem, operator.setitem):
+                args = (args[0], place_of(args[1]), *args[2:])
             before = [geometry(tensor) for _, tensor in tensors]
             with Watch(tensors) as watch:
                 if node.op == "call_method":
@@ -388,11 +401,19 @@ def arguments(value: Any, fresh: Callable[[fx.Node], Any]) -> Any:
     return constant(value)
 
 
+def place_of(index: Any) -> Any:
+    """An index with numbers for tensors of no dimension, whose value Python would ask for."""
+    if isinstance(index, tuple):
+        return tuple(place_of(item) for item in index)
+    if isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype != torch.bool:
+        return 0
+    return index
+
+
 def fresh_tensor(like: torch.Tensor) -> torch.Tensor:
     """A fake tensor of the sizes that another has now, which shares no memory with it."""
-    check_plain(like)
-    shape, strides = [*map(hint, like.shape)], [*map(hint, like.stride())]
-    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+    shape, strides = layout(like)
+    if len(strides) != len(shape):
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 
