@@ -68,6 +68,11 @@ UNREACHED = {
     "the BlockMask is for another length": "refused by torch",
     "mask_mod does not return a condition": "refused by torch",
     "argument {} is no tensor": "refused by torch",
+    "argument {} is missing": "refused by torch",
+    "cat of what is no tensor": "refused by torch",
+    "{} is no tensor": "refused by torch",
+    "number of valid keys {} might not be positive": "a guard says that it is",
+    "slice of the last {} of {}, which may be fewer": "Dynamo guards it",
     # Dynamo's graphs do not have these; torch.export's and graphs made by hand may.
     "is_causal is not a constant": "Dynamo guards it",
     "dimension is not a constant": "Dynamo guards it",

@@ -113,9 +113,8 @@ def frozen(value: object) -> Any:
 
 def frozen_value(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        check_plain(value)
-        strided = tuple(map(hint, (*value.shape, *value.stride())))
-        return ("tensor", value.dtype, value.device.type, strided)
+        shape, strides = layout(value)
+        return ("tensor", value.dtype, value.device.type, tuple(shape), tuple(strides))
     if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
         value = constant(value)
     if isinstance(value, bool) or value is None or value is Ellipsis:
@@ -131,12 +130,22 @@ def frozen_value(value: Any) -> Any:
     raise Unobservable(type(value).__name__)
 
 
-def check_plain(tensor: torch.Tensor) -> None:
-    """Raise Unobservable for what has no strided memory of its own."""
-    inner = unwrapped(tensor)
-    plain = type(inner) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
-    if not plain or inner.layout != torch.strided:
+def layout(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides in the call that is being compiled; strides are empty for row-major order.
+
+    A tensor inside of vmap has the sizes that the function sees. Raises Unobservable for a subclass
+    or a sparse tensor, which have no strided memory of their own.
+    """
+    if type(unwrapped(tensor)) not in (FakeTensor, torch.Tensor, torch.nn.Parameter):
         raise Unobservable("a tensor subclass")
+    if tensor.layout != torch.strided:
+        raise Unobservable("no strided tensor")
+    shape = [hint(size) for size in tensor.shape]
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return shape, []
+    strides = [hint(stride) for stride in tensor.stride()]
+    repeated = any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True))
+    return shape, [] if repeated else strides
 
 
 def hint(size: Any) -> int:

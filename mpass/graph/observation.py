@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -25,9 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpass.graph.call_keys import (
     call_key,
-    check_plain,
     constant,
-    hint,
+    layout,
     nodes_in,
     storages_in,
     tensor_nodes,
@@ -40,6 +38,12 @@ MAX_KNOWN = 8192
 
 UNDECLARED_WRITES = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 """ATen ops that update running statistics in training, which their schemas do not say."""
+
+FUNCTORCH = ("torch._functorch", "torch._C._functorch")
+"""Modules whose functions open and close levels of vmap and grad, and wrap tensors for them.
+
+They write to no tensor, and cannot be run or left out one by one.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def observe(node: fx.Node) -> Effects:
     if target is operator.getitem and isinstance(node.args[0], fx.Node):
         if not isinstance(value_of(node.args[0]), torch.Tensor):
             return NOTHING  # An item of a tuple or list.
-    if target in LEVEL_CHANGES:
+    if (getattr(target, "__module__", None) or "").startswith(FUNCTORCH):
         return NOT_PURE
     key = call_key(node)
     if key is None:
@@ -92,9 +96,6 @@ def observe(node: fx.Node) -> Effects:
 
 
 _observed: dict[Any, Effects] = {}
-
-LEVEL_CHANGES = (predispatch._add_batch_dim, predispatch._remove_batch_dim)
-"""They give a tensor in the same memory, seen at another level of torch.vmap."""
 
 
 # -- by schema and by sub-graph ---------------------------------------------------------------
@@ -223,6 +224,8 @@ def run_on_fakes(node: fx.Node) -> Effects:
         with torch.no_grad(), fake_mode():
             args: Any = arguments(node.args, fresh)
             kwargs: Any = arguments(node.kwargs, fresh)
+            if node.target in (operator.getitem, operator.setitem):
+                args = (args[0], place_of(args[1]), *args[2:])
             before = [geometry(tensor) for _, tensor in tensors]
             with Watch(tensors) as watch:
                 if node.op == "call_method":
@@ -257,11 +260,19 @@ def arguments(value: Any, fresh: Callable[[fx.Node], Any]) -> Any:
     return constant(value)
 
 
+def place_of(index: Any) -> Any:
+    """An index with numbers for tensors of no dimension, whose value Python would ask for."""
+    if isinstance(index, tuple):
+        return tuple(place_of(item) for item in index)
+    if isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype != torch.bool:
+        return 0
+    return index
+
+
 def fresh_tensor(like: torch.Tensor) -> torch.Tensor:
     """A fake tensor of the sizes that another has now, which shares no memory with it."""
-    check_plain(like)
-    shape, strides = [*map(hint, like.shape)], [*map(hint, like.stride())]
-    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+    shape, strides = layout(like)
+    if len(strides) != len(shape):
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 

@@ -8,8 +8,8 @@ import sympy
 import torch
 from torch import fx
 
+from mpass.graph.call_keys import hint
 from mpass.graph.nodes import example, value_of
-from mpass.graph.observation import hint
 from mpass.graph.writes import storage_of
 from mpass.masks.expressions import (
     Expr,

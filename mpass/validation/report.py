@@ -22,6 +22,9 @@ from mpass.validation.slices import (
     part_of,
 )
 
+REASON = "what its mask was proven to mean is not what the model computes: a fault of mpass"
+"""Why an attention stays dense whose proof did not hold; the warning has the particulars."""
+
 
 @dataclass(frozen=True)
 class Difference:

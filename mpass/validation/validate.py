@@ -39,7 +39,7 @@ from mpass.validation.claims import (
     made_sinks,
     tolerance,
 )
-from mpass.validation.report import Difference, Named, bug_report, differing
+from mpass.validation.report import REASON, Difference, Named, bug_report, differing
 from mpass.validation.samples import leaf_value, next_node, random_tensor, rows_to_check
 from mpass.validation.slices import (
     NotRunError,
@@ -50,9 +50,6 @@ from mpass.validation.slices import (
 )
 
 log = logging.getLogger(__name__)
-
-REASON = "what its mask was proven to mean is not what the model computes: a fault of mpass"
-"""Why an attention stays dense whose proof did not hold; the warning has the particulars."""
 
 STEPS_TO_SOFTMAX = 12
 """Ops looked at between an attention's output and its softmax."""

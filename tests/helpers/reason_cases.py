@@ -106,9 +106,61 @@ def unknown_sign(x: Inputs) -> Tensor:
     return mask.T[keys - 100]
 
 
+def assigned_up_to_unknown_sign(x: Inputs) -> Tensor:
+    queries, keys = x.query.shape[2], x.key.shape[2]
+    mask = torch.arange(queries)[:, None] >= torch.arange(keys)
+    mask[:, : keys - 100] = True
+    return mask
+
+
 Maker = Callable[[Inputs], Tensor]
 
+
+def reshaped_in_place(x: Inputs) -> Tensor:
+    mask = causal()
+    mask.unsqueeze_(0)
+    return mask & causal()
+
+
+def made_of_many_parts(x: Inputs) -> Tensor:
+    mask = causal()
+    for i in range(2, 60):
+        mask = mask ^ (positions() % i == 1)
+    return mask
+
+
+def written_row_by_row(x: Inputs) -> Tensor:
+    mask = torch.zeros(N, N, dtype=torch.bool)
+    for i in range(402):
+        mask[i % N, : i % N + 1] = True
+    return mask
+
+
+def of_too_many_dimensions(x: Inputs) -> Tensor:
+    mask = causal()
+    mask[3] = torch.ones(1, N, dtype=torch.bool)
+    return mask
+
+
+def kept_to_out(x: Inputs) -> Tensor:
+    return torch.ge(positions()[:, None], positions(), out=torch.empty(N, N, dtype=torch.bool))
+
+
 MASKS: dict[str, tuple[Maker, str]] = {
+    "unknown argument": (
+        lambda x: torch.ones(N, dtype=torch.uint8).view(dtype=torch.int8) > positions(),
+        "reinterpreting bits",
+    ),
+    "old form of add": (
+        lambda x: torch.add(positions()[:, None], 2, positions()) > 3,
+        "argument 3 is not understood",
+    ),
+    "reshaped in place": (reshaped_in_place, "is reshaped in place"),
+    "many parts": (made_of_many_parts, "made of too many parts"),
+    "row by row": (written_row_by_row, "this mask takes more than"),
+    "more dimensions": (of_too_many_dimensions, "a value of more dimensions"),
+    "out": (kept_to_out, "written to out="),
+    "nothing seen": (lambda x: causal() & (positions() < 0), "the mask hides every key"),
     "unknown op": (lambda x: distance().sin() > 0, "sin: this op is not understood"),
     "view": (written_through_a_view, "is written through another view"),
     "input": (lambda x: x.mask, "is an input whose values are unknown when compiling"),
@@ -214,5 +266,6 @@ DYNAMIC_MASKS: dict[str, tuple[Maker, str]] = {
     "lengths": (visible_up_to, "might be negative"),
     "half window": (half_window, "is not a constant"),
     "unknown sign": (unknown_sign, "of unknown sign"),
+    "slice of unknown sign": (assigned_up_to_unknown_sign, "slice up to or from"),
 }
 """Masks of inputs whose lengths are not known when compiling."""

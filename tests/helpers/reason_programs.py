@@ -305,7 +305,7 @@ def everything(b, h, i, j):
 
 
 def half_the_keys(b, h, i, j):
-    return (i >= j) & (j < N // 2)
+    return (j < N // 2) & (i >= 0)
 
 
 def flex_made_inside(q, k, v):
