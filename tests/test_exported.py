@@ -95,3 +95,40 @@ def test_a_program_that_may_be_trained_stays_dense():
     dense.module()(x).sum().backward()
     rewrite_exported(export(model.requires_grad_(False), (x,)), FULL)
     assert mpass.last_report().sites[0].status == "sparse"
+
+
+@mpass.configure(pattern=mpass.AShape(1, 9))
+class Decorated(torch.nn.Module):
+    def forward(self, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Outer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Decorated()
+
+    def forward(self, q, k, v):
+        return self.inner(q, k, v)
+
+
+class DecoratedForward(torch.nn.Module):
+    @mpass.configure(pattern=mpass.AShape(1, 9))
+    def forward(self, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Region(torch.nn.Module):
+    def forward(self, q, k, v):
+        with mpass.configure(pattern=mpass.AShape(1, 9)):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("model", [Decorated, Outer, DecoratedForward, Region])
+@torch.no_grad()
+def test_decorators_are_heard_with_and_without_dynamo(model, strict):
+    tensors = tuple(torch.randn(1, 2, 200, 16) for _ in range(3))
+    rewrite_exported(export(model(), tensors, strict=strict), FULL)
+    (site,) = mpass.last_report().sites
+    assert site.patterns == ("a_shape(1, 9)",) * 2
