@@ -64,3 +64,71 @@ def test_unknown_option_is_refused():
     program = export(Attention().eval(), (torch.randn(1, 8, 32),))
     with pytest.raises(mpass.MpassError, match="unknown option 'patern'"):
         rewrite_exported(program, {"patern": "dense"})
+
+
+class Masked(torch.nn.Module):
+    """Causal attention over padded prompts; the key mask is no tensor of the program."""
+
+    def forward(self, q, k, v, kept):
+        seen = torch.arange(q.shape[2])[:, None] >= torch.arange(k.shape[2])
+        mask = seen & (kept[:, None, None, :] > 0)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_a_key_mask_that_is_made_holds_registered_ops_only(dynamic):
+    n = Dim("n", min=2, max=4096)
+    shapes = ({2: n}, {2: n}, {2: n}, {1: n}) if dynamic else None
+    q, k, v = (torch.randn(2, 4, 192, 16) for _ in range(3))
+    kept = (torch.arange(192) >= torch.tensor([[0], [10]])).long()
+    sparse = rewrite_exported(export(Masked(), (q, k, v, kept), dynamic_shapes=shapes), FULL)
+    assert targets(sparse).count("minference.sparse_attention.default") == 1
+    difference = sparse.module()(q, k, v, kept) - Masked()(q, k, v, kept)
+    assert difference.nan_to_num().abs().max() < 1e-5
+
+
+def test_a_program_that_may_be_trained_stays_dense():
+    model, x = Attention().eval(), torch.randn(1, 256, 32)
+    dense = rewrite_exported(export(model, (x,)), FULL)
+    assert "gradients are recorded" in mpass.last_report().sites[0].reason
+    dense.module()(x).sum().backward()
+    rewrite_exported(export(model.requires_grad_(False), (x,)), FULL)
+    assert mpass.last_report().sites[0].status == "sparse"
+
+
+@mpass.configure(pattern=mpass.AShape(1, 9))
+class Decorated(torch.nn.Module):
+    def forward(self, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Outer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Decorated()
+
+    def forward(self, q, k, v):
+        return self.inner(q, k, v)
+
+
+class DecoratedForward(torch.nn.Module):
+    @mpass.configure(pattern=mpass.AShape(1, 9))
+    def forward(self, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Region(torch.nn.Module):
+    def forward(self, q, k, v):
+        with mpass.configure(pattern=mpass.AShape(1, 9)):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("model", [Decorated, Outer, DecoratedForward, Region])
+@torch.no_grad()
+def test_decorators_are_heard_with_and_without_dynamo(model, strict):
+    tensors = tuple(torch.randn(1, 2, 200, 16) for _ in range(3))
+    rewrite_exported(export(model(), tensors, strict=strict), FULL)
+    (site,) = mpass.last_report().sites
+    assert site.patterns == ("a_shape(1, 9)",) * 2

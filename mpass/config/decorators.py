@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.fx.traceback import annotate
+from torch.fx.traceback import annotate, preserve_node_meta
 
 from mpass.config.json_format import JsonObject, layer_from_json, layer_to_json
 from mpass.config.layer import LayerConfig, as_layer, as_pattern
@@ -121,15 +121,31 @@ def configure(
         "min_seq_len": min_seq_len,
         "head_offset": head_offset,
     }
-    if torch.compiler.is_dynamo_compiling():
+    if is_traced():
         return region(**settings)
     return Configure(**settings)
+
+
+def is_traced() -> bool:
+    """Whether this runs for a graph: under Dynamo, or under torch.export without it."""
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
+def annotated(marks: dict[str, str]) -> AbstractContextManager[Any]:
+    """The context in which nodes get annotations; torch.export without Dynamo drops them else."""
+    return annotate(marks) if torch.compiler.is_dynamo_compiling() else kept_annotation(marks)
+
+
+@contextmanager
+def kept_annotation(marks: dict[str, str]) -> Iterator[None]:
+    with preserve_node_meta(), annotate(marks):
+        yield
 
 
 @contextmanager
 def region(**settings: Any) -> Iterator[None]:
     """The context that `configure` is inside of traced code."""
-    with annotate(region_annotation(**settings)):
+    with annotated(region_annotation(**settings)):
         yield
 
 
@@ -238,9 +254,9 @@ def decorate_function(function: Any, marks: dict[str, str]) -> Any:
 
     @functools.wraps(function)
     def configured(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_traced():
             return function(*args, **kwargs)
-        with annotate(marks):
+        with annotated(marks):
             return function(*args, **kwargs)
 
     return configured
@@ -278,9 +294,9 @@ def configured_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def configured(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_traced():
             return forward(self, *args, **kwargs)
-        with annotate(getattr(type(self), ANNOTATION)):
+        with annotated(getattr(type(self), ANNOTATION)):
             return forward(self, *args, **kwargs)
 
     return configured

@@ -19,7 +19,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from mpass.graph.nodes import example, op_name, shape_of, source_line, value_of
 from mpass.graph.site import Length, MaskMeaning
 from mpass.graph.writes import StorageWrites
-from mpass.masks.conjuncts import MaskSizes, MaskTerms, at_most, classify_conjuncts, visible
+from mpass.masks.conjuncts import (
+    MaskSizes,
+    MaskTerms,
+    at_most,
+    classify_conjuncts,
+    conjuncts,
+    visible,
+)
 from mpass.masks.elements import is_one
 from mpass.masks.emitter import Emitter, as_length, find_key_mask
 from mpass.masks.expressions import (
@@ -155,12 +162,22 @@ def rows_without_keys(proof: MaskProof, finite: bool) -> MaskProof:
     meaning, condition = proof.meaning, proof.condition
     if not finite or meaning is None or meaning.key_mask is None or condition is None:
         return proof
+    if meaning.window == 0 and sees_first_key(condition):
+        return proof
     if not condition.atoms(AppliedUndef):
         reason = "rows that see no key are the mean of all values: hide keys by -inf, not a number"
         return MaskProof(None, reason, condition)
     words = "rows that see no key are padding: zeros, not the mean of all values"
     told = dataclasses.replace(meaning, proof=(*meaning.proof, words))
     return dataclasses.replace(proof, meaning=told)
+
+
+def sees_first_key(condition: Expr) -> bool:
+    """Whether what a mask says of keys alone never hides the first one."""
+    terms = [term for term in conjuncts(condition) if not term.has(QUERY)]
+    return bool(
+        sympy.And(*(term.xreplace({KEY: sympy.Integer(0)}) for term in terms)) == sympy.true
+    )
 
 
 def mask_sizes(query: fx.Node, key: fx.Node) -> MaskSizes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def inline_call(gm: fx.GraphModule, call: fx.Node, named: bool = True) -> None:
     first = 2 if call.target is torch.ops.higher_order.invoke_subgraph else 1
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(placeholders, call.args[first:], strict=True))
+    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    first_call = frozenset(output.meta.get("custom") or ())
     with gm.graph.inserting_before(call):
         for node in module.graph.nodes:
             if node.op in ("placeholder", "output"):
@@ -105,8 +108,9 @@ def inline_call(gm: fx.GraphModule, call: fx.Node, named: bool = True) -> None:
             if node.op == "get_attr":
                 copied.target = share_attribute(gm, module, str(node.target))
             move_module_stack(copied, call, named)
+            if call.target is torch.ops.higher_order.invoke_subgraph:
+                move_annotations(copied, call, first_call)
             values[node] = copied
-    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
     results: Any = fx.map_arg(output.args[0], lambda old: values[old])
     for user in list(call.users):
         assert user.target is operator.getitem
@@ -130,6 +134,19 @@ def share_attribute(gm: fx.GraphModule, module: fx.GraphModule, name: str) -> st
         shared = f"{flat}_{count}"
     setattr(gm, shared, value)
     return shared
+
+
+def move_annotations(node: fx.Node, call: fx.Node, first_call: Collection[str]) -> None:
+    """Give a node the annotations of its call: those of a shared sub-graph are of the first call.
+
+    first_call: the keys of what stands around the first call; its end is there too.
+    """
+    own = {key: value for key, value in node_annotations(node).items() if key not in first_call}
+    node.meta["custom"] = {**node_annotations(call), **own}
+
+
+def node_annotations(node: fx.Node) -> dict[str, Any]:
+    return dict(node.meta.get("custom") or {})
 
 
 def move_module_stack(node: fx.Node, call: fx.Node, named: bool) -> None:

@@ -231,6 +231,7 @@ MASKS: dict[str, tuple[Maker, str]] = {
     ),
     "many values": (many_values, "a choice between too many values"),
     "infinity": (lambda x: x.floats < torch.inf, "comparison with infinity"),
+    "every key hidden": (lambda x: causal() & (positions() < 0), "the mask hides every key"),
     "written in place": (input_written_in_place, "is written in place"),
     "after the position": (
         lambda x: positions() <= positions()[:, None] - 3,

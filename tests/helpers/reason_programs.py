@@ -190,6 +190,38 @@ def rounded(q, k, v):
     return (q @ k.mT).to(torch.int32).float().softmax(-1) @ v  # here
 
 
+def rounded_to_half(q, k, v):
+    scores = (q @ k.mT).half().float().masked_fill(~causal(), -torch.inf)
+    return scores.softmax(-1) @ v  # here
+
+
+def maximum_before_cap(q, k, v):
+    scores = q @ k.mT
+    scores = torch.tanh(scores - scores.amax(-1, keepdim=True)).masked_fill(~causal(), -torch.inf)
+    return scores.softmax(-1) @ v  # here
+
+
+def zeroed(q, k, v):
+    scores = (q @ k.mT).masked_fill(torch.arange(N) > 7, 0.0).masked_fill(~causal(), -torch.inf)
+    return scores.softmax(-1) @ v  # here
+
+
+def first_rows_hidden(q, k, v):
+    scores = (q @ k.mT).masked_fill(~(causal() & (torch.arange(N) > 7)), -1e9)
+    return scores.softmax(-1) @ v  # here
+
+
+def masked_twice(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, causal(), 0.0, True)  # here
+
+
+def in_vmap(q, k, v):
+    def inner(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # here
+
+    return torch.vmap(inner)(q[None], k[None], v[None])
+
+
 def broadcast_scores(q, k, v):
     scores = (q @ k.mT).masked_fill(~causal().expand(2, 1, N, N), -torch.inf)
     return scores.softmax(-1) @ v  # here
@@ -363,7 +395,14 @@ PROGRAMS: dict[str, Case] = {
     "added twice": Case(added_twice, "scores are used twice by add"),
     "subtracted": Case(subtracted, "scores are not the operand that sub masks"),
     "alpha": Case(added_with_alpha, "scores are scaled by add"),
-    "rounded": Case(rounded, "scores are rounded to torch.int32"),
+    "rounded": Case(rounded, "scores or weights are rounded to torch.int32"),
+    "rounded to half": Case(rounded_to_half, "scores of torch.float32 are rounded to"),
+    "maximum before cap": Case(maximum_before_cap, "is subtracted before sinks or tanh"),
+    "zeroed": Case(zeroed, "scores are replaced or scaled where a key is seen"),
+    "first rows hidden": Case(first_rows_hidden, "are the mean of all values"),
+    "masked twice": Case(masked_twice, "attn_mask together with is_causal=True"),
+    "no channels": Case(plain, "there are no heads, or no channels", {"dim": 0}),
+    "vmap": Case(in_vmap, "inside of torch.vmap or torch.func"),
     "broadcast": Case(broadcast_scores, "scores are broadcast by masked_fill"),
     "written in part": Case(written_in_part, "scores are written in place"),
     "baddbmm": Case(alibi, "baddbmm adds a bias (ALiBi)"),
@@ -385,6 +424,7 @@ PROGRAMS: dict[str, Case] = {
     "fewer keys": Case(
         flex_with(create_block_mask(half_the_keys, None, None, N, N, device="cpu")),
         "a BlockMask over fewer keys than there are",
+        options={"pattern": "block_sparse"},
     ),
     "other blocks": Case(flex_with(other_blocks()), "blocks of the BlockMask are not those of"),
 }
