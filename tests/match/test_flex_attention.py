@@ -19,6 +19,7 @@ import mpass
 from mpass.evaluate.coverage import FULL_BUDGET
 from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference.attention import allowed_cells
 from tests.helpers.truth import random_attention
 
@@ -223,7 +224,8 @@ def test_attention_as_listed_equals_the_brute_force(case):
     mask, lists, batch, num_queries, num_keys = case
     query, key, value = random_attention(batch, 4, 2, num_queries, num_keys, 16)
     out = torch.empty(batch, 4, num_queries, 16)
-    attend_as_listed(out, query, key, value, lists, mask, scale=0.25, softcap=5.0)
+    inputs = AttentionInputs(query, key, value, mask, scale=0.25, softcap=5.0)
+    attend_as_listed(out, inputs, lists)
     keys, values = (t.double().repeat_interleave(2, 1) for t in (key, value))
     scores = 5 * torch.tanh(query.double() @ keys.mT * 0.25 / 5)
     weights = counted(lists, mask, num_queries, num_keys) * scores.exp()
