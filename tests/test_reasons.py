@@ -89,14 +89,7 @@ UNREACHED = {
     "the numbers of heads and head_dim must be known when compiling": "matchers say it first",
     # Programs of other tests get these.
     "a size is known at run time only ({}, as Tensor.item() gives it)": "test_hostile.py",
-    "slice up to or from {}, of unknown sign": "tests/masks",
-    "the mask is made of too many parts": "tests/masks",
-    "this mask takes more than {} steps to read": "tests/masks",
-    "written to out=": "tests/masks",
-    "{} is reshaped in place": "tests/masks",
     # Arguments that torch refuses, or that nothing but a graph made by hand has.
-    "argument {} is not understood": "refused by torch",
-    "assignment of a value of more dimensions": "refused by torch",
     "the output is of {}, the query of {}": "torch's products have the dtype of their operands",
     "{} valid keys of {}: none, too many, or fewer than the queries' positions": "the prover "
     "makes a key mask of such a length",
