@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -13,6 +15,13 @@ from mpass.lowering.kernel_sources import KernelSource, announce_source, generat
 from tests.helpers.toys import Decoder, compile_toy
 
 pytestmark = pytest.mark.usefixtures("fresh_debug_warnings")
+
+
+def finish_warm_up():
+    """Wait for kernels that earlier tests have started to build in the background."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("mpass: "):
+            thread.join()
 
 
 def forget_sources(monkeypatch):
@@ -57,6 +66,7 @@ def test_details_of_a_cpu_kernel_are_the_flags_it_was_compiled_with(tmp_path, mo
 
     from mpass.lowering.cpu.library import load_library
 
+    finish_warm_up()
     forget_sources(monkeypatch)
     debug.watch_kernels(tmp_path, kernel_details)
     commands = []
