@@ -73,6 +73,7 @@ types: venv
 	rm -rf build/types && mkdir -p build/types/mpass
 	ln -s $(CURDIR)/mpass/* $(CURDIR)/lowering $(CURDIR)/patterns build/types/mpass/
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --strict --follow-imports=silent $(CURDIR)/tests/typing
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

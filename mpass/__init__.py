@@ -1,6 +1,7 @@
 """mpass: sparse attention prefill as a torch.compile backend, `backend="minference"`.
 
-Names are loaded when they are first used, so that importing mpass costs nothing.
+Names are loaded when they are first used, so that importing mpass costs nothing. Tools that read
+types find them in `__init__.pyi`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _EXPORTS = {
     "Dense": "mpass.patterns.dense",
     "FlexPrefill": "mpass.patterns.flex_prefill",
     "SampleAttention": "mpass.patterns.sample_attention",
+    "Pattern": "mpass.patterns.base",
+    "Report": "mpass.report",
     "Strided": "mpass.patterns.strided",
     "TriShape": "mpass.patterns.tri_shape",
     "Union": "mpass.patterns.union",
@@ -30,6 +33,7 @@ _EXPORTS = {
     "LayerConfig": "mpass.config.layer",
     "SparseConfig": "mpass.config.sparse_config",
     "calibrate": "mpass.calibration.search",
+    "compile": "mpass.backend",
     "configure": "mpass.config.decorators",
     "MpassError": "mpass.errors",
     "explain": "mpass.inspection.explanation",
@@ -49,9 +53,11 @@ __all__ = ["__version__", *_EXPORTS]
 
 def __getattr__(name: str) -> Any:
     module = _EXPORTS.get(name) or _pattern_module(name)
-    if not module:
-        raise AttributeError(f"module 'mpass' has no attribute {name!r}")
-    return getattr(importlib.import_module(module), name)
+    if module:
+        return getattr(importlib.import_module(module), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"mpass.{name}"):
+        return importlib.import_module(f"mpass.{name}")
+    raise AttributeError(f"module 'mpass' has no attribute {name!r}")
 
 
 def _pattern_module(name: str) -> str:

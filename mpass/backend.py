@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
+from mpass.config.model_check import check_model
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
+from mpass.errors import ModuleTypeError
 from mpass.failures import contain
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
@@ -25,6 +27,8 @@ from mpass.report import Report, keep_report, make_report
 from mpass.rewrite import rewrite_attention
 from mpass.validation import validate_sites
 from mpass.warm_up import start_kernels
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def minference(
@@ -49,6 +53,37 @@ def minference(
     # Only now: Dynamo may restart the analysis from inside of the inner compiler.
     keep_report(report)
     return compiled
+
+
+def compile(
+    model: M,
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    **options: Any,
+) -> M:
+    """Compile a module in place with `backend="minference"`, its options checked at once.
+
+    The same as `model.compile(backend="minference", options=options)`, which sees a wrong option
+    when the model first runs. In place: `model.generate`, pipelines and trainers run the compiled
+    model, where `torch.compile(model)` would leave `generate` to the uncompiled one.
+
+    model: any module; returned, so that calls can be chained.
+    mode, dynamic, fullgraph: as torch.compile has them.
+    options: the keys of mpass.options.Options, and Inductor's.
+
+    Raises ModuleTypeError, UnknownOptionError, OptionValueError, UnknownPatternError,
+    ConfigFileError and, for a config that names layers or heads that the model does not have,
+    ConfigMismatchError.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ModuleTypeError(model)
+    check_model(parse_options(mode, options).sparse_config, model)
+    # torch.compile takes either a mode or options: a mode stands for options of Inductor's.
+    chosen = {**(torch._inductor.list_mode_options().get(mode or "") or {}), **options}
+    model.compile(backend="minference", options=chosen, dynamic=dynamic, fullgraph=fullgraph)
+    return model
 
 
 def apply_passes(

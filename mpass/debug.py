@@ -120,7 +120,10 @@ def close_trace(
     emit("report", "json", lambda: json.dumps(dataclasses.asdict(report), indent=1))
     if trace.root is None:
         return
-    from mpass.decisions import decision_as_dict, decision_as_text  # needs rich: only when asked
+    from mpass.inspection.decisions import (
+        decision_as_dict,
+        decision_as_text,
+    )  # needs rich: only when asked
 
     try:
         trace.folder = write_numbered(

@@ -126,6 +126,43 @@ class MaskShapeError(ShapeError):
         )
 
 
+class TensorTypeError(MpassError):
+    """An argument that must be a tensor and is something else."""
+
+    def __init__(self, name: str, value: object) -> None:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        super().__init__(f"{name} is a {kind}; expected a torch.Tensor (torch.as_tensor makes one)")
+
+
+class ModuleTypeError(MpassError):
+    """Something that is given to be compiled and is no module."""
+
+    def __init__(self, model: object) -> None:
+        super().__init__(
+            f"a {type(model).__qualname__} is no torch.nn.Module; functions are compiled by "
+            'torch.compile(function, backend="minference")'
+        )
+
+
+class GradientError(MpassError):
+    """Inputs that need a gradient, which sparse attention does not have."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} needs a gradient, and sparse attention has none: call it under "
+            "torch.no_grad() or torch.inference_mode(), or detach its inputs"
+        )
+
+
+class TooLargeError(MpassError):
+    """A result that would not fit into memory."""
+
+    def __init__(self, what: str, size: int, limit: int, remedy: str) -> None:
+        super().__init__(
+            f"{what} would take {size / 2**30:.1f} GiB, more than {limit / 2**30:.0f}; {remedy}"
+        )
+
+
 class DtypeError(MpassError):
     """A dtype that no lowering serves."""
 

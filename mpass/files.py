@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -54,3 +55,19 @@ def write_whole(path: Path, content: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(scratch)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError, naming the path, unless `write_whole` can make this file.
+
+    It tries: permissions do not tell of read-only and virtual file systems.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = path.absolute().parent
+    try:
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=folder)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+    os.close(handle)
+    os.unlink(scratch)

@@ -7,16 +7,27 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from mpass.errors import DtypeError, ShapeError
+from mpass.config.layer import as_pattern
+from mpass.errors import (
+    DeviceError,
+    DtypeError,
+    GradientError,
+    ShapeError,
+    TensorTypeError,
+    TooLargeError,
+)
 from mpass.lowering import density as densities
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.reference import attention as reference
-from mpass.patterns.base import Pattern, find_pattern, shared_slots
+from mpass.patterns.base import Pattern, shared_slots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the ops compute in; the accumulator is fp32."""
+
+MAX_MASK_BYTES = 2 << 30
+"""`computed_mask` refuses to make a larger one; making it takes a few times as much."""
 
 
 def sparse_attention(
@@ -40,7 +51,7 @@ def sparse_attention(
     query: [B, H, Nq, D], in float32, bfloat16 or float16.
     key: [B, Hk, Nk, D], where Hk divides H.
     value: [B, Hk, Nk, Dv].
-    pattern: a pattern, or the name of one with its default parameters.
+    pattern: a pattern, or text: `a_shape`, `a_shape(64, 128)`.
     scale: the factor of the scores; 1 / sqrt(D) by default.
     is_causal: whether a query sees no key after its own position.
     enable_gqa: must be True where H is larger than Hk, as in torch.
@@ -48,7 +59,8 @@ def sparse_attention(
     window: the sliding window in tokens, a query's own included; 0 for none.
     key_mask: bool [B, Nk], False for padding.
 
-    Raises ShapeError, DtypeError and UnknownPatternError before anything is computed.
+    Raises ShapeError, DtypeError, TensorTypeError, GradientError, OptionValueError,
+    PatternValueError and UnknownPatternError before anything is computed.
     """
     mask = attention_mask(query, key, value, is_causal, enable_gqa, query_offset, window, key_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -71,9 +83,16 @@ def computed_mask(
     """Tell what the kernels really compute, cell by cell: bool [B, H, Nq, Nk], for small N only.
 
     It contains the pattern's selected set, and `sparse_attention` equals dense attention under it.
-    The parameters and errors are those of `sparse_attention`.
+    The parameters and errors are those of `sparse_attention`; TooLargeError where the mask would
+    take more than MAX_MASK_BYTES.
     """
     mask = attention_mask(query, key, key, is_causal, True, query_offset, window, key_mask)
+    size = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    if size > MAX_MASK_BYTES:
+        remedy = "give it fewer tokens or heads, or ask mpass.density for the share of the cells"
+        raise TooLargeError(
+            f"a mask of {query.shape[2]} x {key.shape[2]} tokens", size, MAX_MASK_BYTES, remedy
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return reference.computed_mask(
         estimate_index(query, key, mask, pattern, scale),
@@ -114,7 +133,7 @@ def estimate_index(
     query: Tensor, key: Tensor, mask: AttentionMask, pattern: Pattern | str, scale: float
 ) -> SparseIndex:
     """The index of one pattern for all heads."""
-    chosen = find_pattern(pattern)() if isinstance(pattern, str) else pattern
+    chosen = as_pattern(pattern)
     if not mask.causal and not chosen.bidirectional:
         raise ShapeError(f"{chosen.name} is defined for causal attention only: is_causal is False")
     heads = list(range(query.shape[1]))
@@ -135,10 +154,16 @@ def attention_mask(
 ) -> AttentionMask:
     """The mask that the arguments mean, after checking every shape and dtype."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TensorTypeError(name, tensor)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise GradientError(name)
         if tensor.dim() != 4:
             raise ShapeError(f"{name} is {list(tensor.shape)}; expected [B, H, N, D]")
         if tensor.dtype not in (*DTYPES, torch.float64):
             raise DtypeError(tensor.dtype, "float32, bfloat16, float16")
+        if tensor.device != query.device:
+            raise DeviceError(tensor.device, f"the query's, {query.device}, for {name}")
         if tensor.dtype != query.dtype:
             raise DtypeError(tensor.dtype, f"the query's, {query.dtype}, for {name}")
     batch, heads, num_queries, head_dim = query.shape
@@ -158,6 +183,8 @@ def attention_mask(
         )
     if window < 0:
         raise ShapeError(f"window is {window}; allowed: 0 for none, or a number of tokens")
+    if key_mask is not None and not isinstance(key_mask, Tensor):
+        raise TensorTypeError("key_mask", key_mask)
     if key_mask is not None and (
         key_mask.shape != (batch, num_keys) or key_mask.dtype != torch.bool
     ):

@@ -42,5 +42,7 @@ def check_settings(settings: Settings) -> None:
             raise OptionValueError(name, value, "a number above 0")
     if settings.objective not in ("divergence", "error", "recall"):
         raise OptionValueError("objective", settings.objective, "divergence, error, recall")
-    if settings.query_blocks < 1 or settings.retrieval_weight < 0:
+    if not settings.retrieval_weight >= 0:
+        raise OptionValueError("retrieval_weight", settings.retrieval_weight, "0 or more")
+    if settings.query_blocks < 1:
         raise OptionValueError("query_blocks", settings.query_blocks, "1 or more")

@@ -17,19 +17,22 @@ from mpass import __version__
 from mpass.cli.calibrate import calibrate
 from mpass.cli.coverage import coverage
 from mpass.cli.draw import draw
+from mpass.cli.env import env
 from mpass.cli.evaluate import evaluate
 from mpass.cli.explain import explain
 from mpass.cli.profile import profile
 from mpass.cli.progress import steps, waiting
-from mpass.errors import MpassError, OptionValueError
+from mpass.cli.prompt import check_output
+from mpass.errors import MpassError
 from mpass.models.texts import TEXTS
 
 app = typer.Typer(
     name="mpass",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Sparse attention prefill as a torch.compile backend: "
     'torch.compile(model, backend="minference").',
 )
@@ -37,6 +40,10 @@ app = typer.Typer(
 TEXT_HELP = "Text of the prompt: a UTF-8 file, or " + ", ".join(
     f"{text.name} ({text.title}; {text.license})" for text in TEXTS.values()
 )
+
+
+EXTRAS = ("transformers", "gguf", "accelerate")
+"""Packages that commands need and that come with an extra."""
 
 
 def show_version(wanted: bool) -> None:
@@ -102,8 +109,7 @@ def demo(
     seconds, the text's perplexity, how often the next-token predictions agree, and the words that
     each generates.
     """
-    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise OptionValueError("json", str(json_file), "a file in a folder that exists")
+    check_output(json_file, "json")
     # transformers warns that generation leaves the model's positions: 8192 and a few tokens do.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with waiting("Starting"):  # importing torch and transformers takes seconds
@@ -146,7 +152,7 @@ def patterns() -> None:
 
 
 app.command("eval")(evaluate)
-for command in (calibrate, coverage, draw, explain, profile):
+for command in (calibrate, coverage, draw, env, explain, profile):
     app.command()(command)
 
 
@@ -159,12 +165,21 @@ def user_error(error: BaseException) -> MpassError | None:
     return None
 
 
+def system_refusal(error: Exception) -> str | None:
+    """What is missing or forbidden outside of mpass, in one line, or None for a fault of ours."""
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"{error.name} is not installed; pip install 'mpass[models]' brings it"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
 def main() -> None:
     """Entry point of the console script; refusals are one line and exit status 2."""
     try:
         app()
     except Exception as error:
-        refusal = user_error(error)
+        refusal = user_error(error) or system_refusal(error)
         if refusal is None:
             raise
         typer.echo(f"mpass: {refusal}", err=True)

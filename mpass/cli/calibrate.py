@@ -10,6 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mpass.cli.prompt import check_output
+from mpass.models.texts import find_text
+
 RETRIEVAL_TASKS = ("niah_single_2", "passkey")
 """Retrieval prompts of a search; the answers of held-out ones come from other seeds."""
 
@@ -68,31 +71,39 @@ def calibrate(
     Measures every pattern on every head, how much each layer matters, and what the kernels cost
     here; checks the choice on text that the search did not see. Can be stopped and started again.
     """
-    from mpass.calibration.report import check_table, choice_table, heatmap
-    from mpass.calibration.search import Settings, run_calibration
-    from mpass.config.pattern_text import parse_pattern
-    from mpass.models.load import load_model, parse_dtype
-
-    console = Console()
-    candidates = [parse_pattern(pattern) for pattern in patterns] if patterns else None
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
+    check_output(output)
+    check_output(picture, "picture")
     text_lengths = parse_lengths("lengths", lengths)
+    checked_lengths = parse_lengths("check_lengths", check_lengths or lengths)
     if retrieval_lengths is None:
         prompt_lengths = sorted({SHORT_PROMPT, max(text_lengths)})
     else:
         prompt_lengths = parse_lengths("retrieval_lengths", retrieval_lengths)
+    for name in (*(text or ()), *(held_out or ())):
+        find_text(name)
+    from mpass.calibration.report import check_table, choice_table, heatmap
+    from mpass.calibration.search import Settings, run_calibration
+    from mpass.calibration.settings import check_settings
+    from mpass.config.pattern_text import parse_pattern
+    from mpass.models.load import check_device, load_model, parse_dtype
+
+    check_device(device)
+    settings = Settings(
+        budget=None if max_loss is not None else budget,
+        max_loss=max_loss,
+        retrieval_weight=retrieval_weight,
+    )
+    check_settings(settings)
+    candidates = [parse_pattern(pattern) for pattern in patterns] if patterns else None
+    console = Console()
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     searched, checked = make_inputs(
         tokenizer,
         text or ["code"],
         held_out,
         text_lengths,
-        parse_lengths("check_lengths", check_lengths or lengths),
+        checked_lengths,
         prompt_lengths if retrieval_weight > 0 else [],
-    )
-    settings = Settings(
-        budget=None if max_loss is not None else budget,
-        max_loss=max_loss,
-        retrieval_weight=retrieval_weight,
     )
     start = time.perf_counter()
     columns = (
@@ -148,7 +159,7 @@ def make_inputs(
 ) -> tuple[list[Any], list[Any]]:
     """Inputs to search on and to check on. No text is in both: without held-out texts the checks
     take what follows in the searched ones."""
-    from mpass.models.texts import find_text, load_tokens
+    from mpass.models.texts import load_tokens
 
     searched: list[Any] = []
     checked: list[Any] = []
@@ -176,7 +187,6 @@ def retrieval_prompts(
     """A prompt of each retrieval task and length, hidden in a text."""
     from mpass.evaluate.run import make_sample
     from mpass.evaluate.tasks import make_haystack
-    from mpass.models.texts import find_text
 
     content = find_text(text).read()
     hay = make_haystack(text, content)

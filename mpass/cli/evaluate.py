@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from mpass.cli.progress import steps, waiting
+from mpass.cli.prompt import check_output
 from mpass.errors import OptionValueError
 from mpass.models.texts import TEXTS
 
@@ -63,9 +64,8 @@ def evaluate(
     The answer of a retrieval task stands inside the sparse prefill, and each of its tokens must be
     the most likely one. Perplexity is compared with dense attention on the same windows of text.
     """
-    if output.is_dir() or not output.parent.is_dir():
-        raise OptionValueError("output", str(output), "a file in a folder that exists")
-    if plots is not None and plots.is_file():
+    check_output(output)
+    if plots is not None and plots.exists() and not plots.is_dir():
         raise OptionValueError("plots", str(plots), "a folder")
     # transformers warns that generation leaves the model's positions: the last tokens may.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

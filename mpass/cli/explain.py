@@ -23,12 +23,13 @@ def explain(
     The model runs once without Inductor; densities are those of this prompt.
     """
     prompt.check_output(output)
+    prompt.check_prompt(text, length, dtype, device)
+    options = prompt.pass_options(pattern, config, min_seq_len)
     import torch
 
     from mpass.inspection.explanation import explain as explain_model
 
     body, inputs = prompt.load_prompt(model, text, length, dtype, device)
-    options = prompt.pass_options(pattern, config, min_seq_len)
     with torch.inference_mode():
         explanation = explain_model(body, options=options, **inputs)
     typer.echo(str(explanation))

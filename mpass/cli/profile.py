@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mpass.cli import prompt
+from mpass.errors import OptionValueError
 
 
 def profile(
@@ -30,12 +31,15 @@ def profile(
     `--output FILE.html` shows what every head looks at.
     """
     prompt.check_output(output)
+    if query_blocks < 0:
+        raise OptionValueError("query-blocks", query_blocks, "0 for all blocks, or a number")
+    prompt.check_prompt(text, length, dtype, device)
+    options = prompt.pass_options(pattern, config, min_seq_len)
     import torch
 
     from mpass.inspection.profiling import profile as profile_model
 
     body, inputs = prompt.load_prompt(model, text, length, dtype, device)
-    options = prompt.pass_options(pattern, config, min_seq_len)
     tell = prompt.tell_progress()
     with torch.inference_mode():
         done = profile_model(

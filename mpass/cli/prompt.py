@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mpass.errors import OptionValueError
+from mpass.files import check_writable
 from mpass.models.texts import TEXTS
 
 MODEL = Annotated[
@@ -47,9 +48,10 @@ def load_prompt(
 def pass_options(
     pattern: str | None, config: Path | None, min_seq_len: int | None
 ) -> dict[str, Any]:
-    """The options of a compile from those of a command."""
+    """The options of a compile from those of a command, checked."""
     from mpass.config.pattern_text import parse_pattern
     from mpass.config.sparse_config import SparseConfig
+    from mpass.options import parse_options
 
     options: dict[str, Any] = {}
     if pattern is not None:
@@ -58,6 +60,7 @@ def pass_options(
         options["config"] = SparseConfig.load(config)
     if min_seq_len is not None:
         options["min_seq_len"] = min_seq_len
+    parse_options(None, options)
     return options
 
 
@@ -80,7 +83,26 @@ def tell_progress(every: float = 10.0) -> Callable[[str], None]:
     return tell
 
 
-def check_output(output: Path | None) -> None:
+def check_output(output: Path | None, option: str = "output") -> None:
     """Refuse a file that cannot be written before anything runs."""
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise OptionValueError("output", str(output), "a file in a folder that exists")
+    if output is None:
+        return
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise OptionValueError(option, str(output), "a file in a folder that exists")
+    try:
+        check_writable(output)
+    except OSError as error:
+        allowed = f"a file that can be written ({error.strerror})"
+        raise OptionValueError(option, str(output), allowed) from None
+
+
+def check_prompt(text: str, length: int, dtype: str, device: str) -> None:
+    """Raise the error of whatever is wrong with a prompt, before a model is loaded."""
+    from mpass.models.load import check_device, parse_dtype
+    from mpass.models.texts import find_text
+
+    parse_dtype(dtype)
+    check_device(device)
+    find_text(text)
+    if length < 1:
+        raise OptionValueError("length", length, "an int >= 1")

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from mpass.config.layer import ConfigFields, LayerConfig
 from mpass.config.minference_format import looks_like_minference, parse_minference
+from mpass.config.pattern_text import parse_pattern
 from mpass.config.spans import Span, as_span
 from mpass.errors import ConfigFileError, MpassError, PatternValueError
 from mpass.files import write_whole
@@ -253,7 +254,7 @@ def parse_heads(
 def pattern_from_json(value: str | Mapping[str, Any]) -> Pattern:
     """A pattern from its name, or from an object with its name and parameters."""
     if isinstance(value, str):
-        return find_pattern(value)()
+        return parse_pattern(value)
     name = value["pattern"]
     cls = find_pattern(name)
     fields = [field.name for field in dataclasses.fields(cls)]

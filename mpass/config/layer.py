@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from mpass.config.pattern_text import parse_pattern
 from mpass.config.spans import MAX_COUNT, Span, as_span
 from mpass.errors import ConfigMismatchError, OptionValueError
-from mpass.patterns.base import Pattern, find_pattern
+from mpass.patterns.base import Pattern
 
 PatternLike: TypeAlias = Pattern | str
 HeadsLike: TypeAlias = PatternLike | Sequence[PatternLike] | Mapping[Any, PatternLike]
@@ -91,12 +92,17 @@ class ConfigFields:
 
 
 def as_pattern(value: object) -> Pattern:
-    """A pattern object from one, or from its name with default parameters."""
+    """A pattern object from one, or from text: `a_shape`, `a_shape(64, 128)`.
+
+    Raises UnknownPatternError, PatternValueError, and OptionValueError for anything else.
+    """
     if isinstance(value, Pattern):
         return value
     if isinstance(value, str):
-        return find_pattern(value)()
-    raise OptionValueError("pattern", value, "a pattern object or the name of one")
+        return parse_pattern(value)
+    if isinstance(value, type) and issubclass(value, Pattern):
+        raise OptionValueError("pattern", value, f"an object of the class: {value.__name__}()")
+    raise OptionValueError("pattern", value, "a pattern, or text such as 'a_shape(64, 128)'")
 
 
 def as_layer(value: HeadsLike | LayerConfig) -> LayerConfig:

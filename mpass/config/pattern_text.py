@@ -1,4 +1,4 @@
-"""Patterns and dtypes as the command line writes them."""
+"""Patterns as text: on the command line, in options, in configs and in calls of functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parse_pattern(text: str) -> Pattern:
     malformed = OptionValueError("pattern", text, "NAME, NAME(1, 2) or NAME(field=1)")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise malformed from None
     if isinstance(tree, ast.Name):
         return find_pattern(tree.id)()

@@ -67,6 +67,9 @@ class Case:
 
 def check_plan(plan: Plan) -> None:
     """Raise the error of whatever is wrong, before anything is loaded or run."""
+    for name in ("tasks", "lengths", "patterns"):
+        if not getattr(plan, name):
+            raise OptionValueError(name, "", "one or more")
     known = [*TASKS, GRID, *LOSSES]
     for task in plan.tasks:
         if task not in known:

@@ -20,10 +20,10 @@ from torch import fx
 
 from mpass.backend import apply_passes, compile_rest, kernel_details
 from mpass.debug import open_trace
-from mpass.decisions import decision_as_dict
 from mpass.files import write_whole
 from mpass.graph.nodes import shape_of, value_of
 from mpass.graph.printing import count_ops, readable
+from mpass.inspection.decisions import decision_as_dict
 from mpass.inspection.outline import outline
 from mpass.inspection.results import ExplanationFields, GraphBreak, GraphExplanation, SiteCost
 from mpass.inspection.tables import render_explanation

@@ -1,0 +1,68 @@
+"""A user's file that `make types` reads in strict mode: every public name, and two mistakes.
+
+An unused `type: ignore` is an error there: the mistakes must be seen, and nothing else may be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import mpass
+
+PATTERNS: tuple[mpass.Pattern, ...] = (
+    mpass.AShape(64, 128),
+    mpass.BlockMax(),
+    mpass.BlockSparse(),
+    mpass.BlockTopP(),
+    mpass.Dense(),
+    mpass.FlexPrefill(),
+    mpass.SampleAttention(),
+    mpass.Strided(),
+    mpass.TriShape(),
+    mpass.Union(),
+    mpass.VerticalBlock(),
+    mpass.VerticalSlash(1000, 512),
+    mpass.XAttention(),
+)
+
+
+@mpass.configure(pattern="a_shape")
+class Layer(nn.Module):
+    """A decorated module stays a module."""
+
+
+def compile_and_report(model: nn.Module) -> str:
+    """The ways from a module to a report."""
+    config = mpass.SparseConfig(default="union", layers={0: mpass.LayerConfig(mpass.Dense())})
+    same: nn.Module = mpass.compile(model, config=config, min_seq_len=1024)
+    mpass.register_attention()
+    report: mpass.Report = mpass.last_report()
+    earlier: tuple[mpass.Report, ...] = mpass.reports()
+    with mpass.record() as records:
+        same(torch.zeros(1))
+    return f"{report.summary()} {len(earlier)} {records} {mpass.__version__}"
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The functions without a compiler."""
+    try:
+        share: Tensor = mpass.density(query, key, pattern="a_shape(64, 128)")
+        cells: Tensor = mpass.computed_mask(query, key, pattern=PATTERNS[0])
+        return (
+            mpass.sparse_attention(query, key, value, pattern="union") * share.mean() + cells.sum()
+        )
+    except (mpass.MpassError, mpass.errors.ShapeError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def inspect(model: nn.Module, tokens: Tensor) -> str:
+    """The tools."""
+    explanation = mpass.explain(model, input_ids=tokens)
+    profiled = mpass.profile(model, {"input_ids": tokens})
+    rewritten = mpass.rewrite_exported(torch.export.export(model, (tokens,)))
+    return f"{explanation} {profiled} {rewritten} {mpass.calibrate} {mpass.patterns}"
+
+
+mpass.no_such_thing(1)  # type: ignore[attr-defined]
+mpass.sparse_attention(1, 2, 3)  # type: ignore[call-arg, arg-type]
