@@ -2,8 +2,8 @@
 
     python examples/prefill.py MODEL_FOLDER PROMPT_FILE
 
-`torch.compile(model).generate()` compiles nothing, because `generate` calls the model it belongs to
-and not the wrapper; compile `forward`. The prefill becomes sparse; decode steps, one query at a
+`model.compile` works in place: `torch.compile(model).generate()` would compile nothing, because
+`generate` calls the model it belongs to and not the wrapper. The prefill becomes sparse; decode steps, one query at a
 time, stay as Inductor has them.
 """
 
@@ -20,7 +20,7 @@ def main(folder: str, prompt_file: str) -> None:
     """Print what the model says after the prompt, and what became of its attention."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    model.forward = torch.compile(model.forward, backend="minference")
+    model.compile(backend="minference")
     prompt = tokenizer(Path(prompt_file).read_text(encoding="utf-8"), return_tensors="pt")
     with torch.no_grad():
         logits = model(prompt.input_ids, logits_to_keep=1).logits  # the prefill: sparse

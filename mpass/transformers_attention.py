@@ -4,7 +4,7 @@ Opt-in, for models and calls whose mask cannot be proven or should not cost its 
 
     mpass.register_attention()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="minference")
-    model.forward = torch.compile(model.forward, backend="minference")
+    model.compile(backend="minference")
 
 `describe_mask` stands in for transformers' mask functions and says in words what they would build;
 `attention_forward` reads these words, and nothing else, for the mask. Words are a tensor whose
