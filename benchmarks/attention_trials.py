@@ -128,7 +128,7 @@ class Trial:
     ) -> tuple[Tensor, Tensor]:
         """Logits [H, R, J] and values [H, J, D] of the virtual keys; -inf for blocks that are kept.
 
-        query [H, R, D]; cells [H, R, n] of which columns [H, n] are single keys.
+        query [H, R, D]; cells [H, R, n] of which columns [H, n] are vertical columns.
         """
         rest = (~columns).float()[..., None].unflatten(1, (-1, BLOCK))
         sizes = rest.sum(2)

@@ -102,9 +102,9 @@ def trial_index(
     def kept_blocks(i: int, blocks: Tensor) -> Tensor:
         rule, head = rules[i], heads[i]
         first = head // group * group
-        looking = range(first, first + group) if rule.shared else [head]
+        members = range(first, first + group) if rule.shared else [head]
         kept = torch.zeros((), dtype=torch.bool)
-        for sums in zip(*(of_head(other, rule) for other in looking), strict=True):
+        for sums in zip(*(of_head(other, rule) for other in members), strict=True):
             found = [
                 row_scores(*vectors, mask, blocks, scale=scale, rows=rule.rows, pool=rule.pool)
                 for vectors in sums

@@ -4,14 +4,15 @@ Positions are absolute (a query row `r` of a chunk that starts after `query_offs
 position `query_offset + r`), and one grid of `BLOCK` positions serves queries and keys, so a chunk
 whose offset is no multiple of `BLOCK` only has a partial first query block.
 
-A head selects whole key blocks in one of two forms, and single keys ("columns") on top:
+A head selects whole key blocks in one of two forms, and vertical columns (single keys) on top:
 
 - *lists*: per query block, a count and up to `max_blocks` key blocks (block-sparse kinds); a count
   of `ALL_BLOCKS` means every one, whatever the lists hold;
 - *diagonals*: block distances `query block - key block`, the same for all query blocks (A-shape,
   vertical-slash: O(diagonals) per head at any length); a count of `ALL_DIAGONALS` means every one;
-- *columns*: single keys, seen by every query block that lies after them and does not already select
-  their block. A column at or after the first position of a query block is not seen by it.
+- *vertical columns*: single keys, seen by every query block that lies after them and does not
+  already select their block. A column at or after the first position of a query block is not seen
+  by it.
 
 What is computed for one query block is the selected blocks, then the columns, everything cut by the
 `AttentionMask`. Letters: B batch, H query heads, L heads in list form, G heads in diagonal form,

@@ -95,7 +95,7 @@ def note_dense(reason: str) -> None:
 def record(inspect: Callable[[AttentionCall, CallInputs], None] | None = None) -> Iterator[Log]:
     """Collect what every sparse attention inside the block computes, an `AttentionCall` each.
 
-    inspect: called with every call and what it read; nothing keeps them afterwards.
+    inspect: is called with every call and with what it read, which nothing keeps afterwards.
     """
     log = Log(inspect=inspect)
     token = _active.set(log)

@@ -40,7 +40,11 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What one compile did. sites: in graph order; min_seq_len: sparse from this length on."""
+    """What one compile did.
+
+    sites: what became of each attention, in graph order.
+    min_seq_len: the number of keys from which on attention is sparse.
+    """
 
     sites: tuple[SiteReport, ...]
     min_seq_len: int

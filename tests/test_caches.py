@@ -12,7 +12,7 @@ import json, sys, torch, mpass
 from torch._dynamo.utils import counters
 from tests.helpers.toys import Decoder
 torch.manual_seed(0)
-model, x = Decoder(depth=2).eval(), torch.randn(1, 300, 32)
+model, x = Decoder(depth=1).eval(), torch.randn(1, 300, 32)
 pattern = mpass.AShape(1, int(sys.argv[1]))
 options = {"pattern": pattern, "min_seq_len": 128, "dense_above": 2.0}
 with torch.no_grad():
@@ -39,5 +39,5 @@ def test_second_process_finds_the_graph_and_another_config_does_not(tmp_path):
     second = run(tmp_path, 20)
     other = run(tmp_path, 100)
     assert (first["hits"], second["hits"], other["hits"]) == (0, 1, 0)
-    assert all(result["sparse"] == 2 for result in (first, second, other))
+    assert all(result["sparse"] == 1 for result in (first, second, other))
     assert all(result["error"] < 1e-5 for result in (first, second, other))

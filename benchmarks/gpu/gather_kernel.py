@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001, ANN201 - the arguments of a Triton kernel have no Python types
 """The vertical-slash kernel as MInference 1.0 describes it (section 3.2, appendix C).
 
-Per query block a list of key blocks and a list of single keys. Every block is masked, the single
-keys are gathered inside of the loop, one program per query block of 64. The baseline that the
+Per query block a list of key blocks and a list of vertical columns. Every block is masked, the
+columns are gathered inside of the loop, one program per query block of 64. The baseline that the
 generated kernel must beat, in plain Triton.
 """
 

@@ -7,10 +7,9 @@ Linear models of one layer, in CPU seconds, whose constants constants.py times o
     index  = call + (a N + b N^2) of every head                 an estimator
 
 A tile is 64 queries x 64 keys; what is counted for a density d is d N^2/2 cells and, per query
-block, half a tile of the diagonal that the causal mask wastes. Columns are single keys, of which 64
-make a tile. A row is a block of queries. Torch walks the keys in steps of 512 and masks what of the
-last step lies after the diagonal: half a step per query more than the N^2/2 cells.
-"""
+block, half a tile of the diagonal that the causal mask wastes. 64 vertical columns make a tile. A
+row is a block of queries. Torch walks the keys in steps of 512 and masks what of the last step lies
+after the diagonal: half a step per query more than the N^2/2 cells."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ SPARSE_SECONDS = (
     + COLUMN * HEADS * COLUMNS * LENGTH / BLOCK**2
     + PACK * KV_HEADS * LENGTH / BLOCK
 )
-"""CPU seconds of the sparse kernel over N tokens at density d and k single keys per query."""
+"""CPU seconds of the sparse kernel over N tokens at density d and k vertical columns per query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +120,8 @@ def predict(
 ) -> Prediction:
     """Both costs of one layer, without estimation.
 
-    density: share of the causal cells in blocks that are computed; columns: single keys per query
-    beside them, on average.
+    density: share of the causal cells in blocks that are computed.
+    columns: vertical columns per query beside them, on average.
     """
     values = constants.substitutions() | {
         LENGTH: length,

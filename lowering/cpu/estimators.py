@@ -13,9 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.lowering.cpu.arguments import EstimateArguments, pointer, rows_contiguous, strides
+from mpass.lowering.cpu.arguments import (
+    EstimateArguments,
+    list_arguments,
+    pointer,
+    rows_contiguous,
+    rule_fields,
+    strides,
+)
 from mpass.lowering.cpu.library import load_library
-from mpass.lowering.cpu.list_arguments import list_arguments, rule_fields
 from mpass.lowering.cpu.support import estimate_spec
 from mpass.lowering.index import IndexWidth, SparseIndex, diagonal_slots, empty_index, list_slots
 from mpass.lowering.inputs import EstimateInputs

@@ -11,8 +11,13 @@ import functools
 import re
 from pathlib import Path
 
-from mpass.lowering.cpu.arguments import AttentionArguments, EstimateArguments, c_fields
-from mpass.lowering.cpu.list_arguments import LIST_KERNELS, list_c_fields
+from mpass.lowering.cpu.arguments import (
+    LIST_KERNELS,
+    AttentionArguments,
+    EstimateArguments,
+    c_fields,
+    list_c_fields,
+)
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.index import ALL_BLOCKS, BLOCK
 from mpass.lowering.reference import vertical_slash

@@ -59,10 +59,10 @@ def list_index(
     rule: BlockRule,
     columns: Tensor | None = None,
 ) -> SparseIndex:
-    """The index of a rule that keeps key blocks, and of single keys (bool [B, h, Nk]) if given.
+    """The index of a rule that keeps key blocks, and of vertical columns if given.
 
-    query [B, H, Nq, D]. The rule must not keep more than `width.max_blocks` per query block, or
-    else every block: that is written as ALL_BLOCKS.
+    query [B, H, Nq, D], columns bool [B, h, Nk]. The rule must not keep more than
+    `width.max_blocks` per query block, or else every block: that is written as ALL_BLOCKS.
     """
     first = first_query_block(mask.query_offset)
     rows = num_query_blocks(query.shape[2], mask.query_offset)

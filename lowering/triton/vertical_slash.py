@@ -140,7 +140,7 @@ def last_query_sums(
     query, key = row_major(query), row_major(key)
     batch, _, num_queries, head_dim = query.shape
     num_keys, count = key.shape[2], len(heads)
-    looking = num_last_queries or [LAST_QUERIES] * count
+    last_queries = num_last_queries or [LAST_QUERIES] * count
     spec = TritonKernelSpec(
         template="last_queries",
         dtype=DTYPES[query.dtype],
@@ -157,14 +157,14 @@ def last_query_sums(
     statistics = sums.new_empty(2, batch, count, SPLITS, LAST_QUERIES)
     tiles = -(-num_keys // LAST_QUERIES)
     tiles_per_split = max(1, -(-tiles // SPLITS))
-    head_of, looking_of = device_ints([*heads, *looking], query.device).split(count)
+    head_of, num_last_of = device_ints([*heads, *last_queries], query.device).split(count)
     arguments = {
         "query": query,
         "key": key,
         "key_mask": mask_bytes(mask, last),
         "last": last,
         "heads": head_of,
-        "looking": looking_of,
+        "num_last_queries": num_last_of,
         **strides("query", query),
         **strides("key", key),
         "num_keys": num_keys,

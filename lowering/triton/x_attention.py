@@ -1,7 +1,7 @@
 """Lists of key blocks from sums along antidiagonals, by generated kernels.
 
 The meaning stands in mpass.lowering.reference.x_attention. Scores between groups live as one
-logarithm per group of queries and key block (templates/group_scores.py.jinja), so that the product
+logarithm per group of queries and key block (templates/x_attention.py.jinja), so that the product
 is computed once and memory stays within SCORE_BYTES. Letters: B batch, H query heads, Hk kv heads,
 Nq queries, Nk keys, D head_dim, G groups of queries of a launch, J key blocks.
 """
@@ -139,7 +139,7 @@ def x_attention_scores(
 def group_spec(query: Tensor, mask: AttentionMask, stride: int) -> TritonKernelSpec:
     """The kernels of a stride: eight warps share a tile of 128 groups by 128."""
     return TritonKernelSpec(
-        template="group_scores",
+        template="x_attention",
         dtype=DTYPES[query.dtype],
         head_dim=query.shape[-1],
         tile=GROUP_TILE,

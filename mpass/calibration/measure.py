@@ -114,7 +114,7 @@ def compare_block(
 ) -> tuple[Tensor, Tensor, int]:
     """Recall and squared output error of one query block, summed over its rows: two fp64 [C, H].
 
-    tables: per candidate, its single keys [B, H, Nk]; row: of the index's lists; block: on the
+    tables: per candidate, its vertical columns [B, H, Nk]; row: of the index's lists; block: on the
     absolute grid. Also returns how many rows were looked at.
 
     Weights times values are summed per key block once, and per candidate only over blocks: all of

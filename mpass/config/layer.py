@@ -19,11 +19,14 @@ HeadsLike: TypeAlias = PatternLike | Sequence[PatternLike] | Mapping[Any, Patter
 class LayerConfig:
     """What one layer, or each layer of a span, uses.
 
-    default: pattern of the heads that `heads` does not name; None for the config's default.
-    heads: (query head, pattern), ascending. num_heads: how many query heads the layer must have,
-    if that is known (a list names every head, so it fixes the number).
+    default: the pattern of the heads that `heads` does not name; None for the config's default.
+    heads: pairs of a query head and its pattern, in ascending order.
+    num_heads: the number of query heads that the layer must have, if that is known. A list names
+        every head, so that it fixes the number.
     min_seq_len: shorter prompts keep this layer dense; None for the config's own value.
     records: numbers per head that a search left behind and that decide nothing, the score last.
+
+    Raises OptionValueError for a head that is named twice or a number that is out of range.
     """
 
     default: Pattern | None = None

@@ -38,14 +38,18 @@ EXACT_WINDOW = 4096
 class SparseConfig(ConfigFields):
     """A pattern per layer and head, and a default for what is not named.
 
-    default: pattern of every head that `layers` leaves open; None for what comes after this config
-    in the order of precedence, in the end the built-in default.
+    default: the pattern of every head that `layers` leaves open; None for what comes after this
+        config in the order of precedence, in the end the built-in default.
     layers: per layer or span of layers (`3`, `"0-1"`, `"16-"`, `range(4)`) a pattern for all heads,
-    a list with one per query head, a mapping from head (or span of heads) to pattern, or a
-    LayerConfig. No two may overlap. Kept as a sorted tuple.
-    num_layers, num_heads, num_kv_heads: of the model this was made for, if known; checked.
+        a list with one per query head, a mapping from head (or span of heads) to pattern, or a
+        LayerConfig. No two may overlap. It is kept as a sorted tuple.
+    num_layers: the number of layers of the model that this was made for, if known; it is checked.
+    num_heads: the number of query heads per layer, likewise.
+    num_kv_heads: the number of key and value heads per layer, likewise.
     min_seq_len: shorter prompts stay dense; None leaves it to the options.
-    provenance: where the config comes from, as JSON values; decides nothing and is not compared.
+    provenance: where the config comes from, as JSON values. It decides nothing and is not compared.
+
+    Raises OptionValueError and UnknownPatternError.
     """
 
     def __init__(

@@ -34,8 +34,8 @@ AUTO = "auto"
 class Plan:
     """What to evaluate.
 
-    samples: seeds per task and length, windows of text for perplexity; generate: also score what
-    dense decoding writes after a sparse prefill.
+    samples: the number of seeds per task and length, and of windows of text for perplexity.
+    generate: whether what dense decoding writes after a sparse prefill is scored, too.
     """
 
     model: str = "smollm2"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from mpass.graph.nodes import is_tensor, op_name
 
@@ -67,7 +67,12 @@ def parameters_of_builtin(name: str, method: bool) -> tuple[str, ...] | None:
 
 @functools.cache
 def parameters_of(target: Any) -> tuple[str, ...] | None:
-    """The positional arguments of an overload or a function in Python; None for others."""
+    """The positional arguments of an op or a function in Python; None for others.
+
+    An op of several overloads has one list of arguments per overload: that is None too.
+    """
+    if isinstance(target, OpOverloadPacket) and len(target.overloads()) == 1:
+        target = getattr(target, target.overloads()[0])
     if isinstance(target, OpOverload):
         return tuple(argument.name for argument in target._schema.arguments)
     if not isinstance(target, types.FunctionType):

@@ -138,7 +138,8 @@ def selected_keys(
 ) -> Tensor:
     """Keys that one query block selects before the mask cuts them: bool [B, H, Nk].
 
-    columns: the index's single keys [B, H, Nk]; row: of the lists; block: on the absolute grid.
+    columns: the index's vertical columns [B, H, Nk].
+    row: of the lists; block: on the absolute grid.
     """
     num_keys = columns.shape[-1]
     rows, blocks = (torch.tensor([value], device=columns.device) for value in (row, block))

@@ -48,8 +48,8 @@ def render_explanation(explanation: ExplanationFields) -> str:
     lines += [f"graph break: {b.reason.splitlines()[0]} ({b.source})" for b in explanation.breaks]
     if explanation.index_bytes or explanation.mask_bytes:
         lines.append(
-            f"memory: index {in_bytes(explanation.index_bytes)} per layer; "
-            f"masks no longer made: {in_bytes(explanation.mask_bytes)}"
+            f"memory: index {readable_bytes(explanation.index_bytes)} per layer; "
+            f"masks no longer made: {readable_bytes(explanation.mask_bytes)}"
         )
     return render(table) + "\n".join(lines)
 
@@ -98,7 +98,7 @@ def span(values: Sequence[float]) -> str:
     return f"{low:.1%}" if f"{low:.1%}" == f"{high:.1%}" else f"{low:.1%} to {high:.1%}"
 
 
-def in_bytes(count: float) -> str:
+def readable_bytes(count: float) -> str:
     """`1.5 MB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1024 or unit == "GB":

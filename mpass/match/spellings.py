@@ -5,13 +5,19 @@ The matcher and the inliner of sub-graphs both read this table.
 
 from __future__ import annotations
 
-from mpass.match import eager, flex_attention, minference_op, multi_head_attention, sdpa
+from importlib import import_module
+
 from mpass.match.spelling import Spelling
 
-SPELLINGS: tuple[Spelling, ...] = (
-    sdpa.SPELLING,
-    eager.SPELLING,
-    flex_attention.SPELLING,
-    multi_head_attention.SPELLING,
-    minference_op.SPELLING,
+MODULES = (
+    "sdpa",
+    "eager",
+    "flex_attention",
+    "multi_head_attention",
+    "minference_op",
+)
+"""The files of this package that each describe a spelling, as their `SPELLING`."""
+
+SPELLINGS: tuple[Spelling, ...] = tuple(
+    import_module(f"mpass.match.{name}").SPELLING for name in MODULES
 )

@@ -121,7 +121,7 @@ def test_the_table_shows_the_figures(result):
 def test_full_budgets_give_the_dense_logits(smollm2):
     model, tokenizer = smollm2
     model = model.float()
-    tokens = load_tokens(find_text("code").read(), tokenizer, 512)
+    tokens = load_tokens(find_text("code").read(), tokenizer, 256)
     torch._dynamo.reset()
     options = {
         "pattern": mpass.VerticalSlash(vertical_size=512, slash_size=512),

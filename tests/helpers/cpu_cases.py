@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -25,10 +25,13 @@ from mpass.lowering.index import (
 )
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference import attention as reference
+from tests.helpers.rotation import part_of_today
 
 PROBE = torch.zeros(1, 1, 1, 64)
 REASON = unsupported(AttentionInputs(PROBE, PROBE, PROBE, AttentionMask(), 1.0))
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=f"no generated C++ here: {REASON}")
+
+Kernel = tuple[torch.dtype, str]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,6 +42,12 @@ def serves(dtype: torch.dtype, instruction_set: str) -> bool:
     Estimators are for every pair: products are in bf16 where the instruction set has them.
     """
     return dtype == torch.bfloat16 or instruction_set in ("avx512", "avx2")
+
+
+def kernels_of_today(kernels: Iterable[Kernel]) -> set[Kernel]:
+    """Of pairs of dtype and instruction set the best for each dtype, and some of the others."""
+    best = {(dtype, best_instruction_set(dtype)) for dtype in DTYPES}
+    return best | set(part_of_today([kernel for kernel in kernels if kernel not in best], share=3))
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

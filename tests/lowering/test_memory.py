@@ -45,8 +45,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("spelling", ["sdpa", "eager"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("spelling", "masked"), [("sdpa", True), ("eager", False)])
 def test_64k_tokens_need_no_square_tensor(spelling, masked):
     script = SCRIPT % {"spelling": spelling, "masked": masked}
     done = run_python("-c", script, OMP_NUM_THREADS="2")

@@ -84,8 +84,7 @@ def test_transformers_model_is_sparse_under_dynamic_true(implementation):
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
     torch._dynamo.reset()
-    options = {**FULL_BUDGET, "inner_backend": "inductor"}
-    compiled = torch.compile(model, backend="minference", dynamic=True, options=options)
+    compiled = torch.compile(model, backend="minference", dynamic=True, options=FULL_BUDGET)
     for length in (100, 171):
         ids = torch.arange(length)[None] % 128
         expected = model(ids, use_cache=False).last_hidden_state

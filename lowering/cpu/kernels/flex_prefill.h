@@ -45,7 +45,7 @@ struct LastRows {
 struct FlexPrefillScratch : RunScratch {
   QueryRowScratch query_rows;
   Buffer<Ranked> ranked;
-  std::vector<float> vertical, slash;  // shares of single keys and distances
+  std::vector<float> vertical, slash;  // shares of vertical columns and distances
   std::vector<float> vertical_blocks, slash_blocks, proxy;
   std::vector<uint8_t> vertical_kept, slash_kept;
   Buffer<float> pooled;  // [tiles, key blocks] of one head

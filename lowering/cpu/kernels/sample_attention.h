@@ -33,14 +33,14 @@ struct EvenlySpacedRows {
 
 // Sums the attention of every PARTS-th product of rows of one head, per key.
 void sum_part(const EstimateArguments& a, QueryRowScratch& s, const KeyPanels& keys,
-              const TensorView& query, const EvenlySpacedRows& spread, int64_t b, int64_t h,
+              const TensorView& query, const EvenlySpacedRows& evenly_spaced, int64_t b, int64_t h,
               int64_t part, float* sums) {
   uint8_t seen[QUERY_ROWS];
   std::fill_n(sums, keys.panels * BLOCK, 0.0f);
-  for (int64_t n = part * QUERY_ROWS; n < spread.rows; n += PARTS * QUERY_ROWS) {
-    const int count = static_cast<int>(std::min<int64_t>(QUERY_ROWS, spread.rows - n));
+  for (int64_t n = part * QUERY_ROWS; n < evenly_spaced.rows; n += PARTS * QUERY_ROWS) {
+    const int count = static_cast<int>(std::min<int64_t>(QUERY_ROWS, evenly_spaced.rows - n));
     const QueryRows query_rows =
-        pack_query_rows(a, s, query, b, h, count, [&](int r) { return spread.at(n + r); });
+        pack_query_rows(a, s, query, b, h, count, [&](int r) { return evenly_spaced.at(n + r); });
     add_query_rows(a, s, keys, query_rows, b, h, sums, nullptr, seen);
   }
 }
@@ -97,8 +97,8 @@ int estimate_sample_attention(const EstimateArguments& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < heads * PARTS; ++t) {
       const int64_t b = t / PARTS / a.num_heads, h = t / PARTS % a.num_heads;
-      const EvenlySpacedRows spread(a, extent, b, h);
-      sum_part(a, s, keys, query, spread, b, h, t % PARTS, sums.get() + t * stride);
+      const EvenlySpacedRows evenly_spaced(a, extent, b, h);
+      sum_part(a, s, keys, query, evenly_spaced, b, h, t % PARTS, sums.get() + t * stride);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < heads; ++t) {

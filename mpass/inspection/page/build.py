@@ -26,7 +26,7 @@ from mpass.inspection.results import (
     ProfileFields,
     SiteCost,
 )
-from mpass.inspection.tables import in_bytes, span
+from mpass.inspection.tables import readable_bytes, span
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.report import SiteReport
 from mpass.text_table import count_patterns
@@ -92,9 +92,9 @@ def tiles(explanation: ExplanationFields, profile: ProfileFields | None) -> list
         ours = profile.seconds["index"] + profile.seconds["attention"]
         shown.append((f"{ours / total:.0%}", "of time in sparse attention"))
     if explanation.index_bytes:
-        shown.append((in_bytes(explanation.index_bytes), "index of one layer"))
+        shown.append((readable_bytes(explanation.index_bytes), "index of one layer"))
     if explanation.mask_bytes:
-        shown.append((in_bytes(explanation.mask_bytes), "mask no longer made"))
+        shown.append((readable_bytes(explanation.mask_bytes), "mask no longer made"))
     return shown
 
 

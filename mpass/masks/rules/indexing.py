@@ -124,10 +124,10 @@ def slice_bounds(item: slice, size: Any) -> tuple[Expr, Expr]:
         raise NotUnderstood("slice with a step that is not positive")
     if item.start is None:
         return number(0), step
-    return from_start(number(item.start), size), step
+    return normalize_bound(number(item.start), size), step
 
 
-def from_start(bound: Expr, size: Any) -> Expr:
+def normalize_bound(bound: Expr, size: Any) -> Expr:
     """A slice's bound counted from the start, where -9 of 5 is 0. What is over the size stays."""
     if bound.is_nonnegative:
         return bound
@@ -235,5 +235,5 @@ def setitem_bounds(item: slice, size: Any) -> tuple[Expr, Expr | None]:
         raise NotUnderstood("assignment with a step")
     if item.stop is None:
         return begin, None
-    end = from_start(number(item.stop), size)
+    end = normalize_bound(number(item.stop), size)
     return begin, None if (end - number(size)).is_nonnegative else end

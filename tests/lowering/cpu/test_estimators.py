@@ -17,18 +17,24 @@ from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import dtype_name, instruction_sets
 from mpass.lowering.index import AttentionMask, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.reference import block_scores as estimate_tiles
-from mpass.lowering.reference import flex_prefill as estimate_flex
-from mpass.lowering.reference import sample_attention as estimate_sampled
-from mpass.lowering.reference import union as estimate_union
-from mpass.lowering.reference import x_attention as estimate_antidiagonal
+from mpass.lowering.reference import block_scores as reference_block_scores
+from mpass.lowering.reference import flex_prefill as reference_flex_prefill
+from mpass.lowering.reference import sample_attention as reference_sample_attention
+from mpass.lowering.reference import union as reference_union
+from mpass.lowering.reference import x_attention as reference_x_attention
 from mpass.patterns.block_max import BlockMax
 from mpass.patterns.block_top_p import BlockTopP
 from mpass.patterns.flex_prefill import FlexPrefill
 from mpass.patterns.sample_attention import SampleAttention
 from mpass.patterns.union import Union
 from mpass.patterns.x_attention import XAttention
-from tests.helpers.cpu_cases import DTYPES, assert_same_index, estimating_with, needs_kernels
+from tests.helpers.cpu_cases import (
+    DTYPES,
+    assert_same_index,
+    estimating_with,
+    kernels_of_today,
+    needs_kernels,
+)
 from tests.helpers.pairwise import pairwise
 from tests.lowering.cpu.test_source import EMULATED_TILES
 
@@ -40,7 +46,7 @@ DIM, SCALE = 40, 0.25
 ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseIndex], list[Any]]] = {
     "union": (
         lists.vertical_block_index,
-        estimate_union.vertical_block_index,
+        reference_union.vertical_block_index,
         [
             Union(0.6, 1.0, 33, last_queries=32).rule(),
             Union(0.6, 0.1, 0, 2, 1, rows=64, pool=64).rule(),
@@ -50,7 +56,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
     ),
     "block_scores": (
         lists.block_scores_index,
-        estimate_tiles.block_scores_index,
+        reference_block_scores.block_scores_index,
         [
             BlockMax(0.5, 64, 1, 1, 1).rule(),
             BlockMax(0.9, 192, 1, 1, 3, 9).rule(),
@@ -60,7 +66,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
     ),
     "x_attention": (
         lists.x_attention_index,
-        estimate_antidiagonal.x_attention_index,
+        reference_x_attention.x_attention_index,
         [
             XAttention(0.6, 8, 128).rule(),
             XAttention(0.5, 16, 192, 0, 1, 1).rule(),
@@ -70,7 +76,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
     ),
     "flex_prefill": (
         lists.flex_prefill_index,
-        estimate_flex.flex_prefill_index,
+        reference_flex_prefill.flex_prefill_index,
         [
             FlexPrefill(0.6, 0.0, 65, block_size=64).rule(),
             FlexPrefill(0.5, 1.0, 1, block_size=128).rule(),
@@ -80,7 +86,7 @@ ESTIMATORS: dict[str, tuple[Callable[..., SparseIndex], Callable[..., SparseInde
     ),
     "sample_attention": (
         lists.sample_attention_index,
-        estimate_sampled.sample_attention_index,
+        reference_sample_attention.sample_attention_index,
         [
             SampleAttention(0.5, 0.1, 0.1).rule(),
             SampleAttention(0.9, 1.0, 0.01, 9, 70).rule(),
@@ -137,7 +143,15 @@ WINDOWS = [0, 1, 200]
 PLACES = [(0, False), (63, True), (100, False)]
 """Position of the first query; whether keys are padding."""
 
-CASES = pairwise(ESTIMATORS, DTYPES, instruction_sets(), WINDOWS, PLACES)
+KERNELS = kernels_of_today(itertools.product(DTYPES, instruction_sets()))
+CASES = pairwise(
+    ESTIMATORS,
+    DTYPES,
+    instruction_sets(),
+    WINDOWS,
+    PLACES,
+    allowed=lambda name, dtype, instruction_set, *_: (dtype, instruction_set) in KERNELS,
+)
 SOURCES = list(itertools.product(ESTIMATORS, DTYPES, instruction_sets()))
 """Each makes another generated source."""
 

@@ -57,7 +57,7 @@ def run_cases() -> None:
     from mpass.patterns.flex_prefill import FlexPrefill
     from mpass.patterns.sample_attention import SampleAttention
 
-    covering = {
+    top_share = {
         cpu.flex_prefill_index: [
             FlexPrefill(0.6, tau, 65, block_size=64).rule() for tau in (0.0, 1.0)
         ],
@@ -87,7 +87,7 @@ def run_cases() -> None:
             for window, real in ((0, None), (100, None), (0, key_mask)):
                 hidden = AttentionMask(query_offset=num_keys - num_queries, window=window)
                 hidden = dataclasses.replace(hidden, key_mask=real)
-                for index, rules in covering.items():
+                for index, rules in top_share.items():
                     index(dataclasses.replace(given, mask=hidden), rules)
             passed += 1
     print(f"{passed} cases passed")

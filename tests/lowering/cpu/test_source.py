@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mpass.lowering.cpu import estimators, library, source
+from mpass.lowering.cpu.arguments import LIST_KERNELS
 from mpass.lowering.cpu.attention import run_attention
-from mpass.lowering.cpu.list_arguments import LIST_KERNELS
 from mpass.lowering.cpu.source import KERNELS, generate_source, generate_spec_header
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import instruction_sets

@@ -15,6 +15,7 @@ from mpass.lowering.reference import attention as reference
 from mpass.lowering.triton.attention import attention_spec, key_limits, sparse_attention
 from mpass.patterns.strided import Strided
 from mpass.patterns.tri_shape import TriShape
+from tests.helpers.pairwise import pairwise
 from tests.helpers.triton_cases import SLOTS, padding, poisoned_memory, random_index
 from tests.helpers.truth import TOLERANCE, dense_attention, random_attention
 
@@ -86,11 +87,14 @@ def check(
     return out
 
 
-@pytest.mark.parametrize("width", [BLOCKS_ONLY, WITH_COLUMNS], ids=["blocks", "columns"])
-@pytest.mark.parametrize("form", ["lists", "diagonals", "mixed"])
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_attention_equals_reference_for_every_form_and_flag(flags, form, width):
-    flags = dict(flags)
+WIDTHS = {"blocks": BLOCKS_ONLY, "columns": WITH_COLUMNS}
+
+
+@pytest.mark.parametrize(
+    ("flags", "form", "columns"), pairwise(FLAGS, ["lists", "diagonals", "mixed"], WIDTHS)
+)
+def test_attention_equals_reference_for_every_form_and_flag(flags, form, columns):
+    flags, width = dict(FLAGS[flags]), WIDTHS[columns]
     padded = flags.pop("padding", False)
     check(SLOTS[form], width, batch=2 if padded else 1, padding_keys=padded, **flags)
 

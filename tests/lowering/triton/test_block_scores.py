@@ -10,10 +10,10 @@ import torch
 from mpass.lowering.dispatch import find_lowering
 from mpass.lowering.index import AttentionMask, IndexWidth, empty_index
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.reference import block_scores as estimate_tiles
+from mpass.lowering.reference import block_scores as reference_block_scores
 from mpass.lowering.reference import block_sparse as reference
-from mpass.lowering.reference import union as estimate_union
-from mpass.lowering.reference import x_attention as estimate_antidiagonal
+from mpass.lowering.reference import union as reference_union
+from mpass.lowering.reference import x_attention as reference_x_attention
 from mpass.lowering.reference.block_scores import BlockScoresRule
 from mpass.lowering.reference.block_sparse import BlockSparseRule
 from mpass.lowering.reference.pooled_keys import pooled_keys
@@ -45,7 +45,7 @@ HEADS = [3, 0, 2]
 
 TOP_P = BlockScoresRule(None, 0.6, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=5)
 MAX = BlockScoresRule(0.5, None, 64, sink_blocks=0, local_blocks=1, last_blocks=1, max_blocks=5)
-TILES = {
+BLOCK_SCORES = {
     "share": [MAX, dataclasses.replace(MAX, share=0.9, block_size=128, max_blocks=6), MAX],
     "mass": [
         TOP_P,
@@ -58,7 +58,7 @@ UNION = [
     VerticalBlockRule(0.6, 0.3, 0, 0, 1, 0, rows=64, pool=64, max_blocks=6, last_queries=64),
     VerticalBlockRule(0.5, 0.3, 17, 0, 1, 1, rows=16, pool=8, max_blocks=3, last_queries=32),
 ]
-ANTIDIAGONAL = [
+X_ATTENTION = [
     XAttentionRule(0.6, 8, 64, 1, 1, 0, max_blocks=5),
     XAttentionRule(0.5, 16, 192, 0, 1, 1, max_blocks=6),
     XAttentionRule(0.9, 64, 128, 1, 1, 0, max_blocks=4),
@@ -94,7 +94,7 @@ def test_block_top_k_selects_what_the_reference_selects(mask):
     assert_same(index, reference.block_sparse_index(*arguments))
 
 
-def test_block_scores_taken_in_turns_select_the_same(monkeypatch):
+def test_block_scores_taken_in_chunks_select_the_same(monkeypatch):
     query, key, _ = random_attention(num_queries=500, num_keys=577, seed=3)
     mask = AttentionMask(query_offset=77)
     given = EstimateInputs(query, key, mask, [0, 3], 1.0)
@@ -126,7 +126,7 @@ def test_block_means_equal_reference(dtype, offset):
 
 
 @pytest.mark.parametrize("size", [4, 8, 64, 192])
-def test_means_of_runs_of_keys_equal_reference(size):
+def test_pooled_keys_equal_reference(size):
     _, key, _ = random_attention(2, num_queries=190, head_dim=48)
     mask = AttentionMask(key_mask=padding(2, 190))
     with poisoned_memory():
@@ -138,14 +138,14 @@ def test_means_of_runs_of_keys_equal_reference(size):
         assert (weights[:, head].exp2() - counts).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", TILES)
+@pytest.mark.parametrize("kind", BLOCK_SCORES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_tiles_select_what_the_reference_selects(mask, kind):
+def test_block_scores_select_what_the_reference_selects(mask, kind):
     query, key = tensors(mask)
-    arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), TILES[kind])
+    arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), BLOCK_SCORES[kind])
     with poisoned_memory():
         index = block_scores_index(*arguments)
-    assert_same(index, estimate_tiles.block_scores_index(*arguments))
+    assert_same(index, reference_block_scores.block_scores_index(*arguments))
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -154,27 +154,27 @@ def test_union_selects_what_the_reference_selects(mask):
     arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), UNION)
     with poisoned_memory():
         index = vertical_block_index(*arguments)
-    assert_same(index, estimate_union.vertical_block_index(*arguments))
+    assert_same(index, reference_union.vertical_block_index(*arguments))
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_antidiagonals_select_what_the_reference_selects(mask):
+def test_x_attention_selects_what_the_reference_selects(mask):
     query, key = tensors(mask)
-    arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), ANTIDIAGONAL)
+    arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), X_ATTENTION)
     with poisoned_memory():
         index = x_attention_index(*arguments)
-    assert_same(index, estimate_antidiagonal.x_attention_index(*arguments))
+    assert_same(index, reference_x_attention.x_attention_index(*arguments))
 
 
 @pytest.mark.parametrize("stride", [1, 4, 32])
-def test_antidiagonals_of_any_stride_and_head_size_select_what_the_reference_selects(stride):
+def test_x_attention_of_any_stride_and_head_size_select_what_the_reference_selects(stride):
     mask = AttentionMask(query_offset=300, key_mask=padding(2, LENGTH))
     query, key = tensors(mask, head_dim=80)
     rule = XAttentionRule(0.6, stride, 128, 1, 1, 0, max_blocks=4)
     arguments = (EstimateInputs(query, key, mask, [1, 2], SCALE), [rule, rule])
     with poisoned_memory():
         index = x_attention_index(*arguments)
-    assert_same(index, estimate_antidiagonal.x_attention_index(*arguments))
+    assert_same(index, reference_x_attention.x_attention_index(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -182,28 +182,28 @@ def test_lists_in_half_precision_nearly_equal_reference(dtype):
     # Means are rounded to the dtype of the keys, so that near-equal scores may change places.
     mask = MASKS["padding"]
     query, key = tensors(mask, head_dim=80, dtype=dtype)
-    for kind in TILES:
-        arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), TILES[kind])
-        expected = estimate_tiles.block_scores_index(*arguments)
+    for kind in BLOCK_SCORES:
+        arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), BLOCK_SCORES[kind])
+        expected = reference_block_scores.block_scores_index(*arguments)
         assert agreement(block_scores_index(*arguments), expected) >= 0.97
     arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), UNION)
-    expected = estimate_union.vertical_block_index(*arguments)
+    expected = reference_union.vertical_block_index(*arguments)
     assert agreement(vertical_block_index(*arguments), expected) >= 0.97
-    arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), ANTIDIAGONAL)
-    expected = estimate_antidiagonal.x_attention_index(*arguments)
+    arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), X_ATTENTION)
+    expected = reference_x_attention.x_attention_index(*arguments)
     assert agreement(x_attention_index(*arguments), expected) >= 0.97
 
 
-def test_scores_taken_in_turns_give_the_same_lists(monkeypatch):
+def test_scores_taken_in_chunks_give_the_same_lists(monkeypatch):
     mask = MASKS["offset"]
     query, key = tensors(mask)
     given = EstimateInputs(query, key, mask, HEADS, SCALE)
-    tiles, rules, groups = (given, TILES["mass"]), (given, UNION), (given, ANTIDIAGONAL)
-    expected = block_scores_index(*tiles), vertical_block_index(*rules)
+    blocks, rules, groups = (given, BLOCK_SCORES["mass"]), (given, UNION), (given, X_ATTENTION)
+    expected = block_scores_index(*blocks), vertical_block_index(*rules)
     together = x_attention_index(*groups)
     monkeypatch.setattr(list_blocks, "SCORE_BYTES", 1)
     assert_same(x_attention_index(*groups), together)
-    assert_same(block_scores_index(*tiles), expected[0])
+    assert_same(block_scores_index(*blocks), expected[0])
     assert_same(vertical_block_index(*rules), expected[1])
 
 

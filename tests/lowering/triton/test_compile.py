@@ -64,7 +64,7 @@ def block_spec(rule: str, width: int, **flags) -> TritonKernelSpec:
 def score_spec(template: str, head_dim: int, **values) -> TritonKernelSpec:
     """A kernel of estimation that multiplies query rows with means, or groups with groups."""
     shape = {"num_warps": score_warps(head_dim), "num_stages": 2}
-    if template == "group_scores":
+    if template == "x_attention":
         shape = {"num_warps": 8, "num_stages": 3, "tile": GROUP_TILE}
     return TritonKernelSpec(template, head_dim=head_dim, **shape, **values)
 
@@ -100,8 +100,8 @@ SMALL_KERNELS = [
     (score_spec("row_scores", 128, rows=16, pool=8, target="sm_80"), "score_rows"),
     (score_spec("sampled_rows", 128), "row_totals"),
     (score_spec("sampled_rows", 128, window=True, padding=True), "sum_columns"),
-    (score_spec("group_scores", 128, pool=8), "score_groups"),
-    (score_spec("group_scores", 128, pool=8, window=True), "sum_groups"),
+    (score_spec("x_attention", 128, pool=8), "score_groups"),
+    (score_spec("x_attention", 128, pool=8, window=True), "sum_groups"),
 ]
 
 
@@ -218,8 +218,8 @@ SCORES = {
     "score_rows of single keys": ("row_scores", {"rows": 8, "pool": 1}),
     "row_totals": ("sampled_rows", {}),
     "sum_columns": ("sampled_rows", {}),
-    "score_groups": ("group_scores", {"pool": 8}),
-    "score_groups of 16": ("group_scores", {"pool": 16}),
+    "score_groups": ("x_attention", {"pool": 8}),
+    "score_groups of 16": ("x_attention", {"pool": 16}),
 }
 
 

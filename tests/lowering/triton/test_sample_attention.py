@@ -9,7 +9,7 @@ import torch
 
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.reference import flex_prefill as estimate_flex
+from mpass.lowering.reference import flex_prefill as reference_flex_prefill
 from mpass.lowering.reference import sample_attention as reference
 from mpass.lowering.reference.flex_prefill import FlexPrefillRule
 from mpass.lowering.reference.sample_attention import SampleAttentionRule
@@ -82,4 +82,4 @@ def test_flex_prefill_selects_what_the_reference_selects(mask, rules):
     arguments = (EstimateInputs(*tensors(mask), mask, [3, 0], SCALE), rules)
     with poisoned_memory():
         index = flex_prefill_index(*arguments)
-    assert_same(index, estimate_flex.flex_prefill_index(*arguments))
+    assert_same(index, reference_flex_prefill.flex_prefill_index(*arguments))

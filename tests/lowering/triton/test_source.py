@@ -86,11 +86,11 @@ SPECS = {
     "blocks_row_mass": TritonKernelSpec(
         "blocks", tile=16384, rule="row_mass", window=True, padding=True, num_warps=16
     ),
-    "group_scores": TritonKernelSpec(
-        "group_scores", head_dim=128, tile=128, pool=8, num_warps=8, num_stages=3
+    "x_attention": TritonKernelSpec(
+        "x_attention", head_dim=128, tile=128, pool=8, num_warps=8, num_stages=3
     ),
-    "group_scores_masked": TritonKernelSpec(
-        "group_scores",
+    "x_attention_masked": TritonKernelSpec(
+        "x_attention",
         dtype="fp16",
         head_dim=80,
         tile=128,

@@ -41,9 +41,9 @@ READS_THE_DEVICE = {"_local_scalar_dense", "nonzero", "masked_select", "equal", 
 COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
 
 
-TILES = BlockScoresRule(0.5, None, 128, 1, 1, 1, 9)
+BLOCK_SCORES = BlockScoresRule(0.5, None, 128, 1, 1, 1, 9)
 RULES = {
-    "block_scores": [TILES, dataclasses.replace(TILES, share=None, mass=0.5)],
+    "block_scores": [BLOCK_SCORES, dataclasses.replace(BLOCK_SCORES, share=None, mass=0.5)],
     "block_sparse": [BlockSparseRule(50, 64)],
     "flex_prefill": [FlexPrefillRule(0.9, 0.1, 64, 1024, 128, 9)],
     "sample_attention": [SampleAttentionRule(0.9, 0.1, 0.1, 100, 50)],

@@ -11,8 +11,8 @@ import torch
 from mpass.lowering.cpu import estimators as lists
 from mpass.lowering.index import AttentionMask, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.reference import flex_prefill as estimate_flex
-from mpass.lowering.reference import sample_attention as estimate_sampled
+from mpass.lowering.reference import flex_prefill as reference_flex_prefill
+from mpass.lowering.reference import sample_attention as reference_sample_attention
 from mpass.patterns.base import Pattern
 from mpass.patterns.flex_prefill import FlexPrefill
 from mpass.patterns.sample_attention import SampleAttention
@@ -25,17 +25,17 @@ PATTERNS: list[tuple[Pattern, str, Callable[..., SparseIndex]]] = [
     (
         FlexPrefill(0.6, 0.0, 65, block_size=64),
         "flex_prefill_index",
-        estimate_flex.flex_prefill_index,
+        reference_flex_prefill.flex_prefill_index,
     ),
     (
         FlexPrefill(0.5, 1.0, 1, block_size=128),
         "flex_prefill_index",
-        estimate_flex.flex_prefill_index,
+        reference_flex_prefill.flex_prefill_index,
     ),
     (
         SampleAttention(0.5, 0.1, 0.1),
         "sample_attention_index",
-        estimate_sampled.sample_attention_index,
+        reference_sample_attention.sample_attention_index,
     ),
 ]
 
@@ -96,7 +96,7 @@ def test_equal_blocks_go_to_the_first_ones(budget: int) -> None:
     query, key = torch.randn(1, 1, 640, DIM), torch.ones(1, 1, 640, DIM)
     rule = FlexPrefill(0.01, 0.0, budget, budget, block_size=64).rule()
     found = lists.flex_prefill_index(EstimateInputs(query, key, AttentionMask(), [0], 0.2), [rule])
-    expected = estimate_flex.flex_prefill_index(
+    expected = reference_flex_prefill.flex_prefill_index(
         EstimateInputs(query, key, AttentionMask(), [0], 0.2), [rule]
     )
     assert found.block_index[0, 0, -1, 0] == 0
