@@ -15,6 +15,7 @@ from mpass.lowering.reference import attention as reference
 from mpass.lowering.triton.attention import attention_spec, key_limits, sparse_attention
 from mpass.patterns.strided import Strided
 from mpass.patterns.tri_shape import TriShape
+from tests.helpers.huge_scores import ROWS, clear_rows, huge_inputs
 from tests.helpers.pairwise import pairwise
 from tests.helpers.triton_cases import SLOTS, padding, poisoned_memory, random_index
 from tests.helpers.truth import TOLERANCE, dense_attention, random_attention
@@ -274,3 +275,21 @@ def test_padding_leaves_whole_blocks_unless_it_has_holes():
     mask[1, 100] = False
     mask[2] = False
     assert key_limits(mask).tolist() == [[1, 4, 2, 3], [0, 4, 0, -1], [5, -1, 5, -1]]
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [1e8, 1e30])
+def test_huge_scores_give_the_value_of_the_greatest(size, rows, sinks):
+    query, key, value = huge_inputs(torch.float32, size, rows, num_keys=150)
+    mask = AttentionMask(window=90)
+    sizes = {"batch": 1, "num_queries": 150, "num_keys": 150}
+    index = random_index((0, -1), mask, width=WITH_COLUMNS, **sizes)
+    logits = torch.tensor([0.5, 3e9]) if sinks else None
+    numbers = {"scale": 0.3, "sink_logits": logits}
+    found = sparse_attention(AttentionInputs(query, key, value, mask, **numbers), index)
+    wide = AttentionInputs(query.double(), key.double(), value.double(), mask, **numbers)
+    clear = clear_rows(wide, reference.computed_mask(index, mask, **sizes))
+    error = (found.double() - reference.sparse_attention(wide, index)).abs().amax(-1)
+    assert found.isfinite().all() and clear.double().mean() > 0.25
+    assert error[clear].max() <= TOLERANCE[torch.float32]

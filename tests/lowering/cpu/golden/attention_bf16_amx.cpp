@@ -807,25 +807,41 @@ inline void cap_scores(float* scores, int count, float to_exponent, float cap) {
   }
 }
 
-// Takes e^(score - maximum) of one row of the strip, as P x V reads it, and returns the sum.
-inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
-  const vec factor = set1(scale), offset = set1(shift);
+// Exponents of 2 from which on they are rounded before the greatest is taken from them.
+//
+// fma(score, factor, -greatest) leaves what was rounded off the greatest exponent, at most its
+// size / 2^24. All weights of the row have that in common, so that it cancels, and the others are
+// exact. It must stay small, though, or the weights overflow, or are all zero. Rounded exponents
+// give 0 at the greatest whatever its size.
+constexpr float LARGE_EXPONENT = 16777216.0f;
+
+// Takes 2^exponent(score) of one row of the strip, as P x V reads it, and returns the sum.
+template <typename Exponent>
+inline float exponentiate(packed* out, const float* scores, int width, const Exponent& exponent) {
   vec sum = set1(0.0f);
   if constexpr (USES_BF16) {
     for (int n = 0; n < width; n += 2 * LANES) {
-      const vec low = exp2_vec(fma(load(scores + n), factor, offset));
-      const vec high = exp2_vec(fma(load(scores + n + LANES), factor, offset));
+      const vec low = exp2_vec(exponent(load(scores + n)));
+      const vec high = exp2_vec(exponent(load(scores + n + LANES)));
       sum = add(sum, add(low, high));
       store(out + n, low, high, packed_tag{});
     }
   } else {
     for (int n = 0; n < width; n += LANES) {
-      const vec x = exp2_vec(fma(load(scores + n), factor, offset));
+      const vec x = exp2_vec(exponent(load(scores + n)));
       sum = add(sum, x);
       store(out + n, x, packed_tag{});
     }
   }
   return reduce_add(sum);
+}
+
+// Takes e^(score - maximum) of one row of the strip and returns the sum.
+inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
+  const vec factor = set1(scale), offset = set1(shift);
+  if (std::abs(shift) < LARGE_EXPONENT)
+    return exponentiate(out, scores, width, [&](vec x) { return fma(x, factor, offset); });
+  return exponentiate(out, scores, width, [&](vec x) { return add(mul(x, factor), offset); });
 }
 
 // What is read or written soon: it is fetched into the second cache while other work is done.
