@@ -120,6 +120,7 @@ class Emitter:
             raise NotUnderstood(f"{atom} is written in place")
         shape = example(node).shape
         sizes = (example(self.keys).shape[0], example(self.keys).shape[2])
+        node = self.widened(node)
         if atom.args == (BATCH, KEY) and [*map(number, shape)] == [*map(number, sizes)]:
             return node
         if atom.args == (KEY,) and [*map(number, shape)] == [number(sizes[1])]:
@@ -136,6 +137,17 @@ class Emitter:
                 place = self.call(torch.clamp, place, 0, last)
             index.append(place)
         return self.call(operator.getitem, node, tuple(index))
+
+    def widened(self, node: fx.Node) -> fx.Node:
+        """An input in the widest dtype of its kind: expressions know no dtype that wraps or rounds.
+
+        An index of bytes would be a mask besides.
+        """
+        dtype = example(node).dtype
+        if dtype in (torch.bool, torch.int64, torch.float64):
+            return node
+        wide = torch.float64 if dtype.is_floating_point else torch.int64
+        return self.call(torch.ops.aten.to.dtype, node, wide)
 
     def positions(self, symbol: Expr) -> fx.Node:
         """Indices along the batch [B, 1] or along the keys [Nk]."""

@@ -27,7 +27,7 @@ from mpass.match.eager_scores import (
 )
 from mpass.match.eager_weights import Weights, trace_weights
 from mpass.match.products import Product, bind_scores, bind_value, operands
-from mpass.match.repeat_kv import original, original_pair
+from mpass.match.repeat_kv import made_from, original, original_pair
 from mpass.match.spelling import Spelling
 
 
@@ -53,9 +53,10 @@ def build_site(
     chain: Chain, output: fx.Node, first: Product, second: Product, prover: MaskProver
 ) -> AttentionSite:
     """The site of a chain between two bound products."""
-    query = original(first.left, output, prover, first.left_order)
+    product = chain.product
+    query = original(first.left, product, output, prover, first.left_order)
     key, value = original_pair(
-        first.right, second.right, output, prover, first.right_order, second.right_order
+        first.right, second.right, product, output, prover, first.right_order, second.right_order
     )
     scores = read_scores(chain)
     sinks = None if chain.sinks is None else sink_logits(chain.sinks, chain.softmax, prover)
@@ -64,7 +65,7 @@ def build_site(
         or scores.problem
         or ("sinks are not one number per head" if chain.sinks and sinks is None else "")
         or other_readers(chain)
-        or written_late((query, key, value), chain.product, output, prover)
+        or written_late((query, key, value), product, output, prover)
         or gradient_reason(output)
     )
     proof = MaskProof(None, "not read: the site stays dense")
@@ -81,7 +82,7 @@ def build_site(
         mask=proof.meaning,
         unproven=proof.reason,
         output_transposed=second.output_transposed,
-        dtype=example(chain.product).dtype,
+        dtype=example(product).dtype,
         dense_reason=reason,
     )
 
@@ -159,8 +160,8 @@ def written_late(
 ) -> str:
     """Why query, key or value cannot be read at the output: they change before it."""
     for node in tensors:
-        if node in prover.writes.position and prover.writes.written_between(node, product, output):
-            return f"{node.name} is written in place before the output"
+        if prover.writes.written_between(made_from(node), product, output):
+            return f"{made_from(node).name} is written in place before the output"
     return ""
 
 

@@ -32,12 +32,18 @@ MAX_STEPS = 8
 
 
 def original(
-    node: fx.Node, output: fx.Node, prover: MaskProver, order: tuple[int, ...] = IDENTITY
+    node: fx.Node,
+    reader: fx.Node,
+    output: fx.Node,
+    prover: MaskProver,
+    order: tuple[int, ...] = IDENTITY,
 ) -> fx.Node:
     """The [B, Hk, N, D] tensor behind a 4-D operand of attention, to be read at `output`.
 
+    reader: the product that reads the operand: what is written later is none of its business.
     order: the operand's dimensions that are batch, head, position and channel. If nothing earlier
-    can stand for it, the operand itself is returned, permuted by a new node if it has to be.
+    can stand for it, the operand itself is returned, permuted by a new node if it has to be; then
+    the caller has to see to it that nothing writes to it before the output (`made_from`).
     """
     best: fx.Node | None = None
     heads: object = shape_of(node)[order[1]]
@@ -46,7 +52,7 @@ def original(
             continue
         if prover.writes.written_between(candidate, next_on_path(candidate, node), output):
             continue
-        if reads_by_head(node, candidate, output, prover, order):
+        if reads_by_head(node, candidate, reader, prover, order):
             best, heads = candidate, shape_of(candidate)[1]
     if best is not None:
         return best
@@ -56,15 +62,19 @@ def original(
 def original_pair(
     key: fx.Node,
     value: fx.Node,
+    reader: fx.Node,
     output: fx.Node,
     prover: MaskProver,
     key_order: tuple[int, ...] = IDENTITY,
     value_order: tuple[int, ...] = IDENTITY,
 ) -> tuple[fx.Node, fx.Node]:
-    """Key and value behind their copies, both with the same number of kv heads."""
+    """Key and value behind their copies, both with the same number of kv heads.
+
+    reader: what reads the key; the value is read at the output.
+    """
     pair = (
-        original(key, output, prover, key_order),
-        original(value, output, prover, value_order),
+        original(key, reader, output, prover, key_order),
+        original(value, output, output, prover, value_order),
     )
     if same_size(shape_of(pair[0])[1], shape_of(pair[1])[1]):
         return pair
@@ -106,13 +116,13 @@ def fits(candidate: fx.Node, node: fx.Node, order: tuple[int, ...], heads: objec
 def reads_by_head(
     node: fx.Node,
     candidate: fx.Node,
-    output: fx.Node,
+    reader: fx.Node,
     prover: MaskProver,
     order: tuple[int, ...],
 ) -> bool:
     """Whether element [b, h, n, d] of an operand is element [b, h // groups, n, d] of another."""
     atom = sympy.Function("element")(*map(axis, IDENTITY))
-    expr = GraphReader(prover.writes, RULES, {candidate: atom}).read(node, output)
+    expr = GraphReader(prover.writes, RULES, {candidate: atom}).read(node, reader)
     if not isinstance(expr, AppliedUndef) or expr.func != atom.func:
         return False
     kv_heads = shape_of(candidate)[1]
@@ -132,3 +142,8 @@ def permuted(node: fx.Node, order: tuple[int, ...]) -> fx.Node:
     result.meta["example_value"] = example(node).permute(order)
     result.meta[MADE_HERE] = True
     return result
+
+
+def made_from(node: fx.Node) -> fx.Node:
+    """The tensor that a node is, or that it is a permutation of which was made here."""
+    return node.all_input_nodes[0] if MADE_HERE in node.meta else node

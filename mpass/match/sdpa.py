@@ -67,7 +67,7 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     reason = reason_to_stay(call, scale) or gradient_reason(node)
     key, value = call.key, call.value
     if not reason:
-        key, value = original_pair(key, value, node, prover)
+        key, value = original_pair(key, value, node, node, prover)
     mask, unproven = mask_of(node, call, prover)
     return make_site(
         node,

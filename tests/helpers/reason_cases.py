@@ -212,6 +212,7 @@ MASKS: dict[str, tuple[Maker, str]] = {
         "several values prepended",
     ),
     "index": (lambda x: causal()[x.ids], "indexing by values that might be negative"),
+    "listed": (lambda x: causal()[[*range(N)]], "indexing by a list"),
     "gather": (
         lambda x: x.flags[0].gather(0, x.ids),
         "gathering by values that might be negative",

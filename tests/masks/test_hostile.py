@@ -34,7 +34,7 @@ def positions() -> Tensor:
     return torch.arange(N)
 
 
-def compare(function, *args, pattern=EVERY_KEY, before=()) -> list[str]:
+def compare(function, *args, pattern=EVERY_KEY, before=(), validate="sample") -> list[str]:
     """Run eager and compiled; the statuses of the sites. Fails where the results differ.
 
     before: arguments of a first call, so that numbers which are others in the second are symbols.
@@ -46,6 +46,7 @@ def compare(function, *args, pattern=EVERY_KEY, before=()) -> list[str]:
         "min_seq_len": 16,
         "dense_above": 2.0,
         "inner_backend": "eager",
+        "validate": validate,
     }
     with torch.no_grad():
         compiled = torch.compile(function, backend="minference", options=options)
@@ -254,6 +255,53 @@ MASKS = {
 @pytest.mark.parametrize("build", MASKS, ids=lambda build: build.__name__)
 def test_mask_is_equal_to_eager(build):
     assert compare(lambda *qkv: sdpa(*qkv, attn_mask=build(tril())), *tensors()) == [MASKS[build]]
+
+
+def right_padding(dtype: torch.dtype) -> Tensor:
+    padding = torch.ones(2, N, dtype=dtype)
+    padding[1, 100:] = 0
+    return padding
+
+
+CONDITIONS = {
+    "difference": lambda seen: seen - 1 >= 0,
+    "negated": lambda seen: -seen < 0,
+    "product": lambda seen: seen * 2**40 > 2**39,
+    "with positions": lambda seen: positions() + 200 * seen >= 200,
+    "as an index": lambda seen: (positions() < N - 28)[seen] | (seen > 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool])
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_padding_is_computed_in_a_dtype_that_does_not_wrap(dtype, condition):
+    """The key mask is made of the small input, and the program widens that first."""
+
+    def attention(query, key, value, padding):
+        seen = CONDITIONS[condition](padding[:, None, None].long())
+        return sdpa(query, key, value, attn_mask=tril() & seen)
+
+    operands = [tensor.expand(2, 4, N, 32).contiguous() for tensor in tensors()]
+    compare(attention, *operands, right_padding(dtype), validate="off")
+
+
+@pytest.mark.parametrize("index", [[1, 0], ([1, 0],), [0, 0]], ids=str)
+def test_an_index_that_is_a_list_takes_rows(index):
+    def attention(query, key, value, padding):
+        return sdpa(query, key, value, attn_mask=tril() & padding[index][:, None, None])
+
+    operands = [tensor.expand(2, 4, N, 32).contiguous() for tensor in tensors()]
+    # What is taken is an unknown tensor of its own; it may well be a key mask.
+    assert compare(attention, *operands, right_padding(torch.bool), validate="off") == ["sparse"]
+
+
+def test_assignment_to_a_list_of_rows():
+    def attention(query, key, value):
+        mask = tril()
+        mask[[3, 9]] = True
+        return sdpa(query, key, value, attn_mask=mask)
+
+    assert compare(attention, *tensors(), validate="off") == ["dense"]
 
 
 @pytest.mark.parametrize("length", [-3, 1, 50, N - 1, N, N + 40])

@@ -40,10 +40,18 @@ def getitem(call: OpCall) -> Expr:
     """x[...] with None, slices, integers, an ellipsis and integer tensors."""
     expr, shape = call.tensor()
     index = call.raw(1, "indices")
-    items = list(index) if isinstance(index, (list, tuple)) else [index]
     if call.node.target is torch.ops.aten.index.Tensor:
-        items = [slice(None) if item is None else item for item in items]
+        items = [slice(None) if item is None else item for item in index]
+    else:
+        items = index_items(index)
     return expr.xreplace(index_map(call, shape, items))
+
+
+def index_items(index: Any) -> list[Any]:
+    """The items of an index, one per dimension: x[1, 0] has two, x[[1, 0]] takes two rows."""
+    if isinstance(index, list):
+        raise NotUnderstood("indexing by a list")
+    return list(index) if isinstance(index, tuple) else [index]
 
 
 def index_map(call: OpCall, shape: torch.Size, items: list[Any]) -> dict[Expr, Expr]:
@@ -199,7 +207,7 @@ def setitem(call: OpCall) -> Expr:
     """x[slices] = value: the value inside the slices, x elsewhere."""
     expr, shape = call.tensor()
     index = call.raw(1)
-    items = full_index(list(index) if isinstance(index, (list, tuple)) else [index], len(shape))
+    items = full_index(index_items(index), len(shape))
     value = call.argument(2)
     inside: list[Expr] = []
     local: dict[Expr, Expr] = {}
