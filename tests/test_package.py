@@ -35,7 +35,9 @@ LAYERS = [
     "rewrite",
     "warm_up",
     "text_table",
+    "story.remedies",
     "report",
+    "story",
     "decisions",
     "debug",
     "inspection.kernels",
@@ -51,7 +53,8 @@ LAYERS = [
 ]
 """Every module and package, lowest first: each may import what stands before it, and itself.
 
-`inspection.kernels` asks the compilers about kernels and knows nothing else of its package.
+`inspection.kernels` asks the compilers about kernels and knows nothing else of its package, and
+`story.remedies` is a table of texts.
 """
 
 MOST_ENTRIES = 31

@@ -111,7 +111,7 @@ def test_a_decorator_by_layer_is_refused_where_no_layer_is_known():
         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
     compiled = torch.compile(attend, backend="minference", options=OPTIONS)
-    with pytest.raises(BackendCompilerFailed, match="(?s)UnknownLayerError.*configure on.*attend"):
+    with pytest.raises(BackendCompilerFailed, match=r"(?s)UnknownLayerError.*configure on.*attend"):
         compiled(torch.randn(1, 2, 300, 16))
 
 
