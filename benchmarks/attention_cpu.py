@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpass.config.sparse_config import builtin_default
+from mpass.inspection.text_table import open_console
 from mpass.lowering.cpu import LOWERING as cpu
 from mpass.lowering.density import density
 from mpass.lowering.estimators import VERTICAL_SLASH
@@ -53,7 +54,6 @@ from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference.vertical_slash import VerticalSlashRule
 from mpass.options import Options
 from mpass.patterns.base import head_slots, index_op
-from mpass.text_table import open_console
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = {8192: (512, 24 * BLOCK), 16384: (768, 24 * BLOCK), 32768: (1000, 32 * BLOCK)}

@@ -26,9 +26,9 @@ import torch
 from rich.table import Table
 
 from mpass.config.pattern_text import parse_pattern
+from mpass.inspection.text_table import open_console
 from mpass.lowering.recorder import record
 from mpass.models.load import parse_dtype
-from mpass.text_table import open_console
 
 
 def build(layers: int, dtype: torch.dtype) -> torch.nn.Module:

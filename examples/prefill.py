@@ -3,8 +3,8 @@
     python examples/prefill.py MODEL_FOLDER PROMPT_FILE
 
 `model.compile` works in place: `torch.compile(model).generate()` would compile nothing, because
-`generate` calls the model it belongs to and not the wrapper. The prefill becomes sparse; decode steps, one query at a
-time, stay as Inductor has them.
+`generate` calls the model it belongs to and not the wrapper. The prefill becomes sparse; decode
+steps, one query at a time, stay as Inductor has them.
 """
 
 import sys

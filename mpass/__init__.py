@@ -44,7 +44,7 @@ _EXPORTS = {
     "sparse_attention": "mpass.functional",
     "record": "mpass.lowering.recorder",
     "register_attention": "mpass.transformers_attention",
-    "last_report": "mpass.report",
+    "last_report": "mpass.story.merge",
     "reports": "mpass.report",
 }
 

@@ -23,8 +23,10 @@ from mpass.lowering.kernel_sources import KernelSource
 from mpass.match import find_attention, inline_subgraphs
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
-from mpass.report import Report, keep_report, make_report
+from mpass.report import Report, make_report
 from mpass.rewrite import rewrite_attention
+from mpass.story.graphs import keep_graph
+from mpass.story.limits import watch_limits
 from mpass.validation import validate_sites
 from mpass.warm_up import start_kernels
 
@@ -44,6 +46,7 @@ def minference(
     UnknownOptionError, OptionValueError, UnknownPatternError and ConfigMismatchError before
     anything is compiled (Dynamo shows them inside of its BackendCompilerFailed).
     """
+    watch_limits()
     parsed = parse_options(mode, options)
     trace = open_trace(gm, parsed, kernel_details)
     report = apply_passes(gm, parsed, trace)
@@ -51,7 +54,7 @@ def minference(
     trace.mark("inner compiler")
     finish_trace(trace)
     # Only now: Dynamo may restart the analysis from inside of the inner compiler.
-    keep_report(report)
+    keep_graph(report, parsed)
     return compiled
 
 

@@ -78,6 +78,17 @@ class ConfigMismatchError(MpassError):
     """A SparseConfig that does not fit the model: other layers or heads than the model has."""
 
 
+class UnknownLayerError(ConfigMismatchError):
+    """Patterns were given per layer, and the number of an attention's layer cannot be found out."""
+
+    def __init__(self, path: str, given_by: str) -> None:
+        super().__init__(
+            f"{given_by} gives layers their own patterns, and the layer of the attention at "
+            f"{path or 'the compiled function'} is unknown. Compile the whole model; or give the "
+            f"attention's module its number as `layer_idx`; or name patterns for all layers alike."
+        )
+
+
 class ConfigFileError(MpassError):
     """A config file that cannot be read or written. `errors`: every (JSON path, what is wrong)."""
 

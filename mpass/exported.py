@@ -24,7 +24,8 @@ from mpass.failures import contain
 from mpass.graph.nodes import value_of
 from mpass.graph.printing import count_ops, fake_result
 from mpass.options import parse_options
-from mpass.report import Report, keep_report
+from mpass.report import Report
+from mpass.story.graphs import keep_graph
 
 
 def rewrite_exported(
@@ -55,7 +56,7 @@ def rewrite_exported(
         )
         report, rewritten = Report(sites, report.min_seq_len), copy.deepcopy(program)
     finish_trace(trace)
-    keep_report(report)
+    keep_graph(report)
     return rewritten
 
 

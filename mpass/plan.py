@@ -33,6 +33,9 @@ from mpass.resolve import ResolvedPatterns, resolve_site
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
+ONE_QUERY = "one query, as in decoding: there is nothing to skip"
+"""Why a call of a single query stays dense, whatever else could be said of it."""
+
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
 
@@ -63,6 +66,8 @@ class Skip:
 
 def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Skip:
     """Decide about one site. Raises ConfigMismatchError if the config is for another model."""
+    if is_single_query(site):
+        return Skip(site, ONE_QUERY)
     reason = reason_to_skip(site)
     if reason:
         return Skip(site, reason)
@@ -126,6 +131,12 @@ def reason_to_skip(site: AttentionSite) -> str:
             f"{length_in_words(num_keys)} keys"
         )
     return ""
+
+
+def is_single_query(site: AttentionSite) -> bool:
+    """Whether a site has one query, so that no other reason to stay dense matters."""
+    shape = shape_of(site.query)
+    return len(shape) == 4 and bool(statically_known_true(shape[2] == 1))
 
 
 def dtype_reason(site: AttentionSite) -> str:
@@ -196,8 +207,6 @@ def decide_length(
 ) -> AttentionPlan | Skip:
     """Compare the lengths with the least that pays: now, by a guard, or in the op."""
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
-    if statically_known_true(num_queries == 1):
-        return Skip(site, "decoding: one query", resolved.source)
     shortest = resolved.min_seq_len
     plan = AttentionPlan(site, resolved.patterns, options.dense_above, 0, resolved.source)
     long_enough = at_least(num_keys, shortest)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from torch import fx
+
+from mpass.graph.guards import live_stack
 from mpass.plan import AttentionPlan, Skip
+from mpass.story.remedies import remedy_of
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +26,7 @@ class SiteReport:
     layer, path: where it stands (-1 and "" if unknown); status: "sparse" or "dense"; reason: why it
     is dense; patterns: one per query head, empty if dense; mask: the proof, line by line;
     source: the user's line; config_source: which decorator, option or file named the patterns.
+    module: the identity of the innermost module that it was traced in, 0 if that is not known.
     """
 
     layer: int
@@ -36,18 +41,28 @@ class SiteReport:
     mask: tuple[str, ...]
     source: str
     config_source: str = ""
+    module: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about the reason; "" if it is sparse."""
+        return remedy_of(self.reason) if self.reason else ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one compile did.
+    """What one compile did, or all compiles of a model (`mpass.last_report()`).
 
     sites: what became of each attention, in graph order.
     min_seq_len: the number of keys from which on attention is sparse.
+    graphs: how many compiled graphs it is about.
+    notes: what else is to be known, as graph breaks and recompile limits, one sentence each.
     """
 
     sites: tuple[SiteReport, ...]
     min_seq_len: int
+    graphs: int = 1
+    notes: tuple[str, ...] = ()
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -60,6 +75,8 @@ class Report:
         if not sparse:
             reasons = Counter(site.reason for site in self.sites)
             why = "; ".join(reason for reason, _ in reasons.most_common(3))
+            if not total:
+                return f"no attention in {self.graphs} compiled graph{'s' * (self.graphs != 1)}"
             return f"0 of {total} {noun} sparse" + (f": {why}" if why else "")
         names = Counter(pattern.split("(")[0] for site in sparse for pattern in site.patterns)
         used = ", ".join(name for name, _ in names.most_common())
@@ -94,7 +111,18 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         mask=site.mask.proof if site.mask else (),
         source=site.source,
         config_source=decision.config_source,
+        module=innermost_module(site.output),
     )
+
+
+def innermost_module(node: fx.Node) -> int:
+    """The identity of the innermost module that a node was traced in; 0 if it is not known."""
+    stack = list(node.meta.get("nn_module_stack") or {})
+    digits = str(stack[-1]).partition("@")[0] if stack else ""
+    if digits.isdecimal():
+        return int(digits)
+    root = live_stack(node)
+    return id(root[-1].module) if root else 0
 
 
 def make_report(decisions: Sequence[AttentionPlan | Skip], min_seq_len: int) -> Report:
@@ -103,7 +131,7 @@ def make_report(decisions: Sequence[AttentionPlan | Skip], min_seq_len: int) -> 
 
 
 def keep_report(report: Report) -> None:
-    """Make it `last_report()`, count it and log its one line."""
+    """Keep it for `reports()`, count it and log its one line."""
     from torch._dynamo.utils import counters
 
     _reports.append(report)
@@ -117,19 +145,14 @@ def keep_report(report: Report) -> None:
         log.info("%s", report.summary())
 
 
-def last_report() -> Report:
-    """The report of the graph that was compiled last in this process, empty if there is none."""
-    return _reports[-1] if _reports else Report((), 0)
-
-
 def reports() -> tuple[Report, ...]:
     """Reports of the latest compiled graphs, oldest first."""
     return tuple(_reports)
 
 
 def render_report(report: Report) -> str:
-    """A table of the sites of a report, one row each, with the summary below."""
-    from mpass.text_table import Table, count_patterns, render  # rich: only when printed
+    """A table of the sites, one row each; below it the summary, the notes and what to do."""
+    from mpass.inspection.text_table import Table, count_patterns, render  # rich: only when printed
 
     table = Table(title=None)
     for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason", "from"):
@@ -145,4 +168,7 @@ def render_report(report: Report) -> str:
             site.reason or count_patterns(site.patterns),
             site.config_source or "-",
         )
-    return render(table) + report.summary()
+    lines = [report.summary(), *report.notes]
+    for reason in dict.fromkeys(site.reason for site in report.sites if site.reason):
+        lines.append(f"{reason}: {remedy_of(reason)}")
+    return (render(table) if report.sites else "") + "\n".join(lines)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from torch import fx
 
-from mpass.config.decorators import overrides_of
+from mpass.config.decorators import Override, overrides_of
 from mpass.config.layer import LayerConfig
 from mpass.config.spans import Span
 from mpass.config.sparse_config import SparseConfig, builtin_default
+from mpass.errors import UnknownLayerError
 from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
 from mpass.graph.nodes import example
 from mpass.graph.site import AttentionSite
@@ -50,6 +51,8 @@ class ResolvedPatterns:
 def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     """The patterns of a site. Raises ConfigMismatchError, and ConfigFileError for a shipped file.
 
+    UnknownLayerError is one where patterns are given by layer and no module tells the layer.
+
     May install guards: on the layer's number and on the model's folder, if they decide.
     """
     root = root_module()
@@ -62,6 +65,8 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     layered = any(c.depends_on_layer for c in configs) or any(o.layers for o in overrides)
     if layer < 0 and layered:
         layer = guarded_layer(site.output)
+    if layer < 0:
+        refuse_layers(site, overrides, options, shipped)
     offset = next((o.head_offset for o in overrides if o.head_offset is not None), None)
     for config in configs:
         config.check_site(layer, site.num_heads, site.num_kv_heads, head_offset=offset)
@@ -81,6 +86,22 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     shortest = device_lowering(device).shortest_prompt
     levels.append(("built-in default", LayerConfig(default, min_seq_len=shortest)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
+
+
+def refuse_layers(
+    site: AttentionSite,
+    overrides: list[Override],
+    options: Options,
+    shipped: tuple[SparseConfig, Path] | None,
+) -> None:
+    """Raise UnknownLayerError where something is said of single layers: it cannot be applied."""
+    given_by = [o.label for o in overrides if o.layers is not None]
+    if options.sparse_config.layers:
+        given_by.append(options.config_source or "options")
+    if shipped is not None and shipped[0].layers:
+        given_by.append(str(shipped[1]))
+    if given_by:
+        raise UnknownLayerError(site.path, given_by[0])
 
 
 def resolve_heads(

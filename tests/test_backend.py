@@ -76,7 +76,10 @@ def test_one_prefill_graph_serves_all_long_prompts_and_one_dense_the_short():
 @torch.no_grad()
 def test_short_prompts_and_decoding_keep_the_graph_untouched():
     model = Decoder().eval()
-    for length, reason in ((100, "100 keys, sparse from 128 on"), (1, "decoding: one query")):
+    for length, reason in (
+        (100, "100 keys, sparse from 128 on"),
+        (1, "one query, as in decoding: there is nothing to skip"),
+    ):
         backend = RecordingBackend()
         torch.compile(model, backend=backend, fullgraph=True)(torch.randn(1, length, 32))
         before, after = backend.before[0].graph, backend.after[0].graph

@@ -35,8 +35,10 @@ LAYERS = [
     "validation",
     "rewrite",
     "warm_up",
-    "text_table",
+    "inspection.text_table",
+    "story.remedies",
     "report",
+    "story",
     "inspection.decisions",
     "debug",
     "inspection.kernels",
@@ -53,7 +55,8 @@ LAYERS = [
 ]
 """Every module and package, lowest first: each may import what stands before it, and itself.
 
-`inspection.kernels` asks the compilers about kernels and knows nothing else of its package.
+`inspection.kernels` asks the compilers about kernels and knows nothing else of its package, and
+`story.remedies` is a table of texts.
 """
 
 MOST_ENTRIES = 30

@@ -128,7 +128,7 @@ def run_compiled(model: nn.Module, call: dict[str, Any]) -> CompiledRun:
     from torch._dynamo.utils import counters
 
     from mpass.backend import minference
-    from mpass.report import last_report
+    from mpass.report import reports
 
     sites: list[Any] = []
     graphs = 0
@@ -136,7 +136,7 @@ def run_compiled(model: nn.Module, call: dict[str, Any]) -> CompiledRun:
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         compiled = minference(gm, example_inputs, options=FULL_BUDGET)
-        sites.extend(last_report().sites)
+        sites.extend(reports()[-1].sites)
         graphs += 1
         return compiled
 

@@ -11,7 +11,11 @@ from collections.abc import Iterable
 from torch import fx
 
 from mpass.graph.nodes import MADE_HERE
+from mpass.graph.observation import observe
 from mpass.graph.writes import StorageWrites
+
+MAX_UNREAD = 8
+"""Calls in a row that are looked through for a reader."""
 
 
 def remove_dead(graph: fx.Graph, replaced: Iterable[fx.Node] = ()) -> int:
@@ -43,6 +47,16 @@ def remove_dead(graph: fx.Graph, replaced: Iterable[fx.Node] = ()) -> int:
     return len(dead)
 
 
+def is_unread(node: fx.Node, depth: int = MAX_UNREAD) -> bool:
+    """Whether nobody could notice if a call and all that is computed from it were left out."""
+    if node.op not in ("call_function", "call_method") or depth == 0:
+        return False
+    effects = observe(node)
+    if not effects.known or not effects.pure or effects.writes or effects.reshapes:
+        return False
+    return all(is_unread(user, depth - 1) for user in node.users)
+
+
 def find_candidates(graph: fx.Graph, roots: set[fx.Node], writes: StorageWrites) -> set[fx.Node]:
     """What the roots and the unused nodes that the backend made read, with what writes to it."""
     unused = [node for node in graph.nodes if MADE_HERE in node.meta and not node.users]
@@ -57,6 +71,8 @@ def find_candidates(graph: fx.Graph, roots: set[fx.Node], writes: StorageWrites)
         pending += writes.writes_to(node)
         # The other results of an op that gives several.
         pending += [user for user in node.users if not user.users and user.op != "output"]
+        # Copies kept for statistics that nobody reads, and what is computed from them.
+        pending += [user for user in node.users if user not in found and is_unread(user)]
     return found
 
 

@@ -9,15 +9,22 @@ known about them.
 
 from __future__ import annotations
 
+import inspect
 import re
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
+from mpass.graph.nodes import stack_frames
+
 LAYER_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number")
 """Where models keep a layer's number, counted from 0."""
+
+WRAPPED = ("_old_forward", "__wrapped__", "__self__", "forward", "func", "args")
+"""Attributes through which wrappers of a forward (accelerate's hooks, functools) lead to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,34 +54,65 @@ def root_module() -> LiveModule | None:
 def live_module(path: str, node: fx.Node | None = None) -> LiveModule | None:
     """The module at one of Dynamo's paths, as `L['self'].model.layers.3.self_attn`.
 
+    A path may lead through attributes that are no modules: hooks that wrap a module's forward keep
+    the old one, and the layer is `L['module']._old_forward.__self__` then.
     node: if given, the module must be one that the node was traced in.
     """
-    from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
+    from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource, LocalSource
 
     match = re.match(r"L\['(\w+)'\]", path)
-    module = root_locals().get(match[1]) if match else None
-    if match is None or not isinstance(module, nn.Module):
+    if match is None or match[1] not in root_locals():
         return None
+    value: Any = root_locals()[match[1]]
     source: Any = LocalSource(match[1])
     rest = re.sub(r"_modules\['([^']*)'\]|\['?([^'\]]*)'?\]", r".\1\2", path[match.end() :])
     for part in filter(None, rest.split(".")):
-        child = module._modules.get(part)
-        if child is None:
+        if isinstance(value, nn.Module) and value._modules.get(part) is not None:
+            source = DictGetItemSource(AttrSource(source, "_modules"), part)
+            value = value._modules[part]
+        elif part.isdecimal() and isinstance(value, (tuple, list)) and int(part) < len(value):
+            source, value = GetItemSource(source, int(part)), value[int(part)]
+        elif part in WRAPPED:
+            source, value = AttrSource(source, part), getattr(value, part, None)
+        else:
             return None
-        source = DictGetItemSource(AttrSource(source, "_modules"), part)
-        module = child
-    stack = node.meta.get("nn_module_stack") or {} if node is not None else {}
-    if node is not None and str(id(module)) not in stack:
+    if not isinstance(value, nn.Module):
         return None
-    return LiveModule(module, source)
+    stack = node.meta.get("nn_module_stack") or {} if node is not None else {}
+    if node is not None and str(id(value)) not in stack:
+        return None
+    return LiveModule(value, source)
 
 
 def live_stack(node: fx.Node) -> list[LiveModule]:
     """The live modules that a node was traced in, outermost first, the compiled one included."""
     root = root_module()
     paths = [str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
-    found = [live_module(path, node) for path in paths]
+    found = [live_module(path, node) for path in paths] or [method_owner(node)]
     return [live for live in (root, *found) if live is not None]
+
+
+def method_owner(node: fx.Node) -> LiveModule | None:
+    """The module whose method a node was traced in, where it was not called as a module.
+
+    A hook calls the forward that it wraps as a plain function, so that no module stack is kept. The
+    frame being compiled holds the bound method then, and the node comes from a line of its code.
+    """
+    from torch._dynamo.source import AttrSource, LocalSource
+
+    lines = {(file, int(line)) for file, line, _ in stack_frames(node)}
+    found: dict[int, LiveModule] = {}
+    for name, value in root_locals().items():
+        owner = getattr(value, "__self__", None)
+        if not isinstance(value, types.MethodType) or not isinstance(owner, nn.Module):
+            continue
+        code = getattr(inspect.unwrap(value.__func__), "__code__", None)
+        if code is None:
+            continue
+        own = {(code.co_filename, line) for *_, line in code.co_lines() if line is not None}
+        if own & lines:
+            found[id(owner)] = LiveModule(owner, AttrSource(LocalSource(name), "__self__"))
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def guard_equal(owner: LiveModule, *attributes: str) -> Any:

@@ -38,6 +38,10 @@ INPLACE_NAMES = {
 """Operators' names that an assignment like `x += y` has, and those of the ops they stand for."""
 
 
+HOOKS = re.compile(r"(\.forward|\._old_forward|\.__closure__\[\d+\]\.cell_contents)*\.__self__\b")
+"""What paths of modules go through where hooks wrap their forward; users know no such names."""
+
+
 def value_of(node: fx.Node) -> Any:
     """The value that a node has while compiling (a fake tensor, a size), or None if none is known.
 
@@ -75,6 +79,8 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"^L\['self'\]\.?|^L__self___", "", path)
+    path = re.sub(r"^L\['(\w+)'\]", r"\1", path)
+    path = HOOKS.sub("", path)
     path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
     return re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".")
 
@@ -90,13 +96,18 @@ def layer_index(path: str) -> int:
     return -1
 
 
+def stack_frames(node: fx.Node) -> list[tuple[str, str, str]]:
+    """File, line and function of each frame that a node was traced in, outermost first."""
+    trace = node.meta.get("stack_trace") or ""
+    return re.findall(r'File "(.*)", line (\d+), in (\S+)', trace)
+
+
 def source_line(node: fx.Node) -> str:
     """The innermost line of the user's model that a node came from: `file:line, in name`.
 
     Lines inside of torch (flex_attention is one of its Python functions) say nothing to a user.
     """
-    trace = node.meta.get("stack_trace") or ""
-    frames: list[tuple[str, str, str]] = re.findall(r'File "(.*)", line (\d+), in (\S+)', trace)
+    frames = stack_frames(node)
     own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
     return "{}:{}, in {}".format(*own[-1]) if own else ""
 

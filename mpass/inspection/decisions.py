@@ -10,8 +10,8 @@ from torch import fx
 
 from mpass.graph.nodes import example
 from mpass.graph.site import MaskMeaning
+from mpass.inspection.text_table import count_patterns
 from mpass.plan import AttentionPlan, Skip
-from mpass.text_table import count_patterns
 
 
 def decision_as_text(decision: AttentionPlan | Skip) -> str:

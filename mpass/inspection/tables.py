@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from mpass.inspection.results import ExplanationFields, ProfileFields, SiteCost
+from mpass.inspection.text_table import count_patterns, render
 from mpass.report import SiteReport
-from mpass.text_table import count_patterns, render
 
 
 def render_explanation(explanation: ExplanationFields) -> str:

@@ -13,6 +13,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from mpass.graph.arguments import bind
+from mpass.graph.dead_code import is_unread
 from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
 from mpass.masks.expressions import axis
@@ -150,7 +151,7 @@ def other_readers(chain: Chain) -> str:
     """Why the scores must exist anyway: something outside of the chain reads them."""
     for node in chain.path - {chain.softmax}:
         for user in node.users:
-            if user not in chain.path:
+            if user not in chain.path and not is_unread(user):
                 return f"attention scores are also read by {user.name}"
     return ""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from mpass.graph.arguments import argument, bind
+from mpass.graph.dead_code import is_unread
 from mpass.graph.nodes import is_tensor, op_name, shape_of
 from mpass.match.common import dropout_reason
 from mpass.match.eager_scores import CASTS, FACTORS, MASKS, MAX_STEPS, RESHAPES
@@ -37,7 +38,7 @@ def trace_weights(softmax: fx.Node, sinks: bool) -> Weights | None:
         following = next((user for user in node.users if continues(user, node, MAX_STEPS)), None)
         if following is None:
             return None
-        if len(node.users) > 1:
+        if any(user is not following and not is_unread(user) for user in node.users):
             problem = problem or "attention weights are read more than once (or returned)"
         name = op_name(following)
         if is_product(following):

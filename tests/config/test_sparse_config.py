@@ -167,8 +167,10 @@ def test_the_shortest_prompt_follows_the_precedence():
     config = mpass.SparseConfig("a_shape", {0: LayerConfig(min_seq_len=301)}, min_seq_len=200)
     assert reason(Decoder(depth=1)) == "300 keys, sparse from 2048 on"
     assert reason(Decoder(depth=1), config=config) == "300 keys, sparse from 301 on"
-    assert reason(Attention(), config=config) == ""
-    assert reason(Attention(), config=config, min_seq_len=400) == "300 keys, sparse from 400 on"
+    later = Attention()
+    later.layer_idx = 1
+    assert reason(later, config=config) == ""
+    assert reason(later, config=config, min_seq_len=400) == "300 keys, sparse from 400 on"
     decorated = mpass.configure(min_seq_len=500)(type("Own", (Attention,), {}))
     assert reason(decorated(), min_seq_len=1) == "300 keys, sparse from 500 on"
 

@@ -383,7 +383,7 @@ PROGRAMS: dict[str, Case] = {
     "queries past keys": Case(plain, "after the last key", {"keys": N - 40}),
     "short": Case(plain, "100 keys, sparse from 128 on", {"queries": 100, "keys": 100}),
     "few queries": Case(plain, "60 queries, sparse from 128 on", {"queries": 60}),
-    "decoding": Case(plain, "decoding: one query", {"queries": 1}),
+    "decoding": Case(plain, "one query, as in decoding", {"queries": 1}),
     "config": Case(plain, "the config keeps every head", options={"pattern": "dense"}),
     "opaque": Case(opaque, "projects query, key and value inside of one op"),
     "bmm": Case(matmul_of_three_dimensions, "the products are not of [B, H, N, D] tensors"),

@@ -29,7 +29,7 @@ BY_SCENARIO = {scenario.name: scenario for scenario in SCENARIOS}
 REASONS = (
     "bias",
     "chunked attention",
-    "decoding: one query",
+    "one query, as in decoding: there is nothing to skip",
     "known at run time only",
     "values are unknown when compiling",
     "sparse from 8 on",

@@ -96,7 +96,17 @@ def sinks(x):
     return joined.softmax(-1)[..., :-1] @ x
 
 
+def copied_for_statistics(x):
+    scores = x @ x.mT * 0.25
+    kept = scores.clone()
+    kept = kept.detach() * 2  # x-transformers keeps such copies, which nothing reads
+    weights = scores.masked_fill(~seen(N), -1e9).softmax(-1)
+    weights.clone()
+    return weights @ x
+
+
 SPELLINGS = [
+    copied_for_statistics,
     by_position,
     by_keyword,
     grouped,
@@ -323,3 +333,22 @@ def test_block_mask_of_other_blocks_than_its_mask_mod_is_not_proven():
 
 
 # -- sub-graphs -------------------------------------------------------------------------------
+
+
+def statistics_returned(x):
+    scores = x @ x.mT * 0.25
+    kept = scores.clone()
+    return scores.masked_fill(~seen(N), -1e9).softmax(-1) @ x, kept
+
+
+def statistics_written_outside(x):
+    scores = x @ x.mT * 0.25
+    x.add_(scores.clone()[..., :D])
+    return scores.masked_fill(~seen(N), -1e9).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("attention", [statistics_returned, statistics_written_outside])
+def test_a_copy_of_the_scores_that_somebody_reads_keeps_them(attention, x):
+    sites, _ = record(attention, x)
+    assert all("also read by" in found.site.dense_reason for found in sites)
+    assert len(sites) == 1

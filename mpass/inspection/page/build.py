@@ -27,9 +27,9 @@ from mpass.inspection.results import (
     SiteCost,
 )
 from mpass.inspection.tables import readable_bytes, span
+from mpass.inspection.text_table import count_patterns
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.report import SiteReport
-from mpass.text_table import count_patterns
 
 SCRIPTS = ("base.js", "heads.js", "graph.js", "tables.js")
 """In the order in which they are run."""

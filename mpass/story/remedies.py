@@ -1,0 +1,71 @@
+"""What a user can do about each reason to stay dense, as docs/reasons.md says it at length."""
+
+from __future__ import annotations
+
+import re
+
+NOTHING = "nothing needs to be done"
+
+REMEDIES: tuple[tuple[str, str], ...] = (
+    (r"^one query", NOTHING),
+    (
+        r"^\S+( \(\d+ now\))? (keys|queries), sparse from",
+        "lower min_seq_len if it pays on your machine",
+    ),
+    (r"^the config keeps every head", "change the config if this is not wanted"),
+    (
+        r"^not causal: ",
+        "choose a pattern that serves attention to later keys, as block_sparse does",
+    ),
+    (
+        r"^not causal, and ",
+        "nothing, if this is an encoder beside the model that the config is for",
+    ),
+    (r"^gradients are recorded", "run under torch.no_grad() or torch.inference_mode()"),
+    (r"dropout p=", "call model.eval()"),
+    (r"^dtype ", "cast the model to a dtype that is served"),
+    (r"Triton kernels take bfloat16", "cast the model, or use torch.autocast"),
+    (r"triton is not installed|Triton kernels need", "install Triton, or use a newer GPU"),
+    (r"^no kernels are generated for device", "run on a CPU or a CUDA GPU"),
+    (r"dynamic$|must be known when compiling", "do not mark heads or head_dim as dynamic"),
+    (
+        r"is an input whose values are unknown|position of the first query",
+        "build the mask inside the compiled model from a padding mask [B, N], or with transformers "
+        'load the model with attn_implementation="minference" after mpass.register_attention()',
+    ),
+    (
+        r"this op is not understood",
+        "write the mask with comparisons of positions, or add a mask rule",
+    ),
+    (r"scores are also read|read more than once", "do not ask for the attention weights"),
+    (r"without enable_gqa", "pass enable_gqa=True"),
+    (r"is not a constant", "make it a Python number"),
+    (r"sub-graph", "disable checkpointing for inference"),
+    (r"log-sum-exp", "do not ask for it"),
+    (
+        r"BlockMask",
+        "make the BlockMask by create_block_mask from the same mask_mod, for these lengths",
+    ),
+    (r"^nn\.\w+ projects", "set torch.backends.mha.set_fastpath_enabled(False)"),
+    (r"queries do not see their own position|hides every key", "check the mask"),
+    (r"mean of all values", "hide keys by minus infinity"),
+    (
+        r"may stand after the last key|no sum of products|known at run time",
+        "tie the lengths together",
+    ),
+    (
+        r"^never compiled",
+        "raise torch._dynamo.config.recompile_limit (and accumulated_recompile_limit) above the "
+        "number of layers before the first call",
+    ),
+    (r"^mpass failed", "report it; the results are right"),
+    (r"mask is not proven", "build the mask from positions in int64"),
+    (r"bias", "nothing: only masks are served"),
+)
+"""Regular expressions of reasons, the first that is found decides, and what to do."""
+
+
+def remedy_of(reason: str) -> str:
+    """What to do about a reason to stay dense, as a phrase."""
+    found = (remedy for pattern, remedy in REMEDIES if re.search(pattern, reason))
+    return next(found, "nothing: such attention is not served; docs/reasons.md has more")
