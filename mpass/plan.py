@@ -6,22 +6,19 @@ Nothing here edits a graph. A guard on the prompt's length may be installed, see
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import (
-    free_symbols,
-    free_unbacked_symbols,
-    statically_known_true,
-)
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.functions import Max, Min
 
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, shape_of
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
+from mpass.graph.sizes import holds, is_unbacked, may_guard
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import device_lowering, reason_against
 from mpass.lowering.index import AttentionMask
@@ -29,6 +26,9 @@ from mpass.lowering.inputs import AttentionInputs
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.resolve import ResolvedPatterns, resolve_site
+
+FOLDS = (sympy.Add, sympy.Mul, Max, Min)
+"""What lengths are made by that the rewrite can build."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -110,16 +110,15 @@ def reason_to_skip(site: AttentionSite) -> str:
     if unknown is not None:
         return f"a size is known at run time only ({unknown}, as Tensor.item() gives it)"
     for length in (site.mask.query_offset, site.mask.valid_keys):
-        if isinstance(length, torch.SymInt) and not is_sum_of_products(length.node.expr):
-            return f"a length of the mask, {length}, is no sum of products of the graph's sizes"
+        if isinstance(length, torch.SymInt) and not can_be_built(length.node.expr):
+            return f"a length of the mask, {length}, is not made of the graph's sizes"
     if site.mask.valid_keys is not None and not is_served(site.mask, num_queries, num_keys):
         return (
             f"{length_in_words(site.mask.valid_keys)} valid keys of {length_in_words(num_keys)}: "
             "none, too many, or fewer than the queries' positions"
         )
-    if site.mask.causal and not statically_known_true(
-        site.mask.query_offset + num_queries <= num_keys
-    ):
+    end = site.mask.query_offset + num_queries
+    if site.mask.causal and not holds(end <= num_keys, end, num_keys):
         return (
             f"queries may stand after the last key: {length_in_words(num_queries)} queries from "
             f"position {length_in_words(site.mask.query_offset)} on over "
@@ -151,24 +150,13 @@ def is_autocast(site: AttentionSite) -> bool:
     return narrow and dtypes <= {torch.float32, output}
 
 
-def is_unbacked(size: object) -> bool:
-    """Whether a size has no value while compiling, so that no guard may be put on it."""
-    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
-
-
 def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
     """Whether a length of valid keys can be cut off: by what is known, else by a guard."""
     valid: Any = mask.valid_keys
     offset: Any = mask.query_offset
     least = offset + num_queries if mask.causal else 1
-    return holds(valid >= least, valid) and holds(valid <= num_keys, valid)
-
-
-def holds(condition: bool | torch.SymBool, about: Length) -> bool:
-    """Whether a condition about a length is true in every call that the graph serves."""
-    if isinstance(condition, bool) or statically_known_true(condition):
-        return bool(condition)
-    return not has_user_range(about) and bool(condition)
+    sizes = (valid, offset, num_queries, num_keys)
+    return holds(valid >= least, *sizes) and holds(valid <= num_keys, *sizes)
 
 
 def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
@@ -183,10 +171,10 @@ def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
     return ""
 
 
-def is_sum_of_products(expression: sympy.Expr) -> bool:
+def can_be_built(expression: sympy.Expr) -> bool:
     """Whether the rewrite can build this length from the symbols that the graph's inputs hold."""
     return all(
-        node.is_Integer or node.is_Symbol or node.is_Add or node.is_Mul
+        node.is_Integer or node.is_Symbol or node.func in FOLDS
         for node in sympy.preorder_traversal(expression)
     )
 
@@ -220,19 +208,7 @@ def at_least(length: Length, least: int) -> bool | None:
         return True
     if statically_known_true(length < least):
         return False
-    return None if has_user_range(length) else bool(length >= least)
-
-
-def has_user_range(length: Length) -> bool:
-    """Whether a range constraint (mark_dynamic's min and max, torch.export) forbids new guards."""
-    if not isinstance(length, torch.SymInt):
-        return False
-    env = length.node.shape_env
-    for symbol in free_symbols(length):
-        upper = env.var_to_range[symbol].upper
-        if not (upper.is_infinite or upper > math.inf) and int(upper) < 2**62:
-            return True
-    return False
+    return bool(length >= least) if may_guard(length) else None
 
 
 def length_in_words(length: Length) -> str:

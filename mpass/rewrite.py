@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._sympy.functions import Max, Min
 
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
@@ -29,6 +31,14 @@ from mpass.patterns.base import Pattern, head_slots, index_op, shared_slots
 from mpass.plan import AttentionPlan, Skip
 
 CONTIGUOUS = {"memory_format": torch.contiguous_format}
+
+FOLDS: dict[Any, Callable[..., Any]] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
+}
+"""What lengths are made by, and the functions that make them in a graph."""
 
 aten = torch.ops.aten
 """New nodes are calls of registered ops, which exported programs may hold as well."""
@@ -316,7 +326,7 @@ def build_expression(graph: fx.Graph, expression: sympy.Expr) -> int | fx.Node:
         return int(expression)
     if expression.is_Symbol:
         return find_symbol(graph, expression)
-    fold = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(expression.func)
+    fold = FOLDS.get(expression.func)
     if fold is None:
         raise LookupError(f"no node of the graph holds the length {expression}")
     parts = [build_expression(graph, argument) for argument in expression.args]

@@ -13,12 +13,12 @@ from mpass.graph.nodes import (
     example,
     layer_index,
     module_path,
-    same_size,
     shape_of,
     source_line,
     value_of,
 )
 from mpass.graph.site import AttentionSite
+from mpass.graph.sizes import agree
 
 
 def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
@@ -28,12 +28,14 @@ def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
         sizes = ", ".join(str(len(shape)) for shape in shapes)
         return f"query, key, value have {sizes} dimensions; [B, H, N, D] is needed"
     q, k, v = shapes
-    if not (same_size(q[0], k[0]) and same_size(q[0], v[0])):
+    if not (agree(q[0], k[0]) and agree(q[0], v[0])):
         return f"batch is broadcast: query {q[0]}, key {k[0]}, value {v[0]}"
-    if not same_size(q[3], k[3]):
+    if not agree(q[3], k[3]):
         return f"head_dim of query ({q[3]}) and key ({k[3]}) differ"
-    if not (same_size(k[1], v[1]) and same_size(k[2], v[2])):
-        return f"key {tuple(k[1:3])} and value {tuple(v[1:3])} differ in heads or length"
+    if not agree(k[1], v[1]):
+        return f"key and value differ in heads: {k[1]} and {v[1]}"
+    if not agree(k[2], v[2]):
+        return f"key and value differ in length: {k[2]} and {v[2]}"
     if not (isinstance(q[1], int) and isinstance(k[1], int) and isinstance(q[3], int)):
         return "number of heads or head_dim is dynamic"
     if 0 in (q[1], k[1], q[3], v[3]):
