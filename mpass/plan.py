@@ -33,6 +33,8 @@ FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
+UNKNOWN_SIZE = "a size is known at run time only ({}, as Tensor.item() gives it)"
+
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
 
@@ -41,6 +43,7 @@ FEWEST_QUERIES = 128
 class AttentionPlan:
     """A site that becomes sparse: the pattern of each query head, and how the op decides.
 
+    A site whose mask is not proven has a `mask_tensor` that is read at run time.
     min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
     config_source: which decorator, option or file named the patterns.
     """
@@ -63,6 +66,7 @@ class Skip:
 
 def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Skip:
     """Decide about one site. Raises ConfigMismatchError if the config is for another model."""
+    site = with_read_mask(site, options)
     reason = reason_to_skip(site)
     if reason:
         return Skip(site, reason)
@@ -78,6 +82,23 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
     if reason:
         return Skip(site, reason, resolved.source)
     return decide_length(site, resolved, options)
+
+
+def with_read_mask(site: AttentionSite, options: Options) -> AttentionSite:
+    """The site with its mask to be read at run time where it is not proven, or not at all.
+
+    Reading makes the host wait for what it decides, so it is for lowerings that decide so anyway.
+    """
+    if site.mask_tensor is None:
+        return site
+    mask = site.mask
+    if mask is not None and not isinstance(mask.query_offset, fx.Node):
+        return dataclasses.replace(site, mask_tensor=None)
+    lowering = device_lowering(example(site.query).device)
+    if not options.read_masks or not lowering.decides_by_cost:
+        return dataclasses.replace(site, mask_tensor=None)
+    unproven = site.unproven or "the position of the first query is a tensor"
+    return dataclasses.replace(site, mask=None, unproven=unproven)
 
 
 def reason_to_skip(site: AttentionSite) -> str:
@@ -100,6 +121,10 @@ def reason_to_skip(site: AttentionSite) -> str:
     reason = reason_against(inputs)
     if reason:
         return reason
+    if site.mask is None and site.mask_tensor is not None:
+        sizes = (*query.shape, *key.shape, *value.shape)
+        unknown = next((size for size in sizes if is_unbacked(size)), None)
+        return "" if unknown is None else UNKNOWN_SIZE.format(unknown)
     if site.mask is None:
         return site.unproven or "its mask is not proven"
     if isinstance(site.mask.query_offset, fx.Node):
@@ -108,7 +133,7 @@ def reason_to_skip(site: AttentionSite) -> str:
     sizes = (*query.shape, *key.shape, *value.shape, site.mask.query_offset, site.mask.valid_keys)
     unknown = next((size for size in sizes if is_unbacked(size)), None)
     if unknown is not None:
-        return f"a size is known at run time only ({unknown}, as Tensor.item() gives it)"
+        return UNKNOWN_SIZE.format(unknown)
     for length in (site.mask.query_offset, site.mask.valid_keys):
         if isinstance(length, torch.SymInt) and not can_be_built(length.node.expr):
             return f"a length of the mask, {length}, is not made of the graph's sizes"
@@ -161,7 +186,7 @@ def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
 
 def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
     """Why the patterns that the site got keep it dense, or the empty string."""
-    if site.mask is None or not site.mask.causal:
+    if site.mask is not None and not site.mask.causal:
         other = sorted({p.name for p in patterns if not p.bidirectional})
         if other:
             return f"not causal: {', '.join(other)} is defined for causal attention only"
@@ -196,7 +221,9 @@ def decide_length(
     if at_least(num_queries, fewest) is False:
         reason = f"{length_in_words(num_queries)} queries, sparse from {fewest} on"
         return Skip(site, reason, resolved.source)
-    return plan if long_enough else dataclasses.replace(plan, min_seq_len=shortest)
+    # Of a cache that is longer than what it holds, the op alone knows how many keys count.
+    decided = long_enough and site.mask_tensor is None
+    return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
 
 
 def at_least(length: Length, least: int) -> bool | None:

@@ -11,6 +11,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from mpass.graph.nodes import (
     example,
+    is_tensor,
     layer_index,
     module_path,
     shape_of,
@@ -19,6 +20,10 @@ from mpass.graph.nodes import (
 )
 from mpass.graph.site import AttentionSite
 from mpass.graph.sizes import agree
+from mpass.graph.writes import StorageWrites
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""dtypes of masks that are added to scores."""
 
 
 def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
@@ -43,6 +48,29 @@ def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
     if q[1] % k[1]:
         return f"{q[1]} query heads are no multiple of {k[1]} key/value heads"
     return ""
+
+
+def readable_mask(
+    mask: object, query: fx.Node, key: fx.Node, writes: StorageWrites
+) -> fx.Node | None:
+    """A mask as the op that reads masks at run time takes it; None if it is no such mask.
+
+    It has a cell for every query and key, is the same for all heads, and nothing writes to it: an
+    op reads it at the attention's output, and shares what it has read with other attentions.
+    """
+    if not isinstance(mask, fx.Node) or not is_tensor(mask) or writes.ever_written(mask):
+        return None
+    cells = example(mask)
+    if not 2 <= cells.dim() <= 4 or not (cells.dtype == torch.bool or cells.dtype in FLOATS):
+        return None
+    sizes = (shape_of(query)[2], shape_of(key)[2])
+    if not (agree(cells.shape[-2], sizes[0]) and agree(cells.shape[-1], sizes[1])):
+        return None
+    per_head = cells.dim() > 2 and not agree(cells.shape[-3], 1) and cells.stride(-3) != 0
+    batched = cells.dim() == 4 and not (
+        agree(cells.shape[0], 1) or agree(cells.shape[0], shape_of(query)[0])
+    )
+    return None if per_head or batched else mask
 
 
 def gradient_reason(output: fx.Node) -> str:
