@@ -39,8 +39,8 @@ class MaskForm:
     """What a mask is, in numbers.
 
     kind: one of the four above; offset: position of the first query; window: in positions, the
-    query's own included, 0 for none; padded: whether the key mask hides a key that a query's
-    position allows; empty: whether a query sees no key at all.
+    query's own included, 0 for none; padded: whether the key mask hides a key that the
+    numbers before allow a query; empty: whether a query sees no key at all.
     """
 
     kind: int = UNKNOWN
@@ -148,10 +148,9 @@ def read_causal(cells: Tensor, key_mask: Tensor, rows: Tensor, seen: Tensor) -> 
             continue
         if not all(map(verify, cells, key_mask, first, [positions] * len(cells))):
             continue
-        stop = offset + num_queries
         before = torch.nn.functional.pad(key_mask.long().cumsum(-1), (1, 0))
         counts = before[:, positions + 1] - before.gather(1, first)
-        padded = not bool(key_mask[:, :stop].all())
+        padded = not torch.equal(counts, positions + 1 - first)
         return ReadMask(
             MaskForm(kind, offset, width, padded, not bool(counts.all())), key_mask, first
         )

@@ -25,7 +25,7 @@ from tests.helpers.reason_cases import DYNAMIC_MASKS, MASKS, Inputs
 from tests.helpers.reason_programs import PROGRAMS
 
 FOLDER = Path(mpass.__file__).parent
-OPTIONS = {"min_seq_len": 128}
+OPTIONS = {"min_seq_len": 128, "read_masks": False}
 CASES = sorted(MASKS | DYNAMIC_MASKS | PROGRAMS)
 
 SOURCES = sorted([*FOLDER.glob("match/*.py"), *FOLDER.glob("masks/**/*.py"), FOLDER / "plan.py"])

@@ -143,7 +143,7 @@ def segments(first: Tensor) -> Iterator[tuple[slice, int, int, int]]:
 
     first: [B, Nq]. Batch rows are taken together where they have the same segments.
     """
-    batch, num_queries = first.shape
+    batch = first.shape[0]
     same = bool((first == first[:1]).all())
     for rows in [slice(0, batch)] if same else [slice(b, b + 1) for b in range(batch)]:
         values, counts = first[rows.start].unique_consecutive(return_counts=True)
