@@ -37,6 +37,8 @@ class Options:
     inner_backend: what compiles the rewritten graph.
     validate: how much of every proof is held against what the graph computes, while compiling:
     "sample" looks at some rows of a mask, "full" at every cell, "off" at nothing.
+    read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
+    that the kernels know; on CPUs. False keeps such attention dense.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
     config_source: where pattern or config come from, in words for the report.
@@ -48,6 +50,7 @@ class Options:
     dense_above: float = 0.6
     inner_backend: str = "inductor"
     validate: str = "sample"
+    read_masks: bool = True
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
     config_source: str = ""
@@ -136,6 +139,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     validate = values.get("validate", "sample")
     if validate not in VALIDATIONS:
         raise OptionValueError("validate", validate, ", ".join(VALIDATIONS))
+    read_masks = values.get("read_masks", True)
+    if not isinstance(read_masks, bool):
+        raise OptionValueError("read_masks", read_masks, "True or False")
     inner = values.get("inner_backend", "inductor")
     if inner not in INNER_BACKENDS:
         raise OptionValueError("inner_backend", inner, ", ".join(INNER_BACKENDS))

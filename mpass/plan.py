@@ -6,22 +6,19 @@ Nothing here edits a graph. A guard on the prompt's length may be installed, see
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import (
-    free_symbols,
-    free_unbacked_symbols,
-    statically_known_true,
-)
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.functions import Max, Min
 
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, shape_of
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
+from mpass.graph.sizes import holds, is_unbacked, may_guard
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import device_lowering, reason_against
 from mpass.lowering.index import AttentionMask
@@ -30,11 +27,15 @@ from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.resolve import ResolvedPatterns, resolve_site
 
+FOLDS = (sympy.Add, sympy.Mul, Max, Min)
+"""What lengths are made by that the rewrite can build."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 ONE_QUERY = "one query, as in decoding: there is nothing to skip"
 """Why a call of a single query stays dense, whatever else could be said of it."""
+UNKNOWN_SIZE = "a size is known at run time only ({}, as Tensor.item() gives it)"
 
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
@@ -44,6 +45,7 @@ FEWEST_QUERIES = 128
 class AttentionPlan:
     """A site that becomes sparse: the pattern of each query head, and how the op decides.
 
+    A site whose mask is not proven has a `mask_tensor` that is read at run time.
     min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
     config_source: which decorator, option or file named the patterns.
     """
@@ -68,6 +70,7 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
     """Decide about one site. Raises ConfigMismatchError if the config is for another model."""
     if is_single_query(site):
         return Skip(site, ONE_QUERY)
+    site = with_read_mask(site, options)
     reason = reason_to_skip(site)
     if reason:
         return Skip(site, reason)
@@ -83,6 +86,23 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
     if reason:
         return Skip(site, reason, resolved.source)
     return decide_length(site, resolved, options)
+
+
+def with_read_mask(site: AttentionSite, options: Options) -> AttentionSite:
+    """The site with its mask to be read at run time where it is not proven, or not at all.
+
+    Reading makes the host wait for what it decides, so it is for lowerings that decide so anyway.
+    """
+    if site.mask_tensor is None:
+        return site
+    mask = site.mask
+    if mask is not None and not isinstance(mask.query_offset, fx.Node):
+        return dataclasses.replace(site, mask_tensor=None)
+    lowering = device_lowering(example(site.query).device)
+    if not options.read_masks or not lowering.decides_by_cost:
+        return dataclasses.replace(site, mask_tensor=None)
+    unproven = site.unproven or "the position of the first query is a tensor"
+    return dataclasses.replace(site, mask=None, unproven=unproven)
 
 
 def reason_to_skip(site: AttentionSite) -> str:
@@ -105,6 +125,10 @@ def reason_to_skip(site: AttentionSite) -> str:
     reason = reason_against(inputs)
     if reason:
         return reason
+    if site.mask is None and site.mask_tensor is not None:
+        sizes = (*query.shape, *key.shape, *value.shape)
+        unknown = next((size for size in sizes if is_unbacked(size)), None)
+        return "" if unknown is None else UNKNOWN_SIZE.format(unknown)
     if site.mask is None:
         return site.unproven or "its mask is not proven"
     if isinstance(site.mask.query_offset, fx.Node):
@@ -113,18 +137,17 @@ def reason_to_skip(site: AttentionSite) -> str:
     sizes = (*query.shape, *key.shape, *value.shape, site.mask.query_offset, site.mask.valid_keys)
     unknown = next((size for size in sizes if is_unbacked(size)), None)
     if unknown is not None:
-        return f"a size is known at run time only ({unknown}, as Tensor.item() gives it)"
+        return UNKNOWN_SIZE.format(unknown)
     for length in (site.mask.query_offset, site.mask.valid_keys):
-        if isinstance(length, torch.SymInt) and not is_sum_of_products(length.node.expr):
-            return f"a length of the mask, {length}, is no sum of products of the graph's sizes"
+        if isinstance(length, torch.SymInt) and not can_be_built(length.node.expr):
+            return f"a length of the mask, {length}, is not made of the graph's sizes"
     if site.mask.valid_keys is not None and not is_served(site.mask, num_queries, num_keys):
         return (
             f"{length_in_words(site.mask.valid_keys)} valid keys of {length_in_words(num_keys)}: "
             "none, too many, or fewer than the queries' positions"
         )
-    if site.mask.causal and not statically_known_true(
-        site.mask.query_offset + num_queries <= num_keys
-    ):
+    end = site.mask.query_offset + num_queries
+    if site.mask.causal and not holds(end <= num_keys, end, num_keys):
         return (
             f"queries may stand after the last key: {length_in_words(num_queries)} queries from "
             f"position {length_in_words(site.mask.query_offset)} on over "
@@ -162,29 +185,18 @@ def is_autocast(site: AttentionSite) -> bool:
     return narrow and dtypes <= {torch.float32, output}
 
 
-def is_unbacked(size: object) -> bool:
-    """Whether a size has no value while compiling, so that no guard may be put on it."""
-    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
-
-
 def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
     """Whether a length of valid keys can be cut off: by what is known, else by a guard."""
     valid: Any = mask.valid_keys
     offset: Any = mask.query_offset
     least = offset + num_queries if mask.causal else 1
-    return holds(valid >= least, valid) and holds(valid <= num_keys, valid)
-
-
-def holds(condition: bool | torch.SymBool, about: Length) -> bool:
-    """Whether a condition about a length is true in every call that the graph serves."""
-    if isinstance(condition, bool) or statically_known_true(condition):
-        return bool(condition)
-    return not has_user_range(about) and bool(condition)
+    sizes = (valid, offset, num_queries, num_keys)
+    return holds(valid >= least, *sizes) and holds(valid <= num_keys, *sizes)
 
 
 def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
     """Why the patterns that the site got keep it dense, or the empty string."""
-    if site.mask is None or not site.mask.causal:
+    if site.mask is not None and not site.mask.causal:
         other = sorted({p.name for p in patterns if not p.bidirectional})
         if other:
             return f"not causal: {', '.join(other)} is defined for causal attention only"
@@ -194,10 +206,10 @@ def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
     return ""
 
 
-def is_sum_of_products(expression: sympy.Expr) -> bool:
+def can_be_built(expression: sympy.Expr) -> bool:
     """Whether the rewrite can build this length from the symbols that the graph's inputs hold."""
     return all(
-        node.is_Integer or node.is_Symbol or node.is_Add or node.is_Mul
+        node.is_Integer or node.is_Symbol or node.func in FOLDS
         for node in sympy.preorder_traversal(expression)
     )
 
@@ -217,7 +229,9 @@ def decide_length(
     if at_least(num_queries, fewest) is False:
         reason = f"{length_in_words(num_queries)} queries, sparse from {fewest} on"
         return Skip(site, reason, resolved.source)
-    return plan if long_enough else dataclasses.replace(plan, min_seq_len=shortest)
+    # Of a cache that is longer than what it holds, the op alone knows how many keys count.
+    decided = long_enough and site.mask_tensor is None
+    return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
 
 
 def at_least(length: Length, least: int) -> bool | None:
@@ -229,19 +243,7 @@ def at_least(length: Length, least: int) -> bool | None:
         return True
     if statically_known_true(length < least):
         return False
-    return None if has_user_range(length) else bool(length >= least)
-
-
-def has_user_range(length: Length) -> bool:
-    """Whether a range constraint (mark_dynamic's min and max, torch.export) forbids new guards."""
-    if not isinstance(length, torch.SymInt):
-        return False
-    env = length.node.shape_env
-    for symbol in free_symbols(length):
-        upper = env.var_to_range[symbol].upper
-        if not (upper.is_infinite or upper > math.inf) and int(upper) < 2**62:
-            return True
-    return False
+    return bool(length >= least) if may_guard(length) else None
 
 
 def length_in_words(length: Length) -> str:

@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 KEPT_REPORTS = 256
 """Reports kept; regional compilation makes one per layer and length."""
 
+READ = "read at run time"
+"""How what is said of a mask begins that is read in each call, since it is not proven."""
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -80,9 +83,11 @@ class Report:
             return f"0 of {total} {noun} sparse" + (f": {why}" if why else "")
         names = Counter(pattern.split("(")[0] for site in sparse for pattern in site.patterns)
         used = ", ".join(name for name, _ in names.most_common())
+        later = sum(any(line.startswith(READ) for line in site.mask) for site in sparse)
         return (
             f"{len(sparse)} of {total} {noun}, {used}, "
             f"prompts of {self.min_seq_len} tokens and more"
+            + (f"; {later} decided at run time" if later else "")
         )
 
     def __str__(self) -> str:
@@ -108,7 +113,7 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         if isinstance(decision, AttentionPlan)
         else (),
         spelling=site.spelling,
-        mask=site.mask.proof if site.mask else (),
+        mask=site.mask.proof if site.mask else decided_later(decision),
         source=site.source,
         config_source=decision.config_source,
         module=innermost_module(site.output),
@@ -123,6 +128,13 @@ def innermost_module(node: fx.Node) -> int:
         return int(digits)
     root = live_stack(node)
     return id(root[-1].module) if root else 0
+
+
+def decided_later(decision: AttentionPlan | Skip) -> tuple[str, ...]:
+    """What is said of a mask that is not proven: that it is read in each call, where it is."""
+    if isinstance(decision, Skip):
+        return ()
+    return (f"{READ}, sparse or dense by what it is: {decision.site.unproven}",)
 
 
 def make_report(decisions: Sequence[AttentionPlan | Skip], min_seq_len: int) -> Report:

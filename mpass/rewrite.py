@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._sympy.functions import Max, Min
 
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
@@ -25,10 +27,18 @@ from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.lowering.index import join_slots
 from mpass.match import erase_added
-from mpass.patterns.base import Pattern, head_slots, index_op, shared_slots
+from mpass.patterns.base import Pattern, head_slots, index_op, patterns_as_text, shared_slots
 from mpass.plan import AttentionPlan, Skip
 
 CONTIGUOUS = {"memory_format": torch.contiguous_format}
+
+FOLDS: dict[Any, Callable[..., Any]] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
+}
+"""What lengths are made by, and the functions that make them in a graph."""
 
 aten = torch.ops.aten
 """New nodes are calls of registered ops, which exported programs may hold as well."""
@@ -120,6 +130,8 @@ def replace_site(
 def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     """The ops of one plan, before the site's output; the node that has the attention's result."""
     site, mask = plan.site, plan.site.mask
+    if site.mask_tensor is not None:
+        return insert_masked(graph, plan, site.mask_tensor)
     if mask is None:
         raise AssertionError(f"site {site.path or site.output.name} was planned without a mask")
     with graph.inserting_before(site.output):
@@ -144,6 +156,36 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
             ),
         )
         created = [output, *insert_check(graph, site, output, visible)]
+        if site.output_transposed:
+            output = graph.call_function(aten.transpose.int, (output, 1, 2))
+            created.append(output)
+    for node in created:
+        copy_meta(site.output, node)
+    return output
+
+
+def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Node:
+    """Attention under a mask that is read at run time, once for all sites of the graph."""
+    site = plan.site
+    read_mask = torch.ops.minference.read_mask.default
+    with graph.inserting_before(site.output):
+        site = insert_casts(graph, site)
+        known = graph.find_nodes(op="call_function", target=read_mask)
+        read = next((node for node in known if node.args[0] is mask), None)
+        if read is None:
+            read = graph.call_function(read_mask, (mask,))
+            copy_meta(site.output, read)
+        form = [graph.call_function(operator.getitem, (read, i)) for i in range(3)]
+        output = graph.call_function(
+            torch.ops.minference.masked_attention.default,
+            (
+                *(site.query, site.key, site.value, mask, *form, insert_sinks(graph, site)),
+                *(patterns_as_text(plan.patterns), site.scale, site.softcap),
+                site.spelling == "eager",
+                *(plan.dense_above, plan.min_seq_len, site.layer),
+            ),
+        )
+        created = [*form, output]
         if site.output_transposed:
             output = graph.call_function(aten.transpose.int, (output, 1, 2))
             created.append(output)
@@ -316,7 +358,7 @@ def build_expression(graph: fx.Graph, expression: sympy.Expr) -> int | fx.Node:
         return int(expression)
     if expression.is_Symbol:
         return find_symbol(graph, expression)
-    fold = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(expression.func)
+    fold = FOLDS.get(expression.func)
     if fold is None:
         raise LookupError(f"no node of the graph holds the length {expression}")
     parts = [build_expression(graph, argument) for argument in expression.args]

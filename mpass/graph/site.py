@@ -60,6 +60,8 @@ class AttentionSite:
     spelling: how the attention is written, by a name of mpass.match.spellings.
     dense_reason: why the site must stay dense whatever the mask (dropout, weights returned, ...).
     listed: flex_attention's lists of blocks, if they may say something else than the mask.
+    mask_tensor: the node of an unproven mask [.., Nq, Nk] that can be read at run time: bool, or
+    added to the scores last. Nothing is claimed of it.
     dtype: what the products are computed in where autocast narrows them; None: the query's.
     """
 
@@ -79,6 +81,7 @@ class AttentionSite:
     dense_reason: str = ""
     source: str = ""
     listed: ListedBlocks | None = None
+    mask_tensor: fx.Node | None = None
     dtype: torch.dtype | None = None
 
     @property

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from mpass.lowering.mask_forms import HIDDEN
 from mpass.masks.expressions import BATCH, HEAD, KEY, QUERY, Expr, Where, is_truth, negate, select
-
-HIDDEN = -9000
-"""An additive mask of at most this hides a key: exp(-9000) is zero in every dtype."""
 
 
 @dataclass(frozen=True)

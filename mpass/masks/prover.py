@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mpass.graph.nodes import example, op_name, shape_of, source_line, value_of
 from mpass.graph.site import Length, MaskMeaning
+from mpass.graph.sizes import agree, current, holds
 from mpass.graph.writes import StorageWrites
 from mpass.masks.conjuncts import (
     MaskSizes,
@@ -76,11 +77,14 @@ class MaskProver:
 
         mask broadcasts to [B, H, Nq, Nk] of query [B, H, Nq, D] and key [B, Hk, Nk, D].
         """
+        misfit = mask_misfit(mask, query, key)
+        if misfit:
+            return MaskProof(None, misfit)
         sizes = mask_sizes(query, key)
         write = self.writes.last_write(mask, self.writes.position[at])
         memo = (mask, write, sizes)
         if memo not in self._memo:
-            condition = mask_condition(self.reader, mask, sizes, at)
+            condition = mask_condition(self.reader, mask, at)
             proof = self.prove_condition(condition, sizes, key, at)
             finite = hides_finitely(self.reader.read(mask, at))
             self._memo[memo] = rows_without_keys(proof, finite)
@@ -144,6 +148,8 @@ class MaskProver:
         """The meaning of a condition on (b, h, q, k); a string is why there is none."""
         if isinstance(condition, str):
             return MaskProof(None, condition)
+        # What was read before a guard made two sizes one is read with both names.
+        condition = current(condition, lengths(self.reader))
         try:
             meaning = assemble(classify_conjuncts(condition, sizes), sizes, self.reader, key, at)
             return MaskProof(meaning, "", condition)
@@ -186,20 +192,25 @@ def mask_sizes(query: fx.Node, key: fx.Node) -> MaskSizes:
     return MaskSizes(number(batch), number(heads), number(queries), number(shape_of(key)[2]))
 
 
-def mask_condition(reader: GraphReader, mask: fx.Node, sizes: MaskSizes, at: fx.Node) -> Expr | str:
-    """When a mask lets a key be seen, in b, h, q, k; or why that cannot be said."""
+def mask_misfit(mask: fx.Node, query: fx.Node, key: fx.Node) -> str:
+    """Why a mask does not broadcast to the scores in every call; "" if it does, by guards."""
     shape = example(mask).shape
     if len(shape) > 4:
         return f"mask {mask} has {len(shape)} dimensions"
-    full = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)[4 - len(shape) :]
+    full = (*shape_of(query)[:3], shape_of(key)[2])[4 - len(shape) :]
     for size, whole in zip(shape, full, strict=True):
-        if not is_one(size) and number(size) != whole:
+        if not is_one(size) and not agree(size, whole):
             return f"mask {mask} of shape {tuple(shape)} does not fit the scores"
+    return ""
+
+
+def mask_condition(reader: GraphReader, mask: fx.Node, at: fx.Node) -> Expr | str:
+    """When a mask lets a key be seen, in b, h, q, k; or why that cannot be said."""
     expr = reader.read(mask, at)
     condition = visible(expr)
     if condition is None:
         return f"additive bias, no mask: {explain_unknown(expr, reader)}"
-    return rename(condition, len(shape))
+    return rename(condition, len(shape_of(mask)))
 
 
 def rename(condition: Expr, rank: int) -> Expr:
@@ -301,7 +312,7 @@ def query_offset(expr: Expr, like: Sequence[Length], reader: GraphReader) -> Len
         raise NotUnderstood(f"query offset {expr} is not a size")
     if isinstance(offset, int) and offset < 0:
         raise NotUnderstood(f"queries do not see their own position: k <= q - {-offset}")
-    if not statically_known_true(offset >= 0):
+    if not holds(offset >= 0, offset):
         raise NotUnderstood(f"query offset {expr} might be negative")
     return offset
 

@@ -11,14 +11,19 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from mpass.graph.nodes import (
     example,
+    is_tensor,
     layer_index,
     module_path,
-    same_size,
     shape_of,
     source_line,
     value_of,
 )
 from mpass.graph.site import AttentionSite
+from mpass.graph.sizes import agree
+from mpass.graph.writes import StorageWrites
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""dtypes of masks that are added to scores."""
 
 
 def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
@@ -28,12 +33,14 @@ def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
         sizes = ", ".join(str(len(shape)) for shape in shapes)
         return f"query, key, value have {sizes} dimensions; [B, H, N, D] is needed"
     q, k, v = shapes
-    if not (same_size(q[0], k[0]) and same_size(q[0], v[0])):
+    if not (agree(q[0], k[0]) and agree(q[0], v[0])):
         return f"batch is broadcast: query {q[0]}, key {k[0]}, value {v[0]}"
-    if not same_size(q[3], k[3]):
+    if not agree(q[3], k[3]):
         return f"head_dim of query ({q[3]}) and key ({k[3]}) differ"
-    if not (same_size(k[1], v[1]) and same_size(k[2], v[2])):
-        return f"key {tuple(k[1:3])} and value {tuple(v[1:3])} differ in heads or length"
+    if not agree(k[1], v[1]):
+        return f"key and value differ in heads: {k[1]} and {v[1]}"
+    if not agree(k[2], v[2]):
+        return f"key and value differ in length: {k[2]} and {v[2]}"
     if not (isinstance(q[1], int) and isinstance(k[1], int) and isinstance(q[3], int)):
         return "number of heads or head_dim is dynamic"
     if 0 in (q[1], k[1], q[3], v[3]):
@@ -41,6 +48,29 @@ def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
     if q[1] % k[1]:
         return f"{q[1]} query heads are no multiple of {k[1]} key/value heads"
     return ""
+
+
+def readable_mask(
+    mask: object, query: fx.Node, key: fx.Node, writes: StorageWrites
+) -> fx.Node | None:
+    """A mask as the op that reads masks at run time takes it; None if it is no such mask.
+
+    It has a cell for every query and key, is the same for all heads, and nothing writes to it: an
+    op reads it at the attention's output, and shares what it has read with other attentions.
+    """
+    if not isinstance(mask, fx.Node) or not is_tensor(mask) or writes.ever_written(mask):
+        return None
+    cells = example(mask)
+    if not 2 <= cells.dim() <= 4 or not (cells.dtype == torch.bool or cells.dtype in FLOATS):
+        return None
+    sizes = (shape_of(query)[2], shape_of(key)[2])
+    if not (agree(cells.shape[-2], sizes[0]) and agree(cells.shape[-1], sizes[1])):
+        return None
+    per_head = cells.dim() > 2 and not agree(cells.shape[-3], 1) and cells.stride(-3) != 0
+    batched = cells.dim() == 4 and not (
+        agree(cells.shape[0], 1) or agree(cells.shape[0], shape_of(query)[0])
+    )
+    return None if per_head or batched else mask
 
 
 def gradient_reason(output: fx.Node) -> str:

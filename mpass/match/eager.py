@@ -8,18 +8,21 @@ site that stays dense with the reason; a softmax without them (a router's) is no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from mpass.graph.arguments import bind
+from mpass.graph.arguments import bind, tensor_arguments
 from mpass.graph.dead_code import is_unread
 from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
 from mpass.masks.expressions import axis
 from mpass.masks.prover import MaskProof, MaskProver
-from mpass.match.common import gradient_reason, make_site, shape_reason
+from mpass.match.common import gradient_reason, make_site, readable_mask, shape_reason
 from mpass.match.eager_scores import (
+    CASTS,
     Chain,
     precision_problem,
     read_scores,
@@ -82,10 +85,25 @@ def build_site(
         sinks=sinks,
         mask=proof.meaning,
         unproven=proof.reason,
+        mask_tensor=None if reason else added_mask(scores.masks, query, key, prover),
         output_transposed=second.output_transposed,
         dtype=example(product).dtype,
         dense_reason=reason,
     )
+
+
+def added_mask(
+    steps: Sequence[tuple[fx.Node, fx.Node]], query: fx.Node, key: fx.Node, prover: MaskProver
+) -> fx.Node | None:
+    """The tensor that is added to the scores, if this is all that is done to them but casts."""
+    others = [(op, carried) for op, carried in steps if op_name(op) not in CASTS]
+    if len(others) != 1 or op_name(others[0][0]) != "add":
+        return None
+    op, carried = others[0]
+    mask = next((node for node in tensor_arguments(op) if node is not carried), None)
+    if mask is None or example(mask).dtype == torch.bool:
+        return None
+    return readable_mask(mask, query, key, prover.writes)
 
 
 def rounding(chain: Chain, weights: Weights) -> str:

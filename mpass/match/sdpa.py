@@ -18,6 +18,7 @@ from mpass.match.common import (
     dropout_reason,
     gradient_reason,
     make_site,
+    readable_mask,
     shape_reason,
 )
 from mpass.match.repeat_kv import original_pair
@@ -69,6 +70,9 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     if not reason:
         key, value = original_pair(key, value, node, node, prover)
     mask, unproven = mask_of(node, call, prover)
+    mask_tensor = None
+    if not reason and call.is_causal is False:
+        mask_tensor = readable_mask(call.attn_mask, query=call.query, key=key, writes=prover.writes)
     return make_site(
         node,
         query=call.query,
@@ -77,6 +81,7 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         scale=0.0 if scale is None else scale,
         mask=mask,
         unproven=unproven,
+        mask_tensor=mask_tensor,
         dense_reason=reason,
         dtype=example(node).dtype,
     )

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from mpass.graph.nodes import MADE_HERE, example
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.mask_forms import HIDDEN
 from mpass.lowering.reference.attention import allowed_cells, repeat_kv
 from mpass.validation.slices import (
     NotRunError,
@@ -21,16 +22,17 @@ from mpass.validation.slices import (
 
 def claim_key(site: AttentionSite) -> tuple[Any, ...]:
     """What a site claims, comparable between layers of one graph."""
-    mask = site.mask
-    assert mask is not None
+    mask = site.mask or MaskMeaning(causal=False)
     inputs = (*map(shape_now, (site.query, site.key, site.value)), example(site.query).dtype)
     numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed)
-    meaning = (mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
+    meaning = (site.mask_tensor, mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
     return (*inputs, *numbers, *meaning, str(mask.valid_keys))
 
 
 def claimed_cells(mask: MaskMeaning | None, run: Run, site: AttentionSite, rows: Tensor) -> Tensor:
     """The cells [B or 1, 1, rows, Nk] that the claim lets be seen."""
+    if site.mask_tensor is not None:
+        return read_cells(site.mask_tensor, run)
     assert mask is not None
     if isinstance(mask.query_offset, fx.Node):
         raise NotRunError("the position of the first query is a tensor")
@@ -45,13 +47,27 @@ def claimed_cells(mask: MaskMeaning | None, run: Run, site: AttentionSite, rows:
     return cells
 
 
+def read_cells(mask: fx.Node, run: Run) -> Tensor:
+    """The cells [B or 1, H or 1, rows, Nk] that a mask shows that is read at run time."""
+    cells = run.strip(mask)
+    cells = cells[(None,) * (4 - cells.dim())]
+    return cells if cells.dtype == torch.bool else cells > HIDDEN
+
+
 def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
-    """Scores [B, H, rows, Nk] before any mask, in fp64."""
+    """Scores [B, H, rows, Nk] before any mask that is proven, in fp64.
+
+    A mask that is read at run time is claimed to be added to them, or to hide, and nothing else.
+    """
     query, key = run.whole(site.query), run.whole(site.key)
     query = query.index_select(2, rows.to(query.device)).double()
     key = repeat_kv(key, query.shape[1]).double()
     scores = query @ key.transpose(-1, -2) * site.scale
-    return site.softcap * torch.tanh(scores / site.softcap) if site.softcap > 0 else scores
+    scores = site.softcap * torch.tanh(scores / site.softcap) if site.softcap > 0 else scores
+    added = site.mask_tensor
+    if added is None or example(added).dtype == torch.bool:
+        return scores
+    return scores + run.strip(added).double()
 
 
 def tolerance(site: AttentionSite) -> float:
@@ -59,7 +75,10 @@ def tolerance(site: AttentionSite) -> float:
     return {torch.float32: 1e-4, torch.float64: 1e-8}.get(example(site.query).dtype, 0.1)
 
 
-def key_mask(site: AttentionSite) -> list[fx.Node]:
+def mask_inputs(site: AttentionSite) -> list[fx.Node]:
+    """The tensors that a claim about a mask reads: the key mask, or the mask itself."""
+    if site.mask_tensor is not None:
+        return [site.mask_tensor]
     return [site.mask.key_mask] if site.mask is not None and site.mask.key_mask else []
 
 

@@ -35,8 +35,8 @@ from mpass.validation.claims import (
     claim_key,
     claimed_cells,
     claimed_scores,
-    key_mask,
     made_sinks,
+    mask_inputs,
     tolerance,
 )
 from mpass.validation.report import REASON, Difference, Named, bug_report, differing
@@ -173,7 +173,7 @@ def check_mask(validator: Validator, site: AttentionSite) -> Difference | None:
     key = ("mask", mask, write, claim_key(site), causal_flag(bound.is_causal))
 
     def check() -> Difference | None:
-        for part, values in inputs_of(validator, site, [mask, *key_mask(site)], []):
+        for part, values in inputs_of(validator, site, [mask, *mask_inputs(site)], []):
             for run, rows in strips(validator, site, part, values):
                 seen = run.strip(mask)
                 if seen.dtype != torch.bool:
@@ -212,7 +212,7 @@ def check_mask_mod(validator: Validator, site: AttentionSite) -> Difference | No
     def check() -> Difference | None:
         batch, heads, _, _ = shape_now(site.query)
         num_keys = shape_now(site.key)[2]
-        for part, values in inputs_of(validator, site, [*tensors, *key_mask(site)], []):
+        for part, values in inputs_of(validator, site, [*tensors, *mask_inputs(site)], []):
             for run, rows in strips(validator, site, part, values):
                 device = example(site.query).device
                 indices = (
@@ -237,14 +237,14 @@ def check_scores(validator: Validator, site: AttentionSite) -> Difference | None
 
     A constant added to a whole row is no difference: softmax does not see it.
     """
-    softmax = softmax_of(site) if site.spelling == "eager" and site.mask is not None else None
+    softmax = softmax_of(site) if site.spelling == "eager" and is_claimed(site) else None
     scores = softmax.args[0] if softmax is not None and softmax.args else None
     if softmax is None or not isinstance(scores, fx.Node):
         return None
     if site.sinks is not None and math.prod(shape_now(site.sinks)) != shape_now(site.query)[1]:
         return Difference("sinks", 1, (f"{list(shape_now(site.sinks))}, one per head is claimed",))
     given = attention_inputs(site)
-    targets = [scores, *key_mask(site), *made_sinks(site)]
+    targets = [scores, *mask_inputs(site), *made_sinks(site)]
 
     def check() -> Difference | None:
         for part, values in inputs_of(validator, site, targets, given, softmax):
@@ -277,12 +277,12 @@ def check_scores(validator: Validator, site: AttentionSite) -> Difference | None
 def check_output(validator: Validator, site: AttentionSite) -> Difference | None:
     """The whole attention of a short prompt, from query, key and value to the output."""
     batch, heads, queries, _ = shape_now(site.query)
-    if site.mask is None or site.spelling == "minference":
+    if not is_claimed(site) or site.spelling == "minference":
         return None
     if batch * heads * queries * shape_now(site.key)[2] > min(validator.effort.cells, 2**22):
         return None
     given = attention_inputs(site)
-    targets = [site.output, *key_mask(site), *made_sinks(site)]
+    targets = [site.output, *mask_inputs(site), *made_sinks(site)]
 
     def check() -> Difference | None:
         for part, values in inputs_of(validator, site, targets, given, after=True):
@@ -311,6 +311,11 @@ def check_output(validator: Validator, site: AttentionSite) -> Difference | None
 
 
 # -- what is claimed --------------------------------------------------------------------------
+
+
+def is_claimed(site: AttentionSite) -> bool:
+    """Whether something is claimed of a site: what its mask means, or which tensor it is."""
+    return site.mask is not None or site.mask_tensor is not None
 
 
 def softmax_of(site: AttentionSite) -> fx.Node | None:

@@ -8,6 +8,7 @@ op, whose arguments are the dataclass's fields.
 """
 
 from mpass.patterns.base.checks import check_positive, check_types
+from mpass.patterns.base.masked_attention import patterns_as_text
 from mpass.patterns.base.op import head_slots, index_op, patterns_of, shared_slots
 from mpass.patterns.base.parameters import parameter_kinds, take_parameter
 from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Lost, Pattern, causal_keys
@@ -31,6 +32,7 @@ __all__ = [
     "head_slots",
     "index_op",
     "parameter_kinds",
+    "patterns_as_text",
     "patterns_of",
     "register_pattern",
     "registered_patterns",

@@ -368,12 +368,14 @@ PROGRAMS: dict[str, Case] = {
     ),
     "batch": Case(broadcast_batch, "batch is broadcast", {"kv_heads": 1}),
     "dimensions": Case(without_batch, "3, 3, 3 dimensions"),
-    "value heads": Case(plain, "differ in heads or length", {"value_heads": 1}),
+    "value heads": Case(plain, "differ in heads:", {"value_heads": 1}),
     "dynamic heads": Case(plain, "number of heads or head_dim is dynamic", all_dynamic=True),
     "dropout by length": Case(
         dropped_by_length, "dropout probability is not a constant", dynamic=((0, 2),)
     ),
-    "half the length": Case(offset_by_half, "is no sum of products", dynamic=((0, 2), (1, 2))),
+    "half the length": Case(
+        offset_by_half, "is not made of the graph's sizes", dynamic=((0, 2), (1, 2))
+    ),
     "encoder layer": Case(Encoder(), "nn.TransformerEncoderLayer's fast path"),
     "checkpoint that writes": Case(checkpointed, "the sub-graph writes in place"),
     "checkpoint after a write": Case(

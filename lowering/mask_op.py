@@ -1,0 +1,51 @@
+"""The op that reads a mask at run time: `minference::read_mask`, once per mask of a graph.
+
+Its results go to every attention under that mask. What they mean: lowering/mask_forms.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpass.failures import contain
+from mpass.lowering.mask_forms import MaskForm, read_mask
+
+
+def as_four(mask: Tensor) -> Tensor:
+    """A mask of two to four dimensions as [B or 1, H or 1, Nq, Nk]."""
+    return mask[(None,) * (4 - mask.dim())]
+
+
+@torch.library.custom_op(
+    "minference::read_mask",
+    mutates_args=(),
+    schema="(Tensor mask) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The form of a mask, as numbers int64 [5] on the CPU, key_mask [B, Nk] and first [B, Nq].
+
+    mask: [.., Nq, Nk] of two to four dimensions, bool or additive. B is its own batch, 1 or more.
+    Never fails: what cannot be read is of an unknown form, and dense attention runs under it.
+    """
+    cells = as_four(mask)
+    try:
+        read = read_mask(cells)
+    except Exception as error:
+        contain(error, "reading a mask")
+        batch, _, num_queries, num_keys = cells.shape
+        key_mask = torch.ones(batch, num_keys, dtype=torch.bool, device=mask.device)
+        first = torch.zeros(batch, num_queries, dtype=torch.int64, device=mask.device)
+        return MaskForm().tensor(), key_mask, first
+    return read.form.tensor(), read.key_mask.clone(), read.first.clone()
+
+
+@read_mask_op.register_fake
+def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, num_queries, num_keys = as_four(mask).shape
+    return (
+        torch.empty(5, dtype=torch.int64, device="cpu"),
+        mask.new_empty(batch, num_keys, dtype=torch.bool),
+        mask.new_empty(batch, num_queries, dtype=torch.int64),
+    )

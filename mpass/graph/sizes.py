@@ -1,0 +1,88 @@
+"""Sizes of a graph compared: by what is known of them, else by a guard that the graph then carries.
+
+A guard (of the shape environment, see `may_guard`) limits a graph to the calls in which what was
+asked is true; Dynamo makes another graph for others. It is only put where the answer is yes in the
+call that is being compiled, and only on facts without which the program would fail or hardly ever
+run (key and value of one length, a mask of the scores' size), so that it costs no graphs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+import torch
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import (
+    free_symbols,
+    free_unbacked_symbols,
+    statically_known_true,
+)
+
+Size = int | torch.SymInt
+
+
+def is_unbacked(size: object) -> bool:
+    """Whether a size has no value while compiling, so that no guard may be put on it."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
+def has_user_range(length: Size) -> bool:
+    """Whether a range constraint (mark_dynamic's min and max, torch.export) forbids new guards."""
+    if not isinstance(length, torch.SymInt):
+        return False
+    env = length.node.shape_env
+    for symbol in free_symbols(length):
+        upper = env.var_to_range[symbol].upper
+        if not (upper.is_infinite or upper > math.inf) and int(upper) < 2**62:
+            return True
+    return False
+
+
+def may_guard(*sizes: Size) -> bool:
+    """Whether a guard on sizes holds: Dynamo is compiling, all are known, and no range is broken.
+
+    Guards are built after the backend returns, so one that a pass installs is among them. An
+    exported program has no guards.
+    """
+    if TracingContext.try_get() is None:
+        return False
+    return not any(is_unbacked(size) or has_user_range(size) for size in sizes)
+
+
+def holds(condition: bool | torch.SymBool, *about: Size) -> bool:
+    """Whether a condition about sizes is true in every call that the graph serves.
+
+    A guard makes it so where it is true now. A condition that is false now gets none.
+    """
+    if isinstance(condition, bool) or statically_known_true(condition):
+        return bool(condition)
+    if not may_guard(*about) or not true_now(condition):
+        return False
+    return bool(condition)
+
+
+def true_now(condition: torch.SymBool) -> bool:
+    """Whether a condition is true in the call that is being compiled; adds no guard."""
+    env: Any = condition.node.shape_env
+    value = condition.node.expr.xreplace(env.backed_var_to_val)
+    return bool(value == sympy.true)
+
+
+def agree(left: Size, right: Size) -> bool:
+    """Whether two sizes are equal in every call that the graph serves, by a guard if need be."""
+    return holds(left == right, left, right)
+
+
+def current(expression: Any, like: Any) -> Any:
+    """A sympy expression with symbols that guards have made equal to others named as these.
+
+    like: sizes, one of which may know the shape environment.
+    """
+    for size in like:
+        if isinstance(size, torch.SymInt):
+            renamed = {s: size.node.shape_env.replace(s) for s in expression.free_symbols}
+            changed = {old: new for old, new in renamed.items() if old != new}
+            return expression.xreplace(changed) if changed else expression
+    return expression

@@ -1,0 +1,60 @@
+"""Sizes compared by guards: only where they agree now, and only where a guard holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpass.graph.nodes import is_tensor, shape_of
+from mpass.graph.sizes import agree, holds
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def compare(ask, *lengths: int) -> tuple[list[bool], int]:
+    """What `ask` says of the sizes of two tensors, and how many graphs all lengths make."""
+    answers: list[bool] = []
+
+    def backend(gm, _inputs):
+        tensors = filter(is_tensor, gm.graph.find_nodes(op="placeholder"))
+        first, second = (shape_of(node)[0] for node in tensors)
+        answers.append(ask(first, second))
+        return gm.forward
+
+    run = torch.compile(lambda x, y: (x + 1, y + 1), backend=backend, dynamic=True)
+    for length in lengths:
+        run(torch.ones(4), torch.ones(length))
+    return answers, len(answers)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "answers", "graphs"),
+    [
+        ((4, 5), [True, False], 2),  # the guard sends other lengths to another graph
+        ((5, 6, 7), [False], 1),  # what is false now limits nothing
+    ],
+)
+def test_sizes_agree_by_a_guard_where_they_do_now(lengths, answers, graphs):
+    assert compare(agree, *lengths) == (answers, graphs)
+
+
+def test_a_condition_that_is_false_now_gets_no_guard():
+    assert compare(lambda x, y: holds(x + 1 <= y, x, y), 3, 5) == ([False], 1)
+
+
+def test_no_guard_outside_of_dynamo():
+    """An exported program has none, so nothing may depend on one."""
+    n = torch.export.Dim("n")
+    m = torch.export.Dim("m")
+    program = torch.export.export(
+        Two(),
+        (torch.ones(4), torch.ones(4)),
+        dynamic_shapes=({0: n}, {0: m}),
+    )
+    first, second = (shape_of(n)[0] for n in program.graph.find_nodes(op="placeholder"))
+    assert not agree(first, second)
+
+
+class Two(torch.nn.Module):
+    def forward(self, x, y):
+        return x + 1, y + 1

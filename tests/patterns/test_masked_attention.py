@@ -1,0 +1,103 @@
+"""Attention under masks that are read at run time equals attention under the very tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mpass import BlockTopP
+from mpass.lowering.recorder import record
+from mpass.patterns.base import patterns_as_text
+from mpass.patterns.base.masked_attention import patterns_from_text
+from tests.helpers.toys import EVERY_KEY
+from tests.lowering.test_mask_forms import MASKS, K, N
+
+SPARSE = {"cpu", "reference"}
+ALL_BLOCKS = BlockTopP(1.0)
+
+
+def tensors(batch: int):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(batch, 4, N, 16), (batch, 2, K, 16), (batch, 2, K, 8)]
+    return [torch.randn(*size, generator=generator) for size in sizes]
+
+
+def run(mask, patterns, *, sinks=None, softcap=0.0, written_out=False):
+    query, key, value = tensors(mask.shape[0])
+    read = torch.ops.minference.read_mask(mask)
+    text = patterns_as_text(patterns)
+    with record() as log:
+        out = torch.ops.minference.masked_attention(
+            *(query, key, value, mask, *read, sinks, text, 0.25, softcap, written_out),
+            *(2.0, 0, 3),
+        )
+    return out, log.calls
+
+
+def truth(mask, *, sinks=None, softcap=0.0):
+    """fp64, step by step, rows that see nothing included."""
+    query, key, value = (tensor.double() for tensor in tensors(mask.shape[0]))
+    scores = query @ key.repeat_interleave(2, 1).mT * 0.25
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat(
+            [scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1
+        )
+    weights = torch.softmax(scores, -1)[..., :K]
+    return (weights @ value.repeat_interleave(2, 1)).float()
+
+
+@pytest.mark.parametrize("name", set(MASKS) - {"per head"})
+def test_bool_masks(name):
+    mask, form = MASKS[name]
+    out, calls = run(mask, [EVERY_KEY] * 4)
+    query, key, value = tensors(mask.shape[0])
+    # Rows that see nothing are what SDPA makes of them.
+    expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    ran = {call.lowering for call in calls}
+    known = name not in ("every key", "padding alone") and form.kind
+    assert ran <= SPARSE if known else ran == {"dense"}
+    assert all(call.layer == 3 for call in calls)
+    assert all(call.reason for call in calls if call.lowering == "dense")
+
+
+@pytest.mark.parametrize("hidden", [-1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("name", ["left and right padding", "packed", "every key", "anti-causal"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_finite_masks_keep_the_means_of_rows_that_see_nothing(name, hidden, softcap):
+    mask = torch.where(MASKS[name][0], 0.0, hidden)
+    out, _ = run(mask, [EVERY_KEY, EVERY_KEY, ALL_BLOCKS, ALL_BLOCKS], softcap=softcap)
+    # -1e4 and a score are rounded together in fp32.
+    torch.testing.assert_close(out, truth(mask, softcap=softcap), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_rows_of_infinities_are_as_the_program_spells_them(written_out):
+    seen = MASKS["left and no padding"][0]
+    mask = torch.where(seen, 0.0, -torch.inf)
+    out, _ = run(mask, [EVERY_KEY] * 4, written_out=written_out)
+    expected = truth(mask) if written_out else truth(mask).nan_to_num(0.0)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4, equal_nan=True)
+
+
+def test_sinks():
+    sinks = torch.randn(4)
+    mask = MASKS["window"][0]
+    for tensor in (mask, ~mask):
+        out, _ = run(tensor, [EVERY_KEY] * 4, sinks=sinks)
+        torch.testing.assert_close(out, truth(tensor, sinks=sinks), atol=1e-5, rtol=1e-4)
+
+
+def test_no_index_crosses_a_segment():
+    """A pattern that keeps little keeps it within the document."""
+    mask = MASKS["packed"][0]
+    _, calls = run(mask, [EVERY_KEY] * 4)
+    assert [(call.num_queries, call.num_keys) for call in calls] == [(60, 60), (40, 40), (50, 50)]
+
+
+def test_patterns_go_through_text():
+    own = (EVERY_KEY, ALL_BLOCKS, EVERY_KEY, BlockTopP(0.5))
+    assert patterns_from_text(patterns_as_text(own)) == own
