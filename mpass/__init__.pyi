@@ -30,8 +30,8 @@ from mpass.patterns.union import VerticalBlock as VerticalBlock
 from mpass.patterns.vertical_slash import VerticalSlash as VerticalSlash
 from mpass.patterns.x_attention import XAttention as XAttention
 from mpass.report import Report as Report
-from mpass.report import last_report as last_report
 from mpass.report import reports as reports
+from mpass.story.merge import last_report as last_report
 from mpass.transformers_attention import register_attention as register_attention
 
 __version__: str
