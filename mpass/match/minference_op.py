@@ -5,10 +5,9 @@ It comes from mpass.transformers_attention.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
+from mpass.graph.arguments import bind
 from mpass.graph.nodes import value_of
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.match.common import gradient_reason, make_site, shape_reason
@@ -19,7 +18,7 @@ TARGETS = ("minference.attention.default", "minference.attention")
 """The op as it stands in a graph: its one overload, or the name that a user calls it by."""
 
 ARGUMENTS = ("query key value key_mask sinks query_offset window causal scale softcap").split()
-"""The op's arguments in order; mpass.lowering.ops has them."""
+"""The op's arguments; mpass.lowering.ops has them."""
 
 PROOF = "told by attn_implementation='minference'"
 
@@ -28,7 +27,7 @@ def match_minference_op(node: fx.Node, _prover: object) -> AttentionSite | None:
     """The site of a call of `minference::attention`; None if the node is none."""
     if node.op != "call_function" or str(node.target) not in TARGETS:
         return None
-    arguments: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | node.kwargs
+    arguments = bind(node)
     if any(name not in arguments for name in ARGUMENTS):
         return None
     query, key, value, key_mask, sinks, offset, window, causal, scale, softcap = (
