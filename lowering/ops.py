@@ -82,8 +82,7 @@ def sparse_attention(
     )
     mask = AttentionMask(causal, query_offset, window, key_mask)
     inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
-    limits = {"dense_above": dense_above, "min_seq_len": min_seq_len}
-    lowering, out, reason = attend(inputs, index, **limits)
+    lowering, out, reason = attend(inputs, index, dense_above=dense_above, min_seq_len=min_seq_len)
     record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
     return out
 

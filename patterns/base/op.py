@@ -60,8 +60,7 @@ def define_index_op(cls: type[Pattern]) -> None:
         mask = AttentionMask(causal, query_offset, window, key_mask)
         inputs = EstimateInputs(query, key, mask, heads, scale)
         try:
-            limits = {"dense_above": dense_above, "min_seq_len": min_seq_len}
-            reason = reason_for_dense(inputs, own, **limits)
+            reason = reason_for_dense(inputs, own, dense_above=dense_above, min_seq_len=min_seq_len)
             if not reason:
                 return cls.estimate(inputs, own.patterns).tensors()
         except Exception as error:
