@@ -128,7 +128,8 @@ def attend_as_listed(out: Tensor, inputs: AttentionInputs, lists: BlockLists) ->
         scores = query[:, :, start:stop].float() @ keys.mT * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = torch.softmax(scores + weight.log(), -1).nan_to_num(0.0)
+        weights = torch.softmax(scores + weight.log(), -1)
+        weights = weights.masked_fill(~(weight > 0).any(-1, keepdim=True), 0.0)
         out[:, :, start:stop] = (weights @ values).to(out.dtype)
 
 

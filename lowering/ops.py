@@ -21,7 +21,7 @@ from mpass.lowering.dispatch import choose_lowering, device_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.recorder import AttentionCall, CallInputs, active_log
-from mpass.lowering.reference.attention import empty_output
+from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
 
 NAMESPACE = "minference"
@@ -82,15 +82,32 @@ def sparse_attention(
     )
     mask = AttentionMask(causal, query_offset, window, key_mask)
     inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
-    lowering = choose_lowering(inputs)
-    reason = decide_dense(lowering, inputs, index, dense_above=dense_above, min_seq_len=min_seq_len)
+    lowering, out, reason = attend(inputs, index, dense_above=dense_above, min_seq_len=min_seq_len)
     record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
-    if not reason:
-        try:
-            return lowering.sparse_attention(inputs, index)
-        except Exception as error:
-            contain(error, f"a kernel of sparse attention ({lowering.name})")
-    return lowering.dense_attention(inputs)
+    return out
+
+
+def attend(
+    inputs: AttentionInputs, index: SparseIndex, *, dense_above: float, min_seq_len: int
+) -> tuple[Lowering, Tensor, str]:
+    """Sparse or dense attention; the lowering that was asked, and why dense attention ran, or "".
+
+    Where a kernel of ours fails, whether it cannot be built or raises, plain torch computes dense
+    attention: its own kernels may be what failed.
+    """
+    lowering = choose_lowering(inputs)
+    doing = "choosing sparse or dense attention"
+    try:
+        reason = decide_dense(
+            lowering, inputs, index, dense_above=dense_above, min_seq_len=min_seq_len
+        )
+        doing = f"a kernel of {'dense' if reason else 'sparse'} attention ({lowering.name})"
+        if reason:
+            return lowering, lowering.dense_attention(inputs), reason
+        return lowering, lowering.sparse_attention(inputs, index), ""
+    except Exception as error:
+        reason = contain(error, doing)
+    return lowering, dense_attention(inputs), reason
 
 
 def decide_dense(
@@ -125,9 +142,9 @@ def record_call(
     layer: int,
     dense_reason: str,
 ) -> None:
-    """Tell the active log, if there is one, what runs.
+    """Tell the active log, if there is one, what ran.
 
-    dense_reason: of `decide_dense`; what an estimator has noted before is the better reason.
+    dense_reason: of `attend`; what an estimator has noted before is the better reason.
     """
     log = active_log()
     if log is None:
@@ -142,7 +159,7 @@ def record_call(
         num_queries=query.shape[2],
         num_keys=num_keys,
         index_bytes=index.num_bytes(),
-        reason=(log.dense_reason or dense_reason) if dense_reason else "",
+        reason=log.dense_reason or dense_reason,
     )
     log.dense_reason = ""
     log.calls.append(call)
@@ -232,6 +249,26 @@ def check_block_lists(
         return
     warn_of_lists(layer)
     attend_as_listed(out, AttentionInputs(query, key, value, mask, scale, softcap), lists)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::fill_rows_without_keys",
+    mutates_args=("out",),
+    schema="(Tensor(a!) out, Tensor value, Tensor key_mask) -> ()",
+)
+def fill_rows_without_keys(out: Tensor, value: Tensor, key_mask: Tensor) -> None:
+    """Overwrite the batch rows of `out` that have no key with the mean of all values.
+
+    out [B, H, Nq, Dv]; value [B, Hk, Nk, Dv]; key_mask: bool [B, n], n <= Nk. It is what a softmax
+    gives whose scores are all the same large negative number. On a CPU a look at the key mask is
+    all it costs where every batch row has a key; a GPU's host does not wait for that answer.
+    """
+    missing = ~key_mask.any(-1)
+    if missing.device.type == "cpu" and not bool(missing.any()):
+        return
+    mean = value.to(torch.promote_types(value.dtype, torch.float32)).mean(2, keepdim=True)
+    mean = repeat_kv(mean, out.shape[1]).to(out.dtype)
+    out.copy_(torch.where(missing[:, None, None, None], mean, out))
 
 
 @torch.library.custom_op(

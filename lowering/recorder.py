@@ -24,7 +24,8 @@ class AttentionCall:
     density: the share of the mask's cells that was computed, fp64 [B, H].
     num_queries, num_keys: the lengths.
     index_bytes: the memory of the index.
-    reason: why dense attention ran, in words; "" if it did not.
+    reason: why every key was looked at, by dense attention or by a kernel whose estimator had
+    failed, in words; "" if it was not.
     """
 
     layer: int

@@ -17,6 +17,7 @@ from mpass.config.model_check import check_model
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
 from mpass.errors import ModuleTypeError
 from mpass.failures import contain
+from mpass.graph.observation import shared_observations
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
 from mpass.lowering.kernel_sources import KernelSource
@@ -100,16 +101,17 @@ def apply_passes(
     original = copy_graph(gm.graph)
     sites: list[AttentionSite] = []
     try:
-        inline_subgraphs(gm)
-        sites = [with_gradients(site, recorded) for site in find_attention(gm)]
-        trace.mark("match")
-        decisions = [plan_or_skip(gm, site, options) for site in sites]
-        trace.mark("plan")
-        decisions = validate_sites(gm, decisions, options.validate)
-        trace.mark("validate")
-        start_kernels([plan for plan in decisions if isinstance(plan, AttentionPlan)])
-        decisions = rewrite_attention(gm, decisions)
-        trace.mark("rewrite")
+        with shared_observations():
+            inline_subgraphs(gm)
+            sites = [with_gradients(site, recorded) for site in find_attention(gm)]
+            trace.mark("match")
+            decisions = [plan_or_skip(gm, site, options) for site in sites]
+            trace.mark("plan")
+            decisions = validate_sites(gm, decisions, options.validate)
+            trace.mark("validate")
+            start_kernels([plan for plan in decisions if isinstance(plan, AttentionPlan)])
+            decisions = rewrite_attention(gm, decisions)
+            trace.mark("rewrite")
     except Exception as error:
         reason = contain(error, "rewriting a graph", count_ops(gm))
         decisions = [Skip(site, site.dense_reason or reason) for site in sites]

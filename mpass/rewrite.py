@@ -156,6 +156,9 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
             ),
         )
         created = [output, *insert_check(graph, site, output, visible)]
+        if mask.mean_of_hidden and sinks is None:  # a sink takes the whole weight of such a row
+            fill = torch.ops.minference.fill_rows_without_keys.default
+            created.append(graph.call_function(fill, (output, site.value, key_mask)))
         if site.output_transposed:
             output = graph.call_function(aten.transpose.int, (output, 1, 2))
             created.append(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -12,8 +13,16 @@ import mpass.backend
 import mpass.plan
 import mpass.rewrite
 from mpass import failures
+from mpass.lowering.dispatch import find_lowering
+from mpass.lowering.index import AttentionMask, IndexWidth, diagonal_slots, whole_index
+from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.ops import attend
+from mpass.lowering.recorder import record
+from mpass.lowering.reference.attention import allowed_cells
 from mpass.match import eager, sdpa
+from tests.helpers.cpu_cases import needs_kernels
 from tests.helpers.toys import Decoder, compile_toy
+from tests.helpers.truth import dense_attention, random_attention
 
 FULL = {"pattern": mpass.VerticalSlash(1, 1 << 20), "dense_above": 2.0}
 
@@ -116,3 +125,66 @@ def test_written_out_attention_that_fails_is_reported(users, monkeypatch):
     assert torch.equal(out, program(x))
     (site,) = mpass.last_report().sites
     assert site.reason.startswith("mpass failed in matching attention (eager)")
+
+
+RUNNING = {
+    "a kernel that cannot be built": ("mpass.lowering.cpu.attention.load_library", "a kernel of"),
+    "a kernel that raises": ("mpass.lowering.cpu.attention.run_attention", "a kernel of"),
+    "an estimator that cannot be built": (
+        "mpass.lowering.cpu.estimators.load_library",
+        "the estimation of vertical_slash",
+    ),
+    "the choice": ("mpass.lowering.ops.decide_dense", "choosing sparse or dense"),
+    "the crossover": ("mpass.patterns.base.op.reason_for_dense", "the estimation of"),
+}
+"""What fails while a compiled program runs, and what is said to have failed."""
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", RUNNING)
+@torch.no_grad()
+def test_what_fails_at_run_time_gives_dense_results_and_is_recorded(place, users, monkeypatch):
+    target, words = RUNNING[place]
+    model, x = Decoder().eval(), torch.randn(1, 200, 32)
+    compiled = compile_toy(model, FULL)
+    compiled(x)
+    monkeypatch.setattr(target, breaks)
+    with warnings.catch_warnings(record=True) as caught, record() as log:
+        warnings.simplefilter("always")
+        out = compiled(x)
+    assert torch.allclose(out, model(x), atol=1e-5)
+    texts = [str(w.message) for w in caught if w.category is failures.InternalErrorWarning]
+    assert len(texts) == 1 and words in texts[0] and "in breaks" in texts[0]
+    assert len(log.calls) == 3
+    for call in log.calls:
+        assert call.reason.startswith(f"mpass failed in {words}")
+        assert bool((call.density == 1).all())
+        assert call.lowering == ("cpu" if "estimation" in words else "dense")
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", RUNNING)
+@torch.no_grad()
+def test_strict_raises_what_fails_at_run_time(place, monkeypatch):
+    compiled, x = compile_toy(Decoder().eval(), FULL), torch.randn(1, 200, 32)
+    compiled(x)
+    monkeypatch.setattr(RUNNING[place][0], breaks)
+    with pytest.raises(Broken, match="something of ours"), record() as log:
+        compiled(x)
+    assert log.calls == []
+
+
+@needs_kernels
+@torch.no_grad()
+def test_dense_attention_that_fails_is_computed_by_torch(users, monkeypatch):
+    """Short prompts run dense on kernels of ours, too."""
+    query, key, value = random_attention(num_queries=300)
+    given = AttentionInputs(query, key, value, AttentionMask(window=70), 0.2)
+    index = whole_index(query, 5, IndexWidth(), diagonal_slots(4))
+    broken = dataclasses.replace(find_lowering("cpu"), dense_attention=breaks)
+    monkeypatch.setattr("mpass.lowering.ops.choose_lowering", lambda _inputs: broken)
+    with pytest.warns(failures.InternalErrorWarning, match="a kernel of dense attention"):
+        _, out, reason = attend(given, index, dense_above=2.0, min_seq_len=1000)
+    assert reason.startswith("mpass failed in a kernel of dense attention")
+    cells = allowed_cells(given.mask, torch.arange(300), 300)
+    assert torch.allclose(out.double(), dense_attention(query, key, value, cells, 0.2), atol=1e-5)

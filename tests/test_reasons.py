@@ -47,6 +47,7 @@ NO_REASONS = {
     "told by attn_implementation='minference'",
     "lists of blocks: those of mask_mod here, checked in each call",
     "rows that see no key are padding: zeros, not the mean of all values",
+    "rows that see no key are the mean of all values, looked for in each call",
     "matching attention ({})",
 }
 """Texts of those files that are proofs or parts of reasons."""

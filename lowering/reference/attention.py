@@ -50,12 +50,13 @@ def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, visible: Tensor, sink_logits: Tensor | None = None) -> Tensor:
-    """Softmax over the visible keys; rows that see nothing are zero, not NaN."""
+    """Softmax over the visible keys; rows that see nothing are zero. NaN stays NaN."""
     scores = scores.masked_fill(~visible, -torch.inf)
     if sink_logits is not None:
         column = sink_logits.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
-    return torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    weights = torch.softmax(scores, dim=-1)
+    return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
 def query_chunks(num_queries: int, query_offset: int) -> Iterator[slice]:

@@ -58,7 +58,7 @@ def dense_attention(inputs: AttentionInputs) -> Tensor:
         else:
             chunk = F.scaled_dot_product_attention(
                 rows, keys, values, attn_mask=allowed, scale=scale, enable_gqa=True
-            ).nan_to_num(0.0)
+            )
             chunk = chunk.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
         out[:, :, start:stop] = chunk.to(out.dtype)
     return out

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from mpass.graph.nodes import is_tensor, op_name
 
@@ -38,6 +38,7 @@ PARAMETERS: dict[str, str] = {
     "max": "input dim keepdim",
     "amax": "input dim keepdim",
     "dropout feature_dropout": "input p train",
+    "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal",
 }
 """Names of the positional arguments of builtins, in order, by the name of the op."""
 
@@ -67,15 +68,18 @@ def parameters_of_builtin(name: str, method: bool) -> tuple[str, ...] | None:
 
 @functools.cache
 def parameters_of(target: Any) -> tuple[str, ...] | None:
-    """The positional arguments of an op or a function in Python; None for others.
+    """The arguments of an overload, a function in Python or a higher-order op; None for others.
 
-    An op of several overloads has one list of arguments per overload: that is None too.
+    An operator that is called without naming its overload has them if there is but one; with
+    several there is one list of arguments per overload.
     """
     if isinstance(target, OpOverloadPacket) and len(target.overloads()) == 1:
         target = getattr(target, target.overloads()[0])
     if isinstance(target, OpOverload):
         return tuple(argument.name for argument in target._schema.arguments)
-    if not isinstance(target, types.FunctionType):
+    if isinstance(target, HigherOrderOperator):
+        target = types.MethodType(type(target).__call__, target)
+    elif not isinstance(target, types.FunctionType):
         return None
     parameters = inspect.signature(target).parameters.values()
     if any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters):

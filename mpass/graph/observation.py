@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +68,40 @@ NOTHING = Effects(known=True, pure=True)
 NOT_PURE = Effects(known=True, pure=False)
 
 
+_shared: ContextVar[dict[fx.Node, tuple[Any, Any, Any, Effects]] | None] = ContextVar(
+    "mpass_observations", default=None
+)
+
+
+@contextmanager
+def shared_observations() -> Iterator[None]:
+    """Observe each call of a graph once inside of the block, however many passes ask.
+
+    A node is observed again if its target or arguments were replaced in between. Its arguments'
+    sizes may not change: a rewrite puts in what has the sizes of what it replaces.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 def observe(node: fx.Node) -> Effects:
     """The effects of a node of a graph."""
+    shared = _shared.get()
+    if shared is None:
+        return observe_call(node)
+    given = (node.target, node.args, node.kwargs)
+    *before, effects = shared.get(node, (None, None, None, NOTHING))
+    if any(old is not new for old, new in zip(before, given, strict=True)):
+        effects = observe_call(node)
+        shared[node] = (*given, effects)
+    return effects
+
+
+def observe_call(node: fx.Node) -> Effects:
+    """The effects of a node, observed or from its schema or sub-graph."""
     if node.op in ("placeholder", "output"):
         return NOT_PURE
     if node.op == "get_attr":

@@ -22,6 +22,7 @@ class MaskMeaning:
     Query row i stands at position `query_offset + i`; key j is visible iff all of these hold:
     causal: `j <= position`; window > 0: `position - j < window`; key_mask: its entry [b, j] is
     true; valid_keys: `j < valid_keys`.
+    mean_of_hidden: a batch row whose key_mask is all false is the mean of all values, not zeros.
 
     proof: the argument in words, one line per conjunct, for the report.
     """
@@ -31,6 +32,7 @@ class MaskMeaning:
     window: int = 0
     key_mask: fx.Node | None = None
     valid_keys: Length | None = None
+    mean_of_hidden: bool = False
     proof: tuple[str, ...] = ()
 
 

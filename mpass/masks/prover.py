@@ -46,7 +46,7 @@ from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
 from mpass.masks.rules.indexing import INDEX_RULES
 from mpass.masks.rules.values import VALUE_RULES
 from mpass.masks.rules.views import SHAPE_RULES
-from mpass.masks.scores import PROBES, hides_finitely, seen_scores
+from mpass.masks.scores import PROBES, HiddenRows, hidden_rows, seen_scores
 
 RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
 
@@ -86,8 +86,7 @@ class MaskProver:
         if memo not in self._memo:
             condition = mask_condition(self.reader, mask, at)
             proof = self.prove_condition(condition, sizes, key, at)
-            finite = hides_finitely(self.reader.read(mask, at))
-            self._memo[memo] = rows_without_keys(proof, finite)
+            self._memo[memo] = rows_without_keys(proof, hidden_rows(self.reader.read(mask, at)))
         return self._memo[memo]
 
     def prove_steps(
@@ -116,7 +115,7 @@ class MaskProver:
         memo = (condition, sizes)
         if memo not in self._memo:
             self._memo[memo] = self.prove_condition(condition, sizes, key, at)
-        return rows_without_keys(self._memo[memo], hides_finitely(values[0]))
+        return rows_without_keys(self._memo[memo], hidden_rows(*values))
 
     def prove_mask_mod(
         self,
@@ -157,20 +156,25 @@ class MaskProver:
             return MaskProof(None, str(reason), condition)
 
 
-def rows_without_keys(proof: MaskProof, finite: bool) -> MaskProof:
+def rows_without_keys(proof: MaskProof, rows: HiddenRows) -> MaskProof:
     """A proof, given up where rows that see no key are more than padding.
 
-    finite: keys are hidden by a finite number, so that such a row is the mean of all values, where
-    sparse attention gives zeros. Causal attention always shows a query its own position unless the
-    key mask hides that, and then the query is padding itself; where no tensor of the graph says
-    what is padding, this is no padding.
+    rows: what eager attention makes of them; sparse attention gives zeros. Causal attention always
+    shows a query its own position unless the key mask hides that, and then the query is padding
+    itself; where no tensor of the graph says what is padding, this is no padding. Attention that
+    is not causal hides all keys from real queries where a batch row has no key: such batch rows
+    are looked for in each call, and get the mean of all values if that is what eager gives.
     """
     meaning, condition = proof.meaning, proof.condition
-    if not finite or meaning is None or meaning.key_mask is None or condition is None:
+    if not rows.finite or meaning is None or meaning.key_mask is None or condition is None:
         return proof
     if meaning.window == 0 and sees_first_key(condition):
         return proof
-    if not condition.atoms(AppliedUndef):
+    if not meaning.causal and meaning.window == 0 and rows.mean:
+        words = "rows that see no key are the mean of all values, looked for in each call"
+        told = dataclasses.replace(meaning, mean_of_hidden=True, proof=(*meaning.proof, words))
+        return dataclasses.replace(proof, meaning=told)
+    if not meaning.causal or not condition.atoms(AppliedUndef):
         reason = "rows that see no key are the mean of all values: hide keys by -inf, not a number"
         return MaskProof(None, reason, condition)
     words = "rows that see no key are padding: zeros, not the mean of all values"

@@ -7,6 +7,8 @@ negative. Anything else scales the scores, or replaces them by a number that hid
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import sympy
 
 from mpass.masks.conjuncts import HIDDEN, visible
@@ -14,6 +16,9 @@ from mpass.masks.expressions import Expr, Where, lift
 
 PROBES = (sympy.Integer(0), sympy.Integer(1))
 """The scores that are put in."""
+
+ROUNDS_SCORES_OFF = -1e30
+"""A score below 1e20 that is added to this is rounded off, in every dtype that holds it."""
 
 
 def seen_scores(values: tuple[Expr, Expr]) -> Expr | None:
@@ -25,8 +30,32 @@ def seen_scores(values: tuple[Expr, Expr]) -> Expr | None:
     return condition
 
 
-def hides_finitely(value: Expr) -> bool:
-    """Whether a mask hides keys by a finite number, so that a row without any key is their mean."""
+@dataclass(frozen=True)
+class HiddenRows:
+    """What eager attention makes of a row whose keys are all hidden.
+
+    finite: some keys are hidden by a finite number: the row is not NaN, but a mean of values. mean:
+    it is the mean of all values: every hidden score becomes one and the same number, because that
+    takes the place of the score, or is so large that the score is rounded off.
+    """
+
+    finite: bool
+    mean: bool
+
+
+def hidden_rows(of_zero: Expr, of_one: Expr | None = None) -> HiddenRows:
+    """What rows without keys are, from what became of the two scores.
+
+    of_one: None where a mask is added to the scores.
+    """
+    numbers = hidden_numbers(of_zero)
+    replaced = of_one is not None and hidden_numbers(of_one) == numbers
+    alike = len(numbers) == 1 and (replaced or max(numbers) <= ROUNDS_SCORES_OFF)
+    return HiddenRows(any(number.is_finite for number in numbers), alike)
+
+
+def hidden_numbers(value: Expr) -> set[Expr]:
+    """The numbers that hidden scores become."""
     if isinstance(value, Where):
-        return any(hides_finitely(arg) for arg in value.args[1:])
-    return bool(value.is_number and value.is_finite and value <= HIDDEN)
+        return {number for arg in value.args[1:] for number in hidden_numbers(arg)}
+    return {value} if value.is_number and value != sympy.nan and value <= HIDDEN else set()

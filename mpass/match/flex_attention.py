@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from mpass.graph.arguments import argument, bind
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite, Length, ListedBlocks, MaskMeaning
 from mpass.lowering.block_mask import BlockLists, lists_agree
@@ -28,12 +29,18 @@ from mpass.match.spelling import Spelling
 LISTS = slice(2, 6)
 """Places of kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices in a BlockMask."""
 
+NEEDED = ("query", "key", "value", "score_mod", "block_mask", "scale")
+"""Arguments that every call of the op gives."""
+
 
 def match_flex_attention(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     """The site of a flex_attention call; None if the node is none."""
     if node.op != "call_function" or node.target is not torch.ops.higher_order.flex_attention:
         return None
-    query, key, value, score_mod, block_mask, scale, *_rest = node.args
+    given = bind(node)
+    if any(name not in given for name in NEEDED):
+        return None
+    query, key, value, score_mod, block_mask, scale = (given[name] for name in NEEDED)
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
     output = next((user for user in node.users if op_name(user) == "getitem"), None)
     if output is None or not is_tensor(output):
@@ -66,11 +73,10 @@ def match_flex_attention(node: fx.Node, prover: MaskProver) -> AttentionSite | N
 
 def result_reason(node: fx.Node) -> str:
     """Why the op's other results keep it dense."""
-    for user in node.users:
-        if op_name(user) != "getitem" or user.args[1] != 0:
-            if user.users:
-                return "flex_attention returns its log-sum-exp, which sparse attention does not"
-    if sum(op_name(user) == "getitem" and user.args[1] == 0 for user in node.users) != 1:
+    items = [argument(user, "index") if op_name(user) == "getitem" else None for user in node.users]
+    if any(item != 0 and user.users for item, user in zip(items, node.users, strict=True)):
+        return "flex_attention returns its log-sum-exp, which sparse attention does not"
+    if items.count(0) != 1:
         return "flex_attention's output is unpacked more than once"
     return ""
 
@@ -130,12 +136,12 @@ def prove_blocks(
     mask_mod = sub_graph(node, block_mask[-1])
     if mask_mod is None:
         return MaskProof(None, "mask_mod is not in the graph"), None
-    buffers = node.args[8] if len(node.args) > 8 else ()
+    buffers = argument(node, "mask_mod_other_buffers", ())
     placeholders = [item for item in mask_mod.graph.nodes if item.op == "placeholder"]
     arguments: dict[fx.Node, Expr] = dict(
         zip(placeholders, (BATCH, HEAD, QUERY, KEY), strict=False)
     )
-    for placeholder, buffer in zip(placeholders[4:], buffers, strict=False):  # type: ignore[arg-type]
+    for placeholder, buffer in zip(placeholders[4:], buffers, strict=False):
         if isinstance(buffer, fx.Node) and is_tensor(buffer):
             arguments[placeholder] = prover.reader.read(buffer, node)
     sizes = mask_sizes(query, key)

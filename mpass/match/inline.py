@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpass.graph.arguments import argument
+from mpass.graph.call_keys import nodes_in
 from mpass.graph.dead_code import remove_dead
 from mpass.graph.nodes import module_path, op_name, value_of
 from mpass.graph.writes import SAME_MEMORY, StorageWrites, written_by
@@ -29,8 +31,10 @@ CALLS = (
 def inline_subgraphs(gm: fx.GraphModule) -> int:
     """Inline the calls of sub-graphs that hold attention; how many. Nested calls too."""
     inlined = 0
-    writes = StorageWrites(gm.graph)
     calls = [node for node in gm.graph.nodes if called_graph(node) is not None]
+    if not calls:
+        return 0
+    writes = StorageWrites(gm.graph)
     names = Counter((str(node.args[0].target), module_path(node)) for node in calls)
     replaced: list[fx.Node] = []
     for node in calls:
@@ -49,8 +53,13 @@ def inline_subgraphs(gm: fx.GraphModule) -> int:
 
 
 def called_graph(node: fx.Node) -> fx.GraphModule | None:
-    """The sub-graph that a node calls, if it is one of those that can be inlined."""
+    """The sub-graph that a node calls, if it is one of those that can be inlined.
+
+    These ops take the sub-graph and its arguments by place; by keyword, settings and no nodes.
+    """
     if node.op != "call_function" or node.target not in CALLS or not node.args:
+        return None
+    if any(True for _ in nodes_in(node.kwargs)):
         return None
     owner, attribute = node.graph.owning_module, node.args[0]
     if owner is None or not isinstance(attribute, fx.Node) or attribute.op != "get_attr":
@@ -114,10 +123,10 @@ def inline_call(gm: fx.GraphModule, call: fx.Node, named: bool = True) -> None:
     results: Any = fx.map_arg(output.args[0], lambda old: values[old])
     for user in list(call.users):
         assert user.target is operator.getitem
-        result = results[user.args[1]]
+        result = results[argument(user, "index")]
         if isinstance(result, fx.Node):
             result.meta.setdefault(SAME_MEMORY, []).append(value_of(user))
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(result)
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
 

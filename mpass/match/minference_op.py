@@ -18,7 +18,7 @@ TARGETS = ("minference.attention.default", "minference.attention")
 """The op as it stands in a graph: its one overload, or the name that a user calls it by."""
 
 ARGUMENTS = ("query key value key_mask sinks query_offset window causal scale softcap").split()
-"""The op's arguments in order; mpass.lowering.ops has them."""
+"""The op's arguments; mpass.lowering.ops has them."""
 
 PROOF = "told by attn_implementation='minference'"
 

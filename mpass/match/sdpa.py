@@ -5,11 +5,13 @@ The one place that knows the signature of SDPA: arguments come positionally or b
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from mpass.graph.arguments import bind
 from mpass.graph.nodes import example, is_tensor, same_size, shape_of
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.masks.prover import MaskProver
@@ -48,15 +50,17 @@ class SdpaCall:
     enable_gqa: object = False
 
 
-POSITIONS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+FIELDS = frozenset(field.name for field in dataclasses.fields(SdpaCall))
 
 
 def bind_sdpa(node: fx.Node) -> SdpaCall | None:
     """The bound arguments of an SDPA call, or None if the node is none."""
     if node.op != "call_function" or node.target not in TARGETS:
         return None
-    arguments = dict(zip(POSITIONS, node.args, strict=False)) | node.kwargs
-    return SdpaCall(**arguments)  # type: ignore[arg-type]
+    arguments = bind(node)
+    if not {"query", "key", "value"} <= arguments.keys() <= FIELDS:
+        return None
+    return SdpaCall(**arguments)
 
 
 def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:

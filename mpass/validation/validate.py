@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mpass.errors import in_one_line
 from mpass.failures import is_strict
+from mpass.graph.arguments import argument
 from mpass.graph.nodes import example, is_tensor, op_name
 from mpass.graph.site import AttentionSite
 from mpass.graph.writes import StorageWrites
@@ -201,11 +202,11 @@ def check_mask_mod(validator: Validator, site: AttentionSite) -> Difference | No
     if site.spelling != "flex" or site.mask is None:
         return None
     (flex,) = site.output.all_input_nodes
-    block_mask: Any = flex.args[4]
+    block_mask: Any = argument(flex, "block_mask")
     module = getattr(validator.gm, str(block_mask[-1].target), None)
     if not isinstance(module, fx.GraphModule):
         return None
-    buffers = list(flex.args[8]) if len(flex.args) > 8 else []  # type: ignore[arg-type]
+    buffers = list(argument(flex, "mask_mod_other_buffers", ()))
     tensors = [item for item in buffers if isinstance(item, fx.Node)]
     key = ("mask_mod", module, tuple(map(str, buffers)), claim_key(site))
 

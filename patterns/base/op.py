@@ -59,12 +59,12 @@ def define_index_op(cls: type[Pattern]) -> None:
         own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         mask = AttentionMask(causal, query_offset, window, key_mask)
         inputs = EstimateInputs(query, key, mask, heads, scale)
-        reason = reason_for_dense(inputs, own, dense_above=dense_above, min_seq_len=min_seq_len)
-        if not reason:
-            try:
+        try:
+            reason = reason_for_dense(inputs, own, dense_above=dense_above, min_seq_len=min_seq_len)
+            if not reason:
                 return cls.estimate(inputs, own.patterns).tensors()
-            except Exception as error:
-                reason = contain(error, f"the estimation of {cls.name}")
+        except Exception as error:
+            reason = contain(error, f"the estimation of {cls.name}")
         note_dense(reason)
         rows = num_query_blocks(query.shape[2], query_offset)
         slots = head_slots(cls, len(heads))

@@ -156,3 +156,14 @@ def test_dense_fallback_equals_full_reference(window, padded, softcap, with_sink
     out = fallback(given)
     expected = reference.sparse_attention(given, index)
     assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_dense_fallback_keeps_nan_of_keys_that_are_seen():
+    from mpass.lowering.reference.dense import dense_attention as fallback
+
+    query, key, value = random_attention(num_queries=200)
+    key[:, :, 100] = torch.nan
+    mask = AttentionMask(key_mask=(torch.arange(200) >= 20)[None])
+    out = fallback(AttentionInputs(query, key, value, mask, 0.2))
+    assert out[:, :, 100:].isnan().all()
+    assert torch.equal(out[:, :, :20], torch.zeros_like(out[:, :, :20]))

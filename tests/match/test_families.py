@@ -20,6 +20,7 @@ from mpass.models.tiny import (
     SCENARIOS,
     build,
     inputs,
+    padding,
     scenarios,
 )
 from tests.helpers.rotation import part_of_today
@@ -121,3 +122,43 @@ def test_masks_that_were_proven_are_not_built(name, implementation):
         and tuple(value.shape[-2:]) == (LENGTH, LENGTH)
     ]
     assert square == []
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_gemma2_with_a_static_cache_equals_eager(side):
+    """The prefill of a static cache: more keys than there are tokens, and layers with a window."""
+    from transformers import StaticCache
+
+    model = build(BY_NAME["gemma2"], "eager")
+    compiled = torch.compile(model, backend="minference", options=FULL_BUDGET)
+    torch._dynamo.reset()
+    ids = torch.randint(3, 90, (2, 72), generator=torch.Generator().manual_seed(0))
+    results = []
+    for call in (model, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        given = {"attention_mask": padding(side, 2, 72), "past_key_values": cache}
+        results.append(call(ids, **given, cache_position=torch.arange(72)).logits)
+    real = padding(side, 2, 72).bool()
+    assert torch.allclose(results[0][real], results[1][real], atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_t5_with_padding_equals_eager(implementation):
+    """Prompts and continuations are padded on their own; one prompt is nothing but padding."""
+    family = BY_NAME["t5"]
+    if implementation not in family.implementations:
+        pytest.skip(f"t5 has no {implementation} attention")
+    model = build(family, implementation)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (3, 72), generator=generator)
+    mask, decoder_mask = padding("right", 3, 72), padding("left", 3, 72)
+    mask[1] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1)}
+    given |= {"decoder_attention_mask": decoder_mask, "use_cache": False}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="minference", options=FULL_BUDGET)
+    expected, found = model(**given)[0], compiled(**given)[0]
+    real = decoder_mask.bool()
+    assert torch.allclose(expected[real], found[real], atol=1e-4)
