@@ -196,3 +196,25 @@ def test_functions_have_reports_of_their_own():
     torch.compile(other, **options)(torch.randn(3))
     assert mpass.last_report().sites == ()
     assert mpass.last_report().summary() == "no attention in 1 compiled graph"
+
+
+class Buffered(nn.Module):
+    """nanoGPT's causal mask: a buffer, which may hold anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.ones(512, 512).tril())
+
+    def forward(self, x):
+        n = x.shape[2]
+        scores = (x @ x.mT * 0.25).masked_fill(self.bias[:n, :n] == 0, float("-inf"))
+        return scores.softmax(-1) @ x
+
+
+@torch.no_grad()
+def test_a_mask_kept_as_a_buffer_has_the_name_that_the_user_gave_it():
+    compile_toy(Buffered())(torch.randn(1, 2, 300, 16))
+    (site,) = mpass.last_report().sites
+    if site.status == "dense":
+        assert "self.bias is an input whose values are unknown" in site.reason
+        assert "build the mask inside the compiled model" in site.remedy

@@ -85,6 +85,18 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path).strip(".")
 
 
+def given_name(node: fx.Node) -> str:
+    """An input of a graph as the user knows it: `bias` of a buffer `L['self']._buffers['bias']`."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    name = name() if callable(name) else name
+    if not isinstance(name, str) or not name:
+        return node.name
+    name = re.sub(r"^L\['(\w+)'\]", r"\1", name)
+    name = re.sub(r"\._(?:buffers|modules|parameters)\['(\w+)'\]", r".\1", name)
+    return re.sub(r"\._modules\['(\d+)'\]", r".\1", name)
+
+
 def layer_index(path: str) -> int:
     """Layer number that a module path names: its first integer component, or -1.
 

@@ -38,9 +38,16 @@ def axis(index: int) -> sympy.Symbol:
 
 
 class Where(sympy.Expr):
-    """`yes` where a condition holds, else `no`: like torch.where, for numbers."""
+    """`yes` where a condition holds, else `no`: like torch.where, for numbers.
+
+    A choice on the same condition inside of one of them is already made.
+    """
 
     def __new__(cls, condition: Expr, yes: Expr, no: Expr) -> Any:
+        if isinstance(yes, Where) and yes.args[0] == condition:
+            yes = yes.args[1]
+        if isinstance(no, Where) and no.args[0] == condition:
+            no = no.args[2]
         if condition == sympy.true or yes == no:
             return yes
         if condition == sympy.false:

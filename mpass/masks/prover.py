@@ -16,7 +16,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mpass.graph.nodes import example, op_name, shape_of, source_line, value_of
+from mpass.graph.nodes import example, given_name, op_name, shape_of, source_line, value_of
 from mpass.graph.site import Length, MaskMeaning
 from mpass.graph.sizes import agree, current, holds
 from mpass.graph.writes import StorageWrites
@@ -353,7 +353,7 @@ def key_mask_node(
 def describe(term: Expr, reader: GraphReader) -> str:
     """Why a term is of no known form, in words."""
     symbols = term.free_symbols
-    if HEAD in symbols:
+    if HEAD in symbols and not from_unread_op(term, reader):
         return f"mask differs per head: {explain_unknown(term, reader)}"
     steps = {sympy.expand(call.args[0]).coeff(QUERY) for call in term.atoms(sympy.floor)}
     chunks = {1 / step for step in steps if step.is_Rational and step.p == 1}
@@ -364,6 +364,12 @@ def describe(term: Expr, reader: GraphReader) -> str:
     return f"mask term {term} is neither causal, window nor padding"
 
 
+def from_unread_op(term: Expr, reader: GraphReader) -> bool:
+    """Whether an op without a meaning makes a term, so that nobody knows if heads differ."""
+    nodes = [reader.sources[atom.func.__name__] for atom in term.atoms(AppliedUndef)]
+    return any(node.op not in ("placeholder", "get_attr") for node in nodes)
+
+
 def explain_unknown(expr: Expr, reader: GraphReader) -> str:
     """The ops and inputs that an expression depends on and that could not be read."""
     parts = []
@@ -371,7 +377,7 @@ def explain_unknown(expr: Expr, reader: GraphReader) -> str:
         name = atom.func.__name__
         node = reader.sources[name]
         if node.op in ("placeholder", "get_attr"):
-            parts.append(f"{node.name} is an input whose values are unknown when compiling")
+            parts.append(f"{given_name(node)} is an input whose values are unknown when compiling")
             continue
         place = source_line(node)
         failure = reader.failures.get(name, op_name(node))

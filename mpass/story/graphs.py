@@ -36,7 +36,7 @@ class CompiledGraph:
     number: int
     reset: int
     frame: tuple[str, str, int] | None
-    compiler: int
+    compiler: weakref.ref[Any] | None
     broken: str = ""
 
 
@@ -58,7 +58,7 @@ def keep_graph(report: Report, options: object = None) -> None:
     keep_report(report)
     output = dynamo_output()
     frame: tuple[str, str, int] | None = None
-    compiler, owner = 0, None
+    compiler, owner = None, None
     if output is not None:
         compile_id = str(torch._guards.CompileContext.current_compile_id())
         if compile_id in _history.seen:
@@ -67,7 +67,7 @@ def keep_graph(report: Report, options: object = None) -> None:
         _history.seen.add(compile_id)
         root = output.root_tx
         frame = (root.f_code.co_filename, root.f_code.co_name, id(root.f_locals.get("self")))
-        compiler = id(getattr(output, "compiler_fn", None))
+        compiler = as_reference(getattr(output, "compiler_fn", None))
         owner = find_owner()
     _history.graphs.append(
         CompiledGraph(
@@ -109,13 +109,14 @@ def graphs_of_last_model() -> list[CompiledGraph]:
     if owner is None:
         return [last]
     found: list[CompiledGraph] = []
-    compilers: dict[object, int] = {}
+    compilers: dict[object, object] = {}
     for graph in reversed(graphs):
         if graph.reset != last.reset:
             break
         if graph.owner is None or graph.owner() is not owner or graph.options != last.options:
             continue
-        if compilers.setdefault(graph.frame, graph.compiler) != graph.compiler:
+        # An object has one plain weak reference; a number of its address may be used again.
+        if compilers.setdefault(graph.frame, graph.compiler) is not graph.compiler:
             break
         found.append(graph)
     return found[::-1]

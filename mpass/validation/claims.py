@@ -23,7 +23,7 @@ from mpass.validation.slices import (
 def claim_key(site: AttentionSite) -> tuple[Any, ...]:
     """What a site claims, comparable between layers of one graph."""
     mask = site.mask or MaskMeaning(causal=False)
-    inputs = (*map(shape_now, (site.query, site.key, site.value)), example(site.query).dtype)
+    inputs = (*map(shape_now, (site.query, site.key, site.value)), site.compute_dtype)
     numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed)
     meaning = (site.mask_tensor, mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
     return (*inputs, *numbers, *meaning, str(mask.valid_keys))
@@ -71,8 +71,11 @@ def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
 
 
 def tolerance(site: AttentionSite) -> float:
-    """Largest relative difference that rounding makes in the site's dtype."""
-    return {torch.float32: 1e-4, torch.float64: 1e-8}.get(example(site.query).dtype, 0.1)
+    """Largest relative difference that rounding makes in the dtype that the site computes in.
+
+    Under autocast this is another one than the query's.
+    """
+    return {torch.float32: 1e-4, torch.float64: 1e-8}.get(site.compute_dtype, 0.1)
 
 
 def mask_inputs(site: AttentionSite) -> list[fx.Node]:

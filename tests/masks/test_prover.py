@@ -62,6 +62,12 @@ def one_minus(n, _pad):
     return (1.0 - torch.tril(torch.ones(n, n))) * -1e9
 
 
+def filled_where_it_is_one(n, _pad):
+    """The mask of litgpt's models with a softcap: a choice inside of a choice."""
+    mask = torch.ones(n, n).triu(1)
+    return mask.masked_fill_(mask.bool(), torch.finfo(torch.float32).min)
+
+
 def window(n, _pad):
     position = torch.arange(n)
     distance = position[:, None] - position[None, :]
@@ -130,6 +136,7 @@ PROVEN = {
     negated: {"causal": True},
     where_minimum: {"causal": True},
     one_minus: {"causal": True},
+    filled_where_it_is_one: {"causal": True},
     window: {"causal": True, "window": 4},
     window_by_triangles: {"causal": True, "window": 4},
     padded: {"causal": True},
@@ -243,6 +250,10 @@ UNPROVEN = {
     "padding or causal": (
         lambda n, pad: torch.ones(n, n).tril().bool() | pad.bool()[:, None, None, :],
         "pad",
+    ),
+    "op of heads": (
+        lambda n, pad: torch.arange(n) <= torch.arange(4 * n * n).reshape(4, n, n).sin(),
+        "not understood",
     ),
     "bias": (lambda n, pad: torch.triu(torch.full((n, n), -5.0), 1), "bias"),
     "alibi": (lambda n, pad: (torch.arange(n) - torch.arange(n)[:, None]).float(), "bias"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import mpass
+from tests.helpers.toys import EVERY_KEY
 
 N, H, D = 192, 4, 16
 FULL = mpass.VerticalSlash(1, 1 << 20)
@@ -275,6 +276,27 @@ def autocast(attention):
 def test_output_has_the_dtype_of_autocast(attention):
     (site,) = compare(autocast(attention), tolerance=0.05)
     assert site.status == "sparse", site.reason
+
+
+def in_sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("attention", [returned, in_sdpa], ids=["written out", "sdpa"])
+@pytest.mark.parametrize("narrow", [(), (2,), (0, 1), (1, 2)])
+def test_autocast_around_the_call_is_followed_for_mixed_dtypes(attention, narrow):
+    """Rotary embeddings and norms leave queries and keys in fp32 where values are bf16."""
+    given = list(operands())
+    for place in narrow:
+        given[place] = given[place].bfloat16()
+    options = {"inner_backend": "eager", "min_seq_len": 1, "pattern": EVERY_KEY, "dense_above": 2}
+    compiled = torch.compile(attention, backend="minference", options=options)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = attention(*given), compiled(*given)
+    (site,) = mpass.last_report().sites
+    assert site.status == "sparse", site.reason
+    assert got.dtype == expected.dtype == torch.bfloat16
+    assert torch.allclose(got.float(), expected.float(), atol=0.05)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(0, D), (H, 0)])
