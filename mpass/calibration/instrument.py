@@ -6,6 +6,7 @@ search sees query, key and value of any model that is served, and decides what c
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,9 @@ class Instrument:
         """Replace the sites of a graph; it runs as it is, nothing else is compiled."""
         taken: set[int] = set()
         chosen: list[AttentionSite] = []
-        for site in find_attention(gm):
+        for found in find_attention(gm):
+            # What is measured is under a mask in words: one that is read at run time has none yet.
+            site = dataclasses.replace(found, mask_tensor=None)
             reason = reason_to_skip(site)
             if not reason and (site.mask is None or not site.mask.causal):
                 reason = "not causal"

@@ -283,25 +283,13 @@ def valid_length(terms: MaskTerms, sizes: MaskSizes, like: Sequence[Length]) -> 
     length = as_length(valid, like)
     if length is None:
         raise NotUnderstood(f"number of valid keys {valid} is not a size")
-    if not is_positive(length):
+    if not holds(length >= 1, length):
         raise NotUnderstood(f"number of valid keys {valid} might not be positive")
     keys = as_length(sizes.keys, like)
     if terms.offset is None and keys is not None and statically_known_true(length <= keys):
         return length
     terms.padding.append(KEY < valid)
     return None
-
-
-def is_positive(length: Length) -> bool:
-    """Whether a length is at least 1, by a guard where it is a symbol that may get one."""
-    if statically_known_true(length >= 1):
-        return True
-    if isinstance(length, int) or statically_known_true(length < 1):
-        return False
-    try:
-        return bool(length >= 1)
-    except Exception:  # known at run time only, or of a range that the user promised
-        return False
 
 
 def query_offset(expr: Expr, like: Sequence[Length], reader: GraphReader) -> Length | fx.Node:
