@@ -118,17 +118,6 @@ def unknown_dropped(old, condition, sizes):
     return terms
 
 
-def truncated(old, call):
-    if call.node.kwargs.get("rounding_mode") == "trunc":
-        call.argument(None, "rounding_mode")
-        return values.lift(
-            lambda left, right: sympy.floor(left / right),
-            call.operand(0, "input"),
-            call.operand(1),
-        )
-    return old(call)
-
-
 def without_alpha(_old, call):
     call.argument(None, "alpha")
     return values.lift(operator.sub, call.operand(0, "input"), call.operand(1))
@@ -194,12 +183,6 @@ MISTAKES = {
         lambda m: m.setattr(eager, "written_late", lambda *_: ""),
         {"scores": ("plain",), "between": ("key_written", "query_written")},
     ),
-    "a list as an index of several dimensions": Mistake(
-        lambda m: m.setattr(
-            indexing, "index_items", lambda i: [*i] if isinstance(i, (list, tuple)) else [i]
-        ),
-        MASKS | {"edits": ("listed_rows",)},
-    ),
     "a key mask in a dtype that wraps": Mistake(
         lambda m: m.setattr(emitter.Emitter, "widened", lambda _self, node: node),
         MASKS | {"edits": ("narrow_padding", "narrow_product")},
@@ -211,9 +194,6 @@ MISTAKES = {
     "terms of no known form": Mistake(
         replaced(prover, "classify_conjuncts", unknown_dropped),
         MASKS | {"edits": ("chunks", "dilated", "query_padding", "per_row")},
-    ),
-    "division that truncates": Mistake(
-        rule("div", truncated), MASKS | {"edits": ("int_quotient", "window")}
     ),
     "alpha": Mistake(rule("sub", without_alpha), MASKS | {"edits": ("alpha", "window")}),
     "the step of an assignment": Mistake(
