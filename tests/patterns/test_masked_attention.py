@@ -49,7 +49,7 @@ def truth(mask, *, sinks=None, softcap=0.0):
     return (weights @ value.repeat_interleave(2, 1)).float()
 
 
-@pytest.mark.parametrize("name", set(MASKS) - {"per head"})
+@pytest.mark.parametrize("name", sorted(set(MASKS) - {"per head"}))
 def test_bool_masks(name):
     mask, form = MASKS[name]
     out, calls = run(mask, [EVERY_KEY] * 4)

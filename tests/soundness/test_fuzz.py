@@ -1,4 +1,4 @@
-"""Programs composed at random, compiled with patterns that select every key, against eager."""
+"""Programs composed at random, compiled with patterns that select every key, equal eager."""
 
 from __future__ import annotations
 
