@@ -1,7 +1,7 @@
 """Model families end to end: with full budgets every output equals eager (fp32, 1e-4).
 
-The default run takes one prefill of every family and every scenario of two, a third of them each day;
-the whole matrix is marked slow.
+The default run takes one prefill of every family and every scenario of two, a third of them each
+day; the whole matrix is marked slow.
 """
 
 from __future__ import annotations
