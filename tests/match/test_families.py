@@ -1,7 +1,7 @@
 """Model families end to end: with full budgets every output equals eager (fp32, 1e-4).
 
-The default run takes one prefill of every family and every scenario of two, half of them each day;
-the whole matrix is marked slow.
+The default run takes one prefill of every family and every scenario of two, a third of them each
+day; the whole matrix is marked slow.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ QUICK = part_of_today(
         for name, implementation in (("llama", "sdpa"), ("gemma3", "eager"))
         for scenario in SCENARIOS
     ],
-    share=2,
+    share=3,
 )
 
 
