@@ -179,3 +179,27 @@ def test_inductor_compiles_the_rewritten_graph():
     compiled = compile_toy(model, options)
     assert torch.allclose(compiled(x), model(x), atol=1e-5)
     assert len(mpass.last_report().sparse_sites) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dim", [0, 2], ids=["batch", "head_dim"])
+def test_dense_attention_fixes_no_size_that_the_user_marked_as_dynamic(dim):
+    def attend(query, key, value):
+        weights = torch.bmm(query, key.transpose(1, 2)).softmax(-1)
+        return torch.bmm(weights, value)
+
+    def inputs(**sizes):
+        shape = [4, 200, 16]
+        shape[dim] = sizes.get("size", shape[dim])
+        return [torch.randn(shape) for _ in range(3)]
+
+    call = inputs()
+    for x in call:
+        torch._dynamo.mark_dynamic(x, dim)
+    compiled = compile_toy(attend, {"pattern": EVERY_KEY})
+    assert torch.allclose(compiled(*call), attend(*call), atol=1e-5)
+    site = mpass.last_report().sites[0]
+    assert (site.num_heads, site.head_dim, site.status) == (4, 16, "dense")
+    other = inputs(size=6)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.allclose(compiled(*other), attend(*other), atol=1e-5)

@@ -66,7 +66,15 @@ def shape_of(node: fx.Node) -> torch.Size:
 def head_count(node: fx.Node) -> int:
     """Heads of a tensor [.., H, N, D]; 1 if it has none (such a site stays dense)."""
     shape = shape_of(node)
-    return int(shape[-3]) if len(shape) >= 3 else 1
+    return number_now(shape[-3]) if len(shape) >= 3 else 1
+
+
+def number_now(size: int | torch.SymInt) -> int:
+    """The size in the call that is compiled, -1 if only running tells; asks without a guard."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    hint = size.node.hint
+    return int(hint) if isinstance(hint, int) else -1
 
 
 def module_path(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mpass.graph.nodes import example, head_count, shape_of
+from mpass.graph.nodes import example, head_count, number_now, shape_of
 
 Length = int | torch.SymInt
 
@@ -101,4 +101,4 @@ class AttentionSite:
 
     @property
     def head_dim(self) -> int:
-        return int(shape_of(self.query)[-1])
+        return number_now(shape_of(self.query)[-1])
