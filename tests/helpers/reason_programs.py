@@ -12,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from mpass import SparseConfig
+from tests.helpers.reason_flex import (
+    flex_biased,
+    flex_made_inside,
+    flex_scaled,
+    flex_with,
+    flex_with_sums,
+    half_the_keys,
+    other_blocks,
+)
 
 N = 192
 
@@ -88,6 +97,10 @@ def broadcast_batch(q, k, v):
 def scaled_by_length(q, k, v):
     scale = q.shape[2] ** -0.5
     return F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale)  # here
+
+
+def scaled_by_zero(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)  # here
 
 
 def opaque(q, k, v):
@@ -295,56 +308,6 @@ def nan_added(q, k, v):
     return scores.softmax(-1) @ v  # here
 
 
-# -- flex_attention ---------------------------------------------------------------------------
-
-
-def flex_scaled(q, k, v):
-    return flex_attention(q, q, q, scale=q.shape[2] ** -0.5)  # here
-
-
-def flex_biased(q, k, v):
-    return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + (j - i))  # here
-
-
-def flex_with_sums(q, k, v):
-    return flex_attention(q, k, v, return_lse=True)  # here
-
-
-def seen(b, h, i, j):
-    return i >= j
-
-
-def blocks_of(length: int) -> BlockMask:
-    return create_block_mask(seen, None, None, length, length, device="cpu")
-
-
-def flex_with(block_mask: BlockMask) -> Callable[..., Any]:
-    def program(q, k, v):
-        return flex_attention(q, k, v, block_mask=block_mask)  # here
-
-    return program
-
-
-def other_blocks() -> BlockMask:
-    blocks = blocks_of(N)
-    return BlockMask.from_kv_blocks(
-        torch.ones_like(blocks.kv_num_blocks), blocks.kv_indices, mask_mod=seen, seq_lengths=(N, N)
-    )
-
-
-def everything(b, h, i, j):
-    return torch.ones_like(i, dtype=torch.bool)
-
-
-def half_the_keys(b, h, i, j):
-    return (j < N // 2) & (i >= 0)
-
-
-def flex_made_inside(q, k, v):
-    blocks = create_block_mask(seen, None, None, N, N, device="cpu")
-    return flex_attention(q, k, v, block_mask=blocks)  # here
-
-
 class Heads(nn.Module):
     """One attention, so that it has a layer and a path."""
 
@@ -381,6 +344,7 @@ PROGRAMS: dict[str, Case] = {
     "checkpoint after a write": Case(
         checkpointed_after_a_write, "an argument of the sub-graph is written in place"
     ),
+    "scale of zero": Case(scaled_by_zero, "scale is 0"),
     "scale": Case(scaled_by_length, "scale is not a constant", dynamic=((0, 2),)),
     "queries past keys": Case(plain, "after the last key", {"keys": N - 40}),
     "short": Case(plain, "100 keys, sparse from 128 on", {"queries": 100, "keys": 100}),

@@ -14,7 +14,7 @@ import mpass
 from mpass.backend import minference
 from mpass.graph.arguments import parameters_of
 from mpass.match.sdpa import SdpaCall
-from tests.match.test_hostile import (
+from tests.helpers.eager_equal import (
     BIDIRECTIONAL,
     FULL,
     INF,
@@ -23,9 +23,9 @@ from tests.match.test_hostile import (
     attend,
     causal,
     compare,
-    maximum_after_sinks,
     operands,
 )
+from tests.match.test_hostile import maximum_after_sinks
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

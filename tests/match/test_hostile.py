@@ -12,61 +12,22 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import mpass
+from tests.helpers.eager_equal import (
+    BIDIRECTIONAL,
+    FULL,
+    INF,
+    D,
+    H,
+    N,
+    attend,
+    causal,
+    compare,
+    hide,
+    operands,
+)
 from tests.helpers.toys import EVERY_KEY
 
-N, H, D = 192, 4, 16
-FULL = mpass.VerticalSlash(1, 1 << 20)
-BIDIRECTIONAL = mpass.BlockSparse(64)
-INF = float("inf")
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def causal():
-    return torch.ones(N, N, dtype=torch.bool).tril()
-
-
-def hide(scores):
-    return scores.masked_fill(~causal(), -INF)
-
-
-def operands(heads=H, dim=D):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, heads, N, dim, generator=generator) for _ in range(3)]
-
-
-def compare(
-    program,
-    *extra,
-    pattern=FULL,
-    tensors=None,
-    tolerance=2e-6,
-    capture_scalars=False,
-    validate="sample",
-):
-    """The sites of a program, whose result must be eager's, layout included."""
-    arguments = [*(operands() if tensors is None else tensors), *extra]
-    options = {"pattern": pattern, "min_seq_len": 16, "dense_above": 2.0, "inner_backend": "eager"}
-    options["validate"] = validate
-    with (
-        torch.no_grad(),
-        torch._dynamo.config.patch(capture_scalar_outputs=capture_scalars),
-    ):
-        expected = program(*arguments)
-        out = torch.compile(program, backend="minference", options=options)(*arguments)
-    assert (out.shape, out.dtype, out.stride()) == (
-        expected.shape,
-        expected.dtype,
-        expected.stride(),
-    )
-    assert torch.equal(out.isnan(), expected.isnan())
-    if expected.numel():
-        assert float((out.double() - expected.double()).abs().nan_to_num().max()) <= tolerance
-    return mpass.last_report().sites
-
-
-def attend(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 # -- scores must be themselves where a key is seen --------------------------------------------
@@ -409,60 +370,3 @@ def test_finite_masks_of_static_caches_stay_sparse():
 
     (site,) = compare(program)
     assert site.status == "sparse", site.reason
-
-
-# -- query, key and value as the products saw them --------------------------------------------
-
-
-def key_written_through_its_source(q, k, v):
-    k = k * 1.0
-    turned = k.transpose(-1, -2)
-    scores = q @ turned * 0.2
-    k.zero_()
-    return hide(scores).softmax(-1) @ v
-
-
-def key_restored_after_the_scores(q, k, v):
-    turned = k.transpose(-1, -2).clone()
-    turned.zero_()
-    scores = q @ turned * 0.2
-    turned.copy_(k.transpose(-1, -2))
-    return hide(scores).softmax(-1) @ v
-
-
-def repeated_key_written(q, k, v):
-    k = k[:, :1] * 1.0
-    turned = k.expand(1, H, N, D).mT
-    scores = q @ turned * 0.2
-    k.relu_()
-    return hide(scores).softmax(-1) @ v
-
-
-def query_restored_after_the_scores(q, k, v):
-    heads_last = q.transpose(1, 2).clone()
-    heads_last.mul_(-1)
-    scores = heads_last.transpose(1, 2) @ k.mT * 0.2
-    heads_last.copy_(q.transpose(1, 2))
-    return hide(scores).softmax(-1) @ v
-
-
-def value_written_before_the_product(q, k, v):
-    heads_last = v.transpose(1, 2).clone()
-    weights = hide(q @ k.mT * 0.2).softmax(-1)
-    heads_last.mul_(-1)
-    return weights @ heads_last.transpose(1, 2)
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        key_written_through_its_source,
-        key_restored_after_the_scores,
-        repeated_key_written,
-        query_restored_after_the_scores,
-        value_written_before_the_product,
-    ],
-)
-def test_operands_are_those_that_the_products_saw(program):
-    """Without validation, which would notice: the matcher must not be wrong."""
-    compare(program, validate="off")
