@@ -50,6 +50,22 @@ def test_generate_reports_the_prefill_and_not_the_last_decoding_step(llama):
     assert "not causal" not in text
 
 
+def test_a_model_compiled_in_place_reports_its_prefill():
+    model = tiny_llama()
+    model.compile(backend="minference", options=OPTIONS)
+    generate(model)
+    assert [site.status for site in mpass.last_report().sites] == ["sparse", "sparse"]
+
+
+def test_a_wrapper_whose_generate_compiles_nothing_is_told(llama, monkeypatch):
+    monkeypatch.setattr("mpass.story.merge.graphs_of_last_model", list)
+    before = mpass.reports()
+    llama.__dict__.pop("forward", None)
+    generate(torch.compile(llama, backend="minference", options=OPTIONS))
+    assert mpass.reports() == before
+    assert 'model.compile(backend="minference")' in str(mpass.last_report())
+
+
 def test_a_prompt_that_stays_dense_has_the_reason_of_the_prompt(llama):
     generate(compiled_llama(llama, min_seq_len=4096))
     report = mpass.last_report()
@@ -75,7 +91,7 @@ def test_decoding_alone_says_that_nothing_can_become_sparse():
     compile_toy(Decoder().eval())(torch.randn(1, 1, 32))
     (note,) = mpass.last_report().notes
     assert note.startswith("only decoding was compiled, so that nothing can become sparse")
-    assert "model.forward = torch.compile" in note
+    assert "model.compile(" in note
 
 
 class Broken(nn.Module):

@@ -17,11 +17,18 @@ from mpass.story.limits import limits_reached
 SHOWN = 3
 """Reasons of one kind that are told; the log has all of them."""
 
+NOTHING_COMPILED = (
+    'nothing was compiled by backend="minference" in this process: a model compiles when it first '
+    'runs. torch.compile(model, backend="minference").generate() never does, because generate '
+    "belongs to the module inside the wrapper and calls that one: use "
+    'model.compile(backend="minference"), which works in place'
+)
+
 Key = tuple[int, int, str, str, int]
 
 
 def last_report() -> Report:
-    """The report of the model that was compiled last in this process, empty if there is none.
+    """The report of the model that was compiled last in this process; without one, a note on why.
 
     Each attention has one row: sparse if it is sparse in any graph of the model, else with the
     reason of its longest prompt rather than that of its decoding step. The notes tell what else
@@ -30,7 +37,7 @@ def last_report() -> Report:
     """
     graphs = graphs_of_last_model()
     if not graphs:
-        return Report((), 0)
+        return Report((), 0, notes=(NOTHING_COMPILED,))
     sites = merge_sites([graph.report for graph in graphs])
     rows = (*named_by_model(sites, graphs), *never_compiled(sites, graphs))
     notes = (
@@ -78,7 +85,7 @@ def decoding_notes(sites: Sequence[SiteReport], reports: Sequence[Report]) -> li
         return [
             "only decoding was compiled, so that nothing can become sparse: generate() with "
             "compile_config compiles its decoding steps alone. Compile the prefill: "
-            'model.forward = torch.compile(model.forward, backend="minference")'
+            'model.compile(backend="minference")'
         ]
     decoding = [r for r in reports if r.sites and all(s.reason == ONE_QUERY for s in r.sites)]
     if not decoding:
