@@ -125,7 +125,7 @@ def reason_to_skip(site: AttentionSite) -> str:
     reason = reason_against(inputs)
     if reason:
         return reason
-    if site.mask is None and site.mask_tensor is not None:
+    if site.read_mask is not None:
         sizes = (*query.shape, *key.shape, *value.shape)
         unknown = next((size for size in sizes if is_unbacked(size)), None)
         return "" if unknown is None else UNKNOWN_SIZE.format(unknown)

@@ -130,8 +130,8 @@ def replace_site(
 def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     """The ops of one plan, before the site's output; the node that has the attention's result."""
     site, mask = plan.site, plan.site.mask
-    if site.mask_tensor is not None:
-        return insert_masked(graph, plan, site.mask_tensor)
+    if site.read_mask is not None:
+        return insert_masked(graph, plan, site.read_mask)
     if mask is None:
         raise AssertionError(f"site {site.path or site.output.name} was planned without a mask")
     with graph.inserting_before(site.output):

@@ -59,6 +59,11 @@ def masked_softmax(scores: Tensor, visible: Tensor, sink_logits: Tensor | None =
     return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
+def estimated_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """`masked_softmax` for estimates: a row that is no number counts for nothing."""
+    return masked_softmax(scores, visible).nan_to_num(0.0)
+
+
 def query_chunks(num_queries: int, query_offset: int) -> Iterator[slice]:
     """Slices of query rows whose bounds lie on the block grid of absolute positions."""
     start = 0
@@ -198,6 +203,7 @@ __all__ = [
     "computed_mask",
     "density",
     "empty_output",
+    "estimated_softmax",
     "masked_softmax",
     "query_chunks",
     "repeat_kv",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.reference.attention import masked_softmax
+from mpass.lowering.reference.attention import estimated_softmax
 from mpass.lowering.reference.block_lists import (
     allowed_blocks,
     candidates,
@@ -142,7 +142,7 @@ def choose(
 
     means, counts = pooled_keys(key, mask, size, size)
     mean_query = last_mean(query, rows, weights)
-    proxy = masked_softmax((mean_query[:, None] @ means.mT)[:, 0] * scale, counts > 0)
+    proxy = estimated_softmax((mean_query[:, None] @ means.mT)[:, 0] * scale, counts > 0)
     query_aware = root_divergence(proxy, vertical) < rule.tau
     vertical_blocks = vertical_blocks.masked_fill(query_aware, fewest)
     slash_blocks = slash_blocks.masked_fill(query_aware, fewest)
@@ -178,7 +178,7 @@ def pooled_attention(
     first = mask.query_offset // size
     tiles = torch.arange(first, first + pooled.shape[1], device=query.device)
     allowed = allowed_blocks(mask, tiles, means.shape[1] * size, size)
-    weights = masked_softmax(pooled @ means.mT * scale, allowed & (counts > 0)[:, None, :])
+    weights = estimated_softmax(pooled @ means.mT * scale, allowed & (counts > 0)[:, None, :])
     flat = weights.flatten(1)
     ordered = flat.sort(dim=-1, descending=True, stable=True)
     kept = ordered.values.cumsum(-1) <= rule.gamma * pooled.shape[1]

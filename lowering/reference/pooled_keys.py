@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.index import BLOCK, AttentionMask
-from mpass.lowering.reference.attention import masked_softmax
+from mpass.lowering.reference.attention import estimated_softmax
 from mpass.lowering.reference.block_lists import query_mask
 
 
@@ -64,7 +64,7 @@ def row_scores(
     if mask.window > 0:
         visible &= distance - (pool - 1) < mask.window
     logits = run_logits(query, means, local, scale) + counts.log()[:, None, None, :]
-    weights = masked_softmax(logits, visible & (counts > 0)[:, None, None, :])
+    weights = estimated_softmax(logits, visible & (counts > 0)[:, None, None, :])
     weights = (weights * counted[..., None]).unflatten(-1, (-1, BLOCK // pool)).sum(-1)
     return weights.sum(2), weights.amax(2)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.index import AttentionMask
-from mpass.lowering.reference.attention import masked_softmax
+from mpass.lowering.reference.attention import estimated_softmax
 from mpass.lowering.reference.block_lists import last_query, query_mask
 from mpass.lowering.reference.selection import first_keys
 
@@ -63,4 +63,4 @@ def row_attention(
     if real is not None:
         visible &= real.gather(1, rows.clamp(min=0))[..., None]
     scores = picked @ key.float().transpose(1, 2) * scale
-    return masked_softmax(scores, visible), visible
+    return estimated_softmax(scores, visible), visible

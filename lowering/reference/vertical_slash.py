@@ -22,7 +22,7 @@ from mpass.lowering.index import (
     num_key_blocks,
 )
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.reference.attention import allowed_cells, masked_softmax
+from mpass.lowering.reference.attention import allowed_cells, estimated_softmax
 from mpass.lowering.reference.selection import (
     LAST_QUERIES,
     first_keys,
@@ -122,7 +122,7 @@ def last_query_sums(
         back = torch.arange(LAST_QUERIES, 0, -1, device=key.device)
         recent = back <= torch.tensor(list(num_last_queries), device=key.device)[:, None]
         visible = visible & recent[:, :, None]
-    probabilities = masked_softmax(scores, visible)
+    probabilities = estimated_softmax(scores, visible)
 
     distance = positions[:, :, None] - torch.arange(num_keys, device=key.device)
     distance = distance[:, None].expand_as(probabilities)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.reference.attention import masked_softmax
+from mpass.lowering.reference.attention import estimated_softmax
 from mpass.lowering.reference.block_lists import (
     candidates,
     keep_mass,
@@ -138,7 +138,7 @@ def x_attention_scores(
     if mask.window > 0:
         visible &= distance * stride < mask.window
     logits = logits.view(batch, len(tiles), per_tile, -1)
-    weights = masked_softmax(logits, visible & exists[:, None, None, :])
+    weights = estimated_softmax(logits, visible & exists[:, None, None, :])
     has_query = counted.view(batch, len(tiles), per_tile, stride).any(-1)
     weights = (weights * has_query[..., None]).sum(2)
     return weights.unflatten(-1, (-1, per_tile)).sum(-1)

@@ -87,6 +87,11 @@ class AttentionSite:
     dtype: torch.dtype | None = None
 
     @property
+    def read_mask(self) -> fx.Node | None:
+        """The mask that decides at run time: only where no meaning of it is proven."""
+        return self.mask_tensor if self.mask is None else None
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What query, key and value are in when they are multiplied: autocast may narrow them."""
         return self.dtype or example(self.query).dtype

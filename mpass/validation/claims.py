@@ -25,14 +25,14 @@ def claim_key(site: AttentionSite) -> tuple[Any, ...]:
     mask = site.mask or MaskMeaning(causal=False)
     inputs = (*map(shape_now, (site.query, site.key, site.value)), site.compute_dtype)
     numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed)
-    meaning = (site.mask_tensor, mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
+    meaning = (site.read_mask, mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
     return (*inputs, *numbers, *meaning, str(mask.valid_keys))
 
 
 def claimed_cells(mask: MaskMeaning | None, run: Run, site: AttentionSite, rows: Tensor) -> Tensor:
     """The cells [B or 1, 1, rows, Nk] that the claim lets be seen."""
-    if site.mask_tensor is not None:
-        return read_cells(site.mask_tensor, run)
+    if site.read_mask is not None:
+        return read_cells(site.read_mask, run)
     assert mask is not None
     if isinstance(mask.query_offset, fx.Node):
         raise NotRunError("the position of the first query is a tensor")
@@ -64,7 +64,7 @@ def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
     key = repeat_kv(key, query.shape[1]).double()
     scores = query @ key.transpose(-1, -2) * site.scale
     scores = site.softcap * torch.tanh(scores / site.softcap) if site.softcap > 0 else scores
-    added = site.mask_tensor
+    added = site.read_mask
     if added is None or example(added).dtype == torch.bool:
         return scores
     return scores + run.strip(added).double()
@@ -80,8 +80,8 @@ def tolerance(site: AttentionSite) -> float:
 
 def mask_inputs(site: AttentionSite) -> list[fx.Node]:
     """The tensors that a claim about a mask reads: the key mask, or the mask itself."""
-    if site.mask_tensor is not None:
-        return [site.mask_tensor]
+    if site.read_mask is not None:
+        return [site.read_mask]
     return [site.mask.key_mask] if site.mask is not None and site.mask.key_mask else []
 
 

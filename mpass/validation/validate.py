@@ -316,7 +316,7 @@ def check_output(validator: Validator, site: AttentionSite) -> Difference | None
 
 def is_claimed(site: AttentionSite) -> bool:
     """Whether something is claimed of a site: what its mask means, or which tensor it is."""
-    return site.mask is not None or site.mask_tensor is not None
+    return site.mask is not None or site.read_mask is not None
 
 
 def softmax_of(site: AttentionSite) -> fx.Node | None:

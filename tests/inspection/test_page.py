@@ -26,7 +26,7 @@ from tests.helpers.requirements import needs_smollm2
 from tests.helpers.toys import Decoder
 
 LAYERS, HEADS = 30, 9
-SMOLLM2_TOKENS = 1024
+SMOLLM2_TOKENS = 2048
 LARGEST_PAGE = 20e6
 """Bytes of a page of 80 layers x 64 heads (14.3e6 now); nearly all of it are their maps."""
 
