@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import operator
 import os
 import random
 
@@ -32,10 +33,32 @@ CELLS = 6
 SAMPLES = 12
 """Samples of an op and dtype in the default run."""
 
+OPERATORS = {
+    "__getitem__": operator.getitem,
+    "bitwise_and": operator.and_,
+    "bitwise_not": operator.invert,
+    "bitwise_or": operator.or_,
+    "bitwise_xor": operator.xor,
+    "div": operator.truediv,
+    "floor_divide": operator.floordiv,
+    "remainder": operator.mod,
+}
+"""Python's operators that compute what an op does: graphs call them under other names."""
+WITHOUT_SAMPLES = set(
+    "alias as_tensor convert_element_type copy cpu cuda detach get_attr index lift_fresh"
+    " lift_fresh_copy not placeholder reshape_copy setitem tensor to_copy type type_as unsafe_view"
+    " zero".split()
+)
+"""Rules that PyTorch has no samples for: copies, conversions, assignments and inputs."""
+
+
+def names_of(op):
+    names = {op.name.split(".")[-1], *(alias.name for alias in op.aliases)}
+    return names | ({OPERATORS[op.name].__name__.strip("_")} if op.name in OPERATORS else set())
+
+
 OPS = {
-    f"{op.name}.{op.variant_test_name}".strip("."): op
-    for op in op_db
-    if {op.name.split(".")[-1], *(alias.name for alias in op.aliases)} & set(RULES)
+    f"{op.name}.{op.variant_test_name}".strip("."): op for op in op_db if names_of(op) & set(RULES)
 }
 
 
@@ -65,6 +88,8 @@ def graph_of(kind, op, sample):
         call = graph.call_function(op.op, args, kwargs)
     elif kind == "method":
         call = graph.call_method(op.get_method().__name__, args, kwargs)
+    elif kind == "operator":
+        call = graph.call_function(OPERATORS[op.name], args, kwargs)
     elif kind == "inplace":
         call = graph.call_method(op.get_inplace().__name__, args, kwargs)
     else:
@@ -170,7 +195,7 @@ def run_op(name: str, most: int | None) -> tuple[list[str], dict[str, int]]:
             continue
         samples = op.sample_inputs("cpu", dtype, requires_grad=False)
         for sample in itertools.islice(samples, most):
-            kinds = ["function"]
+            kinds = ["function"] + ["operator"] * (op.name in OPERATORS)
             if isinstance(sample.input, torch.Tensor):
                 kinds += ["method"] * (op.get_method() is not None)
                 inplace = op.get_inplace() is not None and not sample.broadcasts_input
@@ -197,6 +222,10 @@ def test_what_is_read_of_pytorchs_samples_is_what_is_computed(name):
 def test_all_samples(name):
     wrong, _ = run_op(name, None)
     assert wrong == [], f"{len(wrong)} wrong: {wrong[0]}"
+
+
+def test_rules_without_samples_are_known():
+    assert set(RULES) - set().union(*map(names_of, op_db)) == WITHOUT_SAMPLES
 
 
 def test_samples_are_read_and_not_only_given_up():

@@ -28,7 +28,7 @@ EDITS = (
     "narrow_padding", "narrow_product", "listed_rows", "query_padding", "per_head", "per_row",
     "chunks", "dilated", "diagonal_write", "index_fill", "scatter", "alias_write", "late_write",
     "strided_write", "int_quotient", "alpha", "shifted_padding", "valid_length", "half_distance",
-    "out", "xor_window",
+    "out", "xor_window", "wrapping_cast", "cut_cast",
 )  # fmt: skip
 BEFORE = (
     "", "relu_inplace", "leaky_keyword", "cache_foreach", "cache_setitem", "cache_index_copy",
@@ -129,9 +129,9 @@ def edited(mask, name, size, pad, small):
         mask.logical_not_()
         mask = ~mask
     elif name == "unsqueeze_":
-        mask = mask.clone()
-        if mask.dim() == 2:
-            mask.unsqueeze_(0).unsqueeze_(0)
+        near = distance < 9 + size
+        near.unsqueeze_(0).unsqueeze_(0)
+        mask = mask & near
     elif name == "transpose_write":
         mask = mask.clone()
         mask.transpose(-1, -2)[..., 1 : 1 + size, :] = False
@@ -193,6 +193,10 @@ def edited(mask, name, size, pad, small):
         mask = torch.logical_and(mask, distance < 9 + size, out=torch.empty_like(mask))
     elif name == "xor_window":
         mask = mask ^ (mask & (distance > 8 + size))
+    elif name == "wrapping_cast":
+        mask = torch.where(mask, 1, 257).to(torch.uint8) == 1
+    elif name == "cut_cast":
+        mask = torch.where(mask, 1.0, 1.5).long() == 1
     return mask
 
 
@@ -241,7 +245,8 @@ def attended(scores, between, query, key, value, mask, sinks):
         elif scores == "sdpa_scale":
             given["scale"] = 0.7
         elif scores == "sdpa_both":
-            given = {"attn_mask": mask | mask.mT, "is_causal": True}
+            square = mask.expand(B, H, N, N)  # Torch refuses masks of three dimensions here.
+            given = {"attn_mask": square | square.mT, "is_causal": True}
         elif scores == "sdpa_one_zero":
             number = mask.float()
             given = {"attn_mask": number.ge_(0.5)}

@@ -18,6 +18,7 @@ from hypothesis import Phase, given, settings
 
 import mpass.graph.writes
 from mpass import rewrite
+from mpass.graph import dead_code
 from mpass.graph.nodes import op_name
 from mpass.graph.observation import NOTHING
 from mpass.masks import conjuncts, emitter, prover, reader
@@ -28,16 +29,23 @@ from mpass.match import eager, sdpa
 from tests.soundness.programs import drawn, wrong
 from tests.soundness.test_fuzz import examples
 
-MASKS = {"before": ("",), "between": ("",), "after": ("", "add")}
+MASKS = {
+    "before": ("",),
+    "scores": ("sdpa", "sdpa_additive", "plain", "by_where"),
+    "between": ("",),
+    "after": ("", "add"),
+}
+DIFFERENCE = r"^(differs by|the cache differs|another shape)"
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What to patch, and the parts of programs among which it is looked for."""
+    """What to patch, the parts of programs among which it is looked for, and how it shows."""
 
     patch: Callable[[pytest.MonkeyPatch], None]
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     quick: bool = False
+    shows: str = DIFFERENCE
 
 
 def replaced(place: Any, name: str, function: Callable[..., Any]) -> Callable[..., None]:
@@ -105,6 +113,34 @@ def eagerly_dead(m):
                 graph.erase_node(node)
 
     m.setattr(rewrite, "remove_dead", remove)
+
+
+def unkept_writes(m):
+    """A write is not kept by those who read what it wrote, nor by lying in the output."""
+    outside = dead_code.external_memory
+    found = dead_code.find_candidates
+
+    def find(graph, roots, writes):
+        candidates = found(graph, roots, writes)
+        m.setattr(writes, "writes_to", lambda _node: [])
+        return candidates
+
+    m.setattr(dead_code, "find_candidates", find)
+    m.setattr(
+        dead_code, "external_memory", lambda graph, _roots, writes: outside(graph, (), writes)
+    )
+
+
+def mask_forgotten(m):
+    """Where attention is causal anyway, its mask is not looked at."""
+    old = sdpa.mask_of
+
+    def mask_of(node, call, prover):
+        forgotten = dataclasses.replace(call, attn_mask=None) if call.is_causal is True else call
+        return old(node, forgotten, prover)
+
+    m.setattr(sdpa, "mask_of", mask_of)
+    forgiving(sdpa, "reason_to_stay", "together with is_causal")(m)
 
 
 def per_head_dropped(old, term, sizes, terms):
@@ -227,7 +263,29 @@ MISTAKES = {
         replaced(eager, "trace_weights", lambda old, *a: (w := old(*a)) and unproblematic(w)),
         {"scores": ("double_softmax", "weights_twice", "dropout")},
     ),
-    "nodes of functorch as dead code": Mistake(eagerly_dead, {"after": ("vmap", "view_write")}),
+    "writes that keep nothing alive": Mistake(
+        unkept_writes, {"scores": ("sdpa", "plain"), "after": ("view_write", "foreach_zero")}
+    ),
+    "is_causal beside a mask": Mistake(
+        mask_forgotten,
+        MASKS | {"scores": ("sdpa", "sdpa_both"), "edits": ("window", "columns_hidden")},
+    ),
+    "casts of masks to integers": Mistake(
+        replaced(values, "cast_number", lambda _old, value, _dtype: value),
+        MASKS | {"edits": ("wrapping_cast", "cut_cast", "window")},
+    ),
+    "a mask that is reshaped in place": Mistake(
+        replaced(mpass.graph.writes.StorageWrites, "reshaped", lambda *_: None),
+        MASKS | {"edits": ("unsqueeze_", "window")},
+    ),
+    "nodes of functorch as dead code": Mistake(
+        eagerly_dead,
+        MASKS | {"edits": ("window",), "after": ("vmap",)},
+        shows="^RuntimeError.*vmap",
+    ),
+    "writes without a reader as dead code": Mistake(
+        eagerly_dead, MASKS | {"edits": ("window",), "after": ("view_write", "foreach_zero")}
+    ),
 }
 
 
@@ -243,14 +301,15 @@ def unproblematic(weights):
     ],
 )
 def test_fuzzer_finds(name, monkeypatch):
-    """With a mistake put back in, the programs that are drawn show a difference."""
+    """With a mistake put back in, a program that is drawn computes something else."""
     mistake = MISTAKES[name]
     mistake.patch(monkeypatch)
 
     @settings(examples(100), phases=[Phase.generate], report_multiple_bugs=False)
     @given(drawn(**mistake.parts))
     def search(spec):
-        assert wrong(spec) == ""
+        found = wrong(spec)
+        assert found == "", found
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=mistake.shows):
         search()
