@@ -65,7 +65,8 @@ def rename(
         own = {sympy.floor(rows / sizes.heads): BATCH, sympy.Mod(rows, sizes.heads): HEAD}
         aligned = aligned.xreplace(own)
     try:
-        names = reshape_map(leading, (sizes.batch, sizes.heads))
+        new = [int(size) if size.is_Integer else size for size in (sizes.batch, sizes.heads)]
+        names = reshape_map(leading, new)
     except NotUnderstood as reason:
         return f"mask is not proven: {reason}"
     both = {axis(0): BATCH, axis(1): HEAD}

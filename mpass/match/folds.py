@@ -50,6 +50,21 @@ def merged(node: fx.Node, before: fx.Node) -> fx.Node:
     return made(before, aten.flatten.using_ints, node, 0, len(shape_of(node)) - 4)
 
 
+def without_heads(node: fx.Node, order: tuple[int, ...], before: fx.Node) -> fx.Node:
+    """A new node [B, 1, N, D] of a tensor whose dimensions `order` has as batch, position, channel.
+
+    All heads read it.
+    """
+    return unfolded(in_order(node, order, before), 1, before)
+
+
+def in_order(node: fx.Node, order: tuple[int, ...], before: fx.Node) -> fx.Node:
+    """A tensor with its dimensions in order: itself, or a new node."""
+    if order == tuple(range(len(order))):
+        return node
+    return made(before, aten.permute.default, node, list(order))
+
+
 def folds_to_four(query: fx.Node, key: fx.Node, value: fx.Node) -> bool:
     """Whether three tensors are all [R, N, D], or all [.., H, N, D] of the same batches.
 
