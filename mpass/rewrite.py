@@ -159,9 +159,8 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         if mask.mean_of_hidden and sinks is None:  # a sink takes the whole weight of such a row
             fill = torch.ops.minference.fill_rows_without_keys.default
             created.append(graph.call_function(fill, (output, site.value, key_mask)))
-        if site.output_transposed:
-            output = graph.call_function(aten.transpose.int, (output, 1, 2))
-            created.append(output)
+        output = insert_dimensions(graph, site, output)
+        created.append(output)
     for node in created:
         copy_meta(site.output, node)
     return output
@@ -189,12 +188,24 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
             ),
         )
         created = [*form, output]
-        if site.output_transposed:
-            output = graph.call_function(aten.transpose.int, (output, 1, 2))
-            created.append(output)
+        output = insert_dimensions(graph, site, output)
+        created.append(output)
     for node in created:
         copy_meta(site.output, node)
     return output
+
+
+def insert_dimensions(graph: fx.Graph, site: AttentionSite, output: fx.Node) -> fx.Node:
+    """A result [B, H, Nq, Dv] with the dimensions of the site's output."""
+    if site.output_transposed:
+        return graph.call_function(aten.transpose.int, (output, 1, 2))
+    if not site.output_folded:
+        return output
+    *leading, _, _ = shape_of(site.output)
+    if len(leading) == 1:
+        return graph.call_function(aten.flatten.using_ints, (output, 0, 1))
+    sizes = [as_argument(graph, size) for size in leading[:-1]]
+    return graph.call_function(aten.unflatten.int, (output, 0, sizes))
 
 
 def insert_casts(graph: fx.Graph, site: AttentionSite) -> AttentionSite:

@@ -22,7 +22,7 @@ from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.match import find_attention
 from mpass.patterns.base import Pattern
 from mpass.plan import reason_to_skip
-from mpass.rewrite import as_argument, copy_meta, insert_keys
+from mpass.rewrite import as_argument, copy_meta, insert_dimensions, insert_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +138,10 @@ def insert_call(graph: fx.Graph, site: AttentionSite, call: Callable[..., Tensor
             ),
         )
         copy_meta(site.output, output)
-        if site.output_transposed:
-            output = graph.call_method("transpose", (output, 1, 2))
-            copy_meta(site.output, output)
+        arranged = insert_dimensions(graph, site, output)
+        if arranged is not output:
+            copy_meta(site.output, arranged)
+            output = arranged
     site.output.replace_all_uses_with(output)
 
 

@@ -57,7 +57,8 @@ class AttentionSite:
 
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] are the nodes before any
     repetition of kv heads; output is the node whose uses the rewritten attention takes over, and
-    `output_transposed` tells that it is [B, Nq, H, Dv] instead of [B, H, Nq, Dv].
+    `output_transposed` tells that it is [B, Nq, H, Dv] instead of [B, H, Nq, Dv], and
+    `output_folded` that it is [.., Nq, Dv] with the elements of [B, H, Nq, Dv] in order.
     mask: what the mask means, or None with `unproven` telling why.
     spelling: how the attention is written, by a name of mpass.match.spellings.
     dense_reason: why the site must stay dense whatever the mask (dropout, weights returned, ...).
@@ -79,6 +80,7 @@ class AttentionSite:
     softcap: float = 0.0
     sinks: fx.Node | None = None
     output_transposed: bool = False
+    output_folded: bool = False
     unproven: str = ""
     dense_reason: str = ""
     source: str = ""

@@ -16,9 +16,9 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mpass.graph.nodes import example, given_name, op_name, shape_of, source_line, value_of
+from mpass.graph.nodes import given_name, op_name, shape_of, source_line, value_of
 from mpass.graph.site import Length, MaskMeaning
-from mpass.graph.sizes import agree, current, holds
+from mpass.graph.sizes import current, holds
 from mpass.graph.writes import StorageWrites
 from mpass.masks.conjuncts import (
     MaskSizes,
@@ -28,19 +28,16 @@ from mpass.masks.conjuncts import (
     conjuncts,
     visible,
 )
-from mpass.masks.elements import is_one
 from mpass.masks.emitter import Emitter, as_length, find_key_mask
 from mpass.masks.expressions import (
-    BATCH,
     HEAD,
     KEY,
     QUERY,
     Expr,
     NotUnderstood,
-    axis,
     number,
-    substitute,
 )
+from mpass.masks.placing import Leading, mask_misfit, named, rename
 from mpass.masks.reader import GraphReader
 from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
 from mpass.masks.rules.indexing import INDEX_RULES
@@ -49,8 +46,6 @@ from mpass.masks.rules.views import SHAPE_RULES
 from mpass.masks.scores import PROBES, HiddenRows, hidden_rows, seen_scores
 
 RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
-
-INDICES = (BATCH, HEAD, QUERY, KEY)
 
 
 @dataclass(frozen=True)
@@ -71,29 +66,43 @@ class MaskProver:
         self._memo: dict[tuple[object, ...], MaskProof] = {}
 
     def prove_mask(
-        self, mask: fx.Node, query: fx.Node, key: fx.Node, at: fx.Node, heads: int | None = None
+        self,
+        mask: fx.Node,
+        query: fx.Node,
+        key: fx.Node,
+        at: fx.Node,
+        leading: Leading | None = None,
     ) -> MaskProof:
         """The meaning of a bool mask (True: seen) or an additive one, as the node `at` reads it.
 
-        mask broadcasts to [B, H, Nq, Nk] of query [B, H, Nq, D] and key [B, Hk, Nk, D].
+        mask broadcasts to [B, H, Nq, Nk] of query [B, H, Nq, D] and key [B, Hk, Nk, D], or to
+        [*leading, Nq, Nk], whose leading sizes are those of [B, H] in row-major order.
         """
-        misfit = mask_misfit(mask, query, key)
+        misfit = mask_misfit(mask, query, key, leading)
         if misfit:
             return MaskProof(None, misfit)
         sizes = mask_sizes(query, key)
         write = self.writes.last_write(mask, self.writes.position[at])
-        memo = (mask, write, sizes)
+        memo = (mask, write, sizes, named(leading))
         if memo not in self._memo:
             condition = mask_condition(self.reader, mask, at)
+            if not isinstance(condition, str):
+                condition = rename(condition, len(shape_of(mask)), sizes, leading)
             proof = self.prove_condition(condition, sizes, key, at)
             self._memo[memo] = rows_without_keys(proof, hidden_rows(self.reader.read(mask, at)))
         return self._memo[memo]
 
     def prove_steps(
-        self, steps: Sequence[tuple[fx.Node, fx.Node]], query: fx.Node, key: fx.Node, at: fx.Node
+        self,
+        steps: Sequence[tuple[fx.Node, fx.Node]],
+        query: fx.Node,
+        key: fx.Node,
+        at: fx.Node,
+        leading: Leading | None = None,
     ) -> MaskProof:
         """The meaning of masks put on raw scores [B, H, Nq, Nk], op by op.
 
+        leading: the leading sizes that scores have in the end instead of [B, H], in their order.
         steps: (op, its argument that carries the scores); the ops are add, sub, masked_fill, where
         and casts. Scores must remain themselves where a key is seen, see masks/scores.py.
         """
@@ -111,7 +120,10 @@ class MaskProver:
         condition = seen_scores(values)
         if condition is None:
             return MaskProof(None, "scores are replaced or scaled where a key is seen")
-        condition = rename(condition, 4)
+        rank = 4 if leading is None else len(leading) + 2
+        condition = rename(condition, rank, sizes, leading)
+        if isinstance(condition, str):
+            return MaskProof(None, condition)
         memo = (condition, sizes)
         if memo not in self._memo:
             self._memo[memo] = self.prove_condition(condition, sizes, key, at)
@@ -196,30 +208,13 @@ def mask_sizes(query: fx.Node, key: fx.Node) -> MaskSizes:
     return MaskSizes(number(batch), number(heads), number(queries), number(shape_of(key)[2]))
 
 
-def mask_misfit(mask: fx.Node, query: fx.Node, key: fx.Node) -> str:
-    """Why a mask does not broadcast to the scores in every call; "" if it does, by guards."""
-    shape = example(mask).shape
-    if len(shape) > 4:
-        return f"mask {mask} has {len(shape)} dimensions"
-    full = (*shape_of(query)[:3], shape_of(key)[2])[4 - len(shape) :]
-    for size, whole in zip(shape, full, strict=True):
-        if not is_one(size) and not agree(size, whole):
-            return f"mask {mask} of shape {tuple(shape)} does not fit the scores"
-    return ""
-
-
 def mask_condition(reader: GraphReader, mask: fx.Node, at: fx.Node) -> Expr | str:
-    """When a mask lets a key be seen, in b, h, q, k; or why that cannot be said."""
+    """When a mask lets a key be seen, in the mask's own axes; or why that cannot be said."""
     expr = reader.read(mask, at)
     condition = visible(expr)
     if condition is None:
         return f"additive bias, no mask: {explain_unknown(expr, reader)}"
-    return rename(condition, len(shape_of(mask)))
-
-
-def rename(condition: Expr, rank: int) -> Expr:
-    """Name the axes of a mask of some rank as b, h, q, k."""
-    return substitute(condition, {axis(i): INDICES[4 - rank + i] for i in range(rank)})
+    return condition
 
 
 def assemble(

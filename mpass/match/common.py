@@ -31,7 +31,10 @@ def shape_reason(query: fx.Node, key: fx.Node, value: fx.Node) -> str:
     shapes = [shape_of(node) for node in (query, key, value)]
     if any(len(shape) != 4 for shape in shapes):
         sizes = ", ".join(str(len(shape)) for shape in shapes)
-        return f"query, key, value have {sizes} dimensions; [B, H, N, D] is needed"
+        return (
+            f"query, key, value have {sizes} dimensions and cannot be read as [B, H, N, D]: expand "
+            "or reshape them to the same leading sizes"
+        )
     q, k, v = shapes
     if not (agree(q[0], k[0]) and agree(q[0], v[0])):
         return f"batch is broadcast: query {q[0]}, key {k[0]}, value {v[0]}"

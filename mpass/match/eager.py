@@ -23,13 +23,23 @@ from mpass.masks.prover import MaskProof, MaskProver
 from mpass.match.common import gradient_reason, make_site, readable_mask, shape_reason
 from mpass.match.eager_scores import (
     CASTS,
+    FOLDS,
     Chain,
+    fold_of,
     precision_problem,
     read_scores,
     shape_problem,
     trace_scores,
 )
 from mpass.match.eager_weights import Weights, trace_weights
+from mpass.match.folds import (
+    heads_behind,
+    in_order,
+    leading_sizes,
+    readable,
+    unfolded,
+    without_heads,
+)
 from mpass.match.products import Product, bind_scores, bind_value, operands
 from mpass.match.repeat_kv import made_from, original, original_pair
 from mpass.match.spelling import Spelling
@@ -47,23 +57,28 @@ def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         return None
     first = bind_scores(chain.product)
     second = bind_value(weights.output, weights.operand)
-    problem = chain.problem or weights.problem or shape_problem(chain) or rounding(chain, weights)
+    problem = (
+        chain.problem
+        or weights.problem
+        or shape_problem(chain, weights.operand)
+        or rounding(chain, weights)
+    )
     if problem or first is None or second is None:
         return dense_site(chain, weights, problem or "the products are not of [B, H, N, D] tensors")
-    return build_site(chain, weights.output, first, second, prover)
+    return build_site(chain, weights, first, second, prover)
 
 
 def build_site(
-    chain: Chain, output: fx.Node, first: Product, second: Product, prover: MaskProver
+    chain: Chain, weights: Weights, first: Product, second: Product, prover: MaskProver
 ) -> AttentionSite:
     """The site of a chain between two bound products."""
-    product = chain.product
-    query = original(first.left, product, output, prover, first.left_order)
-    key, value = original_pair(
-        first.right, second.right, product, output, prover, first.right_order, second.right_order
-    )
+    product, output = chain.product, weights.output
+    query, key, value = bound_operands(chain, weights, first, second, prover)
+    folded = len(shape_of(chain.softmax)) == 3
     scores = read_scores(chain)
-    sinks = None if chain.sinks is None else sink_logits(chain.sinks, chain.softmax, prover)
+    sinks = (
+        None if chain.sinks is None or folded else sink_logits(chain.sinks, chain.softmax, prover)
+    )
     reason = (
         shape_reason(query, key, value)
         or scores.problem
@@ -74,7 +89,8 @@ def build_site(
     )
     proof = MaskProof(None, "not read: the site stays dense")
     if not reason:
-        proof = prover.prove_steps(scores.masks, query, key, chain.softmax)
+        leading = leading_sizes(chain.softmax)
+        proof = prover.prove_steps(scores.masks, query, key, chain.softmax, leading)
     return make_site(
         output,
         query=query,
@@ -87,8 +103,46 @@ def build_site(
         unproven=proof.reason,
         mask_tensor=None if reason else added_mask(scores.masks, query, key, prover),
         output_transposed=second.output_transposed,
+        output_folded=len(shape_of(output)) == 3,
         dtype=example(product).dtype,
         dense_reason=reason,
+    )
+
+
+def bound_operands(
+    chain: Chain, weights: Weights, first: Product, second: Product, prover: MaskProver
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Query, key and value of four dimensions: those of the graph, or new nodes."""
+    product, output = chain.product, weights.output
+    if len(first.left_order) == len(first.right_order) == len(second.right_order) == 4:
+        query = original(first.left, product, output, prover, first.left_order)
+        return query, *original_pair(
+            first.right,
+            second.right,
+            product,
+            output,
+            prover,
+            first.right_order,
+            second.right_order,
+        )
+    fold = fold_of(chain, weights.operand)
+    if fold is not None:
+        heads = fold[1]
+    else:
+        heads = heads_behind(in_order(first.left, first.left_order, product), product, prover)
+
+    def four(node: fx.Node, order: tuple[int, ...], like: int, before: fx.Node) -> fx.Node:
+        if len(order) == 4:
+            return original(node, before, output, prover, order)
+        if like == 4:
+            return without_heads(node, order, before)
+        return unfolded(in_order(node, order, before), heads, before)
+
+    ranks = len(first.left_order), len(second.left_order)
+    return (
+        four(first.left, first.left_order, 3, product),
+        four(first.right, first.right_order, ranks[0], product),
+        four(second.right, second.right_order, ranks[1], output),
     )
 
 
@@ -96,12 +150,14 @@ def added_mask(
     steps: Sequence[tuple[fx.Node, fx.Node]], query: fx.Node, key: fx.Node, prover: MaskProver
 ) -> fx.Node | None:
     """The tensor that is added to the scores, if this is all that is done to them but casts."""
-    others = [(op, carried) for op, carried in steps if op_name(op) not in CASTS]
+    others = [(op, carried) for op, carried in steps if op_name(op) not in CASTS | FOLDS]
     if len(others) != 1 or op_name(others[0][0]) != "add":
         return None
     op, carried = others[0]
     mask = next((node for node in tensor_arguments(op) if node is not carried), None)
     if mask is None or example(mask).dtype == torch.bool:
+        return None
+    if not readable(mask, len(shape_of(op)) == 3):
         return None
     return readable_mask(mask, query, key, prover.writes)
 

@@ -6,10 +6,12 @@ that keeps the site dense.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -24,7 +26,8 @@ from mpass.match.products import is_product
 CASTS = frozenset("to type to_copy type_as float double half bfloat16 contiguous".split())
 FACTORS = frozenset("mul multiply div divide truediv true_divide".split())
 MASKS = frozenset("add sub subtract masked_fill where".split())
-RESHAPES = frozenset("view reshape unsafe_view expand getitem".split())
+FOLDS = frozenset("view reshape unsafe_view flatten unflatten".split())
+RESHAPES = FOLDS | {"expand", "getitem"}
 MAX_STEPS = 16
 
 OPERANDS = frozenset({"input", "other", "condition", "mask", "value"})
@@ -114,6 +117,8 @@ def is_pair(cat: fx.Node) -> bool:
 def misuse(op: fx.Node, carried: fx.Node) -> str:
     """Why an op does more to the scores than scale, cap or mask them; "" if it does not."""
     name = op_name(op)
+    if is_fold(op, carried):
+        return ""
     if name not in CASTS | FACTORS | MASKS | {"tanh"}:
         verb = "reshaped" if name in RESHAPES else "changed"
         return f"scores are {verb} by {name} before the softmax"
@@ -126,6 +131,23 @@ def misuse(op: fx.Node, carried: fx.Node) -> str:
     if name not in CASTS and any(given[extra] is not None for extra in given.keys() - OPERANDS):
         return f"scores are scaled by {name}"
     return ""
+
+
+def is_fold(op: fx.Node, carried: fx.Node) -> bool:
+    """Whether an op makes [B, H, Nq, Nk] of [B*H, Nq, Nk], or the other way round."""
+    if op_name(op) not in FOLDS or subject(op) is not carried:
+        return False
+    new, old = shape_of(op), shape_of(carried)
+    return {len(new), len(old)} == {3, 4} and [*map(number, new[-2:])] == [*map(number, old[-2:])]
+
+
+def fold_of(chain: Chain, operand: fx.Node) -> tuple[Any, Any] | None:
+    """B and H of the scores that a chain or the weights see as [B, H, Nq, Nk]; None if none do."""
+    for node in (chain.product, *(op for op, _ in chain.steps), chain.softmax, operand):
+        if len(shape_of(node)) == 4:
+            batch, heads = shape_of(node)[:2]
+            return batch, heads
+    return None
 
 
 def precision_problem(product: fx.Node, steps: Iterable[fx.Node]) -> str:
@@ -144,11 +166,19 @@ def precision_problem(product: fx.Node, steps: Iterable[fx.Node]) -> str:
     return ""
 
 
-def shape_problem(chain: Chain) -> str:
-    """Why a mask does not merely broadcast to the scores."""
-    shape = [*map(number, shape_of(chain.product))]
-    for op, _ in chain.steps:
-        if [*map(number, shape_of(op))] != shape:
+def shape_problem(chain: Chain, operand: fx.Node) -> str:
+    """Why a mask does not merely broadcast to the scores, whether heads are folded or not.
+
+    operand: the weights that the value is multiplied by.
+    """
+    sizes = [*map(number, shape_of(chain.product)[-2:])]
+    fold = fold_of(chain, operand)
+    four = None if fold is None else [*map(number, fold)]
+    rows = [sympy.expand(math.prod(four or [number(shape_of(chain.product)[0])]))]
+    for op in (chain.product, *(op for op, _ in chain.steps), operand):
+        *leading, queries, keys = map(number, shape_of(op))
+        expected = four if len(leading) == 2 else rows
+        if [queries, keys] != sizes or [*map(sympy.expand, leading)] != expected:
             return f"scores are broadcast by {op_name(op)}"
     return ""
 
@@ -213,11 +243,14 @@ def alibi_reason(product: fx.Node) -> str:
 
 def read_scores(chain: Chain) -> Scores:
     """Scale and softcap of a chain: factors, then `cap * tanh(x / cap)`, then masks."""
-    before, cap, capped = 1.0, 1.0, False
     masks: list[tuple[fx.Node, fx.Node]] = []
+    factor = product_factor(chain.product)
+    if factor is None:
+        return Scores(1.0, 0.0, masks, "scores are scaled by what is not a constant")
+    before, cap, capped = factor, 1.0, False
     for op, carried in chain.steps:
         name = op_name(op)
-        if name in CASTS:
+        if name in CASTS | FOLDS:
             masks.append((op, carried))
         elif name in MASKS:
             masks.append((op, carried))
@@ -240,6 +273,13 @@ def read_scores(chain: Chain) -> Scores:
     if cap <= 0:
         return Scores(before, 0.0, masks, f"softcap of {cap}")
     return Scores(before * cap, cap, masks)
+
+
+def product_factor(product: fx.Node) -> float | None:
+    """The number that a product is scaled by itself: baddbmm's alpha."""
+    if op_name(product) != "baddbmm":
+        return 1.0
+    return constant_number(argument(product, "alpha", 1))
 
 
 def constant_factor(op: fx.Node, carried: fx.Node) -> float | None:

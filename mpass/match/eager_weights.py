@@ -10,7 +10,7 @@ from mpass.graph.arguments import argument, bind
 from mpass.graph.dead_code import is_unread
 from mpass.graph.nodes import is_tensor, op_name, shape_of
 from mpass.match.common import dropout_reason
-from mpass.match.eager_scores import CASTS, FACTORS, MASKS, MAX_STEPS, RESHAPES
+from mpass.match.eager_scores import CASTS, FACTORS, MASKS, MAX_STEPS, RESHAPES, is_fold
 from mpass.match.products import is_product, operands
 
 DROPOUTS = frozenset({"dropout", "feature_dropout"})
@@ -49,7 +49,7 @@ def trace_weights(softmax: fx.Node, sinks: bool) -> Weights | None:
             problem = problem or dropout_in(following)
         elif sinks and name == "getitem" and cuts_last(following):
             sinks = False
-        elif name not in CASTS:
+        elif name not in CASTS and not is_fold(following, node):
             problem = problem or f"attention weights are changed by {name}"
         node = following
         steps.append(node)

@@ -20,13 +20,16 @@ OPERANDS = {
 """The products, and the arguments that they multiply (einsum's have no names)."""
 IDENTITY = (0, 1, 2, 3)
 TRANSPOSED = (0, 1, 3, 2)
+FOLDED = (0, 1, 2)
+FOLDED_TRANSPOSED = (0, 2, 1)
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two 4-D tensors.
+    """A product of two 4-D tensors, or of two 3-D tensors whose first dimension is batch and head.
 
-    left_order, right_order: which of their dimensions are batch, head, position and channel.
+    left_order, right_order: which of their dimensions are batch, head, position and channel; of 3-D
+    tensors batch (and head), position and channel. A 3-D tensor beside one of 4-D has no heads.
     output_transposed: the result is [B, N, H, D] instead of [B, H, N, D].
     """
 
@@ -72,7 +75,9 @@ def bind_scores(node: fx.Node) -> Product | None:
     if op_name(node) == "einsum":
         return bind_scores_einsum(node)
     pair = operands(node)
-    if op_name(node) != "matmul" or any(len(shape_of(tensor)) != 4 for tensor in pair):
+    if ranks(pair) == [3, 3]:
+        return Product(*pair, left_order=FOLDED, right_order=FOLDED_TRANSPOSED)
+    if op_name(node) != "matmul" or ranks(pair) != [4, 4]:
         return None
     return Product(pair[0], pair[1], right_order=TRANSPOSED)
 
@@ -83,72 +88,87 @@ def bind_value(node: fx.Node, weights: fx.Node) -> Product | None:
         product = bind_value_einsum(node, weights)
     else:
         pair = operands(node)
-        four = op_name(node) == "matmul" and all(len(shape_of(tensor)) == 4 for tensor in pair)
-        product = Product(pair[0], pair[1]) if four else None
+        product = None
+        if ranks(pair) == [3, 3] and op_name(node) != "baddbmm":
+            product = Product(*pair, left_order=FOLDED, right_order=FOLDED)
+        elif op_name(node) == "matmul" and ranks(pair) == [4, 4]:
+            product = Product(pair[0], pair[1])
     return product if product is not None and product.left is weights else None
 
 
+def ranks(tensors: list[fx.Node]) -> list[int]:
+    """Numbers of dimensions."""
+    return [len(shape_of(tensor)) for tensor in tensors]
+
+
 def parse_einsum(node: fx.Node) -> tuple[list[str], list[fx.Node], str] | None:
-    """Letters of two 4-D operands, the operands, letters of the result."""
+    """Letters of two operands, the operands, letters of the result; all of them 3-D or 4-D."""
     equation, _ = einsum_arguments(node)
     tensors = operands(node)
     if not isinstance(equation, str) or len(tensors) != 2:
         return None
     inputs, _, result = equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
-    if len(letters) != 2 or not all(is_four(part) for part in (*letters, result)):
+    if len(letters) != 2 or not all(map(is_distinct, (*letters, result))):
         return None
     return letters, tensors, result
 
 
-def is_four(letters: str) -> bool:
-    """Whether an operand of einsum has four different dimensions."""
-    return len(letters) == 4 and len(set(letters)) == 4 and letters.isalpha()
+def is_distinct(letters: str) -> bool:
+    """Whether an operand of einsum has three or four different dimensions."""
+    return len(letters) in (3, 4) and len(set(letters)) == len(letters) and letters.isalpha()
 
 
 def bind_scores_einsum(node: fx.Node) -> Product | None:
-    """`bhqd,bhkd->bhqk` and its kin: the result's letters are batch, head, query, key."""
+    """`bhqd,bhkd->bhqk`, `bhqd,bkd->bhqk`, `bqd,bkd->bqk` and their kin.
+
+    The result's letters are batch, head, query, key, or a batch of heads, query, key.
+    """
     parsed = parse_einsum(node)
     if parsed is None:
         return None
     letters, tensors, result = parsed
-    batch, head, query, key = list(result)
+    *leading, query, key = list(result)
     left = 0 if query in letters[0] else 1
     mine, other = letters[left], letters[1 - left]
-    channel = (set(mine) & set(other)) - {batch, head}
-    if len(channel) != 1 or set(mine) != {batch, head, query, *channel}:
+    channel = (set(mine) & set(other)) - set(leading)
+    if len(channel) != 1 or set(mine) != {*leading, query, *channel}:
         return None
-    if set(other) != {batch, head, key, *channel}:
+    shared = leading if len(other) == len(mine) else leading[:1]
+    if set(other) != {*shared, key, *channel}:
         return None
     inner = channel.pop()
     return Product(
         tensors[left],
         tensors[1 - left],
-        order(mine, (batch, head, query, inner)),
-        order(other, (batch, head, key, inner)),
+        order(mine, (*leading, query, inner)),
+        order(other, (*shared, key, inner)),
     )
 
 
 def bind_value_einsum(node: fx.Node, weights: fx.Node) -> Product | None:
-    """`bhqk,bhkd->bhqd` (or `bqhd`) and its kin."""
+    """`bhqk,bhkd->bhqd` (or `bqhd`), `bhqk,bkd->bhqd`, `bqk,bkd->bqd` and their kin."""
     parsed = parse_einsum(node)
     if parsed is None or weights not in parsed[1]:
         return None
     letters, tensors, result = parsed
     left = tensors.index(weights)
-    batch, head, query, key = list(letters[left])
+    *leading, query, key = list(letters[left])
     other = letters[1 - left]
-    channel = set(other) - {batch, head, key}
-    if len(channel) != 1 or set(other) != {batch, head, key, *channel}:
+    shared = leading if len(other) == len(letters[left]) else leading[:1]
+    channel = set(other) - {*leading, query, key}
+    if len(channel) != 1 or set(other) != {*shared, key, *channel}:
         return None
     inner = channel.pop()
-    if result not in (batch + head + query + inner, batch + query + head + inner):
+    transposed = "".join((leading[0], query, *leading[1:], inner))
+    if result not in ("".join((*leading, query, inner)), transposed):
         return None
     return Product(
         weights,
         tensors[1 - left],
-        right_order=order(other, (batch, head, key, inner)),
-        output_transposed=result[1] == query,
+        left_order=tuple(range(len(leading) + 2)),
+        right_order=order(other, (*shared, key, inner)),
+        output_transposed=len(leading) == 2 and result == transposed,
     )
 
 

@@ -145,5 +145,7 @@ def permuted(node: fx.Node, order: tuple[int, ...]) -> fx.Node:
 
 
 def made_from(node: fx.Node) -> fx.Node:
-    """The tensor that a node is, or that it is a permutation of which was made here."""
-    return node.all_input_nodes[0] if MADE_HERE in node.meta else node
+    """The tensor that a node is, or that it is a view or a permutation of which was made here."""
+    while MADE_HERE in node.meta:
+        node = node.all_input_nodes[0]
+    return node

@@ -14,7 +14,7 @@ from torch import fx
 from mpass.graph.arguments import bind
 from mpass.graph.nodes import example, is_tensor, same_size, shape_of
 from mpass.graph.site import AttentionSite, MaskMeaning
-from mpass.masks.prover import MaskProver
+from mpass.masks.prover import Leading, MaskProver
 from mpass.match.common import (
     constant_scale,
     dropout_reason,
@@ -23,6 +23,7 @@ from mpass.match.common import (
     readable_mask,
     shape_reason,
 )
+from mpass.match.folds import folds_to_four, four_dimensional, leading_sizes, readable
 from mpass.match.repeat_kv import original_pair
 from mpass.match.spelling import Spelling
 
@@ -36,8 +37,9 @@ TARGETS = (
 class SdpaCall:
     """The arguments of one call, under the names of SDPA's documentation.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv]; attn_mask broadcasts to
-    [B, H, Nq, Nk]; is_causal is aligned to the upper left: query i sees keys 0..i.
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv], or all of them [R, N, D] or
+    [.., H, N, D]; attn_mask broadcasts to [B, H, Nq, Nk], or to these leading sizes; is_causal is
+    aligned to the upper left: query i sees keys 0..i.
     """
 
     query: fx.Node
@@ -69,13 +71,19 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     if call is None or not all(map(is_tensor, (call.query, call.key, call.value))):
         return None
     scale = constant_scale(call.scale, call.query)
-    reason = reason_to_stay(call, scale) or gradient_reason(node)
+    leading = None
+    gradients = gradient_reason(node)
+    if not gradients and folds_to_four(call.query, call.key, call.value):
+        leading = leading_sizes(call.query)
+        query, key, value = four_dimensional(call.query, call.key, call.value, node, prover)
+        call = dataclasses.replace(call, query=query, key=key, value=value)
+    reason = reason_to_stay(call, scale) or gradients
     key, value = call.key, call.value
-    if not reason:
+    if not reason and leading is None:
         key, value = original_pair(key, value, node, node, prover)
-    mask, unproven = mask_of(node, call, prover)
+    mask, unproven = mask_of(node, call, prover, leading)
     mask_tensor = None
-    if not reason and call.is_causal is False:
+    if not reason and call.is_causal is False and readable(call.attn_mask, leading is not None):
         mask_tensor = readable_mask(call.attn_mask, query=call.query, key=key, writes=prover.writes)
     return make_site(
         node,
@@ -87,18 +95,21 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         unproven=unproven,
         mask_tensor=mask_tensor,
         dense_reason=reason,
+        output_folded=leading is not None,
         dtype=example(node).dtype,
     )
 
 
-def mask_of(node: fx.Node, call: SdpaCall, prover: MaskProver) -> tuple[MaskMeaning | None, str]:
+def mask_of(
+    node: fx.Node, call: SdpaCall, prover: MaskProver, leading: Leading | None
+) -> tuple[MaskMeaning | None, str]:
     """What the mask arguments mean, or None and why that is not known."""
     if isinstance(call.is_causal, fx.Node):
         return None, "is_causal is not a constant"
     if call.attn_mask is not None:
         if shape_reason(call.query, call.key, call.value):
             return None, "shapes are not those of an attention"
-        proof = prover.prove_mask(call.attn_mask, call.query, call.key, node)
+        proof = prover.prove_mask(call.attn_mask, call.query, call.key, node, leading)
         return proof.meaning, proof.reason
     if call.is_causal:
         return MaskMeaning(causal=True, proof=("is_causal=True: k <= q",)), ""

@@ -12,6 +12,7 @@ from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.mask_forms import HIDDEN
 from mpass.lowering.reference.attention import allowed_cells, repeat_kv
+from mpass.match.repeat_kv import made_from
 from mpass.validation.slices import (
     NotRunError,
     Run,
@@ -54,6 +55,12 @@ def read_cells(mask: fx.Node, run: Run) -> Tensor:
     return cells if cells.dtype == torch.bool else cells > HIDDEN
 
 
+def unfolded_rows(cells: Tensor, site: AttentionSite) -> Tensor:
+    """Rows of a tensor [.., rows, Nk] of folded scores as [B, H, rows, Nk]."""
+    whole = cells.expand(*shape_now(site.output)[:-2], *cells.shape[-2:])
+    return whole.reshape(*shape_now(site.query)[:2], *cells.shape[-2:])
+
+
 def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
     """Scores [B, H, rows, Nk] before any mask that is proven, in fp64.
 
@@ -85,14 +92,16 @@ def mask_inputs(site: AttentionSite) -> list[fx.Node]:
     return [site.mask.key_mask] if site.mask is not None and site.mask.key_mask else []
 
 
+def operands(site: AttentionSite) -> list[fx.Node]:
+    """What a site reads: query, key, value and sinks."""
+    return [site.query, site.key, site.value, *([] if site.sinks is None else [site.sinks])]
+
+
 def attention_inputs(site: AttentionSite) -> list[fx.Node]:
-    """Query, key, value and sinks of a site: where the part that is run begins."""
-    sinks = [] if site.sinks is None else [site.sinks]
-    if made_sinks(site):
-        sinks = sinks[0].all_input_nodes
-    return [site.query, site.key, site.value, *sinks]
+    """The tensors of the graph behind what a site reads: where the part that is run begins."""
+    return [made_from(node) for node in operands(site)]
 
 
-def made_sinks(site: AttentionSite) -> list[fx.Node]:
-    """The sinks of a site, if a matcher has made them of one that all heads share."""
-    return [site.sinks] if site.sinks is not None and MADE_HERE in site.sinks.meta else []
+def made_operands(site: AttentionSite) -> list[fx.Node]:
+    """Operands that a matcher has made of tensors of the graph, by views or by repetition."""
+    return [node for node in operands(site) if MADE_HERE in node.meta]

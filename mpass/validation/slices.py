@@ -324,7 +324,7 @@ def full(run: Run, node: fx.Node, shape: Shape) -> Tensor:
     return torch.full(shape, run.plain(value), dtype=fake.dtype, device=fake.device)
 
 
-@strip_rule("matmul")
+@strip_rule("matmul", "bmm")
 def matmul(run: Run, node: fx.Node, _shape: Shape) -> Tensor:
     left, right = node.args[:2]
     assert isinstance(left, fx.Node)

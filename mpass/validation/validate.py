@@ -36,9 +36,11 @@ from mpass.validation.claims import (
     claim_key,
     claimed_cells,
     claimed_scores,
-    made_sinks,
+    made_operands,
     mask_inputs,
+    operands,
     tolerance,
+    unfolded_rows,
 )
 from mpass.validation.report import REASON, Difference, Named, bug_report, differing
 from mpass.validation.samples import leaf_value, next_node, random_tensor, rows_to_check
@@ -185,6 +187,8 @@ def check_mask(validator: Validator, site: AttentionSite) -> Difference | None:
                 if bound.is_causal:
                     seen = seen & (torch.arange(seen.shape[-1]) <= rows[:, None]).to(seen.device)
                 claimed = claimed_cells(site.mask, run, site, rows)
+                if site.output_folded:
+                    seen = unfolded_rows(seen, site)
                 seen, claimed = torch.broadcast_tensors(seen, claimed)
                 if not torch.equal(seen, claimed):
                     return differing("attn_mask", seen != claimed, rows, seen, claimed)
@@ -245,7 +249,7 @@ def check_scores(validator: Validator, site: AttentionSite) -> Difference | None
     if site.sinks is not None and math.prod(shape_now(site.sinks)) != shape_now(site.query)[1]:
         return Difference("sinks", 1, (f"{list(shape_now(site.sinks))}, one per head is claimed",))
     given = attention_inputs(site)
-    targets = [scores, *mask_inputs(site), *made_sinks(site)]
+    targets = [scores, *mask_inputs(site), *made_operands(site)]
 
     def check() -> Difference | None:
         for part, values in inputs_of(validator, site, targets, given, softmax):
@@ -258,6 +262,8 @@ def check_scores(validator: Validator, site: AttentionSite) -> Difference | None
                     column = column.expand(*expected.shape[:-1], 1)
                     expected = torch.cat([expected, column], -1)
                     claimed = torch.cat([claimed, torch.ones_like(column, dtype=torch.bool)], -1)
+                if got.dim() == 3:
+                    got = got.reshape(*expected.shape[:3], -1)
                 got = got.expand(expected.shape)
                 if got.shape != expected.shape:
                     return None
@@ -283,7 +289,7 @@ def check_output(validator: Validator, site: AttentionSite) -> Difference | None
     if batch * heads * queries * shape_now(site.key)[2] > min(validator.effort.cells, 2**22):
         return None
     given = attention_inputs(site)
-    targets = [site.output, *mask_inputs(site), *made_sinks(site)]
+    targets = [site.output, *mask_inputs(site), *made_operands(site)]
 
     def check() -> Difference | None:
         for part, values in inputs_of(validator, site, targets, given, after=True):
@@ -291,6 +297,7 @@ def check_output(validator: Validator, site: AttentionSite) -> Difference | None
             run.start()
             got = run.whole(site.output).double()
             got = got.transpose(1, 2) if site.output_transposed else got
+            got = got.reshape(batch, heads, queries, -1) if site.output_folded else got
             rows = torch.arange(queries)
             run.at_rows(rows)
             claimed = claimed_cells(site.mask, run, site, rows)
@@ -376,10 +383,8 @@ def strips(
 
 def signature(part: Part, site: AttentionSite, target: fx.Node) -> tuple[Any, ...]:
     """A computation as a value: equal for layers that compute the same from their own inputs."""
-    own = {site.query: "query", site.key: "key", site.value: "value"}
-    if site.sinks is not None:
-        own[site.sinks] = "sinks"
-    names: dict[fx.Node, Any] = dict(own)
+    roles = ("query", "key", "value", "sinks")
+    names: dict[fx.Node, Any] = dict(zip(attention_inputs(site), roles, strict=False))
     shared = {node: ("leaf", node.name) for node in part.leaves}
     names.update({node: name for node, name in shared.items() if node not in names})
     steps = []
@@ -388,7 +393,7 @@ def signature(part: Part, site: AttentionSite, target: fx.Node) -> tuple[Any, ..
         named: Any = functools.partial(Named, names)
         args = str(fx.map_arg((node.args, node.kwargs), named))
         steps.append((node.op, str(node.target), args))
-    return (*steps, names.get(target))
+    return (*steps, names.get(target), tuple(map(names.get, operands(site))))
 
 
 # -- what is said -----------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def dropped(q, k, v):
 
 
 def without_batch(q, k, v):
-    return F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True)  # here
+    return F.scaled_dot_product_attention(q[0], k[0, :1], v[0], is_causal=True)  # here
 
 
 def broadcast_batch(q, k, v):
@@ -330,7 +330,7 @@ PROGRAMS: dict[str, Case] = {
         Heads(), "not causal, and", options={"config": SparseConfig("a_shape", num_heads=7)}
     ),
     "batch": Case(broadcast_batch, "batch is broadcast", {"kv_heads": 1}),
-    "dimensions": Case(without_batch, "3, 3, 3 dimensions"),
+    "dimensions": Case(without_batch, "3, 3, 3 dimensions and cannot be read"),
     "value heads": Case(plain, "differ in heads:", {"value_heads": 1}),
     "dynamic heads": Case(plain, "number of heads or head_dim is dynamic", all_dynamic=True),
     "dropout by length": Case(

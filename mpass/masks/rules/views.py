@@ -5,6 +5,9 @@ The element of the result is an element of the operand at other indices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import sympy
 import torch
 from torch import fx
@@ -83,7 +86,7 @@ def reshape(call: OpCall) -> Expr:
     return expr.xreplace(reshape_map(shape, call.shape))
 
 
-def reshape_map(old: torch.Size, new: torch.Size) -> dict[Expr, Expr]:
+def reshape_map(old: Sequence[Any], new: Sequence[Any]) -> dict[Expr, Expr]:
     """The operand's indices in terms of the result's, for a row-major reshape.
 
     Dimensions are grouped from the left such that each group has as many elements on both sides.
