@@ -16,9 +16,18 @@ from mpass.masks.prover import MaskProver
 from mpass.match.common import make_site
 from mpass.match.eager_scores import trace_scores
 from mpass.match.inline import called_graph, inline_subgraphs, reason_to_keep
+from mpass.match.multi_head_attention import OpenedCall, as_spelled, open_calls, settle_calls
 from mpass.match.spellings import SPELLINGS
 
-__all__ = ["SPELLINGS", "erase_added", "find_attention", "inline_subgraphs"]
+__all__ = [
+    "SPELLINGS",
+    "OpenedCall",
+    "erase_added",
+    "find_attention",
+    "inline_subgraphs",
+    "open_calls",
+    "settle_calls",
+]
 
 NESTING = "increment_nesting", "decrement_nesting"
 """Ends of the names of the ops between which a transform of torch.func is at work."""
@@ -48,7 +57,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
                 erase_added(gm.graph, before)
                 prover = MaskProver(gm.graph)
             if site is not None:
-                sites.append(replace(site, spelling=spelling.name))
+                sites.append(as_spelled(site, spelling.name))
         inner = called_graph(node)
         if inner is not None:
             reason = reason_to_keep(node, prover.writes) or "inside of a sub-graph"
