@@ -86,7 +86,7 @@ UNREACHED = {
     "slice from a tensor": "Dynamo reads the tensor first",
     "nn.MultiheadAttention's fast path": "Dynamo traces the slow path",
     "{} gives results that are not unpacked": "Dynamo unpacks them",
-    "{} projects inside of one op": "it was opened, or another reason says why not",
+    "query, key and value are projected inside of one op": "another reason is shown",
     "another layout": "the parts have the layout of torch's functions",
     "{} has a mask of no known type": "refused by torch",
     "the sub-graph's results are not unpacked": "Dynamo's calls return a tuple",

@@ -16,7 +16,13 @@ from mpass.masks.prover import MaskProver
 from mpass.match.common import make_site
 from mpass.match.eager_scores import trace_scores
 from mpass.match.inline import called_graph, inline_subgraphs, reason_to_keep
-from mpass.match.multi_head_attention import OpenedCall, as_spelled, open_calls, settle_calls
+from mpass.match.multi_head_attention import (
+    NOT_OPENED,
+    OpenedCall,
+    as_spelled,
+    open_calls,
+    settle_calls,
+)
 from mpass.match.spellings import SPELLINGS
 
 __all__ = [
@@ -101,5 +107,6 @@ def erase_added(graph: fx.Graph, before: Collection[fx.Node]) -> None:
 def dense_inside(site: AttentionSite, call: fx.Node, reason: str) -> AttentionSite:
     """A site of a sub-graph, named after its call, that stays dense."""
     path = module_path(call) or site.path
-    reason = site.dense_reason or reason
+    if site.dense_reason != NOT_OPENED:
+        reason = site.dense_reason or reason
     return replace(site, path=path, layer=layer_index(path), dense_reason=reason)

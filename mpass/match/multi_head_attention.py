@@ -27,6 +27,9 @@ from mpass.match.spelling import Spelling
 
 OP_NAMES = frozenset({function.__name__.strip("_") for function in OPS})
 
+NOT_OPENED = "query, key and value are projected inside of one op"
+"""The reason of a call that nobody tried to open: its graph is left alone, or only looked at."""
+
 MASK_TYPES = (0, PADDING, 2)
 
 OPENED = "minference_opened"
@@ -190,7 +193,7 @@ def match_multi_head_attention(node: fx.Node, prover: MaskProver) -> AttentionSi
         return None
     bound = bind(node)
     query = bound.get("query", bound.get("src", tensors[0]))
-    reason = reason_to_keep(node) or f"{OPS[node.target]} projects inside of one op"
+    reason = reason_to_keep(node) or NOT_OPENED
     return make_site(
         node,
         query=query,
