@@ -21,7 +21,7 @@ from mpass.graph.observation import shared_observations
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
 from mpass.lowering.kernel_sources import KernelSource
-from mpass.match import find_attention, inline_subgraphs
+from mpass.match import find_attention, inline_subgraphs, open_calls
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
 from mpass.report import Report, make_report
@@ -93,7 +93,7 @@ def compile(
 def apply_passes(
     gm: fx.GraphModule, options: Options, trace: Trace, recorded: Collection[fx.Node] = ()
 ) -> Report:
-    """The passes in order: inline, match, plan, validate, rewrite. They edit `gm`.
+    """The passes in order: inline, open, match, plan, validate, rewrite. They edit `gm`.
 
     recorded: nodes that gradients may be asked for, though their values do not say so. A failure
     of ours keeps one attention dense, or else leaves the whole graph as it was.
@@ -103,6 +103,7 @@ def apply_passes(
     try:
         with shared_observations():
             inline_subgraphs(gm)
+            opened = open_calls(gm.graph)
             sites = [with_gradients(site, recorded) for site in find_attention(gm)]
             trace.mark("match")
             decisions = [plan_or_skip(gm, site, options) for site in sites]
@@ -110,7 +111,7 @@ def apply_passes(
             decisions = validate_sites(gm, decisions, options.validate)
             trace.mark("validate")
             start_kernels([plan for plan in decisions if isinstance(plan, AttentionPlan)])
-            decisions = rewrite_attention(gm, decisions)
+            decisions = rewrite_attention(gm, decisions, opened)
             trace.mark("rewrite")
     except Exception as error:
         reason = contain(error, "rewriting a graph", count_ops(gm))

@@ -21,12 +21,13 @@ from torch.utils._sympy.functions import Max, Min
 
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
-from mpass.graph.layouts import difference, is_rearranged, layout_order, run_fake, same_layout
+from mpass.graph.layouts import difference, is_rearranged, layout_order, same_layout
+from mpass.graph.new_nodes import copy_meta, propagate, value_key
 from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.lowering.index import join_slots
-from mpass.match import erase_added
+from mpass.match import OpenedCall, erase_added, settle_calls
 from mpass.patterns.base import Pattern, head_slots, index_op, patterns_as_text, shared_slots
 from mpass.plan import AttentionPlan, Skip
 
@@ -46,14 +47,20 @@ aten = torch.ops.aten
 Decision = AttentionPlan | Skip
 
 
-def rewrite_attention(gm: fx.GraphModule, decisions: Sequence[Decision]) -> list[Decision]:
+def rewrite_attention(
+    gm: fx.GraphModule, decisions: Sequence[Decision], opened: Sequence[OpenedCall] = ()
+) -> list[Decision]:
     """Replace every planned site of `gm` in place, drop what died, and check the graph.
+
+    opened: calls whose parts stand in the graph as well; where they hold a planned site the parts
+    take the call's place, and else they go.
 
     Returns the decisions with those plans skipped whose replacement is not what the site computes.
     """
     taken_over: dict[fx.Node, fx.Node] = {}
     final = [replace_planned(gm, decision, taken_over) for decision in decisions]
     replaced = [plan.site.output for plan in final if isinstance(plan, AttentionPlan)]
+    settle_calls(gm.graph, opened, replaced)
     if replaced:
         remove_dead(gm.graph, replaced)
         gm.graph.lint()
@@ -235,22 +242,6 @@ def insert_sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
     return node
 
 
-def value_key(origin: fx.Node) -> str:
-    """Where nodes of a graph keep their fake value: Dynamo's and exported graphs differ."""
-    return "val" if "val" in origin.meta and "example_value" not in origin.meta else "example_value"
-
-
-def propagate(node: fx.Node, origin: fx.Node) -> None:
-    """Give a new node its fake value, computed from those of its arguments; adds no guards."""
-    if value_of(node) is not None or node.op not in ("call_function", "call_method"):
-        return
-    if not isinstance(example(origin), FakeTensor):
-        return
-    if any(value_of(argument) is None for argument in node.all_input_nodes):
-        raise LookupError(f"an argument of {node.name} has no fake value")
-    node.meta[value_key(origin)] = run_fake(node, {})
-
-
 def insert_layout(
     graph: fx.Graph, origin: fx.Node, output: fx.Node, order: tuple[int, ...]
 ) -> fx.Node:
@@ -347,13 +338,6 @@ def unpack(graph: fx.Graph, node: fx.Node, origin: fx.Node) -> list[fx.Node]:
     for item in items:
         copy_meta(origin, item)
     return items
-
-
-def copy_meta(origin: fx.Node, node: fx.Node) -> None:
-    """Keep where a node comes from (module stack, stack trace), not what its value was."""
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", "seq_nr"):
-        if key in origin.meta:
-            node.meta[key] = origin.meta[key]
 
 
 def as_argument(graph: fx.Graph, length: Length | fx.Node) -> int | fx.Node:

@@ -49,6 +49,7 @@ NO_REASONS = {
     "rows that see no key are padding: zeros, not the mean of all values",
     "rows that see no key are the mean of all values, looked for in each call",
     "matching attention ({})",
+    "opening attention",
 }
 """Texts of those files that are proofs or parts of reasons."""
 
@@ -84,6 +85,10 @@ UNREACHED = {
     "indexing by a mask": "a graph break: the size of the result is data",
     "slice from a tensor": "Dynamo reads the tensor first",
     "nn.MultiheadAttention's fast path": "Dynamo traces the slow path",
+    "{} gives results that are not unpacked": "Dynamo unpacks them",
+    "query, key and value are projected inside of one op": "another reason is shown",
+    "another layout": "the parts have the layout of torch's functions",
+    "{} has a mask of no known type": "refused by torch",
     "the sub-graph's results are not unpacked": "Dynamo's calls return a tuple",
     "inside of a sub-graph": "what Dynamo calls has a reason of its own to be kept",
     "flex_attention's output is unpacked more than once": "Dynamo unpacks once",

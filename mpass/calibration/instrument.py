@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, fx
 
 from mpass.graph.dead_code import remove_dead
+from mpass.graph.new_nodes import copy_meta
 from mpass.graph.site import AttentionSite
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
-from mpass.match import find_attention
+from mpass.match import find_attention, open_calls, settle_calls
 from mpass.patterns.base import Pattern
 from mpass.plan import reason_to_skip
-from mpass.rewrite import as_argument, copy_meta, insert_dimensions, insert_keys
+from mpass.rewrite import as_argument, insert_dimensions, insert_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,7 @@ class Instrument:
         """Replace the sites of a graph; it runs as it is, nothing else is compiled."""
         taken: set[int] = set()
         chosen: list[AttentionSite] = []
+        opened = open_calls(gm.graph)
         for found in find_attention(gm):
             # What is measured is under a mask in words: one that is read at run time has none yet.
             site = dataclasses.replace(found, mask_tensor=None)
@@ -97,7 +99,9 @@ class Instrument:
             chosen.append(site)
         for site in reversed(chosen):  # So that a site reads the call that replaces one before it.
             insert_call(gm.graph, site, self.call)
-        remove_dead(gm.graph, [site.output for site in chosen])
+        replaced = [site.output for site in chosen]
+        settle_calls(gm.graph, opened, replaced)
+        remove_dead(gm.graph, replaced)
         gm.graph.lint()
         gm.recompile()
         self.layers = sorted({*self.layers, *taken})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from mpass.graph.arguments import subject
 from mpass.graph.nodes import example, op_name, same_size, value_of
@@ -23,7 +26,11 @@ def run_fake(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> object:
         return values[argument] if argument in values else value_of(argument)
 
     args, kwargs = fx.map_arg(node.args, find), fx.map_arg(node.kwargs, find)
-    with torch.no_grad(), without_guards(node):
+    # Ops that make tensors of their own (SDPA of a truth mask does) need the mode of the others.
+    given = pytree.tree_leaves([args, kwargs])
+    modes = (value.fake_mode for value in given if isinstance(value, FakeTensor))
+    mode = next(modes, contextlib.nullcontext())
+    with torch.no_grad(), without_guards(node), mode:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -16,9 +16,24 @@ from mpass.masks.prover import MaskProver
 from mpass.match.common import make_site
 from mpass.match.eager_scores import trace_scores
 from mpass.match.inline import called_graph, inline_subgraphs, reason_to_keep
+from mpass.match.multi_head_attention import (
+    NOT_OPENED,
+    OpenedCall,
+    as_spelled,
+    open_calls,
+    settle_calls,
+)
 from mpass.match.spellings import SPELLINGS
 
-__all__ = ["SPELLINGS", "erase_added", "find_attention", "inline_subgraphs"]
+__all__ = [
+    "SPELLINGS",
+    "OpenedCall",
+    "erase_added",
+    "find_attention",
+    "inline_subgraphs",
+    "open_calls",
+    "settle_calls",
+]
 
 NESTING = "increment_nesting", "decrement_nesting"
 """Ends of the names of the ops between which a transform of torch.func is at work."""
@@ -48,7 +63,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
                 erase_added(gm.graph, before)
                 prover = MaskProver(gm.graph)
             if site is not None:
-                sites.append(replace(site, spelling=spelling.name))
+                sites.append(as_spelled(site, spelling.name))
         inner = called_graph(node)
         if inner is not None:
             reason = reason_to_keep(node, prover.writes) or "inside of a sub-graph"
@@ -92,5 +107,6 @@ def erase_added(graph: fx.Graph, before: Collection[fx.Node]) -> None:
 def dense_inside(site: AttentionSite, call: fx.Node, reason: str) -> AttentionSite:
     """A site of a sub-graph, named after its call, that stays dense."""
     path = module_path(call) or site.path
-    reason = site.dense_reason or reason
+    if site.dense_reason != NOT_OPENED:
+        reason = site.dense_reason or reason
     return replace(site, path=path, layer=layer_index(path), dense_reason=reason)

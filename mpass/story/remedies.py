@@ -46,7 +46,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"BlockMask",
         "make the BlockMask by create_block_mask from the same mask_mod, for these lengths",
     ),
-    (r"^nn\.\w+ projects", "set torch.backends.mha.set_fastpath_enabled(False)"),
+    (r"computes its weights: pass", "pass need_weights=False, or do not ask for the weights"),
+    (r"makes rows NaN", "set torch.backends.mha.set_fastpath_enabled(False)"),
     (r"queries do not see their own position|hides every key", "check the mask"),
     (r"mean of all values", "hide keys by minus infinity"),
     (

@@ -103,13 +103,36 @@ def scaled_by_zero(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)  # here
 
 
-def opaque(q, k, v):
-    x = q.transpose(1, 2).flatten(2).transpose(0, 1)
-    weight, bias = torch.eye(64).repeat(3, 1), torch.zeros(192)
-    return F.multi_head_attention_forward(  # here
-        *(x, x, x, 64, 4, weight, bias, None, None, False, 0.0, torch.eye(64), torch.zeros(64)),
-        need_weights=False,
-    )
+def projecting(**settings):
+    """A program whose attention is in one op that projects; settings: other arguments of it."""
+
+    def program(q, k, v):
+        x = q.transpose(1, 2).flatten(2).transpose(0, 1)
+        arguments = PROJECTIONS | settings
+        return F.multi_head_attention_forward(x, x, x, **arguments)[0]  # here
+
+    return program
+
+
+PROJECTIONS: dict[str, Any] = {
+    "embed_dim_to_check": 64,
+    "num_heads": 4,
+    "in_proj_weight": torch.eye(64).repeat(3, 1),
+    "in_proj_bias": torch.zeros(192),
+    "bias_k": None,
+    "bias_v": None,
+    "add_zero_attn": False,
+    "dropout_p": 0.0,
+    "out_proj_weight": torch.eye(64),
+    "out_proj_bias": torch.zeros(64),
+    "need_weights": False,
+}
+
+
+def projecting_in_autocast(q, k, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        x = q.transpose(1, 2).flatten(2).transpose(0, 1)
+        return F.multi_head_attention_forward(x, x, x, **PROJECTIONS)[0]  # here
 
 
 def dropped_by_length(q, k, v):
@@ -131,7 +154,10 @@ class Encoder(nn.Module):
         self.layer = nn.TransformerEncoderLayer(64, 4, batch_first=True).eval()
 
     def forward(self, q, k, v):
-        return self.layer(q.transpose(1, 2).flatten(2))  # here
+        x = q.transpose(1, 2).flatten(2)
+        hidden = torch.ones(N, N).triu(1).bool()
+        padding = x[..., 0] > 9
+        return self.layer(x, hidden, padding)  # here
 
 
 def checkpointed(q, k, v):
@@ -339,7 +365,7 @@ PROGRAMS: dict[str, Case] = {
     "half the length": Case(
         offset_by_half, "is not made of the graph's sizes", dynamic=((0, 2), (1, 2))
     ),
-    "encoder layer": Case(Encoder(), "nn.TransformerEncoderLayer's fast path"),
+    "encoder layer": Case(Encoder(), "fast path makes rows NaN that see no key"),
     "checkpoint that writes": Case(checkpointed, "the sub-graph writes in place"),
     "checkpoint after a write": Case(
         checkpointed_after_a_write, "an argument of the sub-graph is written in place"
@@ -351,7 +377,14 @@ PROGRAMS: dict[str, Case] = {
     "few queries": Case(plain, "60 queries, sparse from 128 on", {"queries": 60}),
     "decoding": Case(plain, "one query, as in decoding", {"queries": 1}),
     "config": Case(plain, "the config keeps every head", options={"pattern": "dense"}),
-    "opaque": Case(opaque, "projects query, key and value inside of one op"),
+    "projections and weights": Case(projecting(need_weights=True), "computes its weights"),
+    "projections and zeros": Case(projecting(add_zero_attn=True), "adds a key of zeros"),
+    "projections and a learned key": Case(
+        projecting(bias_k=torch.ones(1, 1, 64), bias_v=torch.ones(1, 1, 64)),
+        "adds a learned key and value",
+    ),
+    "projected key": Case(projecting(static_k=torch.ones(4, N, 16)), "is given projected keys"),
+    "projections in autocast": Case(projecting_in_autocast, "in parts: dtype"),
     "bmm": Case(matmul_of_three_dimensions, "the products are not of [B, H, N, D] tensors"),
     "sinks per query": Case(sinks_per_query, "sinks are not one number per head"),
     "sinks scaled": Case(sinks_scaled, "scores are changed by mul beside attention sinks"),

@@ -247,15 +247,6 @@ def test_gradients_keep_a_site_dense(x):
     assert "no_grad" in sites[0].dense_reason
 
 
-def test_opaque_modules_stay_dense_with_a_reason(x):
-    attention = nn.MultiheadAttention(D, 2, batch_first=True).eval()
-    found, _ = record(lambda y: attention(y, y, y, need_weights=False)[0], x[:, 0])
-    assert "nn.MultiheadAttention" in found[0].site.dense_reason
-    layer = nn.TransformerEncoderLayer(D, 2, batch_first=True).eval()
-    found, _ = record(layer, x[:, 0])
-    assert "TransformerEncoderLayer" in found[0].site.dense_reason
-
-
 # -- flex_attention ---------------------------------------------------------------------------
 
 LONG = 256
