@@ -44,6 +44,10 @@ from mpass.match.products import Product, bind_scores, bind_value, operands
 from mpass.match.repeat_kv import made_from, original, original_pair
 from mpass.match.spelling import Spelling
 
+NO_PRODUCTS = (
+    "the products are not of [B, H, N, D] tensors, nor of [B*H, N, D]: expand or reshape them"
+)
+
 
 def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     """The site around a softmax; None if the node is no softmax between two products."""
@@ -64,7 +68,7 @@ def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         or rounding(chain, weights)
     )
     if problem or first is None or second is None:
-        return dense_site(chain, weights, problem or "the products are not of [B, H, N, D] tensors")
+        return dense_site(chain, weights, problem or NO_PRODUCTS)
     return build_site(chain, weights, first, second, prover)
 
 

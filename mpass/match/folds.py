@@ -147,6 +147,6 @@ def readable(mask: object, folded: bool) -> bool:
 
     Its dimensions are not those of batch and head otherwise.
     """
-    if not folded or not is_tensor(mask):
+    if not folded or not isinstance(mask, fx.Node) or not is_tensor(mask):
         return True
     return all(is_one(size) for size in example(mask).shape[:-2])

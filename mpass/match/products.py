@@ -76,7 +76,7 @@ def bind_scores(node: fx.Node) -> Product | None:
         return bind_scores_einsum(node)
     pair = operands(node)
     if ranks(pair) == [3, 3]:
-        return Product(*pair, left_order=FOLDED, right_order=FOLDED_TRANSPOSED)
+        return Product(pair[0], pair[1], left_order=FOLDED, right_order=FOLDED_TRANSPOSED)
     if op_name(node) != "matmul" or ranks(pair) != [4, 4]:
         return None
     return Product(pair[0], pair[1], right_order=TRANSPOSED)
@@ -90,7 +90,7 @@ def bind_value(node: fx.Node, weights: fx.Node) -> Product | None:
         pair = operands(node)
         product = None
         if ranks(pair) == [3, 3] and op_name(node) != "baddbmm":
-            product = Product(*pair, left_order=FOLDED, right_order=FOLDED)
+            product = Product(pair[0], pair[1], left_order=FOLDED, right_order=FOLDED)
         elif op_name(node) == "matmul" and ranks(pair) == [4, 4]:
             product = Product(pair[0], pair[1])
     return product if product is not None and product.left is weights else None

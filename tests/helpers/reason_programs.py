@@ -181,9 +181,9 @@ def checkpointed_after_a_write(q, k, v):
 # -- written out ------------------------------------------------------------------------------
 
 
-def matmul_of_three_dimensions(q, k, v):
-    scores = (q[0] @ k[0].mT).masked_fill(~causal(), -torch.inf)
-    return scores.softmax(-1) @ v[0]  # here
+def matmul_of_mixed_dimensions(q, k, v):
+    scores = (q[0] @ k.mT).masked_fill(~causal(), -torch.inf)
+    return scores.softmax(-1) @ v  # here
 
 
 def sinks_per_query(q, k, v):
@@ -385,7 +385,7 @@ PROGRAMS: dict[str, Case] = {
     ),
     "projected key": Case(projecting(static_k=torch.ones(4, N, 16)), "is given projected keys"),
     "projections in autocast": Case(projecting_in_autocast, "in parts: dtype"),
-    "bmm": Case(matmul_of_three_dimensions, "the products are not of [B, H, N, D] tensors"),
+    "bmm": Case(matmul_of_mixed_dimensions, "the products are not of [B, H, N, D] tensors"),
     "sinks per query": Case(sinks_per_query, "sinks are not one number per head"),
     "sinks scaled": Case(sinks_scaled, "scores are changed by mul beside attention sinks"),
     "sinks kept": Case(sinks_kept, "attention sinks are not cut off the weights"),

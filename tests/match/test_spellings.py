@@ -189,10 +189,9 @@ def value_written(x):
     return weights @ value
 
 
-def three_dimensional(x):
-    y = x.reshape(B * H, N, D)
-    scores = torch.bmm(y, y.transpose(1, 2)).masked_fill(~seen(N), -1e9)
-    return torch.bmm(scores.softmax(-1), y)
+def broadcast_product(x):
+    scores = (x @ x[0].mT).masked_fill(~seen(N), -1e9)
+    return scores.softmax(-1) @ x[0]
 
 
 def alibi(x):
@@ -213,7 +212,7 @@ DENSE = {
     scaled_after_mask: "after the mask",
     masked_by_scores: "also read by",
     value_written: "written in place",
-    three_dimensional: "[B, H, N, D]",
+    broadcast_product: "[B, H, N, D]",
     alibi: "ALiBi",
     sdpa_dropout: "model.eval()",
 }
