@@ -79,7 +79,7 @@ def write_parts(call: fx.Node, arguments: dict[str, Any]) -> Parts:
     return Parts(attention.node, result.node)
 
 
-def as_proxy(value: Any, tracer: fx.Tracer) -> Any:
+def as_proxy(value: Any, tracer: fx.proxy.TracerBase) -> Any:
     return fx.Proxy(value, tracer) if isinstance(value, fx.Node) else value
 
 
@@ -97,9 +97,8 @@ def functional_parts(a: dict[str, Any], nodes: dict[str, Any]) -> tuple[Any, Any
         query, key, value = map(F.linear, inputs, weights, biases)
     hint = bool(a["is_causal"]) and a["key_padding_mask"] is None
     mask = None if hint else functional_mask(a, nodes)
-    attention = F.scaled_dot_product_attention(
-        *map(layout.split, (query, key, value)), attn_mask=mask, is_causal=hint
-    )
+    query, key, value = map(layout.split, (query, key, value))
+    attention = F.scaled_dot_product_attention(query, key, value, mask, is_causal=hint)
     result = F.linear(layout.join(attention), a["out_proj_weight"], a["out_proj_bias"])
     return attention, result if batched else result.squeeze(1)
 
@@ -182,7 +181,8 @@ def native_attention(
     if mask is not None:
         hidden = mask if example(nodes["mask"]).dtype == torch.bool else mask != 0
         mask = ~(hidden.unsqueeze(1).unsqueeze(2) if a["mask_type"] == PADDING else hidden)
-    attention = F.scaled_dot_product_attention(*map(layout.split, inputs), attn_mask=mask)
+    query, key, value = map(layout.split, inputs)
+    attention: Any = F.scaled_dot_product_attention(query, key, value, mask)
     result = attention
     if mask is not None and a["mask_type"] == PADDING:
         result = attention.masked_fill((~mask).all(-1, True), float("nan"))
