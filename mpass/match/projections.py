@@ -44,15 +44,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the batch stands in the inputs and the output: [B, L, E], or else [L, B, E]."""
+    """Where the batch stands in the output: [B, L, E], or else [L, B, E]."""
 
     heads: int
     batch_first: bool
 
     def split(self, x: Any) -> Any:
-        """[.., E] -> [B, H, L, D]."""
-        order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
-        return x.unflatten(-1, (self.heads, -1)).permute(*order)
+        """[B, L, E] -> [B, H, L, D]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def join(self, x: Any) -> Any:
         """[B, H, L, D] -> [.., E]."""
@@ -87,7 +86,7 @@ def functional_parts(a: dict[str, Any], nodes: dict[str, Any]) -> tuple[Any, Any
     """`F.multi_head_attention_forward(need_weights=False)`: its attention and its output."""
     batched = len(shape_of(nodes["query"])) == 3
     names = ("query", "key", "value")
-    inputs = [a[name] if batched else a[name].unsqueeze(1) for name in names]
+    inputs = [a[name].transpose(0, 1) if batched else a[name].unsqueeze(0) for name in names]
     weights, biases = projections(a)
     same = nodes["query"] is nodes["key"] is nodes["value"]
     layout = Layout(a["num_heads"], batch_first=False)
