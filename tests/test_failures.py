@@ -50,7 +50,7 @@ PLACES = {
     "planning": (mpass.plan, "resolve_site"),
     "warming up": (mpass.backend, "start_kernels"),
     "inserting": (mpass.rewrite, "insert_index"),
-    "propagating": (mpass.rewrite, "run_fake"),
+    "propagating": (mpass.rewrite, "propagate"),
     "comparing": (mpass.rewrite, "difference"),
     "dropping": (mpass.rewrite, "remove_dead"),
 }

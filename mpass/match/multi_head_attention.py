@@ -64,18 +64,18 @@ def open_calls(graph: fx.Graph) -> list[OpenedCall]:
         if node.op != "call_function" or node.target not in OPS or reason_to_keep(node):
             continue
         before = set(graph.nodes)
+        found: OpenedCall | str
         try:
             found = open_call(node)
-            reason = found if isinstance(found, str) else ""
         except Exception as error:
             owner = graph.owning_module
-            reason = contain(error, "opening attention", count_ops(owner) if owner else None)
-        if reason:
-            node.meta[KEPT] = reason
-            erase_all(graph, [added for added in graph.nodes if added not in before])
-        else:
+            found = contain(error, "opening attention", count_ops(owner) if owner else None)
+        if isinstance(found, OpenedCall):
             node.meta[OPENED] = True
             opened.append(found)
+        else:
+            node.meta[KEPT] = found
+            erase_all(graph, [added for added in graph.nodes if added not in before])
     return opened
 
 

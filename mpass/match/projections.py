@@ -44,15 +44,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the batch stands in the inputs and the output: [B, L, E], or else [L, B, E]."""
+    """Where the batch stands in the output: [B, L, E], or else [L, B, E]."""
 
     heads: int
     batch_first: bool
 
     def split(self, x: Any) -> Any:
-        """[.., E] -> [B, H, L, D]."""
-        order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
-        return x.unflatten(-1, (self.heads, -1)).permute(*order)
+        """[B, L, E] -> [B, H, L, D]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def join(self, x: Any) -> Any:
         """[B, H, L, D] -> [.., E]."""
@@ -79,7 +78,7 @@ def write_parts(call: fx.Node, arguments: dict[str, Any]) -> Parts:
     return Parts(attention.node, result.node)
 
 
-def as_proxy(value: Any, tracer: fx.Tracer) -> Any:
+def as_proxy(value: Any, tracer: fx.proxy.TracerBase) -> Any:
     return fx.Proxy(value, tracer) if isinstance(value, fx.Node) else value
 
 
@@ -87,7 +86,7 @@ def functional_parts(a: dict[str, Any], nodes: dict[str, Any]) -> tuple[Any, Any
     """`F.multi_head_attention_forward(need_weights=False)`: its attention and its output."""
     batched = len(shape_of(nodes["query"])) == 3
     names = ("query", "key", "value")
-    inputs = [a[name] if batched else a[name].unsqueeze(1) for name in names]
+    inputs = [a[name].transpose(0, 1) if batched else a[name].unsqueeze(0) for name in names]
     weights, biases = projections(a)
     same = nodes["query"] is nodes["key"] is nodes["value"]
     layout = Layout(a["num_heads"], batch_first=False)
@@ -97,9 +96,8 @@ def functional_parts(a: dict[str, Any], nodes: dict[str, Any]) -> tuple[Any, Any
         query, key, value = map(F.linear, inputs, weights, biases)
     hint = bool(a["is_causal"]) and a["key_padding_mask"] is None
     mask = None if hint else functional_mask(a, nodes)
-    attention = F.scaled_dot_product_attention(
-        *map(layout.split, (query, key, value)), attn_mask=mask, is_causal=hint
-    )
+    query, key, value = map(layout.split, (query, key, value))
+    attention = F.scaled_dot_product_attention(query, key, value, mask, is_causal=hint)
     result = F.linear(layout.join(attention), a["out_proj_weight"], a["out_proj_bias"])
     return attention, result if batched else result.squeeze(1)
 
@@ -182,7 +180,8 @@ def native_attention(
     if mask is not None:
         hidden = mask if example(nodes["mask"]).dtype == torch.bool else mask != 0
         mask = ~(hidden.unsqueeze(1).unsqueeze(2) if a["mask_type"] == PADDING else hidden)
-    attention = F.scaled_dot_product_attention(*map(layout.split, inputs), attn_mask=mask)
+    query, key, value = map(layout.split, inputs)
+    attention: Any = F.scaled_dot_product_attention(query, key, value, mask)
     result = attention
     if mask is not None and a["mask_type"] == PADDING:
         result = attention.masked_fill((~mask).all(-1, True), float("nan"))

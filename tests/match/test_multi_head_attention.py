@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mpass
+from mpass import failures
 from mpass.backend import minference
 from mpass.graph.layouts import same_layout
 from tests.helpers.toys import OPTIONS
@@ -326,3 +327,19 @@ def test_inputs_that_are_written_after_the_call_are_read_before():
         return y + x
 
     check(program, torch.randn(N, 2, E))
+
+
+def test_a_failure_of_opening_leaves_the_call_and_warns(monkeypatch):
+    def breaks(call, arguments):
+        call.graph.call_function(torch.neg, (arguments["query"],))
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setenv(failures.VARIABLE, "0")
+    monkeypatch.setattr(failures, "_reported", set())
+    monkeypatch.setattr("mpass.match.multi_head_attention.write_parts", breaks)
+    attention = module()
+    program = lambda x: attention(x, x, x, need_weights=False)[0]  # noqa: E731
+    with pytest.warns(failures.InternalErrorWarning, match="opening attention"):
+        before, after = codes_of(program, torch.randn(N, 2, E))
+    assert after == before
+    assert "on purpose" in mpass.last_report().sites[0].reason
