@@ -61,6 +61,9 @@ def drawn(edits=EDITS, before=BEFORE, scores=SCORES, after=AFTER, between=BETWEE
 
 
 programs = drawn()
+FOUND = ("sdpa", "sdpa_additive", "plain", "einsum", "softcap", "sinks", "by_where", "amax")
+likely = drawn(scores=FOUND * 4 + SCORES, between=("",) * 20 + BETWEEN)
+"""Programs of which nearly half become sparse; of `programs` one in seven does."""
 
 
 def tensors():
