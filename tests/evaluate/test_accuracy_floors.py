@@ -118,6 +118,7 @@ def test_the_default_keeps_the_loss_and_finds_the_needle(default):
     assert default.holds(), default
 
 
+@pytest.mark.slow
 def test_a_random_choice_of_as_much_fails_the_floors(bench, default, monkeypatch):
     estimate = Union.estimate
     monkeypatch.setattr(

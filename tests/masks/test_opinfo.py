@@ -62,7 +62,7 @@ OPS = {
 }
 
 
-def part_of_today(share: int = 4) -> list[str]:
+def part_of_today(share: int = 8) -> list[str]:
     """One op in `share`, others every day; MPASS_SEED chooses a day."""
     seed = int(os.environ.get("MPASS_SEED") or datetime.date.today().toordinal())
     names = sorted(OPS)

@@ -13,6 +13,7 @@ import mpass
 from mpass.lowering.recorder import record
 from mpass.match import eager, sdpa
 from mpass.validation import ValidationWarning
+from tests.helpers.rotation import part_of_today
 from tests.helpers.toys import EVERY_KEY, RecordingBackend
 from tests.match.test_prompts_in_parts import answer, build, compiled, tokens
 
@@ -49,7 +50,9 @@ def static(model, name: str):
 
 @pytest.mark.parametrize(
     ("model", "case", "calls"),
-    [("llama", "left-padded", 2), ("llama", "chunks", 6), ("mistral", "plain", 2)],
+    part_of_today(
+        [("llama", "left-padded", 2), ("llama", "chunks", 6), ("mistral", "plain", 2)], share=3
+    ),
 )
 def test_static_caches_of_generate(model, case, calls):
     """generate() makes the mask of a static cache outside of the compiled forward.

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from mpass.lowering.recorder import Log, record
+from tests.helpers.rotation import part_of_today
 from tests.helpers.toys import EVERY_KEY
 
 transformers = pytest.importorskip("transformers", reason="builds models of transformers")
@@ -90,7 +91,7 @@ def ran_sparse(log: Log, parts: int) -> bool:
     return len(log.calls) == 2 * parts and all(call.lowering != "dense" for call in log.calls)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", part_of_today(MODELS, share=3))
 def test_turns_over_one_cache_stay_sparse_in_one_graph(name):
     expected, _ = converse(build(name))
     with record() as log:

@@ -17,6 +17,7 @@ from mpass.patterns.strided import Strided
 from mpass.patterns.tri_shape import TriShape
 from tests.helpers.huge_scores import ROWS, clear_rows, huge_inputs
 from tests.helpers.pairwise import pairwise
+from tests.helpers.rotation import part_of_today
 from tests.helpers.triton_cases import SLOTS, padding, poisoned_memory, random_index
 from tests.helpers.truth import TOLERANCE, dense_attention, random_attention
 
@@ -108,17 +109,20 @@ def test_attention_in_half_precision_equals_reference(dtype, flags):
 
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"),
-    [
-        (16, 16),
-        (20, 36),
-        (64, 64),
-        (80, 80),
-        (96, 96),
-        (112, 48),
-        (192, 128),
-        (64, 240),
-        (256, 256),
-    ],
+    part_of_today(
+        [
+            (16, 16),
+            (20, 36),
+            (64, 64),
+            (80, 80),
+            (96, 96),
+            (112, 48),
+            (192, 128),
+            (64, 240),
+            (256, 256),
+        ],
+        share=3,
+    ),
 )
 def test_head_sizes_that_are_no_power_of_two_are_cut_into_parts(head_dim, value_dim):
     check(

@@ -28,6 +28,7 @@ from mpass.lowering.triton.union import vertical_block_index
 from mpass.lowering.triton.x_attention import x_attention_index
 from mpass.patterns.base import find_pattern
 from mpass.patterns.base import scored as lists
+from tests.helpers.rotation import part_of_today
 from tests.helpers.triton_cases import assert_same, padding, poisoned_memory
 from tests.helpers.truth import random_attention
 
@@ -177,7 +178,7 @@ def test_x_attention_of_any_stride_and_head_size_select_what_the_reference_selec
     assert_same(index, reference_x_attention.x_attention_index(*arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", part_of_today([torch.float16, torch.bfloat16], share=2), ids=str)
 def test_lists_in_half_precision_nearly_equal_reference(dtype):
     # Means are rounded to the dtype of the keys, so that near-equal scores may change places.
     mask = MASKS["padding"]

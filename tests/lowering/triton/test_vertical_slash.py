@@ -12,6 +12,7 @@ from mpass.lowering.reference.vertical_slash import VerticalSlashRule
 from mpass.lowering.triton import vertical_slash as generated
 from mpass.lowering.triton.launch import device_ints
 from mpass.lowering.triton.vertical_slash import vertical_slash_index
+from tests.helpers.rotation import part_of_today
 from tests.helpers.triton_cases import assert_same, padding, poisoned_memory
 from tests.helpers.truth import random_attention
 
@@ -52,7 +53,7 @@ def test_sums_of_the_last_queries_equal_reference(mask):
     assert torch.equal(sums, again)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", part_of_today([torch.float16, torch.bfloat16], share=2), ids=str)
 def test_sums_in_half_precision_equal_reference(dtype):
     mask = MASKS["window and padding"]
     query, key = tensors(mask, head_dim=80, dtype=dtype)
