@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                    # ten minutes; call again to go on
     python -m benchmarks.gpu --only check       # correctness alone
+    python -m benchmarks.gpu first --out FILE   # eight minutes, most valuable first: first.py
     python -m benchmarks.gpu --smoke            # dry run, interpreted on a CPU, tiny sizes
 
 Needs no network. Writes every row to a JSON file as it is measured and prints a table last.
@@ -15,14 +16,14 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks.gpu import first
 from benchmarks.gpu.clock import Results
 from benchmarks.gpu.sections import all_work
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.summary import bars
+from benchmarks.gpu.summary import short, table
 
 LENGTHS = tuple(1024 * 2**i for i in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10))
 RESULTS = Path(__file__).parent / "results"
@@ -30,6 +31,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is not measured yet; 0 if every check passed, 1 if one failed, 2 without a GPU."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["first"]:
+        return first.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
         "--only", default="", help="names that contain this: check, attention/, ..."
@@ -89,27 +93,6 @@ def seconds_needed(name: str) -> float:
     end = name.rsplit("/", 1)[1]
     length = int(end) if end.isdigit() else 0
     return 30.0 if length < 2**19 else 60.0 if length < 2**20 else 120.0
-
-
-def table(rows: dict[str, dict[str, Any]], only: str) -> str:
-    """One line per row of the results, checks summed up in one."""
-    checks = {name: row for name, row in rows.items() if name.startswith("check/")}
-    good = sum(bool(row.get("ok")) for row in checks.values())
-    lines = [f"checks: {good} of {len(checks)} right"]
-    lines += [f"  wrong: {name} {short(row)}" for name, row in checks.items() if not row.get("ok")]
-    shown = {name: row for name, row in rows.items() if name not in checks and only in name}
-    width = max((len(name) for name in shown), default=0)
-    lines += [f"{name:<{width}}  {short(row)}" for name, row in shown.items()]
-    return "\n".join([*lines, *bars(rows)])
-
-
-def short(row: dict[str, Any]) -> str:
-    """A row's figures in one line."""
-    return "  ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in row.items()
-        if key != "date"
-    )
 
 
 if __name__ == "__main__":

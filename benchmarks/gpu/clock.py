@@ -53,6 +53,7 @@ class Results:
 
     def __init__(self, path: Path, device: torch.device, *, smoke: bool) -> None:
         self.path = path
+        self.on_gpu = device.type == "cuda"
         self.about = describe(device, smoke=smoke)
         self.rows: dict[str, dict[str, Any]] = {}
         if path.is_file():

@@ -52,6 +52,59 @@ class Shape:
         return 2.0 * self.length**2 * self.head_dim * self.heads
 
 
+def planted_tensors(
+    shape: Shape,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    local: float = 14.0,
+    sink: float = 10.0,
+    spikes: int = 48,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [1, H, N, D], key and value [1, Hk, N, D] with what makes a model's attention sparse.
+
+    Rotary embeddings of one common direction make near keys likely (`local`: its logit at distance
+    0, more for later heads); half of the queries look for a probe that `spikes` keys of each kv
+    head carry, the first ones among them (`sink`: its logit). The rest is unit noise.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    length, heads, kv_heads, dim = shape.length, shape.heads, shape.kv_heads, shape.head_dim
+    frequencies = 5e5 ** (-torch.arange(dim // 2, device=device) / (dim // 2))
+    angles = torch.arange(length, device=device)[:, None] * frequencies
+    cosine, sine = angles.cos(), angles.sin()
+
+    def rotate(tensor: Tensor) -> Tensor:
+        first, second = tensor.chunk(2, -1)
+        return torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1)
+
+    common, probe = (
+        torch.nn.functional.normalize(normal(kv_heads, 1, dim), dim=-1) for _ in range(2)
+    )
+    gain, lift = (logit**0.5 * dim**0.25 for logit in (local, sink))
+    query, key, value = (
+        torch.empty(1, length, count, dim, dtype=shape.dtype, device=device).transpose(1, 2)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    keys = rotate(common * gain + normal(kv_heads, length, dim))
+    places = torch.randint(0, length, (kv_heads, spikes), generator=generator, device=device)
+    places[:, :4] = torch.arange(4, device=device)
+    keys.scatter_add_(
+        1, places[..., None].expand(-1, -1, dim), (probe * lift).expand(-1, spikes, -1)
+    )
+    key[0], value[0] = keys, normal(kv_heads, length, dim)
+    for head in range(heads):  # one at a time: all heads of a million tokens in fp32 are large
+        kv_head = head * kv_heads // heads
+        strength = gain * (0.6 + 0.8 * head / max(1, heads - 1))
+        searching = torch.rand(length, 1, generator=generator, device=device) < 0.5
+        near = rotate(common[kv_head] * strength + normal(length, dim))
+        query[0, head] = near + probe[kv_head] * lift * searching
+    return query, key, value
+
+
 def list_index(query: Tensor, density: float | Sequence[float], seed: int = 0) -> SparseIndex:
     """Random block lists: row r of a head selects `density` of its r + 1 blocks, its own always.
 

@@ -10,7 +10,7 @@ import torch
 
 import mpass
 from benchmarks.gpu.clock import milliseconds
-from benchmarks.gpu.setting import SLASH, VERTICAL, Row, Setting, Work
+from benchmarks.gpu.setting import TOP_K, Row, Setting, Work
 
 CROSSOVER_LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 """Around the shortest prompt that becomes sparse."""
@@ -29,7 +29,7 @@ def compare_attention(setting: Setting, length: int) -> Row:
 
     slowdown: above 1.03 the crossover is set too low. always_sparse_ms: without it.
     """
-    query, key, value = setting.shape(length).tensors(setting.device)
+    query, key, value = setting.tensors(length)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
@@ -62,7 +62,10 @@ def prefills(setting: Setting) -> Iterator[Work]:
 
 
 def prefill(setting: Setting, length: int, backend: str) -> Row:
-    """A model shaped like Llama-3.1-8B with random weights, compiled: fixed budgets, or dense."""
+    """A model shaped like Llama-3.1-8B with random weights, compiled: fixed budgets, or dense.
+
+    Random weights have no sparsity that an estimate of mass could find.
+    """
     run, vocabulary = compiled_llama(setting, backend)
     tokens = torch.randint(0, vocabulary, (1, length), device=setting.device)
     with torch.no_grad():
@@ -79,9 +82,9 @@ def compiled_llama(setting: Setting, backend: str) -> tuple[Callable[..., Any], 
     model, vocabulary = llama(setting)
     arguments: dict[str, Any] = {"backend": backend}
     if backend == "minference":
-        arguments["options"] = {"pattern": mpass.VerticalSlash(VERTICAL, SLASH)}
+        arguments["options"] = {"pattern": mpass.BlockSparse(TOP_K)}
     if setting.smoke:
-        options = {"pattern": mpass.VerticalSlash(30, 100), "min_seq_len": 0}
+        options: dict[str, Any] = {"pattern": mpass.VerticalSlash(30, 100), "min_seq_len": 0}
         options["inner_backend"] = "eager"
         sparse = backend == "minference"
         arguments = {"backend": backend, "options": options} if sparse else {"backend": "eager"}
@@ -96,7 +99,11 @@ def llama(setting: Setting) -> tuple[Any, int]:
     tiny: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
     full: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336}
-    full |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    full |= {
+        "num_hidden_layers": setting.layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     full |= {"vocab_size": 128256, "rope_theta": 5e5}
     most = 2 * max(setting.lengths)
     config = LlamaConfig(**(tiny if setting.smoke else full), max_position_embeddings=most)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mpass.lowering.index import BLOCK, SparseIndex, num_query_blocks
+from mpass.lowering.index import BLOCK, SparseIndex
 
 FLEX_LIMIT = 131072
 """Beyond this FlexAttention's block mask, an entry per pair of blocks, outgrows the memory."""
@@ -33,15 +33,24 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend | None) 
 
 
 def flex(
-    query: Tensor, key: Tensor, value: Tensor, index: SparseIndex, *, compiled: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: SparseIndex,
+    *,
+    compiled: bool,
+    block: int = BLOCK,
 ) -> Callable[[], Tensor]:
-    """FlexAttention over the same lists of blocks; index in list form, one list per head."""
+    """FlexAttention over the same lists of blocks; index in list form, one list per head.
+
+    block: queries and keys of an entry of the index.
+    """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
         return q >= k
 
-    rows = num_query_blocks(query.shape[2], 0)
+    rows = -(-query.shape[2] // block)
     own = torch.arange(rows, device=query.device, dtype=torch.int32)
     entries = torch.nn.functional.pad(
         index.block_index, (0, max(0, rows - index.block_index.shape[-1]))
@@ -52,11 +61,11 @@ def flex(
         kv_indices=own.view(1, 1, rows, 1).expand(*index.block_count.shape, rows).contiguous(),
         full_kv_num_blocks=index.block_count - 1,
         full_kv_indices=entries,
-        BLOCK_SIZE=BLOCK,
+        BLOCK_SIZE=block,
         mask_mod=causal,
         seq_lengths=(query.shape[2], key.shape[2]),
     )
     attend = torch.compile(flex_attention) if compiled else flex_attention
     # Its own tiles must divide the mask's blocks; the default ones are larger.
-    tiles = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK} if compiled else None
+    tiles = {"BLOCK_M": block, "BLOCK_N": BLOCK} if compiled else None
     return lambda: attend(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=tiles)

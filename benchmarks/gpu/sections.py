@@ -9,18 +9,21 @@ import contextlib
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu import check, densities, models, rivals
+from benchmarks.gpu.check_long import check_long
 from benchmarks.gpu.clock import milliseconds
 from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
-from benchmarks.gpu.setting import SLASH, VERTICAL, Row, Setting, Work
+from benchmarks.gpu.layer import Estimator, time_layer
+from benchmarks.gpu.machine import machine
+from benchmarks.gpu.setting import SLASH, TOP_K, VERTICAL, Row, Setting, Work
 from mpass.lowering.estimators import BLOCK_SPARSE, SAMPLE_ATTENTION, VERTICAL_SLASH
 from mpass.lowering.estimators import Estimator as IndexEstimator
-from mpass.lowering.index import AttentionMask, SparseIndex, num_query_blocks
+from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex, num_query_blocks
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.reference.block_sparse import BlockSparseRule
 from mpass.lowering.reference.vertical_slash import VerticalSlashRule
@@ -30,11 +33,7 @@ from mpass.patterns.base import find_pattern
 from mpass.patterns.base.scored import ListPattern
 from mpass.patterns.sample_attention import SampleAttention
 
-Estimator = Callable[[torch.Tensor, torch.Tensor], SparseIndex]
-
 DENSITIES = (0.01, 0.05, 0.2)
-TOP_K = 100
-"""Blocks per query block of the paper's block-sparse heads."""
 SLOWEST = 8.0
 """Dense attention that takes longer than this many seconds at 300 TFLOP/s runs once, unwarmed."""
 
@@ -42,7 +41,10 @@ SLOWEST = 8.0
 def all_work(setting: Setting) -> Iterator[Work]:
     """Everything, in order of what is worth knowing first."""
     yield from checks(setting)
+    yield from long_checks(setting)
+    yield from machine(setting)
     for length in setting.lengths:
+        yield from layers(setting, length)
         yield from attention(setting, length)
         yield from estimation(setting, length)
         yield from whole(setting, length)
@@ -75,6 +77,25 @@ def checks(setting: Setting) -> Iterator[Work]:
                 )
 
 
+LONG_CHECKS = (8197, 70001)
+"""Lengths beyond one chunk, and beyond one turn, of every kernel, and no multiple of a block."""
+
+
+def long_checks(setting: Setting) -> Iterator[Work]:
+    """Every estimator and its attention at lengths where short checks see nothing."""
+    for length in (131,) if setting.smoke else LONG_CHECKS:
+        for name, estimate in ESTIMATORS.items():
+            work = functools.partial(check_long, setting, length, estimate)
+            yield f"check/long {name}/{length}", work
+
+
+def layers(setting: Setting, length: int) -> Iterator[Work]:
+    """A layer whole, by each estimator with its default rule."""
+    for name, estimate in ESTIMATORS.items():
+        work = functools.partial(time_layer, setting, length, estimate)
+        yield f"layer/{name}/{length}", work
+
+
 def attention(setting: Setting, length: int) -> Iterator[Work]:
     for density in (*DENSITIES, 1.0):
         yield (
@@ -100,21 +121,21 @@ def attention(setting: Setting, length: int) -> Iterator[Work]:
                 f"attention/flex {density:g}/{length}",
                 functools.partial(flex, setting, length, density),
             )
+        yield f"attention/flex 128 0.05/{length}", functools.partial(flex_wide, setting, length)
     if length <= rivals.FLEX_LIMIT:
         yield f"attention/in-kernel gather/{length}", functools.partial(gather, setting, length)
 
 
 def sparse_attention(setting: Setting, length: int, density: float) -> Row:
     """The attention op alone over random lists, or over everything."""
-    shape = setting.shape(length)
-    query, key, value = shape.tensors(setting.device)
+    query, key, value = setting.tensors(length)
     index = dense_index(query) if density == 1.0 else list_index(query, density)
     return time_attention(setting, query, key, value, index) | {"density": density}
 
 
 def recorded_attention(setting: Setting, length: int, pattern: str) -> Row:
     """The attention op alone over random lists whose heads have a real prompt's densities."""
-    query, key, value = setting.shape(length).tensors(setting.device)
+    query, key, value = setting.tensors(length)
     shares = densities.load_densities(pattern, length, query.shape[1])
     row = time_attention(setting, query, key, value, list_index(query, shares))
     return row | {"density": statistics.fmean(shares)}
@@ -141,7 +162,7 @@ def time_attention(
 
 def dense(setting: Setting, length: int, backend: SDPBackend | None) -> Row:
     shape = setting.shape(length)
-    query, key, value = shape.tensors(setting.device)
+    query, key, value = setting.tensors(length)
     attend = functools.partial(rivals.sdpa, query, key, value, backend)
     warm_up = shape.dense_flops / 300e12 < SLOWEST
     spent = milliseconds(attend, setting.device, warm_up=warm_up)
@@ -149,7 +170,7 @@ def dense(setting: Setting, length: int, backend: SDPBackend | None) -> Row:
 
 
 def flex(setting: Setting, length: int, density: float) -> Row:
-    query, key, value = setting.shape(length).tensors(setting.device)
+    query, key, value = setting.tensors(length)
     index = list_index(query, density)
     attend = rivals.flex(query, key, value, index, compiled=not setting.smoke)
     row = {"ms": milliseconds(attend, setting.device)}
@@ -161,6 +182,14 @@ def flex(setting: Setting, length: int, density: float) -> Row:
     return row | {"difference": float((ours.float() - attend().float()).abs().max())}
 
 
+def flex_wide(setting: Setting, length: int) -> Row:
+    """FlexAttention over blocks of 128, its own default, at density 0.05."""
+    query, key, value = setting.tensors(length)
+    index = list_index(query[:, :, : length // 2], 0.05)  # of half as many, twice as large blocks
+    attend = rivals.flex(query, key, value, index, compiled=not setting.smoke, block=2 * BLOCK)
+    return {"ms": milliseconds(attend, setting.device)}
+
+
 def gather(setting: Setting, length: int) -> Row:
     """The paper's kernel and ours on one vertical-slash index."""
     import triton
@@ -169,7 +198,7 @@ def gather(setting: Setting, length: int) -> Row:
         triton.knobs.runtime.interpret = setting.smoke
         from benchmarks.gpu.gather_kernel import gather_attention, row_lists
 
-    query, key, value = setting.shape(length).tensors(setting.device)
+    query, key, value = setting.tensors(length)
     index = vertical_slash(query, key)
     lists = row_lists(index, length)
 
@@ -236,7 +265,7 @@ def estimation(setting: Setting, length: int) -> Iterator[Work]:
 
 def time_estimation(setting: Setting, length: int, estimate: Estimator) -> Row:
     """Estimation with index building, and the attention over what it selects."""
-    query, key, value = setting.shape(length).tensors(setting.device)
+    query, key, value = setting.tensors(length)
     spent = milliseconds(functools.partial(estimate, query, key), setting.device)
     row = time_attention(setting, query, key, value, estimate(query, key))
     return {"ms": spent, "attention_ms": row["ms"], "share": spent / row["ms"]} | {
@@ -255,7 +284,7 @@ def whole(setting: Setting, length: int) -> Iterator[Work]:
 
 def whole_op(setting: Setting, length: int, density: float) -> Row:
     """Pooled scores, selection and attention of `density` of the causal blocks, in one go."""
-    query, key, value = setting.shape(length).tensors(setting.device)
+    query, key, value = setting.tensors(length)
     blocks = num_query_blocks(length, 0)
     # k of the r blocks of each row r, all of the first k: k * blocks - k^2 / 2 of blocks^2 / 2.
     top_k = max(1, round(blocks * (1 - math.sqrt(1 - density))))
@@ -272,7 +301,7 @@ def whole_op(setting: Setting, length: int, density: float) -> Row:
 
 def capture(setting: Setting, length: int, estimate: Estimator) -> Row:
     """Estimation and attention without a host sync, then in a CUDA graph replayed on new inputs."""
-    query, key, value = setting.shape(length).tensors(setting.device)
+    query, key, value = setting.tensors(length)
 
     def layer() -> torch.Tensor:
         index = estimate(query, key)

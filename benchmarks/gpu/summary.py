@@ -9,6 +9,27 @@ Rows = dict[str, dict[str, Any]]
 Goal = tuple[str, float, bool]
 
 
+def table(rows: dict[str, dict[str, Any]], only: str) -> str:
+    """One line per row of the results, checks summed up in one."""
+    checks = {name: row for name, row in rows.items() if name.startswith("check/")}
+    good = sum(bool(row.get("ok")) for row in checks.values())
+    lines = [f"checks: {good} of {len(checks)} right"]
+    lines += [f"  wrong: {name} {short(row)}" for name, row in checks.items() if not row.get("ok")]
+    shown = {name: row for name, row in rows.items() if name not in checks and only in name}
+    width = max((len(name) for name in shown), default=0)
+    lines += [f"{name:<{width}}  {short(row)}" for name, row in shown.items()]
+    return "\n".join([*lines, *bars(rows)])
+
+
+def short(row: dict[str, Any]) -> str:
+    """A row's figures in one line."""
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if key != "date"
+    )
+
+
 def bars(rows: Rows) -> list[str]:
     """One line per goal that the rows can answer."""
     return [

@@ -9,7 +9,12 @@ import torch
 
 from benchmarks.gpu import densities
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
+from benchmarks.gpu.check import relative_error
+from benchmarks.gpu.check_long import check_long
+from benchmarks.gpu.first import MODEL, PLAN, chosen
+from benchmarks.gpu.inputs import Shape, computed_flops, dense_index, list_index, planted_tensors
+from benchmarks.gpu.sections import ESTIMATORS, all_work
+from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.summary import goals
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference import attention as reference
@@ -55,7 +60,8 @@ def test_dry_run_measures_estimation_and_the_attention_after_it(tmp_path):
 def test_dry_run_of_every_section_has_a_figure_or_a_reason_in_every_row(tmp_path):
     rows = smoke(tmp_path / "rows.json", "/130")
     sections = {name.split("/")[0] for name in rows}
-    assert sections == {"attention", "estimation", "whole", "capture", "crossover", "prefill"}
+    timed = {"attention", "estimation", "whole", "capture", "crossover", "prefill"}
+    assert sections == timed | {"layer"}
     assert not [(name, row) for name, row in rows.items() if "error" in row]
 
 
@@ -128,3 +134,70 @@ def test_flops_count_the_tiles_that_are_computed():
     for index in (dense_index(query), list_index(query, 0.5)):
         cells = reference.computed_mask(index, AttentionMask(causal=False), **sizes)
         assert computed_flops(index, 256, 8) == 4 * 8 * int(cells.sum())
+
+
+def test_first_run_checks_in_processes_of_their_own_and_flushes_rows(tmp_path, capfd):
+    """The row of a check comes from a worker; a second call measures nothing again."""
+    path = tmp_path / "rows.json"
+    arguments = ["first", "--smoke", "--out", str(path), "--workers", "1"]
+    arguments += ["--plan", "machine/copy", "whole/block top k 0.05/130"]
+    assert main(arguments) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert rows["check/long block top k/131"]["repeats"]
+    assert rows["machine/copy"]["tb_per_s"] > 0 and "whole/block top k 0.05/130" in rows
+    assert main([*arguments, "--workers", "0"]) == 0
+    assert json.loads(path.read_text())["rows"] == rows
+    assert "checks: 1 of 1 right" in capfd.readouterr().out
+
+
+def test_every_name_of_the_plan_is_a_piece_of_work():
+    """A name that nothing matches would be left out on the one day that a GPU is there."""
+    setting = Setting(
+        torch.device("cpu"), smoke=False, lengths=(131072, 32768, 1048576), planted=True
+    )
+    assert len(list(all_work(setting))) > 100
+    for pattern in (*PLAN, *MODEL):
+        long = pattern.replace("8192)", "131072)").replace("2048)", "131072)")
+        long = long.rsplit("/", 1)[0] + "/(131072|32768|1048576|8192|4096|1024)"
+        assert chosen(setting, [long if pattern.rsplit("/", 1)[-1] != ".*" else pattern]), pattern
+
+
+def test_a_wrong_long_layer_is_seen(monkeypatch):
+    """One key too many in a late row changes it by less than rounding changes an early one."""
+    setting = Setting(torch.device("cpu"), smoke=True, lengths=(), planted=True)
+    estimate = ESTIMATORS["block top k"]
+
+    def one_block_less(query, key):
+        index = estimate(query, key)
+        index.block_count[0, 1, -1] -= 1
+        return index
+
+    assert check_long(setting, 300, estimate)["ok"]
+    calls = iter([estimate, one_block_less])
+    assert not check_long(setting, 300, lambda q, k: next(calls)(q, k))["ok"]
+
+
+def test_relative_error_is_of_the_worst_block_and_counts_what_is_no_number():
+    truth = torch.ones(1, 2, 130, 4)
+    out = truth.clone()
+    out[0, 1, 129] = 1.01
+    assert relative_error(out, truth) == pytest.approx(0.01 / 2**0.5, rel=1e-3)
+    out[0, 0, 3, 0] = float("nan")
+    assert relative_error(out, truth) == float("inf")
+    assert relative_error(torch.zeros(1, 64, 4), torch.zeros(1, 64, 4)) == 0.0
+    assert relative_error(torch.full((1, 64, 4), 1e-3), torch.zeros(1, 64, 4)) > 1
+
+
+def test_planted_inputs_are_sparse_and_random_ones_are_not():
+    """What the default keeps of 4096 tokens of each."""
+    import mpass
+
+    shape = Shape(4096, heads=4, kv_heads=1, head_dim=64, dtype=torch.float32)
+    kept = [
+        float(mpass.density(query, key, pattern="union").mean())
+        for query, key, _ in (
+            planted_tensors(shape, torch.device("cpu")),
+            shape.tensors(torch.device("cpu")),
+        )
+    ]
+    assert kept[0] < 0.6 < kept[1]
