@@ -99,7 +99,7 @@ def attention_tile(
         return Tile(32, 4, stages)
     if dim <= 128:
         # Columns under a window also copy their positions, for which a third stage has no room.
-        crowded = few == 2 and "columns" in features and "window" in features
+        crowded = dim > 96 and few == 2 and "columns" in features and "window" in features
         return Tile(64 if few < 3 else 32, 4, 2 if crowded else stages, max_pack=2)
     most = 2 if dim <= 192 else 0
     return Tile(64 if few <= most else 32, 8, stages)
