@@ -17,6 +17,7 @@ from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.triton import attention, source
 from mpass.lowering.triton.attention import entry_form, row_form
 from mpass.lowering.triton.spec import (
+    FEATURES,
     TARGETS,
     TritonKernelSpec,
     attention_tile,
@@ -31,7 +32,7 @@ from tests.helpers.processes import run_python
 
 GOLDEN = Path(__file__).parent / "golden"
 
-ATTENTION = TritonKernelSpec("attention", head_dim=128, value_dim=128, num_stages=2)
+ATTENTION = TritonKernelSpec("attention", head_dim=128, value_dim=128, num_stages=3)
 SPECS = {
     "attention_lists": ATTENTION,
     "attention_lists_packed": dataclasses.replace(ATTENTION, pack=2, num_warps=8),
@@ -188,8 +189,8 @@ def test_parts_cover_every_head_size_once(target):
 def test_table_has_a_tile_for_every_target_and_head_size():
     for target in TARGETS:
         for dim in range(16, 257):
-            for features in range(5):
-                tile = attention_tile(target, dim, dim, features)
+            for few in range(len(FEATURES) + 1):
+                tile = attention_tile(target, dim, dim, FEATURES[:few])
                 assert tile.keys in (32, 64) and tile.num_warps in (4, 8)
                 assert pack_warps(tile, tile.max_pack) <= 8
 
