@@ -24,7 +24,7 @@ from mpass.lowering.index import (
 )
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.query_rows import evenly_spaced_rows, real_rows, row_attention
-from mpass.lowering.reference.selection import table_to_list
+from mpass.lowering.reference.selection import running_sums, table_to_list
 
 ROWS_AT_ONCE = 64
 """Sampled rows whose weights exist at the same time."""
@@ -127,7 +127,7 @@ def top_share_columns(
     for some in rows.split(ROWS_AT_ONCE, 1):
         sums += row_attention(query, key, mask, some, scale=scale)[0].sum(1)
     ordered = sums.sort(dim=-1, descending=True, stable=True)
-    before = ordered.values.cumsum(-1) - ordered.values
+    before = running_sums(ordered.values) - ordered.values
     kept = before < rule.coverage * sums.sum(-1, keepdim=True)
     kept = (kept if rule.coverage < 1 else torch.ones_like(kept)) & (ordered.values > 0)
     kept[:, rule.columns :] = False

@@ -27,6 +27,17 @@ def largest(scores: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, keep.expand_as(order))
 
 
+def running_sums(values: Tensor) -> Tensor:
+    """Inclusive sums along the last dimension, the same bits at each run: [..., N] -> [..., N].
+
+    Where there is one row alone CUDA's cumsum combines partial sums in the order in which they
+    come; two rows are summed a row at a time, so one row is taken twice.
+    """
+    if values.numel() != values.shape[-1]:
+        return values.cumsum(-1)
+    return values.reshape(1, -1).expand(2, -1).cumsum(-1)[:1].view_as(values)
+
+
 def table_to_list(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Counts [...] and ascending positions [..., width] of the true entries of a bool [..., N]."""
     counts = table.sum(-1)

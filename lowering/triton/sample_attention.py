@@ -22,7 +22,7 @@ from mpass.lowering.reference.sample_attention import (
     column_rule,
     window_index,
 )
-from mpass.lowering.reference.selection import table_to_list
+from mpass.lowering.reference.selection import running_sums, table_to_list
 from mpass.lowering.triton.attention import LOG2_E, mask_bytes
 from mpass.lowering.triton.launch import DTYPES, device_ints, launch, strides, target_for
 from mpass.lowering.triton.list_blocks import float_bits, group_by_kind
@@ -59,7 +59,7 @@ def top_share_columns(sums: Tensor, rules: Sequence[ColumnRule]) -> Tensor:
     numbers = [*map(float_bits, shares), *(rule.columns for rule in rules)]
     coverage, most = device_ints(numbers, sums.device).view(2, len(rules), 1)
     ordered = sums.sort(dim=-1, descending=True, stable=True)
-    before = ordered.values.cumsum(-1) - ordered.values
+    before = running_sums(ordered.values) - ordered.values
     kept = before < coverage.view(torch.float32) * sums.sum(-1, keepdim=True)
     kept &= ordered.values > 0
     kept &= torch.arange(sums.shape[-1], device=sums.device) < most
