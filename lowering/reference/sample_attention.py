@@ -7,6 +7,7 @@ heads, h heads asked for, Nq queries, Nk keys, D head_dim.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,10 +79,12 @@ def window_index(inputs: EstimateInputs, rules: Sequence[SampleAttentionRule]) -
     query, width = inputs.query, sample_attention_width(rules)
     index = empty_index(query, inputs.num_blocks, width, diagonal_slots(len(rules)))
     distances = torch.arange(index.diagonal_index.shape[-1], device=query.device)
-    for i, rule in enumerate(rules):
-        reach = window_diagonals(window_size(rule, inputs.num_keys))
-        index.diagonal_count[:, i].fill_(reach)
-        index.diagonal_index[:, i] = distances.where(distances < reach, 0)
+    reaches = [window_diagonals(window_size(rule, inputs.num_keys)) for rule in rules]
+    first = 0
+    for reach, run in itertools.groupby(reaches):
+        own = slice(first, first := first + len(list(run)))
+        index.diagonal_count[:, own].fill_(reach)
+        index.diagonal_index[:, own] = distances.where(distances < reach, 0)
     return index
 
 
