@@ -105,7 +105,7 @@ def dry_run() -> Iterator[DryRun]:
 
 
 def find_constant(values: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """The int32 tensor of these integers that was made beforehand, if one was; never write to it."""
+    """The int32 tensor that was made of these integers beforehand, if one was; not to be written."""
     return _constants.get((values, device))
 
 

@@ -35,8 +35,11 @@ READS_THE_DEVICE = {
 COPIES_FROM_THE_HOST = {"lift_fresh", "lift_fresh_copy"}
 """What torch.tensor leaves: a CUDA graph must not record it for a tensor on a GPU."""
 
-ORDERED_BY_CHANCE = {"scatter_add", "scatter_add_", "index_add", "index_add_", "index_put_"}
-"""Ops that may add by atomics."""
+ADDS_BY_ATOMICS = {
+    *("scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"),
+    *("index_add", "index_add_", "bincount", "histc", "embedding_bag"),
+}
+"""Ops that add in the order in which threads come."""
 
 NO_KERNEL = {
     "empty",
@@ -106,27 +109,36 @@ class Watched(TorchDispatchMode):
     """Counts the torch ops inside, and fails at one that the host waits for.
 
     forbidden: names of ops, without their overloads. Copies between devices fail, too.
+    ops: how often each ran; launches: those that launch something on a GPU, at least one kernel.
     """
 
     def __init__(self, forbidden: set[str] = READS_THE_DEVICE | COPIES_FROM_THE_HOST) -> None:
         super().__init__()
         self.forbidden = forbidden
         self.ops: Counter[str] = Counter()
+        self.launches = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
         self.ops[name] += 1
-        if name in self.forbidden:
-            raise AssertionError(f"{func} on {devices(args)}: the host waits, or copies")
+        if name in self.forbidden - COPIES_FROM_THE_HOST:
+            raise AssertionError(f"the host waits for {func}")
+        if name.startswith("index_put") and True in args[3:]:
+            raise AssertionError(f"{func} adds in the order of chance")
         result = func(*args, **(kwargs or {}))
+        if name in self.forbidden & COPIES_FROM_THE_HOST and devices([result]) - {"cpu"}:
+            raise AssertionError(f"{func}: a tensor of host data on {devices([result])}")
+        self.launches += name not in NO_KERNEL and writes_something(result)
         if len(devices(args) | devices([result])) > 1:
             raise AssertionError(f"{func} copies between {devices(args)} and {devices([result])}")
         return result
 
-    @property
-    def launches(self) -> int:
-        """Ops that launch at least one kernel on a GPU."""
-        return sum(count for name, count in self.ops.items() if name not in NO_KERNEL)
+
+def writes_something(result: object) -> bool:
+    """Whether a result has elements, so that making it launches at least one kernel on a GPU."""
+    if isinstance(result, list | tuple):
+        return any(map(writes_something, result))
+    return isinstance(result, torch.Tensor) and result.numel() > 0
 
 
 def devices(values: object) -> set[str]:
