@@ -52,13 +52,17 @@ def last_rows(mask: AttentionMask, batch: int, num_queries: int, device: torch.d
 
     Negative where a batch row has fewer.
     """
-    last = torch.full((batch,), num_queries - 1, device=device)
-    offset = mask.query_offset
-    if mask.key_mask is not None and mask.key_mask.shape[1] >= offset + num_queries:
-        valid = mask.key_mask[:, offset : offset + num_queries]
-        rows = torch.arange(num_queries, device=device)
-        last = torch.where(valid, rows, -1).amax(-1)
+    last = last_row(mask, batch, num_queries, device)
     return last[:, None] - torch.arange(LAST_QUERIES - 1, -1, -1, device=device)
+
+
+def last_row(mask: AttentionMask, batch: int, num_queries: int, device: torch.device) -> Tensor:
+    """Row of the last query that is not padding, -1 if all are: int64 [B]."""
+    offset = mask.query_offset
+    if mask.key_mask is None or mask.key_mask.shape[1] < offset + num_queries:
+        return torch.full((batch,), num_queries - 1, device=device)
+    valid = mask.key_mask[:, offset : offset + num_queries]
+    return torch.where(valid, torch.arange(num_queries, device=device), -1).amax(-1)
 
 
 def first_keys(mask: AttentionMask, batch: int, device: torch.device) -> Tensor:

@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 
 from mpass.lowering.triton.spec import TritonKernelSpec
 
-_lock = threading.Lock()
-_pending: dict[tuple[TritonKernelSpec, str], list[threading.Event]] = {}
-
-
-def announce(spec: TritonKernelSpec, kernel: str) -> threading.Event:
-    """Tell that a kernel will be compiled; whoever does must end it by `compiling`."""
-    event = threading.Event()
-    with _lock:
-        _pending.setdefault((spec, kernel), []).append(event)
-    return event
+_locks: defaultdict[tuple[TritonKernelSpec, str], threading.Lock] = defaultdict(threading.Lock)
+_compiling: list[tuple[TritonKernelSpec, str]] = []
 
 
 @contextlib.contextmanager
-def compiling(spec: TritonKernelSpec, kernel: str, event: threading.Event) -> Iterator[None]:
-    """Launches of the kernel wait until this is left, by whatever way."""
-    try:
-        yield
-    finally:
-        with _lock:
-            events = _pending[spec, kernel]
-            events.remove(event)
-            if not events:
-                del _pending[spec, kernel]
-        event.set()
+def compiling(spec: TritonKernelSpec, kernel: str) -> Iterator[None]:
+    """Launches of the kernel wait until this is left, by whatever way.
+
+    So does another thread that compiles the kernel for other arguments: what Triton keeps for a
+    kernel is made without a lock.
+    """
+    with _locks[spec, kernel]:
+        _compiling.append((spec, kernel))
+        try:
+            yield
+        finally:
+            _compiling.remove((spec, kernel))
 
 
 def wait_for(spec: TritonKernelSpec, kernel: str) -> None:
-    """Return when no other thread compiles this kernel any more."""
-    if _pending:  # empty but for the first seconds of a process
-        for event in tuple(_pending.get((spec, kernel), ())):
-            event.wait()
+    """Return when no thread compiles this kernel any more; that thread must not call it."""
+    if (spec, kernel) in _compiling:  # empty but for the first seconds of a process
+        with _locks[spec, kernel]:
+            pass

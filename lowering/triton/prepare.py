@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mpass.lowering.device import Build
-from mpass.lowering.triton.building import announce, compiling
+from mpass.lowering.triton.building import compiling
 from mpass.lowering.triton.dry_run import Launch, dry_run, keep_constants
 from mpass.lowering.triton.launch import launch_options, on_device
 from mpass.lowering.triton.source import load
@@ -47,15 +47,14 @@ def capturing() -> bool:
 
 
 def compilation(launch: Launch) -> Build:
-    """What compiles the kernel of a launch. From now on its launches wait for that."""
-    spec, kernel = launch.spec, launch.kernel
-    event = announce(spec, kernel)
+    """What compiles the kernel of a launch; while it does, launches of the kernel wait."""
 
     def build() -> None:
-        with compiling(spec, kernel, event), _at_once:
+        # A launch that comes before its turn does the work, and leaves none.
+        with _at_once, compiling(launch.spec, launch.kernel):
             compile_launch(launch)
 
-    return Build(f"{spec.template}.{kernel}", build)
+    return Build(f"{launch.spec.template}.{launch.kernel}", build)
 
 
 def compile_launch(launch: Launch) -> None:

@@ -19,7 +19,15 @@ from mpass import warm_up
 from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
-from mpass.lowering.triton import LOWERING, building, dry_run, launch, prepare, source
+from mpass.lowering.triton import (
+    LOWERING,
+    attention,
+    building,
+    dry_run,
+    launch,
+    prepare,
+    source,
+)
 from mpass.lowering.triton.spec import TritonKernelSpec
 from mpass.patterns.base import registered_patterns
 from tests.helpers.fake_gpu import Watched, cpu_gpu, meta_gpu
@@ -55,9 +63,9 @@ def compiled(monkeypatch):
     monkeypatch.setenv("MPASS_STRICT", "1")
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
     monkeypatch.setattr(dry_run, "_constants", {})
-    source.load.cache_clear()
+    source.loaded.cache_clear()
     yield names
-    source.load.cache_clear()
+    source.loaded.cache_clear()
 
 
 def tensors(queries, keys, *, device="cpu", heads=8):
@@ -110,13 +118,36 @@ def test_the_first_call_compiles_nothing_and_writes_no_integers(name, mask, comp
     assert compiled == []
 
 
+def test_triton_finds_what_it_has_compiled_ahead(monkeypatch):
+    cpu_gpu(monkeypatch)
+    with dry_run.dry_run() as run, FakeTensorMode():
+        run_layer(mpass.AShape, *tensors(300, 300), AttentionMask())
+    foreseen = next(one for one in run.launches if one.kernel == "plan_rows")
+    function = source.load(foreseen.spec).plan_rows
+    function.device_caches.clear()
+    prepare.compile_launch(foreseen)
+    (kernels, *_), *others = function.device_caches.values()
+    (made,) = kernels.values()
+    assert not others and made.asm["cubin"]
+
+    def launched(spec, kernel, grid, **arguments):
+        if kernel == "plan_rows":
+            arguments |= launch.launch_options(spec)
+            assert function.run(grid=grid, warmup=True, **arguments) is made
+            assert list(kernels.values()) == [made]
+
+    monkeypatch.setattr(attention, "launch", launched)
+    run_layer(mpass.AShape, *tensors(300, 300), AttentionMask())
+    function.device_caches.clear()
+
+
 def test_integers_that_nobody_foresaw_are_written_by_a_launch(compiled):
     device = torch.device("cpu")
     launch.device_ints([3, 1, 4], device)
     assert compiled == ["write_ints"]
     dry_run.keep_constants([((3, 1, 4), device)])
     compiled.clear()
-    source.load.cache_clear()
+    source.loaded.cache_clear()
     known = launch.device_ints([3, 1, 4], device)
     assert compiled == [] and known.tolist() == [3, 1, 4] and known.dtype == torch.int32
     assert launch.device_ints([3, 1, 4], device).data_ptr() == known.data_ptr()
@@ -173,25 +204,28 @@ def test_compiling_a_program_prepares_its_layers(compiled):
 
 def test_a_launch_waits_for_the_thread_that_compiles_its_kernel():
     spec = TritonKernelSpec("ints", num_warps=1)
-    event = building.announce(spec, "write_ints")
-    inside, order = threading.Event(), []
+    begun, go_on, order = threading.Event(), threading.Event(), []
 
     def build():
-        with building.compiling(spec, "write_ints", event):
-            inside.set()
+        with building.compiling(spec, "write_ints"):
+            begun.set()
+            go_on.wait(10)
             order.append("built")
 
-    waiter = threading.Thread(
-        target=lambda: (building.wait_for(spec, "write_ints"), order.append("launched"))
-    )
+    def wait_and_launch():
+        building.wait_for(spec, "write_ints")
+        order.append("launched")
+
+    builder, waiter = (threading.Thread(target=run) for run in (build, wait_and_launch))
+    builder.start()
+    assert begun.wait(10)
     waiter.start()
     building.wait_for(spec, "another")
-    thread = threading.Thread(target=build)
-    thread.start()
-    for one in (thread, waiter):
-        one.join(10)
-    assert inside.is_set() and order == ["built", "launched"]
-    assert not building._pending
+    go_on.set()
+    for thread in (builder, waiter):
+        thread.join(10)
+    assert order == ["built", "launched"]
+    assert not building._compiling
 
 
 def test_a_kernel_that_cannot_be_compiled_ahead_is_waited_for_by_nobody(compiled, monkeypatch):
@@ -202,22 +236,22 @@ def test_a_kernel_that_cannot_be_compiled_ahead_is_waited_for_by_nobody(compiled
     for build in foresee(mpass.AShape, AttentionMask()):
         with pytest.raises(RuntimeError):
             build.run()
-    assert not building._pending
+    assert not building._compiling
 
 
 MOST = {
-    "a_shape": (3, 15),
-    "block_max": (5, 2),
-    "block_sparse": (5, 3),
-    "block_top_p": (5, 2),
-    "dense": (2, 2),
-    "flex_prefill": (3, 190),
-    "sample_attention": (5, 40),
-    "strided": (3, 40),
-    "tri_shape": (3, 40),
-    "union": (9, 9),
-    "vertical_slash": (8, 13),
-    "x_attention": (5, 2),
+    "a_shape": (3, 20),
+    "block_max": (5, 3),
+    "block_sparse": (5, 4),
+    "block_top_p": (5, 3),
+    "dense": (2, 3),
+    "flex_prefill": (3, 186),
+    "sample_attention": (5, 47),
+    "strided": (3, 41),
+    "tri_shape": (3, 43),
+    "union": (9, 8),
+    "vertical_slash": (8, 11),
+    "x_attention": (5, 3),
 }
 """Of each pattern, the launches of own kernels in a layer, and those of torch ops at most."""
 
