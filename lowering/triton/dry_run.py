@@ -105,7 +105,7 @@ def dry_run() -> Iterator[DryRun]:
 
 
 def find_constant(values: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """The int32 tensor that was made of these integers beforehand, if one was; not to be written."""
+    """The int32 tensor made of these integers beforehand, if one was; not to be written to."""
     return _constants.get((values, device))
 
 

@@ -11,6 +11,8 @@ import torch
 from torch._library.custom_ops import OPDEFS
 
 import mpass.transformers_attention  # noqa: F401  (its op is among those that are walked)
+from mpass.lowering.device import REFERENCE
+from mpass.lowering.estimators import ESTIMATORS
 from mpass.lowering.index import (
     AttentionMask,
     IndexWidth,
@@ -19,14 +21,17 @@ from mpass.lowering.index import (
     list_slots,
     num_query_blocks,
 )
-from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.mask_forms import UNKNOWN
 from mpass.lowering.ops import NAMESPACE
 from mpass.lowering.recorder import record
 from mpass.lowering.reference.dense import dense_attention
+from mpass.lowering.reference.flex_prefill import distance_sums
+from mpass.lowering.reference.selection import running_sums
+from mpass.lowering.triton import LOWERING
 from mpass.lowering.triton.dry_run import dry_run
 from mpass.patterns.base import patterns_as_text, registered_patterns
-from tests.helpers.fake_gpu import READS_THE_DEVICE, Watched, meta_gpu
+from tests.helpers.fake_gpu import ADDS_BY_ATOMICS, READS_THE_DEVICE, Watched, meta_gpu
 
 QUERIES, KEYS, HEADS = 700, 740, 4
 
@@ -132,3 +137,41 @@ def test_dense_attention_reads_no_position(shape):
     mask = AttentionMask(True, offset, window)
     with Watched(READS_THE_DEVICE):
         dense_attention(AttentionInputs(query, key, value, mask, 0.2))
+
+
+@pytest.mark.parametrize("lowering", [LOWERING, REFERENCE], ids=lambda own: own.name)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda own: own.name)
+def test_no_estimate_depends_on_the_order_of_atomics(estimator, lowering, device):
+    query, key, _ = tensors(device)
+    key_mask = torch.ones(2, KEYS, dtype=torch.bool, device=device)
+    cls = next(
+        own
+        for own in registered_patterns().values()
+        if getattr(own, "estimator", None) is estimator
+    )
+    for mask in (AttentionMask(), AttentionMask(True, 40, 90, key_mask)):
+        for pattern in cls.examples():
+            given = EstimateInputs(query, key, mask, [0, 1, 3], 0.2)
+            with Watched(ADDS_BY_ATOMICS), dry_run():
+                lowering.estimate(estimator)(given, [pattern.rule()] * 3)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_running_sums_are_those_of_each_row(rows):
+    values = torch.rand(rows, 1, 700, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(running_sums(values), values.cumsum(-1))
+
+
+def test_sums_per_distance_are_those_of_the_pairs():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(2, 9, 40, generator=generator).tril(31)
+    positions = torch.arange(31, 40).expand(2, -1)
+    distance = positions[..., None] - torch.arange(40)
+    expected = torch.zeros(2, 40, dtype=torch.float64)
+    expected.scatter_add_(1, distance.clamp(0).flatten(1), weights.double().flatten(1))
+    found = distance_sums(weights, positions)
+    assert torch.equal(found, distance_sums(weights, positions))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    # A row that is not there has no weight, wherever it is said to stand.
+    nobody = torch.cat([weights, torch.zeros(2, 1, 40)], 1), torch.full((2, 1), -1)
+    assert torch.equal(distance_sums(nobody[0], torch.cat([positions, nobody[1]], 1)), found)
