@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.triton.building import wait_for
+from mpass.lowering.triton.direct import run_kernel
 from mpass.lowering.triton.dry_run import active_run, find_constant
 from mpass.lowering.triton.interpret import interpreted, interpreted_language
 from mpass.lowering.triton.source import load
@@ -45,8 +46,7 @@ def launch(spec: TritonKernelSpec, kernel: str, grid: tuple[int, ...], /, **argu
     else:
         wait_for(spec, kernel)
         function = getattr(load(spec), kernel)
-        arguments |= launch_options(spec)
-        on_device(device, lambda: function.run(grid=grid, warmup=False, **arguments))
+        on_device(device, lambda: run_kernel(function, spec, kernel, grid, arguments))
 
 
 def launch_options(spec: TritonKernelSpec) -> dict[str, int]:

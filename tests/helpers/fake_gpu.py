@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpass.lowering import dispatch
-from mpass.lowering.triton import LOWERING, launch
+from mpass.lowering.triton import LOWERING, direct, launch
 
 READS_THE_DEVICE = {
     "_local_scalar_dense",
@@ -103,6 +103,7 @@ def stub_device(patch: pytest.MonkeyPatch) -> None:
         get_active_torch_device=lambda: torch.device("cuda", 0),
     )
     patch.setattr(driver, "_active", stub)
+    patch.setattr(direct, "_handles", {})
 
 
 class Watched(TorchDispatchMode):
