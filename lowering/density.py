@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -32,18 +33,19 @@ def density(
     """Share of the cells allowed by `mask` that are computed: fp64 [B, H]. Exact.
 
     Plain causal masks are counted per block; others cell by cell, a chunk of queries at a time,
-    but where every block is selected there is nothing to count.
+    but where every block is selected there is nothing to count. On a device whose host would wait
+    for that answer everything is counted: nothing is read here, and the shares stay on the device.
     """
     inside = mask.query_offset + num_queries <= num_keys
-    if inside and num_queries and mask.key_mask is None and selects_all(index):
-        shape = (batch, len(index.head_slots))
-        return torch.ones(shape, dtype=torch.float64, device=index.column_index.device)
+    device = index.column_index.device
+    readable = device_lowering(device).decides_by_cost
+    if readable and inside and num_queries and mask.key_mask is None and selects_all(index):
+        return torch.ones(batch, len(index.head_slots), dtype=torch.float64, device=device)
     plain = mask.causal and mask.window == 0 and mask.key_mask is None
     if not plain or not inside:
         return reference.density(
             index, mask, batch=batch, num_queries=num_queries, num_keys=num_keys
         )
-    device = index.column_index.device
     first = first_query_block(mask.query_offset)
     rows = num_query_blocks(num_queries, mask.query_offset)
     columns = reference.selected_columns(index, batch, num_keys)
@@ -59,7 +61,7 @@ def density(
         absolute = local + first
         begin = (absolute * BLOCK).clamp(min=mask.query_offset)
         end = ((absolute + 1) * BLOCK).clamp(max=mask.query_offset + num_queries)
-        selected = reference.selected_blocks(index, local, absolute, blocks)
+        selected = reference.selected_blocks(index, local, absolute, blocks, stop=first + rows)
         before = torch.arange(blocks, device=device)[None, :] < absolute[:, None]
         keys = torch.where(selected, BLOCK, per_block[:, :, None, :])
         full = torch.where(before, keys, 0).sum(-1) * (end - begin)

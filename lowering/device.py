@@ -6,7 +6,7 @@ A lowering is one folder whose package exports one `LOWERING`; mpass.lowering.di
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,14 @@ class Lazy:
         return self.load()(*arguments)
 
 
+@dataclass(frozen=True, slots=True)
+class Build:
+    """Something that takes long to build, by a name for messages; `run` may be in any thread."""
+
+    name: str
+    run: Callable[[], None]
+
+
 def no_wait(device: torch.device) -> None:
     """Nothing runs behind the caller's back on such a device."""
 
@@ -61,7 +69,10 @@ class Lowering:
     decides_by_cost: whether reading an index costs so little that each call compares its work with
     dense attention's; where it does not, the host would have to wait for the device.
     fallback: whether plain torch takes what it does not serve; else that stays dense.
-    builds_ahead: whether kernels take long to build, so that a thread starts before they are used.
+    builds_ahead: whether kernels take long to build, so that a thread starts before they are used:
+    by using them on a block of zeros, unless there is a way to prepare.
+    prepare: what is to be built for a layer, given a function that runs it on fake tensors; what
+    the layer's calls look up is made by then. None where nothing can be foreseen so.
     breakeven_density: the share of the dense work up to which sparse attention is no slower.
     estimation_worthwhile: whether estimating an index and using it can be faster than dense.
     language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
@@ -80,6 +91,7 @@ class Lowering:
     decides_by_cost: bool = False
     fallback: bool = False
     builds_ahead: bool = False
+    prepare: Callable[[Callable[[], object]], Sequence[Build]] | None = None
     breakeven_density: Callable[[AttentionInputs], float] = dense.breakeven_density
     estimation_worthwhile: Callable[[EstimatedWork], bool] = dense.estimation_worthwhile
     language: str = ""

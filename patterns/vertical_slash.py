@@ -66,7 +66,7 @@ class VerticalSlash(EstimatedPattern):
         query, key, mask = inputs.query, inputs.key, inputs.mask
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
-        size = max(int(positions[-1]) + 1, key.shape[2])
+        size = max(query.shape[2] + mask.query_offset, key.shape[2])
         table = torch.nn.functional.pad(diagonals, (0, size - diagonals.shape[-1]))
         slashes = table[:, :, distance.clamp(min=0)] & (distance >= 0)
         return (columns[:, :, None, :] | slashes) & allowed_cells(mask, positions, key.shape[2])

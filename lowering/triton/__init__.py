@@ -31,6 +31,8 @@ LOWERING = Lowering(
         VERTICAL_SLASH: Lazy(f"{HERE}.vertical_slash:vertical_slash_index"),
         X_ATTENTION: Lazy(f"{HERE}.x_attention:x_attention_index"),
     },
+    builds_ahead=True,
+    prepare=Lazy(f"{HERE}.prepare:prepare"),
     language="python",
     made_for=Lazy(f"{HERE}.support:made_for"),
     synchronize=Lazy(f"{HERE}.support:synchronize"),

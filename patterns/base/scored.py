@@ -5,6 +5,7 @@ No pattern of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -58,11 +59,17 @@ class EstimatedPattern(Pattern):
     @classmethod
     def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
         estimate = choose_lowering(inputs.attention()).estimate(cls.estimator)
-        return estimate(inputs, [pattern.rule() for pattern in patterns])
+        return estimate(inputs, rules_of(tuple(patterns)))
 
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return cls.estimator.width([pattern.rule() for pattern in patterns])
+        return cls.estimator.width(rules_of(tuple(patterns)))
+
+
+@functools.lru_cache(maxsize=4096)
+def rules_of(patterns: tuple[EstimatedPattern, ...]) -> tuple[Any, ...]:
+    """The rule of each pattern: the same heads ask in each call, while a GPU waits for its host."""
+    return tuple(pattern.rule() for pattern in patterns)
 
 
 class ListPattern(EstimatedPattern):
@@ -79,7 +86,7 @@ class ListPattern(EstimatedPattern):
 
     @classmethod
     def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
-        index = cls.estimator.reference(inputs, [pattern.rule() for pattern in patterns])
+        index = cls.estimator.reference(inputs, rules_of(tuple(patterns)))
         sizes = {"num_queries": inputs.num_queries, "num_keys": inputs.num_keys}
         return reference.computed_mask(index, inputs.mask, batch=inputs.batch, **sizes)
 
