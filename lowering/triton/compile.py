@@ -21,7 +21,7 @@ REGISTERS = 65536
 """Registers of one multiprocessor of every NVIDIA chip in the table."""
 
 POINTERS = {
-    "*u8": ("key_mask", "table"),
+    "*u8": ("key_mask", "table", "agree"),
     "*i64": ("last",),
     "*fp32": (
         *("sinks", "scores", "largest", "weights", "maxima", "sums"),
