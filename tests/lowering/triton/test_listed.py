@@ -22,7 +22,7 @@ MASKS = {
 
 
 def random_lists(batch: int, heads: int, num_queries: int, seed: int) -> BlockLists:
-    """Lists of blocks of 16 queries and 32 keys, with blocks that are listed twice or not at all."""
+    """Lists of blocks of 16 queries and 32 keys, some of them listed twice or not at all."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = -(-num_queries // 16), -(-N // 32)
 
