@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpass.lowering import block_mask
+from mpass.lowering.block_mask import BlockLists
 from mpass.lowering.crossover import EstimatedWork
 from mpass.lowering.estimators import EstimateFunction, Estimator
 from mpass.lowering.index import SparseIndex
@@ -62,6 +64,7 @@ class Lowering:
     serves: why it cannot serve an attention, in words, or None; reads dtypes, devices and static
     shapes only, so that fake tensors will do.
     sparse_attention, dense_attention: as their references in mpass.lowering.reference.
+    correct_as_listed: as in mpass.lowering.block_mask; asked for where costs do not decide.
     estimators: its own implementations; the reference serves where there is none.
     default_pattern: what a head gets that nothing configures: of the patterns with an own estimator
     here, the one that loses least (docs/patterns/union.md).
@@ -85,6 +88,9 @@ class Lowering:
     serves: Callable[[AttentionInputs], str | None]
     sparse_attention: Callable[[AttentionInputs, SparseIndex], Tensor]
     dense_attention: Callable[[AttentionInputs], Tensor] = dense.dense_attention
+    correct_as_listed: Callable[[Tensor, AttentionInputs, BlockLists], None] = (
+        block_mask.correct_as_listed
+    )
     estimators: Mapping[Estimator, EstimateFunction] = field(default_factory=dict)
     default_pattern: str = "vertical_slash"
     shortest_prompt: int = SHORTEST_PROMPT

@@ -214,7 +214,6 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int query_block, "
     "int key_block, Tensor? key_mask, SymInt query_offset, int window, bool causal, float scale, "
     "float softcap, int layer) -> ()",
-    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def check_block_lists(
     out: Tensor,
@@ -238,17 +237,21 @@ def check_block_lists(
     """Overwrite `out` where a flex_attention's lists of blocks are not those of its mask.
 
     out [B, H, Nq, Dv]: sparse attention under the mask that mask_mod was proven to mean. The lists
-    are tensors that each call may change, hence this check in each call; on a GPU the host waits
-    for its answer, so it stays out of CUDA graphs. See lowering.block_lists.
+    are tensors that each call may change, hence this check in each call. Where the host would wait
+    for the answer, on a GPU, the device alone acts on it, and nobody warns. See
+    lowering.block_mask.
     """
     lists = BlockLists(
         kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, query_block, key_block
     )
     mask = AttentionMask(causal, query_offset, window, key_mask)
-    if bool(lists_agree(lists, mask, query.shape[2], key.shape[2])):
-        return
-    warn_of_lists(layer)
-    attend_as_listed(out, AttentionInputs(query, key, value, mask, scale, softcap), lists)
+    inputs = AttentionInputs(query, key, value, mask, scale, softcap)
+    lowering = device_lowering(query.device)
+    if not lowering.decides_by_cost:
+        lowering.correct_as_listed(out, inputs, lists)
+    elif not bool(lists_agree(lists, mask, query.shape[2], key.shape[2])):
+        warn_of_lists(layer)
+        attend_as_listed(out, inputs, lists)
 
 
 @torch.library.custom_op(

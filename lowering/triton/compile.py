@@ -34,7 +34,7 @@ RESERVED_SHARED = 1024
 """Bytes of shared memory that the system takes for each program, of sm_80 on."""
 
 POINTERS = {
-    "*u8": ("key_mask", "table"),
+    "*u8": ("key_mask", "table", "agree"),
     "*i64": ("last",),
     "*fp32": (
         *("sinks", "scores", "largest", "weights", "maxima", "sums"),

@@ -95,8 +95,8 @@ def device_ints(numbers: Iterable[int], device: torch.device) -> Tensor:
     for start in range(0, len(values), INTS_PER_LAUNCH):
         chunk = list(values[start : start + INTS_PER_LAUNCH])
         padded = chunk + [0] * (INTS_PER_LAUNCH - len(chunk))
-        numbers = {f"value_{i}": value for i, value in enumerate(padded)}
-        launch(spec, "write_ints", (1,), out=out[start:], count=len(chunk), **numbers)
+        named = {f"value_{i}": value for i, value in enumerate(padded)}
+        launch(spec, "write_ints", (1,), out=out[start:], count=len(chunk), **named)
     return out
 
 

@@ -34,7 +34,7 @@ def prepare(work: Callable[[], object]) -> list[Build]:
     if run.numbers and not capturing():
         with unset_fake_temporarily():
             keep_constants(list(run.numbers))
-    launches = {}
+    launches: dict[object, Launch] = {}
     for launch in run.launches:
         key = (launch.spec, launch.kernel, launch.device, *launch.arguments.values())
         launches.setdefault(key, launch)

@@ -92,6 +92,10 @@ SMALL_KERNELS = [
     (TritonKernelSpec("select", tile=1024), "list_columns"),
     (TritonKernelSpec("select", tile=1024), "list_diagonals"),
     (TritonKernelSpec("pool", head_dim=128, pool=64, padding=True), "pool_runs"),
+    (
+        TritonKernelSpec(*("listed", "bf16", 128, 96, 32), window=True, padding=True, softcap=True),
+        "attend_as_listed",
+    ),
     (TritonKernelSpec("pool", head_dim=256, pool=8, padding=True), "pool_runs"),
     (block_spec("top_k", 2048, window=True), "list_blocks"),
     (block_spec("share", 2048, target="sm_80"), "list_blocks"),

@@ -89,6 +89,13 @@ def calls(name, device, offset, window, padded):
         yield ([t for part in parts for t in part.tensors()], [0, 1, -1, -2], [1, 3, 0, 2], [2, 2])
     elif name == "fill_rows_without_keys":
         yield (query, value, torch.ones(2, KEYS, dtype=torch.bool, device=device))
+    elif name == "check_block_lists":
+        counts = torch.ones(1, 1, 6, dtype=torch.int32, device=device)
+        entries = torch.zeros(1, 1, 6, 6, dtype=torch.int32, device=device)
+        for full in ((None, None), (counts, entries)):
+            for softcap in (0.0, 2.0):
+                lists = (counts, entries, *full, 128, 128)
+                yield (query, query, key, value, *lists, key_mask, *words, softcap, 3)
     elif name in ("read_mask", "masked_attention"):
         yield from calls_under_a_mask(name, query, key, value, sinks)
     else:

@@ -59,6 +59,9 @@ SPECS = {
         "rows", form="mixed", columns=True, window=True, padding=True, num_warps=1
     ),
     "columns": TritonKernelSpec("columns", head_dim=80, value_dim=128),
+    "listed": TritonKernelSpec(
+        "listed", head_dim=64, value_dim=64, tile=32, window=True, padding=True, softcap=True
+    ),
     "last_queries": TritonKernelSpec("last_queries", head_dim=128, num_stages=2),
     "last_queries_masked": TritonKernelSpec(
         "last_queries", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
