@@ -69,7 +69,8 @@ class PatternWork:
 class LayerWork:
     """An attention of a graph before it runs: all that its cost depends on but the lengths.
 
-    patterns: of all query heads; window: in tokens, 0 for none.
+    patterns: of all query heads; window: in tokens, 0 for none; replayed: whether a CUDA graph
+    holds the launches, so that the host does not take part.
     """
 
     dtype: torch.dtype
@@ -79,6 +80,7 @@ class LayerWork:
     patterns: tuple[PatternWork, ...]
     causal: bool = True
     window: int = 0
+    replayed: bool = False
 
     @property
     def heads(self) -> int:

@@ -258,6 +258,7 @@ def least_lengths(
             kv_heads=int(site.num_kv_heads),
             causal=site.mask.causal,
             window=site.mask.window,
+            replayed=bool(dict(options.inductor).get("triton.cudagraphs")),
         )
         return ask(work, example(site.query).device)
     keys = lowering.shortest_prompt if keys is None else keys

@@ -1,17 +1,33 @@
 """The GPUs that costs are predicted for: rates, and what a launch takes; and which one is here.
 
-Peak figures are the makers' data sheets. What attention reaches of them is measured where
-`measured` says so, and assumed elsewhere: then it is what kernels of that kind reach on a chip of
-that kind, chosen low for our kernels and high for dense attention, because a prediction decides
-whether sparse attention runs at all.
+Peak figures are the makers' data sheets. What attention reaches of them was measured on an H200
+(benchmarks/results/gpu_h200_first.json: torch 2.11, CUDA 13.0, Triton 3.6). For other chips it is
+assumed: what such kernels reach on a chip of that kind, chosen low for ours and high for dense
+attention, because a prediction decides whether sparse attention runs at all.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from dataclasses import dataclass
 
 from mpass.lowering.triton.spec import Target, target_of
+
+DENSE_CURVE = (
+    (2048, 405.0),
+    (4096, 482.0),
+    (8192, 617.0),
+    (16384, 613.0),
+    (32768, 596.0),
+    (131072, 564.0),
+    (1048576, 475.0),
+)
+"""TFLOP/s of the best dense attention (cuDNN 9.19) of an H200 by the tokens of a prompt, 32 heads
+over 8, head_dim 128, bf16. Long prompts run into the chip's power limit."""
+
+DENSE_RATE = 613.0
+"""The rate of that curve by which chips are compared, at 16384 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +38,11 @@ class Chip:
     target: whose tiles its kernels have; multiprocessors: SMs or compute units, each of which
     issues four instructions per cycle; gigahertz: of its clock under load.
     terabytes: bandwidth, TB/s; teraflops: of dense bf16 products, by the data sheet.
-    dense, sparse: TFLOP/s that the best dense attention and our attention kernel reach on long
-    prompts at head_dim 128; dense_half, sparse_half: tokens at which they reach half of that.
+    dense, sparse: TFLOP/s that the best dense attention reaches on 16384 tokens at head_dim 128,
+    and our attention kernel on query blocks that look at many key blocks.
     products: TFLOP/s of an fp32 matrix product in torch.
-    kernel, launch, op: microseconds that a kernel of little work takes on the device, that the host
-    takes to launch a generated kernel, and that it takes for a torch op.
+    kernel: microseconds that a kernel of little work takes on the device. launch, op: those that
+    the host takes to launch a generated kernel and a torch op; of the host, and not of the chip.
     measured: on what and with which versions the rates were measured; "" where they are assumed.
     """
 
@@ -38,13 +54,11 @@ class Chip:
     terabytes: float
     teraflops: float
     dense: float
-    dense_half: float
     sparse: float
-    sparse_half: float
-    products: float = 50.0
+    products: float
     kernel: float = 3.5
-    launch: float = 26.0
-    op: float = 7.0
+    launch: float = 150.0
+    op: float = 25.0
     measured: str = ""
 
     @property
@@ -52,22 +66,46 @@ class Chip:
         """Cycles per second of all multiprocessors together."""
         return self.multiprocessors * self.gigahertz * 1e9
 
+    def dense_rate(self, length: float) -> float:
+        """TFLOP/s of the best dense attention over a prompt: `DENSE_CURVE`, scaled.
 
-H100 = Chip("h100", ("H100",), "sm_90", 132, 1.755, 3.35, 989, 612, 1400, 348, 1600)
+        A slower chip is busy with shorter prompts, as the square root of its rate has it.
+        """
+        share = self.dense / DENSE_RATE
+        return share * on_curve(length * share**-0.5)
+
+
+def on_curve(length: float) -> float:
+    """`DENSE_CURVE` between its points; before the first, rates fall as the lengths do."""
+    place = bisect.bisect_left([tokens for tokens, _ in DENSE_CURVE], length)
+    if place == 0:
+        return DENSE_CURVE[0][1] * length / DENSE_CURVE[0][0]
+    if place == len(DENSE_CURVE):
+        return DENSE_CURVE[-1][1]
+    (n1, r1), (n2, r2) = DENSE_CURVE[place - 1 : place + 1]
+    return r1 + (r2 - r1) * (length - n1) / (n2 - n1)
+
+
+ON_H200 = "NVIDIA H200, torch 2.11.0, CUDA 13.0, Triton 3.6.0"
+
+H200 = Chip(
+    "h200", ("H200",), "sm_90", 132, 1.755, 4.8, 989, DENSE_RATE, 395.0, 40.0, measured=ON_H200
+)
+H100 = dataclasses.replace(H200, name="h100", marks=("H100",), terabytes=3.35, measured="")
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("a100", ("A100", "A800"), "sm_80", 108, 1.41, 2.04, 312, 210, 700, 150, 800, 19.0),
+        Chip("a100", ("A100", "A800"), "sm_80", 108, 1.41, 2.04, 312, 210, 150, 18.0),
         H100,
-        dataclasses.replace(H100, name="h200", marks=("H200",), terabytes=4.8),
-        Chip("b200", ("B200",), "sm_100", 148, 1.85, 8.0, 2250, 1400, 3000, 500, 1600, 75.0),
-        Chip("l40s", ("L40S",), "sm_80", 142, 2.52, 0.864, 362, 220, 700, 120, 800, 60.0),
-        Chip("mi300x", ("MI300X",), "gfx942", 304, 2.1, 5.3, 1307, 500, 2000, 200, 2000, 100.0),
-        Chip("rtx4090", ("4090",), "sm_80", 128, 2.52, 1.008, 165, 150, 500, 90, 600, 60.0),
+        H200,
+        Chip("b200", ("B200",), "sm_100", 148, 1.85, 8.0, 2250, 1400, 500, 70.0),
+        Chip("l40s", ("L40S",), "sm_80", 142, 2.52, 0.864, 362, 220, 120, 60.0),
+        Chip("mi300x", ("MI300X",), "gfx942", 304, 2.1, 5.3, 1307, 500, 200, 100.0),
+        Chip("rtx4090", ("4090",), "sm_80", 128, 2.52, 1.008, 165, 150, 90, 60.0),
     )
 }
-"""By name. A chip that is not here is the one of its target, see `unknown_chip`."""
+"""By name. A chip that is not here is taken to be the one of its target, see `OF_TARGET`."""
 
 OF_TARGET = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200", "gfx942": "mi300x"}
 """What stands for a chip that is not in the table."""
@@ -87,7 +125,5 @@ def find_chip(device_name: str, architecture: str, multiprocessors: int) -> Chip
     if share == 1.0:
         return known
     rates = ("terabytes", "teraflops", "dense", "sparse", "products")
-    halves = ("dense_half", "sparse_half")
     scaled = {rate: getattr(known, rate) * share for rate in rates}
-    scaled |= {half: getattr(known, half) * share for half in halves}
     return dataclasses.replace(known, multiprocessors=multiprocessors, measured="", **scaled)

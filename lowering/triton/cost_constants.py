@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from mpass.files import cache_dir, write_whole
-from mpass.lowering.index import AttentionMask, IndexWidth, diagonal_slots, whole_index
+from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, diagonal_slots, whole_index
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.triton.chips import Chip
+from mpass.lowering.triton.cost_model import ROW_BLOCKS
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,8 @@ VERSION = 1
 
 REMEASURE = "MPASS_REMEASURE"
 
-LENGTHS = (4096, 16384)
-"""Tokens at which both attentions are timed: two of them give a rate and where it is halved."""
+LENGTH = 16384
+"""Tokens at which both attentions are timed: the chip's table gives its rates there."""
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 """Of the attention that is timed: those of the table's rates."""
@@ -45,15 +47,20 @@ REPEATS = 5
 LEAST_SHARE = 0.02
 """Of the chip's peak rate, below which a timing is not believed; and above it none is."""
 
+LAUNCHES = (1.0, 2000.0)
+"""Microseconds that a launch may take the host; 25 to 200 so far."""
+
+CALL_LAUNCHES, CALL_OPS = 3, 8
+"""What one call of the attention launches: generated kernels and torch ops."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rates:
-    """TFLOP/s on long prompts, and the tokens at which half of that is reached, as of `Chip`."""
+    """TFLOP/s of dense attention and of our kernel, and microseconds of a launch: as of `Chip`."""
 
     dense: float
-    dense_half: float
     sparse: float
-    sparse_half: float
+    launch: float
 
 
 def measured_chip(chip: Chip, device: torch.device) -> Chip:
@@ -70,30 +77,29 @@ def measured_chip(chip: Chip, device: torch.device) -> Chip:
     if kept is None or not plausible(kept, chip):
         return chip
     on = f"this machine, torch {machine['torch']}, triton {machine['triton']}"
-    return dataclasses.replace(chip, measured=on, **dataclasses.asdict(kept))
+    return dataclasses.replace(chip, measured=on, op=kept.launch / 6, **dataclasses.asdict(kept))
 
 
-def fit(seconds: tuple[float, float]) -> tuple[float, float]:
-    """A rate in TFLOP/s and the tokens at which half of it is reached, from two timings.
+def as_rates(dense: float, sparse: float, call: float) -> Rates:
+    """The rates that timings show.
 
-    seconds: of causal attention over `LENGTHS`. Rate r and half length h make a time of
-    flops * (1 + h / N) / r.
+    dense, sparse: seconds of causal attention over `LENGTH` tokens, by our kernel over every block;
+    call: seconds of the host for a call of our kernel.
     """
-    works = [2.0 * HEADS * length**2 * HEAD_DIM / 1e12 for length in LENGTHS]
-    slow, fast = (work / spent for work, spent in zip(works, seconds, strict=True))
-    (n1, n2), (x, y) = LENGTHS, (1 / slow, 1 / fast)
-    # 1 / rate(N) = 1 / r + (h / r) / N: a line in 1 / N.
-    slope = max(0.0, (x - y) / (1 / n1 - 1 / n2))
-    rest = y - slope / n2
-    return 1 / rest, slope / rest
+    blocks = LENGTH // BLOCK
+    row = (blocks + 1) / 2
+    cells = 4.0 * HEADS * HEAD_DIM / 1e12
+    most = cells * BLOCK**2 * blocks * row / sparse * (row + ROW_BLOCKS) / row
+    # An op takes a sixth of a launch, as in the table.
+    launch = 1e6 * call / (CALL_LAUNCHES + CALL_OPS / 6)
+    return Rates(cells * LENGTH**2 / 2 / dense, most, launch)
 
 
 def plausible(rates: Rates, chip: Chip) -> bool:
     """Whether a chip can have such rates."""
     low, high = LEAST_SHARE * chip.teraflops, 1.1 * chip.teraflops
-    halves = (rates.dense_half, rates.sparse_half)
     fast = all(low < rate < high for rate in (rates.dense, rates.sparse))
-    return fast and all(0 <= half < 1e5 for half in halves)
+    return fast and LAUNCHES[0] < rates.launch < LAUNCHES[1]
 
 
 def measure(device: torch.device) -> Rates | None:
@@ -102,32 +108,41 @@ def measure(device: torch.device) -> Rates | None:
         return None
     from mpass.lowering.triton.attention import sparse_attention  # its launchers load Triton
 
-    spent: dict[str, list[float]] = {"dense": [], "sparse": []}
-    with unset_fake_temporarily(), torch.no_grad():
-        for length in LENGTHS:
-            generator = torch.Generator(device).manual_seed(0)  # the user's own stays as it is
-            query, key = (
-                torch.randn(
-                    1, heads, length, HEAD_DIM, device=device, generator=generator
-                ).bfloat16()
-                for heads in (HEADS, KV_HEADS)
-            )
-            index = whole_index(query, -(-length // 64), IndexWidth(), diagonal_slots(HEADS))
-            inputs = AttentionInputs(query, key, key, AttentionMask(), HEAD_DIM**-0.5)
+    def inputs_of(length: int) -> AttentionInputs:
+        generator = torch.Generator(device).manual_seed(0)  # the user's own stays as it is
+        query, key = (
+            torch.randn(1, heads, length, HEAD_DIM, device=device, generator=generator).bfloat16()
+            for heads in (HEADS, KV_HEADS)
+        )
+        return AttentionInputs(query, key, key, AttentionMask(), HEAD_DIM**-0.5)
 
-            causal = {"is_causal": True, "enable_gqa": True}
-            dense = functools.partial(
-                F.scaled_dot_product_attention,
-                query,
-                key,
-                key,
-                **causal,  # type: ignore[arg-type]
+    def sparse(inputs: AttentionInputs) -> Callable[[], object]:
+        rows = inputs.query.shape[2] // BLOCK
+        index = whole_index(inputs.query, rows, IndexWidth(), diagonal_slots(HEADS))
+        return functools.partial(sparse_attention, inputs, index)
+
+    with unset_fake_temporarily(), torch.no_grad(), torch.cuda.device(device):
+        inputs = inputs_of(LENGTH)
+
+        def dense() -> object:
+            query, key, value = inputs.query, inputs.key, inputs.value
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True
             )
-            spent["dense"].append(time_on(dense))
-            sparse = functools.partial(sparse_attention, inputs, index)
-            spent["sparse"].append(time_on(sparse))
-    dense_rate, sparse_rate = (fit((a, b)) for a, b in spent.values())
-    return Rates(*dense_rate, *sparse_rate)
+
+        seconds = time_on(dense), time_on(sparse(inputs))
+        return as_rates(*seconds, time_launches(sparse(inputs_of(2 * BLOCK))))
+
+
+def time_launches(run: Callable[[], object]) -> float:
+    """Seconds until a call returns, the least of some, with nothing in the GPU's queue."""
+    best = float("inf")
+    for _ in range(2 * REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def time_on(run: Callable[[], object]) -> float:

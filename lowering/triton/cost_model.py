@@ -31,16 +31,23 @@ from mpass.lowering.triton.estimator_costs import (
     run,
 )
 
-DISPATCH = 5e-5
-"""Seconds of the host for the two ops of a layer beside what they launch; 30 us for SDPA's."""
+DISPATCH = 2e-4
+"""Seconds of the host for the two ops of a layer beside what they launch."""
 
 DENSE_CALL = 3e-5
+"""Seconds of a call of dense attention, however short."""
+
+BISECTIONS = 12
+"""Steps in which a break-even share is found: to a quarter of a thousandth."""
 
 STATIC_OPS = 20
 """Torch ops that make the index of a pattern whose parameters say all."""
 
 JOIN_OPS = 12
 """Torch ops that join the indexes of two patterns of a layer."""
+
+ROW_BLOCKS = 3.0
+"""Key blocks of a query block at which our kernel reaches half of its rate: its fixed work."""
 
 PACKED = 1.1
 """Rate of the attention kernel that takes two heads of one index at a time, over that for one."""
@@ -112,7 +119,7 @@ def predict(
         estimate=sum(step.seconds for step in steps),
         plan=sum(step.seconds for step in plan),
         attention=attention,
-        host=DISPATCH + (launches * chip.launch + ops * chip.op) * 1e-6,
+        host=0.0 if work.replayed else DISPATCH + (launches * chip.launch + ops * chip.op) * 1e-6,
         steps=steps,
     )
 
@@ -123,30 +130,29 @@ def products(shape: Shape) -> float:
     return 2.0 * shape.heads * cells * (shape.head_dim + shape.value_dim)
 
 
-def rate(most: float, half: float, shape: Shape) -> float:
-    """Operations per second: what long prompts reach, less in short ones and small heads."""
-    length = math.sqrt(shape.queries * shape.keys)
-    narrow = min(1.0, 0.5 + (shape.head_dim + shape.value_dim) / 512)
-    return most * 1e12 * narrow * length / (length + half)
+def narrow(shape: Shape) -> float:
+    """The share of a rate that is left at small head sizes, whose softmax counts for more."""
+    return min(1.0, 0.5 + (shape.head_dim + shape.value_dim) / 512)
 
 
 def dense_seconds(chip: Chip, shape: Shape) -> float:
     """Of the best dense attention."""
-    # It masks half a tile of 128 keys per row: what is below the diagonal block counts once.
-    cells = shape.queries * (shape.keys - shape.queries / 2) if shape.causal else None
-    flops = products(shape)
-    if cells is not None:
-        flops = 2.0 * shape.heads * cells * (shape.head_dim + shape.value_dim)
-    return flops / rate(chip.dense, chip.dense_half, shape) + chip.kernel * 1e-6
+    cells = float(shape.queries * shape.keys)
+    if shape.causal:
+        cells -= shape.queries**2 / 2
+    flops = 2.0 * shape.heads * cells * (shape.head_dim + shape.value_dim)
+    length = math.sqrt(shape.queries * shape.keys)
+    return flops / (chip.dense_rate(length) * 1e12 * narrow(shape))
 
 
 def attention_seconds(chip: Chip, shape: Shape, share: float, *, packed: bool = False) -> float:
     """Of our kernel over a share of the blocks that the mask leaves."""
     most = chip.sparse * (PACKED if packed else 1.0)
-    flops = share * products(shape)
+    row = share * shape.blocks / max(1, shape.query_blocks)
+    rate = most * 1e12 * narrow(shape) * row / (row + ROW_BLOCKS)
     moved = 2.0 * (shape.heads * shape.queries * 2 + 2 * shape.kv_heads * shape.keys)
     bytes_bound = moved * shape.head_dim / (chip.terabytes * 1e12)
-    return max(flops / rate(most, chip.sparse_half, shape), bytes_bound) + chip.kernel * 1e-6
+    return max(share * products(shape) / rate, bytes_bound) + chip.kernel * 1e-6
 
 
 def expected_share(work: LayerWork, keys: int, denser: float = 1.0) -> float:
@@ -201,9 +207,15 @@ def plan_steps(chip: Chip, work: LayerWork, shape: Shape) -> Iterator[Step]:
 @functools.lru_cache(maxsize=4096)
 def breakeven_share(chip: Chip, work: LayerWork, *, queries: int, keys: int, batch: int) -> float:
     """The share of the dense work up to which sparse attention is predicted no slower; 0 to 1."""
-    found = predict(chip, work, keys=keys, queries=queries, batch=batch, density=1.0)
-    fixed = chip.kernel * 1e-6
-    left = found.dense - found.estimate - found.plan - fixed
-    if found.host > found.dense or left <= 0:
-        return 0.0
-    return min(1.0, left / (found.attention - fixed))
+
+    def pays(share: float) -> bool:
+        found = predict(chip, work, keys=keys, queries=queries, batch=batch, density=share)
+        return found.speedup >= 1.0
+
+    low, high = 0.0, 1.0
+    if pays(high):
+        return high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low

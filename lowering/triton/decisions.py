@@ -11,7 +11,7 @@ import math
 
 from mpass.lowering.crossover import LayerWork, LeastLengths
 from mpass.lowering.triton.chips import Chip
-from mpass.lowering.triton.cost_model import breakeven_share, expected_share, predict
+from mpass.lowering.triton.cost_model import expected_share, predict
 from mpass.lowering.triton.estimator_costs import COSTS
 
 LEAST_SPEEDUP = 0.97
@@ -73,11 +73,6 @@ def least_lengths(chip: Chip, work: LayerWork) -> LeastLengths:
             break
         queries = chunk
     return LeastLengths(keys, queries)
-
-
-def share_limit(chip: Chip, work: LayerWork, *, queries: int, keys: int, batch: int) -> float:
-    """The share of the dense work up to which a call that was measured stays sparse."""
-    return breakeven_share(chip, work, queries=queries, keys=keys, batch=batch)
 
 
 def calls_until_probe(speedup: float) -> int:

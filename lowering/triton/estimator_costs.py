@@ -1,7 +1,8 @@
 """What the estimators cost on a GPU, step by step: bytes, products, issue slots and launches.
 
-The counts of instructions are those of the compiled kernels (head_dim 128, bf16); the rest is read
-off the launchers beside this file. One function per estimator, by its record's name. Letters: H
+Cycles, slots and serial seconds are fitted to the times of single kernels on an H200 (head_dim 128,
+bf16, benchmarks/results/gpu_h200_first.json), bytes and launches are read off the launchers beside
+this file. One function per estimator, by its record's name. Letters: H
 query heads that the estimator works for, Hk their kv heads, Nq queries, Nk keys, I query blocks,
 J key blocks, D head_dim.
 """
@@ -25,10 +26,17 @@ BANDWIDTH = 0.9
 ISSUE = 0.85
 """Share of the issue slots that kernels fill which are bound by them."""
 
-SERIAL = 1e-6
-"""Seconds per 1024 keys of a program that walks all keys of a head alone."""
+RUNS = 0.12
+"""Share of the bandwidth at which means over short runs of keys are made."""
 
-LIST_SLOTS = ((128, 3.0e3), (512, 7.6e3), (2048, 3.7e4), (16384, 2.2e5))
+TOPK = 5e-5
+"""Seconds of torch.topk over few keys: it is a row of small kernels."""
+
+SERIAL = 1e-6
+"""Seconds per 1024 keys of a program that walks all keys of a head alone, times these factors."""
+LIST_COLUMNS, MARK_DISTANCES, LIST_DIAGONALS = 1.45, 2.6, 2.9
+
+LIST_SLOTS = ((128, 1.1e3), (512, 3.6e3), (2048, 2.36e4), (16384, 2.18e5))
 """Issue slots that listing the best blocks of one query block takes, by the blocks it chooses from
 (templates/blocks.py.jinja)."""
 
@@ -130,7 +138,7 @@ def last_queries(chip: Chip, shape: Shape, *, diagonals: bool) -> Iterator[Step]
     """Columns, and diagonals if asked for, by the attention of the last queries."""
     heads, keys = shape.heads, shape.keys
     tiles = heads * shape.key_blocks
-    statistics, sums = by_dim(505, shape.head_dim), by_dim(976, shape.head_dim)
+    statistics, sums = by_dim(940, shape.head_dim), by_dim(2680, shape.head_dim)
     yield run(chip, "row_statistics", moved=shape.key_bytes, cycles=ISSUE * tiles * statistics)
     written = 12.0 * heads * keys
     yield run(
@@ -138,13 +146,14 @@ def last_queries(chip: Chip, shape: Shape, *, diagonals: bool) -> Iterator[Step]
     )
     yield run(chip, "sums", moved=2 * written, launches=0, ops=4)
     for name in ("columns", "diagonals") if diagonals else ("columns",):
-        yield run(chip, f"topk of {name}", moved=24.0 * heads * keys, launches=0, ops=4)
+        moved = 60.0 * heads * keys
+        yield run(chip, f"topk of {name}", moved=moved, serial=TOPK, launches=0, ops=4)
     thousands = math.ceil(keys / 1024)
-    yield run(chip, "list_columns", serial=0.9 * SERIAL * thousands)
+    yield run(chip, "list_columns", serial=LIST_COLUMNS * SERIAL * thousands)
     if diagonals:
-        yield run(chip, "mark_distances", serial=0.55 * SERIAL * thousands)
+        yield run(chip, "mark_distances", serial=MARK_DISTANCES * SERIAL * thousands)
         turns = math.ceil((shape.key_blocks + 1) / 64)
-        yield run(chip, "list_diagonals", serial=1.5 * SERIAL * turns)
+        yield run(chip, "list_diagonals", serial=LIST_DIAGONALS * SERIAL * turns)
 
 
 def vertical_slash(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
@@ -167,12 +176,12 @@ def list_step(chip: Chip, shape: Shape, candidates: float, max_blocks: int, turn
 def vertical_block(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     heads, dim = shape.heads, shape.head_dim
     yield run(chip, "constants", launches=8, ops=6)
-    yield run(chip, "pool_runs", moved=1.125 * shape.key_bytes)
+    yield run(chip, "pool_runs", moved=1.125 * shape.key_bytes / RUNS)
     scores = 4.0 * heads * shape.query_blocks * shape.key_blocks
     turns = chunks(scores)
     tiles = heads * shape.blocks * (rule.rows / BLOCK) / rule.pool
     yield run(
-        chip, "score_rows", moved=scores / 2, cycles=tiles * by_dim(1373, dim), turns=turns, ops=1
+        chip, "score_rows", moved=scores / 2, cycles=tiles * by_dim(1900, dim), turns=turns, ops=1
     )
     yield list_step(chip, shape, shape.key_blocks, rule.max_blocks, turns)
     if rule.columns:
@@ -182,11 +191,11 @@ def vertical_block(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
 def block_scores(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     means = shape.keys / rule.block_size
     yield run(chip, "constants", launches=5, ops=6)
-    yield run(chip, "pool_runs", moved=1.02 * shape.key_bytes)
+    yield run(chip, "pool_runs", moved=2 * shape.key_bytes)
     scores = 4.0 * shape.heads * shape.query_blocks * means
     turns = chunks(scores)
     tiles = shape.heads * shape.blocks / rule.block_size
-    cycles = tiles * by_dim(1373, shape.head_dim)
+    cycles = tiles * by_dim(1900, shape.head_dim)
     yield run(chip, "score_tiles", moved=scores / 2, cycles=cycles, turns=turns, ops=1)
     yield list_step(chip, shape, means, rule.max_blocks, turns)
 
@@ -194,7 +203,7 @@ def block_scores(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
 def block_sparse(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     yield run(chip, "constants", launches=5, ops=6)
     queries = 2.0 * shape.heads * shape.queries * shape.head_dim
-    yield run(chip, "means", moved=queries + shape.key_bytes, launches=2, ops=4)
+    yield run(chip, "means", moved=2.6 * (queries + shape.key_bytes), launches=2, ops=4)
     blocks = (shape.queries / rule.block_size) * (shape.keys / rule.block_size)
     product = 2.0 * shape.heads * blocks * shape.head_dim / (chip.products * 1e12)
     scores = 4.0 * shape.heads * blocks
@@ -210,10 +219,9 @@ def x_attention(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     flops = 2.0 * shape.heads * cells / rule.stride * shape.head_dim
     scores = 4.0 * shape.heads * groups * shape.key_blocks
     turns = chunks(scores)
-    seconds = flops / (0.5 * chip.sparse * 1e12)
-    yield run(
-        chip, "group_scores", moved=2 * scores, serial=seconds, turns=turns, launches=2, ops=4
-    )
+    seconds = flops / (0.7 * chip.sparse * 1e12)
+    yield run(chip, "score_groups", serial=seconds, turns=turns, ops=2)
+    yield run(chip, "sum_groups", moved=1.5 * scores, turns=turns, ops=2)
     yield list_step(chip, shape, shape.key_blocks, rule.max_blocks, turns)
 
 
@@ -222,20 +230,20 @@ def flex_prefill(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     scores = 4.0 * heads * size * shape.keys
     turns = chunks(2 * scores)
     product = 2.0 * heads * size * shape.keys * shape.head_dim / (chip.products * 1e12)
-    moved = 10 * scores + 4 * shape.key_bytes * heads / shape.kv_heads
+    moved = 80 * scores + 4 * shape.key_bytes * heads / shape.kv_heads
     yield run(chip, "attention", moved=moved, serial=product, turns=turns, launches=0, ops=60)
     pooled = 4.0 * heads * (shape.queries / size) * (shape.keys / size)
-    yield run(chip, "pooled and sorted", moved=30 * pooled, launches=0, ops=30)
+    yield run(chip, "pooled and sorted", moved=500 * pooled, launches=0, ops=30)
     yield list_step(chip, shape, shape.keys / size, rule.max_blocks, chunks(pooled))
 
 
 def sample_attention(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     yield run(chip, "rows", launches=2, ops=20)
     tiles = shape.heads * shape.blocks * rule.row_share
-    for name, cycles in (("row_totals", 505), ("sum_columns", 976)):
+    for name, cycles in (("row_totals", 850), ("sum_columns", 890)):
         yield run(chip, name, cycles=tiles * by_dim(cycles, shape.head_dim))
-    yield run(chip, "sort", moved=80.0 * shape.heads * shape.keys, launches=0, ops=12)
-    yield run(chip, "list_columns", serial=0.9 * SERIAL * math.ceil(shape.keys / 1024))
+    yield run(chip, "sort", moved=1000.0 * shape.heads * shape.keys, launches=0, ops=12)
+    yield run(chip, "list_columns", serial=LIST_COLUMNS * SERIAL * math.ceil(shape.keys / 1024))
 
 
 COSTS: dict[str, Callable[[Chip, Shape, Any], Iterator[Step]]] = {

@@ -7,6 +7,7 @@ that a GPU has counted.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from mpass.lowering.index import SparseIndex
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.triton.chips import H100, Chip, find_chip
 from mpass.lowering.triton.cost_constants import measured_chip
-from mpass.lowering.triton.cost_model import predict
-from mpass.lowering.triton.decisions import calls_until_probe, known, share_limit
+from mpass.lowering.triton.cost_model import breakeven_share, predict
+from mpass.lowering.triton.decisions import FEWEST_PROBES, calls_until_probe, known
 from mpass.lowering.triton.decisions import least_lengths as least_lengths_of
 from mpass.lowering.triton.work_memory import Key, Limits, Reading, WorkMemory
 
@@ -64,7 +65,8 @@ def begin_call(
 
     def limits(parts: tuple[PatternWork, ...], share: float) -> Limits:
         dim = query.shape[3]
-        work = LayerWork(query.dtype, dim, dim, keys.shape[1], parts)
+        # What the host takes is known from calls, and not predicted.
+        work = LayerWork(query.dtype, dim, dim, keys.shape[1], parts, replayed=True)
         return limits_of(
             chip_of(query.device),
             work,
@@ -81,12 +83,16 @@ def begin_call(
 def limits_of(
     chip: Chip, work: LayerWork, length: int, batch: int, share: float, dense_above: float
 ) -> Limits:
-    """Up to which share calls stay sparse, and when one looks again at a larger one."""
+    """What decides about calls whose share of the dense work is known."""
     if not known(work):
-        return Limits(dense_above, calls_until_probe(0.5))
-    most = share_limit(chip, work, queries=length, keys=length, batch=batch)
-    speedup = predict(chip, work, keys=length, batch=batch, density=share).speedup
-    return Limits(min(most, dense_above), calls_until_probe(speedup))
+        return Limits(dense_above, math.inf, math.inf, lambda sparse: FEWEST_PROBES)
+    most = breakeven_share(chip, work, queries=length, keys=length, batch=batch)
+    found = predict(chip, work, keys=length, batch=batch, density=share)
+
+    def interval(sparse: float) -> int:
+        return calls_until_probe(found.dense / sparse) if sparse < math.inf else FEWEST_PROBES
+
+    return Limits(min(most, dense_above), found.dense, found.sparse, interval)
 
 
 def decided(inputs: AttentionInputs, site: int) -> str:

@@ -4,14 +4,17 @@ An op knows what an index selects only where the device has counted it, and must
 So some calls copy the share of the dense work that they selected into pinned memory of the host,
 with an event behind the copy; later calls of the same attention, of prompts of about the same
 length, read it once the event has passed. Where sparse attention is slower at that share, calls run
-dense, and now and then one runs sparse to look again. Dense attention is always right, so that what
-is remembered decides speed and nothing else.
+dense, and now and then one runs sparse to look again. What the host takes to launch a call is known
+at once; where that is longer than dense attention takes, calls run dense as well. Dense attention
+is always right, so that what is remembered decides speed and nothing else.
 
 A CUDA graph is captured as if nothing was remembered, and nothing is while it is captured.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,13 +48,17 @@ class Remembered:
     """One attention.
 
     share: of the dense work, as last read; None before. pending: the reading that is under way.
-    parts: what each pattern of the layer told of itself, by the ops' names. running: whether a call
+    host: the least seconds between beginning and end of a sparse call, before it was done.
+    parts: what each pattern of the layer told of itself, by the ops' names. started: when the call
+    has begun that runs. running: whether a call
     has begun, so that its decision stands; dense: why it runs dense, "" if it does not.
-    sparse_calls, dense_calls: since one of the other kind, and since the share was read.
+    sparse_calls, dense_calls: since one of the other kind, and since something new was known.
     """
 
     share: float | None = None
     pending: Reading | None = None
+    host: float = math.inf
+    started: float = 0.0
     parts: dict[str, tuple[PatternWork, ...]] = field(default_factory=dict)
     running: bool = False
     dense: str = ""
@@ -63,11 +70,19 @@ class Remembered:
 class Limits:
     """What decides about a call whose share of the work is known.
 
-    most: share up to which it stays sparse; interval: dense calls until one looks again.
+    most: share up to which it stays sparse; dense: seconds of dense attention; interval: of the
+    seconds that sparse attention takes, the dense calls until one looks again; sparse: those at the
+    share that was read.
     """
 
     most: float
-    interval: int
+    dense: float
+    sparse: float
+    interval: Callable[[float], int]
+
+
+AskLimits = Callable[[tuple[PatternWork, ...], float], Limits]
+"""What decides, of the patterns of a layer and the share that was read."""
 
 
 @dataclass(slots=True)
@@ -93,7 +108,7 @@ class WorkMemory:
         key: Key,
         name: str,
         parts: tuple[PatternWork, ...],
-        limits: Callable[[tuple[PatternWork, ...], float], Limits],
+        limits: AskLimits,
     ) -> str:
         """Why a call runs dense, in words; "" for sparse. All ops of one call get one answer.
 
@@ -102,20 +117,31 @@ class WorkMemory:
         """
         own = self.recall(key)
         own.parts[name] = parts
-        if own.running:
-            return own.dense
-        own.running = True
-        own.dense = ""
+        if not own.running:
+            own.running, own.started = True, time.perf_counter()
+            own.dense = self.reason(own, limits)
+        return own.dense
+
+    def reason(self, own: Remembered, limits: AskLimits) -> str:
+        """Why a new call runs dense, in words; "" for sparse."""
         if own.pending is not None and own.pending.ready():
             own.share, own.pending, own.dense_calls = own.pending.value(), None, 0
-        if own.share is not None:
-            found = limits(tuple(part for some in own.parts.values() for part in some), own.share)
-            if own.share > found.most and own.dense_calls < found.interval:
-                own.dense = (
-                    f"{own.share:.0%} of the work was selected in an earlier call, sparse pays up "
-                    f"to {found.most:.0%} here"
-                )
-        return own.dense
+        if own.share is None:
+            return ""
+        found = limits(tuple(part for some in own.parts.values() for part in some), own.share)
+        if own.dense_calls >= found.interval(max(found.sparse, own.host)):
+            return ""
+        if own.share > found.most:
+            return (
+                f"{own.share:.0%} of the work was selected in an earlier call, sparse pays up to "
+                f"{found.most:.0%} here"
+            )
+        if found.dense < own.host < math.inf:
+            return (
+                f"launching it took {1e3 * own.host:.2g} ms in earlier calls, dense attention "
+                f"takes {1e3 * found.dense:.2g} ms here"
+            )
+        return ""
 
     def decided(self, key: Key) -> str:
         """What `begin` has answered for the call that runs."""
@@ -132,6 +158,8 @@ class WorkMemory:
             own.dense_calls += 1
             own.sparse_calls = 0
             return
+        if own.sparse_calls or own.dense_calls:  # the first call of all may build kernels
+            own.host = min(own.host, time.perf_counter() - own.started)
         looking = own.share is None or own.dense_calls > 0
         if own.pending is None and (looking or own.sparse_calls % CALLS_PER_READING == 0):
             own.pending = self.start(share())

@@ -37,11 +37,12 @@ def layer_work(
     kv_heads: int,
     causal: bool = True,
     window: int = 0,
+    replayed: bool = False,
 ) -> LayerWork:
     """A layer in the words of lowerings.
 
-    patterns: one per query head; window: in tokens, 0 for none.
+    patterns: one per query head; window: in tokens, 0 for none; replayed: in a CUDA graph.
     """
     counts = Counter(patterns)
     parts = tuple(pattern_work(pattern, count) for pattern, count in counts.items())
-    return LayerWork(dtype, head_dim, value_dim, kv_heads, parts, causal, window)
+    return LayerWork(dtype, head_dim, value_dim, kv_heads, parts, causal, window, replayed)

@@ -1,20 +1,28 @@
 """The predicted cost of attention on GPUs, and the promise that decisions by it keep.
 
-No GPU is asked: a chip is a record. The figures of `PAPER` are the roofline of a hand-made count
-(H200, 32 heads over 8, head_dim 128, bf16), in milliseconds.
+No GPU is asked: a chip is a record. What an H200 took is in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from mpass.lowering.crossover import WORK_LENGTHS, LayerWork, PatternWork
-from mpass.lowering.triton.chips import CHIPS, H100, find_chip
-from mpass.lowering.triton.cost_constants import LENGTHS, Rates, fit, measured_chip, plausible, save
+from mpass.lowering.triton.chips import CHIPS, DENSE_CURVE, H100, H200, find_chip
+from mpass.lowering.triton.cost_constants import (
+    LENGTH,
+    Rates,
+    as_rates,
+    measured_chip,
+    plausible,
+    save,
+)
 from mpass.lowering.triton.cost_model import breakeven_share, predict
 from mpass.lowering.triton.decisions import (
     DENSER,
@@ -30,18 +38,7 @@ from mpass.patterns.base import find_pattern, registered_patterns
 from mpass.patterns.base.work import layer_work
 
 PATTERNS = sorted(registered_patterns())
-H200 = dataclasses.replace(H100, terabytes=4.8)
-
-PAPER = {
-    ("vertical_slash", 8192, 0.57): (1.06, 0.23, 0.05, 1.08),
-    ("vertical_slash", 32768, 0.36): (14.7, 0.37, 0.16, 9.3),
-    ("vertical_slash", 131072, 0.18): (235, 0.91, 0.60, 74.5),
-    ("vertical_slash", 1048576, 0.11): (15012, 6.0, 4.7, 2914),
-    ("union", 8192, 0.24): (1.06, 0.25, 0.02, 0.45),
-    ("union", 32768, 0.12): (14.7, 1.37, 0.05, 3.1),
-    ("union", 131072, 0.08): (235, 18.5, 0.18, 33),
-    ("union", 1048576, 0.02): (15012, 1090, 1.4, 530),
-}
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def work(name: str = "union", heads: int = 32, kv_heads: int = 8, dim: int = 128) -> LayerWork:
@@ -55,15 +52,45 @@ def work(name: str = "union", heads: int = 32, kv_heads: int = 8, dim: int = 128
     )
 
 
-@pytest.mark.parametrize(("case", "expected"), PAPER.items(), ids=lambda v: str(v[:2]))
-def test_the_model_gives_the_roofline_that_was_counted_by_hand(case, expected):
-    name, length, density = case
-    paper = dataclasses.replace(H200, dense=612, dense_half=1400, sparse=348, sparse_half=1600)
-    found = predict(paper, work(name), keys=length, density=density)
-    dense, estimate, _, attention = expected
-    assert found.dense * 1e3 == pytest.approx(dense, rel=0.05)
-    assert found.attention * 1e3 == pytest.approx(attention, rel=0.05)
-    assert found.estimate * 1e3 == pytest.approx(estimate, rel=0.15, abs=0.15)
+MEASURED = json.loads((RESULTS / "gpu_h200_first.json").read_text())
+LAYERS = {
+    "vertical slash": "vertical_slash",
+    "block top k": "block_sparse",
+    "union": "union",
+    "block max": "block_max",
+    "block top p": "block_top_p",
+    "x_attention": "x_attention",
+    "flex prefill": "flex_prefill",
+    "sample attention": "sample_attention",
+}
+"""Names of the benchmark's rows, and the patterns that they ran with default parameters."""
+
+CASES = [
+    name
+    for name in MEASURED["rows"]
+    if name.startswith("layer/") and int(name.rsplit("/", 1)[1]) >= 8192
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_model_is_near_what_an_h200_took(name):
+    """Device time of estimation and attention, replayed without the host; within 12%."""
+    _, rule, length = name.split("/")
+    row = MEASURED["rows"][name]
+    layer = work(LAYERS[rule])
+    found = predict(H200, layer, keys=int(length), density=row["work"])
+    device = found.estimate + found.plan + found.attention
+    assert device * 1e3 == pytest.approx(row["replayed_ms"], rel=0.12)
+
+
+def test_dense_attention_is_as_fast_as_on_an_h200():
+    for name, row in MEASURED["rows"].items():
+        if name.startswith("attention/cudnn/"):
+            found = predict(H200, work(), keys=int(name.rsplit("/", 1)[1]))
+            assert found.dense * 1e3 == pytest.approx(row["ms"], rel=0.02)
+    assert H200.measured.startswith(MEASURED["about"]["device"])
+    assert MEASURED["about"]["triton"] in H200.measured
+    assert all(chip.measured == "" for chip in CHIPS.values() if chip.name != "h200")
 
 
 def test_the_parts_of_a_prediction_make_its_speedup():
@@ -79,11 +106,14 @@ def test_what_the_host_launches_bounds_short_prompts():
     assert found.sparse == found.host > found.estimate + found.plan + found.attention
 
 
-def test_the_bars_are_met_on_paper():
-    assert predict(H200, work(), keys=8192, density=0.24).speedup >= 1.4
-    assert predict(H200, work(), keys=131072, density=0.08).speedup >= 4.0
-    shared = predict(H200, work(), keys=131072, density=0.08, shared_index=True)
-    assert shared.speedup >= 6.0
+def test_the_bars_are_met_as_predicted():
+    """Without what the host takes, as in a CUDA graph; an index per kv head is not built yet."""
+    layer = dataclasses.replace(work(), replayed=True)
+    assert predict(H200, layer, keys=8192, density=0.24).speedup >= 1.1
+    assert predict(H200, layer, keys=131072, density=0.08).speedup >= 4.0
+    shared = {"density": 0.08, "shared_index": True}
+    assert predict(H200, layer, keys=131072, **shared).speedup >= 6.0
+    assert predict(H200, work(), keys=8192, density=0.24).speedup < 1.0
 
 
 def decided_seconds(chip, layer, keys: int, queries: int, density: float) -> tuple[float, float]:
@@ -122,9 +152,15 @@ def test_no_chunk_of_a_prompt_is_slower_than_dense_attention(chip, sizes):
 
 def test_short_prompts_and_small_models_stay_dense_longer():
     least = least_lengths(H100, work())
-    assert 2048 < least.keys <= 8192 and 128 <= least.queries <= least.keys
+    assert 8192 < least.keys <= 16384 and 128 <= least.queries <= least.keys
     assert least_lengths(H100, work("union", 9, 3, 64)).keys > least.keys
     assert least_lengths(CHIPS["b200"], work()).keys > least.keys
+
+
+def test_a_cuda_graph_makes_shorter_prompts_worth_it():
+    replayed = dataclasses.replace(work(), replayed=True)
+    assert least_lengths(H100, replayed).keys < least_lengths(H100, work()).keys
+    assert predict(H100, replayed, keys=512).host == 0.0
 
 
 def test_a_pattern_that_leaves_nothing_out_is_never_taken():
@@ -141,7 +177,7 @@ def test_a_window_is_taken_where_prompts_are_longer_than_it():
 def test_the_breakeven_share_is_where_both_cost_the_same():
     share = breakeven_share(H100, work(), queries=32768, keys=32768, batch=1)
     assert 0.3 < share < 0.6
-    assert predict(H100, work(), keys=32768, density=share).speedup == pytest.approx(1.0, rel=1e-6)
+    assert predict(H100, work(), keys=32768, density=share).speedup == pytest.approx(1.0, rel=1e-3)
     assert breakeven_share(H100, work(), queries=512, keys=512, batch=1) == 0.0
 
 
@@ -230,11 +266,21 @@ def test_looks_again_cost_a_hundredth_of_dense_attention():
     assert calls_until_probe(0.0) == 512
 
 
-def test_rates_are_fitted_to_timings_of_two_lengths():
-    works = [2.0 * 32 * length**2 * 128 / 1e12 for length in LENGTHS]
-    pair = tuple(w * (1 + 1500 / n) / 600 for w, n in zip(works, LENGTHS, strict=True))
-    rate, half = fit(pair)
-    assert (rate, half) == pytest.approx((600, 1500))
+def test_rates_come_from_timings_as_the_model_has_it():
+    found = predict(H200, work("dense"), keys=LENGTH, density=1.0)
+    rates = as_rates(found.dense, found.attention, 4.0 * H200.launch * 1e-6)
+    assert rates.dense == pytest.approx(H200.dense, rel=0.01)
+    assert rates.sparse == pytest.approx(H200.sparse, rel=0.01)
+    assert rates.launch == pytest.approx(H200.launch, rel=0.1)
+
+
+def test_the_curve_of_dense_attention_goes_through_its_points():
+    for length, rate in DENSE_CURVE:
+        assert H200.dense_rate(length) == pytest.approx(rate)
+    slower = CHIPS["a100"]
+    shares = [chip.dense_rate(2048) / chip.dense for chip in (slower, H200, CHIPS["b200"])]
+    assert shares == sorted(shares, reverse=True)
+    assert H200.dense_rate(1024) == H200.dense_rate(2048) / 2
 
 
 def test_kept_rates_serve_and_others_are_left_alone(tmp_path, monkeypatch):
@@ -246,13 +292,18 @@ def test_kept_rates_serve_and_others_are_left_alone(tmp_path, monkeypatch):
     assert measured_chip(H100, device) is H100
     machine = cost_constants.describe_machine(device)
     path = cost_constants.rates_path(machine)
-    save(path, machine, Rates(500.0, 1000.0, 300.0, 1000.0))
+    save(path, machine, Rates(500.0, 300.0, 60.0))
     found = measured_chip(H100, device)
-    assert (found.dense, found.sparse) == (500.0, 300.0) and "this machine" in found.measured
+    assert (found.dense, found.sparse, found.launch, found.op) == (
+        500.0,
+        300.0,
+        60.0,
+        10.0,
+    ) and "this machine" in found.measured
     for broken in ("{}", "", path.read_text().replace("500.0", "5e9"), '{"version": 0}'):
         path.write_text(broken)
         assert measured_chip(H100, device) is H100
-    assert not plausible(Rates(500.0, -1.0, 300.0, 0.0), H100)
+    assert not plausible(Rates(500.0, 300.0, -1.0), H100)
 
 
 def test_nothing_is_timed_where_there_is_no_gpu(tmp_path, monkeypatch, caplog):

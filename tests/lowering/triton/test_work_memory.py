@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ class Calls:
 
     def __init__(self, most=0.5, interval=3):
         self.readings = []
-        self.limits = Limits(most, interval)
+        self.limits = Limits(most, math.inf, 1.0, lambda sparse: interval)
         self.memory = WorkMemory(self.start)
 
     def start(self, share):
@@ -140,11 +141,11 @@ def test_the_share_is_counted_without_reading_the_device(form, length):
 @pytest.fixture
 def gpu_policy(monkeypatch):
     """The CPU's tensors under the policy of GPUs, computed in plain torch; an H100 decides."""
-    limits = {"keys": 64, "most": 0.5}
+    limits = {"keys": 64, "most": 0.5, "dense": math.inf}
 
     def limits_of(chip, work, length, batch, share, dense_above):
         assert isinstance(work, LayerWork) and work.patterns
-        return Limits(min(limits["most"], dense_above), 3)
+        return Limits(min(limits["most"], dense_above), limits["dense"], 1.0, lambda sparse: 3)
 
     monkeypatch.setattr(policy, "limits_of", limits_of)
     monkeypatch.setattr(dispatch, "_added", {})
@@ -203,6 +204,15 @@ def test_programs_stay_sparse_where_that_pays(gpu_policy):
     gpu_policy["most"] = 1.0
     ran, _, log = lowerings_of(compiled(dense_above=0.99), random_attention(num_queries=200), 4)
     assert ran == ["toy"] * 4 and not log.calls[-1].reason
+
+
+def test_programs_run_dense_where_launching_takes_longer_than_dense_attention(gpu_policy):
+    gpu_policy |= {"most": 1.0, "dense": 1e-9}
+    run = compiled(dense_above=0.99)
+    ran, _, log = lowerings_of(run, random_attention(num_queries=200), 6)
+    # The first call may build kernels and says nothing about the others.
+    assert ran == ["toy", "toy", "dense", "dense", "dense", "toy"]
+    assert "launching it took" in log.calls[2].reason
 
 
 def test_dense_above_bounds_the_share_and_one_switches_the_memory_off(gpu_policy):
