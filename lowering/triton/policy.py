@@ -132,7 +132,9 @@ def capturing(device: torch.device) -> bool:
 @functools.cache
 def memory_of(device: torch.device) -> WorkMemory:
     """What is remembered of one device's attentions."""
-    slots = torch.empty(READINGS, dtype=torch.float32, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    with torch.inference_mode(False):  # later calls write to it outside of that mode, too
+        slots = torch.empty(READINGS, dtype=torch.float32, device="cpu", pin_memory=pinned)
     free = [0]
 
     def start(share: Tensor) -> Reading:

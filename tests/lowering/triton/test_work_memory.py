@@ -18,8 +18,13 @@ from mpass.lowering.index import AttentionMask, IndexWidth
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.recorder import record
 from mpass.lowering.reference import attention as reference
-from mpass.lowering.triton import policy
+from mpass.lowering.triton import decisions, policy
+from mpass.lowering.triton.chips import H100, H200
 from mpass.lowering.triton.work_memory import CALLS_PER_READING, Limits, WorkMemory
+from mpass.match import find_attention
+from mpass.options import parse_options
+from mpass.patterns.base.work import layer_work
+from mpass.plan import plan_attention
 from tests.helpers.triton_cases import SLOTS, random_index
 from tests.helpers.truth import random_attention
 from tests.lowering.triton.test_sync import COPIES_FROM_THE_HOST, READS_THE_DEVICE, OpNames
@@ -276,6 +281,71 @@ def test_nothing_is_remembered_while_a_graph_is_captured(monkeypatch):
     assert policy.key_of(inputs, 7) is None
     assert policy.begin_call(inputs, "union", (), 7, 0.6) == ""
     assert policy.decided(inputs, 7) == ""
+
+
+def test_calls_may_run_in_inference_mode_and_without_it(gpu_policy):
+    """What the first call allocates is written to by all others, whatever mode they run in."""
+    run, inputs = compiled(), random_attention(num_queries=200)
+    with torch.inference_mode(), record() as log:
+        run(*inputs)
+    with torch.device("meta"):
+        ran, out, _ = lowerings_of(run, inputs, 5)
+    assert [call.lowering for call in log.calls] == ["toy"]
+    assert ran == ["dense", "dense", "dense", "toy", "dense"]
+    assert (out - attend(*inputs)).abs().max() < 1e-5
+
+
+def union_layer(**changes):
+    sizes = {"dtype": torch.bfloat16, "head_dim": 128, "value_dim": 128, "kv_heads": 8}
+    return dataclasses.replace(layer_work([mpass.Union()] * 32, **sizes), **changes)
+
+
+def test_limits_are_what_the_cost_model_says_of_the_chip():
+    found = policy.limits_of(H200, union_layer(replayed=True), 32768, 1, 0.9, 1.0)
+    assert 0.4 < found.most < 0.6 and found.sparse > 1.5 * found.dense
+    assert found.interval(found.sparse) > found.interval(1.1 * found.dense) >= 4
+    assert policy.limits_of(H200, union_layer(), 32768, 1, 0.9, 0.2).most == 0.2
+
+
+def test_an_estimator_of_unknown_cost_is_bounded_by_dense_above_alone():
+    foreign = dataclasses.replace(union_layer().patterns[0], estimator="comb")
+    work = union_layer(patterns=(foreign,))
+    found = policy.limits_of(H200, work, 32768, 1, 0.9, 0.6)
+    assert (found.most, found.dense) == (0.6, math.inf)
+    assert policy.least_lengths(work, torch.device("cpu")).keys == 2048
+
+
+def test_a_machine_without_a_gpu_is_taken_for_an_h100():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here, whose chip it is")
+    least = policy.least_lengths(union_layer(), torch.device("cuda", 0))
+    assert least == decisions.least_lengths(H100, union_layer())
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_what_the_host_takes_does_not_count_in_cuda_graphs(gpu_policy, mode):
+    asked = []
+
+    def least_lengths(work, device):
+        asked.append(work)
+        return LeastLengths(64, 1)
+
+    own = dispatch.device_lowering("cpu")
+    dispatch.register_lowering(dataclasses.replace(own, least_lengths=least_lengths))
+    torch._dynamo.reset()
+    chosen = parse_options(mode, {})
+    captured = []
+
+    def capture(gm, inputs):
+        captured.extend(find_attention(gm))
+        for site in captured:
+            plan_attention(site, chosen)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(attend, backend=capture)(*random_attention(num_queries=200))
+    assert [work.replayed for work in asked] == [mode is not None]
+    assert (asked[0].heads, asked[0].kv_heads, asked[0].head_dim) == (4, 2, 32)
 
 
 def test_softcaps_and_sinks_are_never_made_dense(gpu_policy):
