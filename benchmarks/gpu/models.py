@@ -28,6 +28,7 @@ def crossover(setting: Setting) -> Iterator[Work]:
     call may, and those after it go by what it selected.
     """
     plain = dataclasses.replace(setting, planted=False)
+    yield "crossover/never waits/8192", functools.partial(never_waits, plain, 8192)
     for length in (130,) if setting.smoke else CROSSOVER_LENGTHS:
         yield f"crossover/{length}", functools.partial(compare_attention, setting, length)
         name = f"crossover/plain inputs/{length}"
@@ -63,6 +64,42 @@ def compare_attention(setting: Setting, length: int) -> Row:
             if name == "minference":
                 row |= chosen_by(forward)
     return row | {"slowdown": row["minference_ms"] / row["inductor_ms"]}
+
+
+def never_waits(setting: Setting, length: int) -> Row:
+    """Calls that go by what earlier ones selected, where a wait of the host is an error.
+
+    calls: what ran each, "d" for dense; on plain inputs the first is sparse and most others are
+    dense. difference: of a CUDA graph that was captured in between, to the calls.
+    """
+    if setting.smoke:
+        return {"skipped": "a CPU does not wait for itself"}
+    query, key, value = setting.tensors(length)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+
+    torch._dynamo.reset()
+    run = torch.compile(attend, backend="minference", options={"min_seq_len": 0})
+    calls = ""
+    with torch.no_grad():
+        first = run(query, key, value)
+        for _ in range(6):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run(query, key, value)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            calls += chosen_by(functools.partial(run, query, key, value))["chosen"][0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(query, key, value)
+        graph.replay()
+    difference = float((captured.float() - first.float()).abs().max())
+    return {"ok": "d" in calls and difference < 1e-2, "calls": calls, "difference": difference}
 
 
 def chosen_by(run: Callable[[], Any]) -> Row:

@@ -68,8 +68,8 @@ def measured_chip(chip: Chip, device: torch.device) -> Chip:
     machine = describe_machine(device)
     path = rates_path(machine)
     if os.environ.get(REMEASURE, "0") not in ("", "0"):
-        found = measure(device)
-        if found is None or not plausible(found, chip):
+        found = measured_rates(device)
+        if isinstance(found, str) or not plausible(found, chip):
             log.warning("the rates of %s were not measured (%s)", machine["device"], found)
             return chip
         save(path, machine, found)
@@ -132,6 +132,14 @@ def measure(device: torch.device) -> Rates | None:
 
         seconds = time_on(dense), time_on(sparse(inputs))
         return as_rates(*seconds, time_launches(sparse(inputs_of(2 * BLOCK))))
+
+
+def measured_rates(device: torch.device) -> Rates | str:
+    """`measure`, or why it could not be done: a chip's table serves then."""
+    try:
+        return measure(device) or "there is no GPU, or a CUDA graph is being captured"
+    except Exception as error:  # a kernel that cannot be built, or no memory
+        return f"{type(error).__name__}: {error}"
 
 
 def time_launches(run: Callable[[], object]) -> float:
