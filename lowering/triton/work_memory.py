@@ -50,9 +50,12 @@ class Remembered:
     share: of the dense work, as last read; None before. pending: the reading that is under way.
     host: the least seconds between beginning and end of a sparse call, before it was done.
     parts: what each pattern of the layer told of itself, by the ops' names. started: when the call
-    has begun that runs. running: whether a call
-    has begun, so that its decision stands; dense: why it runs dense, "" if it does not.
-    sparse_calls, dense_calls: since one of the other kind, and since something new was known.
+    has begun that runs. running: whether a call has begun, so that its decision stands; dense: why
+    it runs dense, "" if it does not. sparse_calls, dense_calls: since one of the other
+    kind, and since something new was known.
+
+    Threads that call one attention at the same time may disagree about a call: its estimator then
+    lists every block for a sparse kernel, or an index is made for dense attention. Both are right.
     """
 
     share: float | None = None
