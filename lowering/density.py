@@ -81,6 +81,34 @@ def selects_all(index: SparseIndex) -> bool:
     return bool((lists == ALL_BLOCKS).all()) and bool((diagonals == ALL_DIAGONALS).all())
 
 
+def causal_work_share(index: SparseIndex, length: int) -> Tensor:
+    """`work_share` of a whole causal prompt as a tensor, fp32 []: nothing waits for the device.
+
+    length: of queries and keys.
+    """
+    rows = num_query_blocks(length, 0)
+    heads = len(index.head_slots) * index.column_count.shape[0]
+    device = index.column_count.device
+    dense = rows * (rows + 1) / 2
+    parts = []
+    if index.block_count.numel():
+        causal = torch.arange(1, rows + 1, device=device)
+        counts = index.block_count
+        parts.append(torch.where(counts == ALL_BLOCKS, causal, counts).sum(dtype=torch.float32))
+    if index.diagonal_count.numel():
+        counts, entries = index.diagonal_count, index.diagonal_index
+        parts.append((counts == ALL_DIAGONALS).sum(dtype=torch.float32) * dense)
+        live = torch.arange(entries.shape[-1], device=device) < counts[..., None]
+        per_diagonal = torch.where(live, (rows - entries).clamp(min=0), 0)
+        parts.append(per_diagonal.sum(dtype=torch.float32))
+    if index.column_index.numel():
+        counts, entries = index.column_count, index.column_index
+        live = torch.arange(entries.shape[-1], device=device) < counts[..., None]
+        per_column = torch.where(live, (rows - 1 - entries // BLOCK).clamp(min=0), 0)
+        parts.append(per_column.sum(dtype=torch.float32) / BLOCK)
+    return torch.stack(parts).sum() / (dense * heads)
+
+
 def work_share(
     index: SparseIndex,
     mask: AttentionMask,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpass.lowering import block_mask
 from mpass.lowering.block_mask import BlockLists
-from mpass.lowering.crossover import EstimatedWork
+from mpass.lowering.crossover import EstimatedWork, LayerWork, LeastLengths, PatternWork
 from mpass.lowering.estimators import EstimateFunction, Estimator
 from mpass.lowering.index import SparseIndex
 from mpass.lowering.inputs import AttentionInputs
@@ -52,6 +52,11 @@ class Build:
     run: Callable[[], None]
 
 
+def keeps_nothing(*arguments: Any) -> str:
+    """Of a lowering that remembers no calls: nothing speaks against sparse attention."""
+    return ""
+
+
 def no_wait(device: torch.device) -> None:
     """Nothing runs behind the caller's back on such a device."""
 
@@ -68,9 +73,13 @@ class Lowering:
     estimators: its own implementations; the reference serves where there is none.
     default_pattern: what a head gets that nothing configures: of the patterns with an own estimator
     here, the one that loses least (docs/patterns/union.md).
-    shortest_prompt: keys from which attention is sparse where nothing configures it.
+    shortest_prompt: keys from which attention is sparse where nothing configures it; least_lengths:
+    the same for an attention that is known, and the queries from which it is; None for that number.
     decides_by_cost: whether reading an index costs so little that each call compares its work with
     dense attention's; where it does not, the host would have to wait for the device.
+    begin_call, decided, end_call: what takes the place of that where the host must not wait: why
+    dense attention runs by what earlier calls selected, asked by the ops that estimate and then by
+    the attention, which tells at its end what was selected.
     fallback: whether plain torch takes what it does not serve; else that stays dense.
     builds_ahead: whether kernels take long to build, so that a thread starts before they are used:
     by using them on a block of zeros, unless there is a way to prepare.
@@ -92,9 +101,15 @@ class Lowering:
         block_mask.correct_as_listed
     )
     estimators: Mapping[Estimator, EstimateFunction] = field(default_factory=dict)
-    default_pattern: str = "vertical_slash"
+    default_pattern: str = "union"
     shortest_prompt: int = SHORTEST_PROMPT
+    least_lengths: Callable[[LayerWork, torch.device], LeastLengths] | None = None
     decides_by_cost: bool = False
+    begin_call: Callable[[AttentionInputs, str, tuple[PatternWork, ...], int, float], str] = (
+        keeps_nothing
+    )
+    decided: Callable[[AttentionInputs, int], str] = keeps_nothing
+    end_call: Callable[[AttentionInputs, SparseIndex, int], object] = keeps_nothing
     fallback: bool = False
     builds_ahead: bool = False
     prepare: Callable[[Callable[[], object]], Sequence[Build]] | None = None

@@ -86,6 +86,13 @@ class VerticalBlock(ListPattern):
 
     name: ClassVar[str] = "union"
     estimator: ClassVar[Estimator] = VERTICAL_BLOCK
+    seen: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1024, 1.0),
+        (2048, 0.64),
+        (4096, 0.415),
+        (8192, 0.24),
+        (32768, 0.122),
+    )
 
     def __post_init__(self) -> None:
         check_share(self, "mass", "row_share")
@@ -94,6 +101,9 @@ class VerticalBlock(ListPattern):
         if self.last_queries not in LAST_QUERIES_CHOICES:
             allowed = ", ".join(map(str, LAST_QUERIES_CHOICES))
             raise PatternValueError(self.name, "last_queries", self.last_queries, allowed)
+
+    def denser(self) -> float:
+        return float((0.018 / self.row_share) ** 0.5 * max(1.0, self.mass / 0.6))
 
     def cost(self) -> sympy.Expr:
         """This is an upper bound: how many blocks hold `mass` depends on the prompt."""

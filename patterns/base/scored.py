@@ -19,7 +19,7 @@ from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
 from mpass.patterns.base.aliases import takes_each, unpacked
 from mpass.patterns.base.checks import forced_blocks
-from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Pattern, causal_keys
+from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Pattern, between, causal_keys
 
 
 class ListEstimator(Estimator):
@@ -51,10 +51,22 @@ class EstimatedPattern(Pattern):
 
     required: ClassVar[tuple[str, ...]] = ("estimator", "select", "cost")
     estimator: ClassVar[Estimator]
+    seen: ClassVar[tuple[tuple[int, float], ...]] = ()
+    """Densities that prompts were seen to have with the default parameters: (tokens, density)."""
 
     def rule(self) -> Any:
         """The fields as the estimator takes them."""
         return self.estimator.rule(**self.parameters())
+
+    def denser(self) -> float:
+        """How many times as much as `seen` these parameters keep, roughly."""
+        return 1.0
+
+    def usual_density(self, length: int) -> float:
+        least = self.min_density(length)
+        if not self.seen:
+            return super().usual_density(length)
+        return min(1.0, max(least, between(self.seen, length) * self.denser()))
 
     @classmethod
     def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
@@ -83,6 +95,11 @@ class ListPattern(EstimatedPattern):
 
     def min_keys(self) -> sympy.Expr:
         return causal_keys(forced_blocks(self) * BLOCK)
+
+    def usual_density(self, length: int) -> float:
+        most = getattr(self, "max_blocks", 0) * BLOCK + getattr(self, "columns", 0)
+        keys = min(length, most) if most else length
+        return min(super().usual_density(length), (keys - keys**2 / (2 * length)) / (length / 2))
 
     @classmethod
     def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
