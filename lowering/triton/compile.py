@@ -33,7 +33,17 @@ POINTERS = {
 FEATURES = ("columns", "window", "padding", "softcap")
 """Flags of a TritonKernelSpec that take registers of the attention kernel."""
 
-SPEC_DTYPE = ("query", "key", "value", "out", "column_key", "column_value", "rows", "means")
+SPEC_DTYPE = (
+    "query",
+    "key",
+    "value",
+    "out",
+    "column_key",
+    "column_value",
+    "rows",
+    "means",
+    "key_means",
+)
 """Pointer arguments of the spec's dtype."""
 
 
