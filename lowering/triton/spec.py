@@ -27,7 +27,7 @@ SPLITS = 32
 GROUP_TILE = 128
 """Groups of queries, and of keys, that a program of antidiagonal scores multiplies at a time."""
 
-SELECT_TILE = 256
+SELECT_TILE = 128
 """Scores that a program of selection, which is one warp, reads at a time."""
 
 HEAD_DIMS = range(16, 257)

@@ -21,8 +21,8 @@ from mpass.lowering.triton.spec import SELECT_TILE
 from tests.helpers.rotation import part_of_today
 from tests.helpers.triton_cases import poisoned_memory
 
-BLOCKS, ROWS, HEADS = 2 * SELECT_TILE + 188, 1, 3
-"""Key blocks of a row (three chunks, the last one not full), query blocks, heads."""
+BLOCKS, ROWS, HEADS = 3 * SELECT_TILE + 60, 1, 3
+"""Key blocks of a row (four chunks, the last one not full), query blocks, heads."""
 
 MASKS = {
     "causal": AttentionMask(query_offset=(BLOCKS - ROWS) * 64),
@@ -34,7 +34,7 @@ RULES = {
     "top_k": [
         list_blocks.ListRule(0, 1),
         list_blocks.ListRule(1, 77),
-        list_blocks.ListRule(2, 600),
+        list_blocks.ListRule(2, 380),
     ],
     "share": [
         list_blocks.ListRule(0, 200, 2, 3, share=0.5),
@@ -42,7 +42,7 @@ RULES = {
         list_blocks.ListRule(2, 4, 3, 5, share=0.01),
     ],
     "mass": [
-        list_blocks.ListRule(0, 1000, 1, 2, share=0.7),
+        list_blocks.ListRule(0, 390, 1, 2, share=0.7),
         list_blocks.ListRule(1, 60, 0, 1, share=0.95),
         list_blocks.ListRule(2, 300, 1, 1, 1, share=1.0),
     ],
@@ -112,7 +112,7 @@ def run(rule: str, rules, scores: Tensor, mask: AttentionMask, width: int):
     ("rule", "name"), part_of_today(list(itertools.product(RULES, MASKS)), share=2)
 )
 def test_rows_of_several_chunks_keep_what_the_reference_keeps(rule, name):
-    mask, width = MASKS[name], 620
+    mask, width = MASKS[name], 400
     scores = scores_of(rule, seed=len(name))
     counts, entries = run(rule, RULES[rule], scores, mask, width)
     for place, head in enumerate(RULES[rule]):
@@ -132,8 +132,8 @@ def test_rows_of_every_rule_and_mask_are_the_same_in_each_run(rule, name):
     scores = scores_of(rule, seed=len(name)) * torch.rand(1, HEADS, ROWS, BLOCKS)
     if rule in ("share", "mass"):
         scores = scores.abs()
-    first = run(rule, RULES[rule], scores, MASKS[name], 620)
-    again = run(rule, RULES[rule], scores, MASKS[name], 620)
+    first = run(rule, RULES[rule], scores, MASKS[name], 400)
+    again = run(rule, RULES[rule], scores, MASKS[name], 400)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
