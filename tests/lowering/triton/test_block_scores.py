@@ -45,6 +45,9 @@ MASKS = {
     "bidirectional": AttentionMask(causal=False),
     "all": AttentionMask(window=90, query_offset=77, key_mask=padding(2, LENGTH)),
 }
+MASKS_TODAY = part_of_today(list(MASKS), share=2)
+"""Masks that the dear kernels are interpreted for."""
+
 HEADS = [3, 0, 2]
 
 TOP_P = BlockScoresRule(None, 0.6, 64, sink_blocks=1, local_blocks=1, last_blocks=0, max_blocks=5)
@@ -143,8 +146,9 @@ def test_pooled_keys_equal_reference(size):
 
 
 @pytest.mark.parametrize("kind", BLOCK_SCORES)
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("mask", MASKS_TODAY)
 def test_block_scores_select_what_the_reference_selects(mask, kind):
+    mask = MASKS[mask]
     query, key = tensors(mask)
     arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), BLOCK_SCORES[kind])
     with poisoned_memory():
@@ -152,8 +156,9 @@ def test_block_scores_select_what_the_reference_selects(mask, kind):
     assert_same(index, reference_block_scores.block_scores_index(*arguments))
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("mask", MASKS_TODAY)
 def test_union_selects_what_the_reference_selects(mask):
+    mask = MASKS[mask]
     query, key = tensors(mask)
     arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), UNION)
     with poisoned_memory():
@@ -161,8 +166,9 @@ def test_union_selects_what_the_reference_selects(mask):
     assert_same(index, reference_union.vertical_block_index(*arguments))
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("mask", MASKS_TODAY)
 def test_x_attention_selects_what_the_reference_selects(mask):
+    mask = MASKS[mask]
     query, key = tensors(mask)
     arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), X_ATTENTION)
     with poisoned_memory():
