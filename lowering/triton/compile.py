@@ -43,7 +43,10 @@ POINTERS = {
 }
 """Types of the pointer arguments of fixed dtype; those not named here are int32."""
 
-SPEC_DTYPE = ("query", "key", "value", "out", "column_key", "column_value", "rows", "means")
+SPEC_DTYPE = (
+    *("query", "key", "value", "out", "column_key", "column_value"),
+    *("rows", "means", "key_means"),
+)
 """Pointer arguments of the spec's dtype."""
 
 

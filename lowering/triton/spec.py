@@ -28,6 +28,9 @@ SPLITS = 32
 GROUP_TILE = 128
 """Groups of queries, and of keys, that a program of antidiagonal scores multiplies at a time."""
 
+SELECT_TILE = 128
+"""Scores that a program of selection, which is one warp, reads at a time."""
+
 HEAD_DIMS = range(16, 257)
 """Head sizes that the attention kernel takes, of keys and of values."""
 
@@ -124,11 +127,6 @@ def query_heads_per_program(head_slots: tuple[int, ...], group: int, limit: int)
 def score_warps(head_dim: int) -> int:
     """Warps of a program of estimation that multiplies 64 query rows with 64 keys or means."""
     return 4 if head_dim <= 128 else 8
-
-
-def select_warps(width: int) -> int:
-    """Warps of a program that keeps `width` scores in registers, at most 32 of them per thread."""
-    return min(16, max(1, width // 256))
 
 
 def parts(dim: int, target: Target) -> list[tuple[int, int]]:

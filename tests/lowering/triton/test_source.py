@@ -18,6 +18,7 @@ from mpass.lowering.triton import attention, source
 from mpass.lowering.triton.attention import entry_form, row_form
 from mpass.lowering.triton.spec import (
     FEATURES,
+    SELECT_TILE,
     TARGETS,
     TritonKernelSpec,
     attention_tile,
@@ -84,11 +85,15 @@ SPECS = {
         padding=True,
         num_stages=2,
     ),
-    "blocks_top_k": TritonKernelSpec("blocks", tile=2048, num_warps=8),
-    "blocks_share": TritonKernelSpec("blocks", tile=2048, rule="share", num_warps=8),
-    "blocks_mass": TritonKernelSpec("blocks", tile=2048, rule="mass", num_warps=8),
+    "blocks_top_k": TritonKernelSpec("blocks", tile=SELECT_TILE, num_warps=1),
+    "blocks_share": TritonKernelSpec("blocks", tile=SELECT_TILE, rule="share", num_warps=1),
+    "blocks_mass": TritonKernelSpec("blocks", tile=SELECT_TILE, rule="mass", num_warps=1),
     "blocks_row_mass": TritonKernelSpec(
-        "blocks", tile=16384, rule="row_mass", window=True, padding=True, num_warps=16
+        "blocks", tile=SELECT_TILE, rule="row_mass", window=True, padding=True, num_warps=1
+    ),
+    "block_products": TritonKernelSpec("block_products", head_dim=128, num_stages=2),
+    "block_products_masked": TritonKernelSpec(
+        "block_products", dtype="fp16", head_dim=80, window=True, num_stages=2
     ),
     "x_attention": TritonKernelSpec(
         "x_attention", head_dim=128, tile=128, pool=8, num_warps=8, num_stages=3
