@@ -42,7 +42,8 @@ class Chip:
     and our attention kernel on query blocks that look at many key blocks.
     products: TFLOP/s of an fp32 matrix product in torch.
     kernel: microseconds that a kernel of little work takes on the device. launch, op: those that
-    the host takes to launch a generated kernel and a torch op; of the host, and not of the chip.
+    the host takes to launch a generated kernel and a torch op; of the host, and not of the chip,
+    and measured before launches went straight to compiled handles, which can only take less.
     measured: on what and with which versions the rates were measured; "" where they are assumed.
     """
 

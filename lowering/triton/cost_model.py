@@ -40,7 +40,7 @@ DENSE_CALL = 3e-5
 BISECTIONS = 12
 """Steps in which a break-even share is found: to a quarter of a thousandth."""
 
-STATIC_OPS = 20
+STATIC_OPS = 30
 """Torch ops that make the index of a pattern whose parameters say all."""
 
 JOIN_OPS = 12
@@ -199,9 +199,10 @@ def plan_steps(chip: Chip, work: LayerWork, shape: Shape) -> Iterator[Step]:
     steps = widest(work).bit_length()
     slots = 400 + steps * 67 + (489 + steps * 107) * columns / 256
     rows = shape.heads * shape.query_blocks
-    yield run(chip, "plan_rows", moved=rows * (32.0 + columns / 8), slots=rows * slots, ops=4)
+    yield run(chip, "plan_rows", moved=rows * (32.0 + columns / 8), slots=rows * slots)
     dims = shape.head_dim + shape.value_dim
-    yield run(chip, "gather_columns", moved=4.0 * shape.heads * columns * dims)
+    if columns:
+        yield run(chip, "gather_columns", moved=4.0 * shape.heads * columns * dims)
 
 
 @functools.lru_cache(maxsize=4096)

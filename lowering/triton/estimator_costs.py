@@ -144,7 +144,7 @@ def last_queries(chip: Chip, shape: Shape, *, diagonals: bool) -> Iterator[Step]
     yield run(
         chip, "sum_probabilities", moved=shape.key_bytes + written, cycles=ISSUE * tiles * sums
     )
-    yield run(chip, "sums", moved=2 * written, launches=0, ops=4)
+    yield run(chip, "sums", moved=2 * written, launches=0, ops=2)
     for name in ("columns", "diagonals") if diagonals else ("columns",):
         moved = 60.0 * heads * keys
         yield run(chip, f"topk of {name}", moved=moved, serial=TOPK, launches=0, ops=4)
@@ -157,7 +157,7 @@ def last_queries(chip: Chip, shape: Shape, *, diagonals: bool) -> Iterator[Step]
 
 
 def vertical_slash(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
-    yield run(chip, "constants", launches=3, ops=6)
+    yield run(chip, "buffers", launches=0, ops=1)
     yield from last_queries(chip, shape, diagonals=True)
 
 
@@ -175,7 +175,7 @@ def list_step(chip: Chip, shape: Shape, candidates: float, max_blocks: int, turn
 
 def vertical_block(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     heads, dim = shape.heads, shape.head_dim
-    yield run(chip, "constants", launches=8, ops=6)
+    yield run(chip, "buffers", launches=0, ops=1)
     yield run(chip, "pool_runs", moved=1.125 * shape.key_bytes / RUNS)
     scores = 4.0 * heads * shape.query_blocks * shape.key_blocks
     turns = chunks(scores)
@@ -190,7 +190,7 @@ def vertical_block(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
 
 def block_scores(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     means = shape.keys / rule.block_size
-    yield run(chip, "constants", launches=5, ops=6)
+    yield run(chip, "buffers", launches=0, ops=2)
     yield run(chip, "pool_runs", moved=2 * shape.key_bytes)
     scores = 4.0 * shape.heads * shape.query_blocks * means
     turns = chunks(scores)
@@ -201,27 +201,27 @@ def block_scores(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
 
 
 def block_sparse(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
-    yield run(chip, "constants", launches=5, ops=6)
+    yield run(chip, "buffers", launches=0, ops=2)
     queries = 2.0 * shape.heads * shape.queries * shape.head_dim
-    yield run(chip, "means", moved=2.6 * (queries + shape.key_bytes), launches=2, ops=4)
+    yield run(chip, "means", moved=2.6 * (queries + shape.key_bytes), launches=2)
     blocks = (shape.queries / rule.block_size) * (shape.keys / rule.block_size)
     product = 2.0 * shape.heads * blocks * shape.head_dim / (chip.products * 1e12)
     scores = 4.0 * shape.heads * blocks
     turns = chunks(scores)
-    yield run(chip, "product", moved=2.5 * scores, launches=0, ops=1, turns=turns, serial=product)
+    yield run(chip, "product", moved=2.5 * scores, turns=turns, serial=product)
     yield list_step(chip, shape, shape.keys / rule.block_size, rule.top_k, turns)
 
 
 def x_attention(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
-    yield run(chip, "constants", launches=5, ops=6)
+    yield run(chip, "buffers", launches=0, ops=2)
     groups = shape.queries / rule.stride
     cells = BLOCK * BLOCK * shape.blocks
     flops = 2.0 * shape.heads * cells / rule.stride * shape.head_dim
     scores = 4.0 * shape.heads * groups * shape.key_blocks
     turns = chunks(scores)
     seconds = flops / (0.7 * chip.sparse * 1e12)
-    yield run(chip, "score_groups", serial=seconds, turns=turns, ops=2)
-    yield run(chip, "sum_groups", moved=1.5 * scores, turns=turns, ops=2)
+    yield run(chip, "score_groups", serial=seconds, turns=turns, ops=1)
+    yield run(chip, "sum_groups", moved=1.5 * scores, turns=turns)
     yield list_step(chip, shape, shape.key_blocks, rule.max_blocks, turns)
 
 
@@ -231,19 +231,18 @@ def flex_prefill(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     turns = chunks(2 * scores)
     product = 2.0 * heads * size * shape.keys * shape.head_dim / (chip.products * 1e12)
     moved = 80 * scores + 4 * shape.key_bytes * heads / shape.kv_heads
-    yield run(chip, "attention", moved=moved, serial=product, turns=turns, launches=0, ops=60)
+    yield run(chip, "attention", moved=moved, serial=product, turns=turns, launches=0, ops=120)
     pooled = 4.0 * heads * (shape.queries / size) * (shape.keys / size)
-    yield run(chip, "pooled and sorted", moved=500 * pooled, launches=0, ops=30)
+    yield run(chip, "pooled and sorted", moved=500 * pooled, launches=0, ops=66)
     yield list_step(chip, shape, shape.keys / size, rule.max_blocks, chunks(pooled))
 
 
 def sample_attention(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
-    yield run(chip, "rows", launches=2, ops=20)
+    yield run(chip, "rows", launches=0, ops=20)
     tiles = shape.heads * shape.blocks * rule.row_share
     for name, cycles in (("row_totals", 850), ("sum_columns", 890)):
         yield run(chip, name, cycles=tiles * by_dim(cycles, shape.head_dim))
-    yield run(chip, "sort", moved=1000.0 * shape.heads * shape.keys, launches=0, ops=12)
-    yield run(chip, "list_columns", serial=LIST_COLUMNS * SERIAL * math.ceil(shape.keys / 1024))
+    yield run(chip, "sort", moved=1000.0 * shape.heads * shape.keys, launches=0, ops=27)
 
 
 COSTS: dict[str, Callable[[Chip, Shape, Any], Iterator[Step]]] = {
@@ -259,7 +258,7 @@ COSTS: dict[str, Callable[[Chip, Shape, Any], Iterator[Step]]] = {
 
 def columns_of(rule: Any) -> int:
     """Vertical columns that the index has room for per head."""
-    for name in ("vertical_size", "columns", "max_columns"):
+    for name in ("vertical_size", "columns", "max_columns", "sink_size"):
         if hasattr(rule, name):
             return int(getattr(rule, name))
     return 0

@@ -36,6 +36,7 @@ from mpass.lowering.triton.decisions import (
 from mpass.lowering.triton.estimator_costs import COSTS
 from mpass.patterns.base import find_pattern, registered_patterns
 from mpass.patterns.base.work import layer_work
+from tests.lowering.triton.test_prepare import MOST
 
 PATTERNS = sorted(registered_patterns())
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -197,6 +198,19 @@ def test_every_packaged_pattern_has_a_cost(name):
     assert known(layer)
     costs = [predict(H100, layer, keys=length).sparse for length in WORK_LENGTHS]
     assert all(0 < before <= after for before, after in itertools.pairwise(costs))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_model_counts_the_launches_that_a_layer_makes(name):
+    """As test_prepare.py has counted them; what launches counts for the host's time."""
+    if name == "dense":
+        return  # it is launched under a window only
+    found = predict(H100, work(name), keys=4096)
+    free = dataclasses.replace(H100, op=0.0)
+    dear = dataclasses.replace(free, launch=free.launch + 1e6)
+    hosts = [predict(chip, work(name), keys=4096).host for chip in (free, dear)]
+    assert round(hosts[1] - hosts[0]) == MOST[name][0]
+    assert found.host > hosts[0]
 
 
 def test_an_estimator_of_another_package_has_no_known_cost():

@@ -242,7 +242,7 @@ def test_a_kernel_that_cannot_be_compiled_ahead_is_waited_for_by_nobody(compiled
 MOST = {
     "a_shape": (3, 20),
     "block_max": (5, 3),
-    "block_sparse": (5, 4),
+    "block_sparse": (6, 4),
     "block_top_p": (5, 3),
     "dense": (2, 3),
     "flex_prefill": (3, 186),
