@@ -90,7 +90,11 @@ class LayerWork:
 
 @dataclass(frozen=True, slots=True)
 class LeastLengths:
-    """From how many keys, and how many queries, on sparse attention is worth it."""
+    """From how many keys, and how many queries, on sparse attention is worth it.
+
+    area: least product of both, for chunks of a prompt; 0 for none.
+    """
 
     keys: int
     queries: int
+    area: int = 0

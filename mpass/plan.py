@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import Max, Min
 
 from mpass.errors import ConfigMismatchError
-from mpass.graph.nodes import example, shape_of
+from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.graph.sizes import holds, is_unbacked, may_guard
 from mpass.lowering.crossover import LeastLengths
@@ -224,18 +224,29 @@ def decide_length(
     """Compare the lengths with the least that pays: now, by a guard, or in the op."""
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     least = least_lengths(site, resolved, options)
-    shortest, fewest = least.keys, least.queries
+    shortest = least.keys
     plan = AttentionPlan(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest)
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
         reason = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"
         return Skip(site, reason, resolved.source)
-    if at_least(num_queries, fewest) is False:
-        reason = f"{length_in_words(num_queries)} queries, sparse from {fewest} on"
+    needed = queries_needed(num_queries, num_keys, least)
+    if needed:
+        reason = f"{length_in_words(num_queries)} queries, sparse from {needed} on"
         return Skip(site, reason, resolved.source)
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def queries_needed(num_queries: Length, num_keys: Length, least: LeastLengths) -> int:
+    """How many queries a chunk of a prompt lacks: the least that pays over its keys; 0 if none."""
+    if at_least(num_queries, least.queries) is False:
+        return least.queries
+    whole = bool(statically_known_true(num_queries == num_keys))
+    if whole or not least.area or at_least(num_queries * num_keys, least.area) is not False:
+        return 0
+    return -(-least.area // max(1, number_now(num_keys)))
 
 
 def least_lengths(

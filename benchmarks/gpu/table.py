@@ -170,8 +170,9 @@ def crossover_table(chip: Chip, measured: Measured) -> Iterator[str]:
     work = dataclasses.replace(layer("union"), replayed=False)
     least, replayed = least_lengths(chip, work), least_lengths(chip, layer("union")).keys
     yield (
-        f"The default is sparse from {least.keys} tokens on ({replayed} in a CUDA graph), in "
-        f"chunks of a prompt from {least.queries} queries on. As a user compiles one attention:"
+        f"The default is sparse from {least.keys} tokens on ({replayed} in a CUDA graph), a chunk "
+        f"of a prompt from {least.queries} queries on, where its queries times its keys are "
+        f"{least.area} or more. As a user compiles one attention:"
     )
     yield ""
     yield "| tokens | chosen | time over dense | where nothing is sparse |"

@@ -57,8 +57,9 @@ def known(work: LayerWork) -> bool:
 def least_lengths(chip: Chip, work: LayerWork) -> LeastLengths:
     """The shortest prompt, and the shortest chunk of one, from which sparse attention pays on.
 
-    All longer ones pay as well, as far as lengths are looked at. One batch row is counted: more of
-    them hide fixed costs and do no harm.
+    All longer ones pay as well, as far as lengths are looked at: chunks, where their queries times
+    keys are no fewer than those of the shortest prompt. One batch row is counted: more of them hide
+    fixed costs and do no harm.
     """
     tried = lengths()
     keys = LONGEST
@@ -66,13 +67,15 @@ def least_lengths(chip: Chip, work: LayerWork) -> LeastLengths:
         if not pays(chip, work, keys=length):
             break
         keys = length
-    behind = [keys, *(n for n in tried if n > keys and n & (n - 1) == 0)]
-    queries = keys
+    # What the launches take is fixed, and what dense attention does grows with queries times keys.
+    queries, area = keys, keys**2
     for chunk in reversed([length for length in tried if length <= keys]):
+        first = min((n for n in tried if n >= max(keys, area / chunk)), default=LONGEST)
+        behind = [first, *(n for n in tried if n > first and n & (n - 1) == 0)]
         if not all(pays(chip, work, keys=length, queries=chunk) for length in behind):
             break
         queries = chunk
-    return LeastLengths(keys, queries)
+    return LeastLengths(keys, queries, area)
 
 
 def calls_until_probe(speedup: float) -> int:

@@ -121,7 +121,7 @@ def decided_seconds(chip, layer, keys: int, queries: int, density: float) -> tup
     """Seconds of what the guards choose, and of dense attention."""
     least = least_lengths(chip, layer)
     found = predict(chip, layer, keys=keys, queries=queries, density=density)
-    sparse = keys >= least.keys and queries >= least.queries
+    sparse = keys >= least.keys and queries >= least.queries and keys * queries >= least.area
     return (found.sparse if sparse else found.dense), found.dense
 
 
@@ -156,6 +156,12 @@ def test_short_prompts_and_small_models_stay_dense_longer():
     assert 8192 < least.keys <= 16384 and 128 <= least.queries <= least.keys
     assert least_lengths(H100, work("union", 9, 3, 64)).keys > least.keys
     assert least_lengths(CHIPS["b200"], work()).keys > least.keys
+
+
+def test_chunks_of_a_long_prompt_are_sparse():
+    least = least_lengths(H100, work())
+    assert least.queries <= 2048 and least.area == least.keys**2
+    assert predict(H100, work(), keys=131072, queries=2048).speedup > 1.5
 
 
 def test_a_cuda_graph_makes_shorter_prompts_worth_it():

@@ -146,7 +146,7 @@ def test_the_share_is_counted_without_reading_the_device(form, length):
 @pytest.fixture
 def gpu_policy(monkeypatch):
     """The CPU's tensors under the policy of GPUs, computed in plain torch; an H100 decides."""
-    limits = {"keys": 64, "most": 0.5, "dense": math.inf}
+    limits = {"keys": 64, "most": 0.5, "dense": math.inf, "area": 0}
 
     def limits_of(chip, work, length, batch, share, dense_above):
         assert isinstance(work, LayerWork) and work.patterns
@@ -160,7 +160,7 @@ def gpu_policy(monkeypatch):
         device="cpu",
         serves=lambda inputs: None,
         sparse_attention=reference.sparse_attention,
-        least_lengths=lambda work, device: LeastLengths(limits["keys"], 1),
+        least_lengths=lambda work, device: LeastLengths(limits["keys"], 1, limits["area"]),
         begin_call=policy.begin_call,
         decided=policy.decided,
         end_call=policy.end_call,
@@ -237,6 +237,30 @@ def test_the_layer_s_own_shortest_prompt_is_guarded(gpu_policy):
     assert "(200 now) keys, sparse from 256 on" in mpass.reports()[-1].sites[0].reason
     assert lowerings_of(run, prompt(300), 1)[0] == ["toy"]
     assert "prompts of 256 tokens and more" in mpass.reports()[-1].summary()
+
+
+def chunk(query, key, value):
+    """The last queries of a prompt."""
+    offset = key.shape[2] - query.shape[2]
+    rows = torch.arange(query.shape[2])[:, None] + offset
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=torch.arange(key.shape[2]) <= rows, enable_gqa=True
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_chunks_need_enough_queries_for_their_keys(gpu_policy, dynamic):
+    gpu_policy["area"] = 100 * 300
+    run = compiled(chunk)
+    for queries, keys, sparse in ((90, 300, False), (110, 300, True), (90, 400, True)):
+        inputs = random_attention(num_queries=queries, num_keys=keys)
+        for tensor in inputs if dynamic else ():
+            torch._dynamo.mark_dynamic(tensor, 2)
+        ran, out, _ = lowerings_of(run, inputs, 1)
+        assert ran == (["toy"] if sparse else []), (queries, keys)
+        reason = mpass.reports()[-1].sites[0].reason
+        assert sparse or reason.endswith("queries, sparse from 100 on")
+        assert (out - chunk(*inputs)).abs().max() < (5.0 if sparse else 1e-5)
 
 
 def test_a_shortest_prompt_that_is_given_counts_alone(gpu_policy):
