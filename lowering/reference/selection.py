@@ -31,9 +31,9 @@ def running_sums(values: Tensor) -> Tensor:
     """Inclusive sums along the last dimension, the same bits at each run: [..., N] -> [..., N].
 
     Where there is one row alone CUDA's cumsum combines partial sums in the order in which they
-    come; two rows are summed a row at a time, so one row is taken twice.
+    come; two rows are summed a row at a time, so one row is taken twice there.
     """
-    if values.numel() != values.shape[-1]:
+    if values.numel() != values.shape[-1] or values.device.type != "cuda":
         return values.cumsum(-1)
     return values.reshape(1, -1).expand(2, -1).cumsum(-1)[:1].view_as(values)
 

@@ -83,13 +83,13 @@ def device_ints(numbers: Iterable[int], device: torch.device) -> Tensor:
     from the host would stall the device or break a capture.
     """
     values = tuple(numbers)
+    run = active_run()
+    if run is not None:  # on fake tensors, among which none that is known could be
+        run.numbers[values, device] = None
+        return torch.empty(len(values), dtype=torch.int32, device=device)
     known = find_constant(values, device)
     if known is not None:
         return known
-    run = active_run()
-    if run is not None:
-        run.numbers[values, device] = None
-        return torch.empty(len(values), dtype=torch.int32, device=device)
     out = torch.empty(len(values), dtype=torch.int32, device=device)
     spec = TritonKernelSpec("ints", num_warps=1, target=target_for(device))
     for start in range(0, len(values), INTS_PER_LAUNCH):

@@ -32,7 +32,7 @@ def planned(
     for node in (*nodes, output):
         node.meta["example_value"] = tensor
     site = AttentionSite(output, *nodes, 0.1, MaskMeaning(causal=True), "sdpa", layer=0)
-    return plan_attention(site, Options(pattern=find_pattern(pattern)()))
+    return plan_attention(site, Options(pattern=find_pattern(pattern)(), min_seq_len=0))
 
 
 @pytest.mark.parametrize("name", ["vertical_slash", "x_attention", "flex_prefill", "tri_shape"])

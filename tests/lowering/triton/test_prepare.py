@@ -118,6 +118,15 @@ def test_the_first_call_compiles_nothing_and_writes_no_integers(name, mask, comp
     assert compiled == []
 
 
+def test_a_layer_like_an_earlier_one_is_foreseen_too(compiled):
+    """Its integers are on the device already; those are no tensors for a run on fake ones."""
+    with FakeTensorMode():
+        fakes = tensors(300, 300)
+        for _ in range(2):
+            builds = prepare.prepare(lambda: run_layer(mpass.Union, *fakes, AttentionMask()))
+    assert {"list_blocks", "sparse_attention"} <= {b.name.split(".")[1] for b in builds}
+
+
 def test_triton_finds_what_it_has_compiled_ahead(monkeypatch):
     cpu_gpu(monkeypatch)
     with dry_run.dry_run() as run, FakeTensorMode():
