@@ -253,6 +253,7 @@ print(len(mpass.last_report().sparse_sites))
     assert run(code).split() == ["True", "2"]
 
 
+@pytest.mark.xdist_group("wheel")  # builds in one folder
 def test_wheel_holds_one_top_level_package(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), "."],

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                    # ten minutes; call again to go on
     python -m benchmarks.gpu --only check       # correctness alone
     python -m benchmarks.gpu first --out FILE   # eight minutes, most valuable first: first.py
+    python -m benchmarks.gpu sanitize --out FILE  # memory and races of a small check: sanitize.py
     python -m benchmarks.gpu --smoke            # dry run, interpreted on a CPU, tiny sizes
 
 Needs no network. Writes every row to a JSON file as it is measured and prints a table last.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import first
+from benchmarks.gpu import first, sanitize
 from benchmarks.gpu.clock import Results
 from benchmarks.gpu.sections import all_work
 from benchmarks.gpu.setting import Setting
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["first"]:
         return first.main(arguments[1:])
+    if arguments[:1] == ["sanitize"]:
+        return sanitize.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
         "--only", default="", help="names that contain this: check, attention/, ..."

@@ -54,7 +54,9 @@ PLAN = (
     "attention/(cudnn|density 1)/(32768|8192)",
     "layer/(union|vertical slash)/(32768|8192|4096|2048)",
     "attention/cudnn/(16384|4096|2048)",
-    "crossover/(4096|8192|16384)",
+    "crossover/never waits/8192",
+    "crossover/(4096|8192|12288|16384|32768)",
+    "crossover/plain inputs/(8192|16384|32768)",
     "attention/density 0.01/1048576",
     "whole/block top k 0.01/1048576",
     "layer/union/1048576",
@@ -67,7 +69,7 @@ PLAN = (
     "layer/vertical slash/1048576",
     "attention/densities of union/(32768|8192)",
     "attention/flash/(32768|8192)",
-    "crossover/(2048|1024|512)",
+    "crossover/(2048|1024|512|256|128)",
 )
 """What is timed, one thing at a time."""
 

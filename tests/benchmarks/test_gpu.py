@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import densities
+from benchmarks.gpu import densities, sanitize
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.check import relative_error
 from benchmarks.gpu.check_long import check_long
@@ -18,6 +23,8 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.summary import goals
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference import attention as reference
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
@@ -201,3 +208,48 @@ def test_planted_inputs_are_sparse_and_random_ones_are_not():
         )
     ]
     assert kept[0] < 0.6 < kept[1]
+
+
+@pytest.mark.parametrize(
+    ("out", "ok"),
+    [
+        ("checks: 1 of 1 right\n========= ERROR SUMMARY: 0 errors", True),
+        ("checks: 1 of 1 right\n========= ERROR SUMMARY: 3 errors", False),
+        ("checks: 0 of 1 right\n========= ERROR SUMMARY: 0 errors", False),
+        ("checks: 1 of 1 right\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)", True),
+        ("========= RACECHECK SUMMARY: 12 hazards displayed (12 errors)", False),
+        ("Segmentation fault", False),
+    ],
+)
+def test_a_tool_that_found_something_or_did_not_end_is_no_success(out, ok):
+    assert sanitize.row_of(out, 0)["ok"] is ok
+
+
+def test_sanitizing_without_the_program_ends_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sanitize.shutil, "which", lambda *_, **__: None)
+    assert main(["sanitize", "--out", str(tmp_path / "rows.json")]) == 2
+    assert "compute-sanitizer" in capsys.readouterr().out
+
+
+@pytest.mark.xdist_group("wheel")  # builds in one folder
+def test_first_run_starts_from_a_wheel_where_no_checkout_is_in_the_way(tmp_path):
+    """As on a bare machine: a wheel, `python -P`, the benchmarks linked, no jsonschema."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), "."]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "path" / "jsonschema.py").write_text("raise ImportError('not on this machine')")
+    run = [sys.executable, "-P", "-m", "benchmarks.gpu", "first", "--smoke", "--workers", "1"]
+    done = subprocess.run(
+        [*run, "--out", str(tmp_path / "rows.json"), "--plan", "whole/block top k 0.05/130"],
+        cwd=ROOT,  # whose own mpass/ is no whole package
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'path'}:{tmp_path / 'site'}"},
+        capture_output=True,
+        text=True,
+    )
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows["check/long block top k/131"]["ok"] and "whole/block top k 0.05/130" in rows
