@@ -99,7 +99,7 @@ def work_share(
     if not mask.causal:
         dense = float(rows * blocks)
         in_lists = index.block_count
-        tiles = float(in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks).sum())
+        tiles = over_heads(index, in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks))
         columns = float(index.column_count.sum()) / BLOCK * rows
         return (tiles + columns) / (dense * heads)
     last = first + rows  # query blocks first .. last - 1, block i has i + 1 causal tiles
@@ -108,7 +108,7 @@ def work_share(
 
     in_lists = index.block_count
     causal = torch.arange(first + 1, last + 1, device=in_lists.device).clamp(max=reach)
-    tiles = float(torch.where(in_lists == ALL_BLOCKS, causal, in_lists).sum())
+    tiles = over_heads(index, torch.where(in_lists == ALL_BLOCKS, causal, in_lists))
     tiles += float((index.diagonal_count < 0).sum()) * dense
     if tiles > enough * dense * heads:
         return tiles / (dense * heads)
@@ -125,3 +125,9 @@ def work_share(
         per_column = per_column.clamp(max=reach)
     tiles += float(torch.where(live, per_column, 0).sum()) / BLOCK
     return tiles / (dense * heads)
+
+
+def over_heads(index: SparseIndex, counts: Tensor) -> float:
+    """Counts [B, L, I] of the lists, summed over the heads that read them."""
+    rows = counts.sum((0, 2)).tolist()
+    return float(sum(rows[slot] for slot in index.head_slots if slot >= 0))

@@ -18,6 +18,7 @@ from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
 from mpass.patterns.base.aliases import takes_each, unpacked
 from mpass.patterns.base.checks import forced_blocks
+from mpass.patterns.base.kv_groups import Turns, index_rows, merge_heads, spread_columns
 from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Pattern, causal_keys
 
 
@@ -53,7 +54,11 @@ class EstimatedPattern(Pattern):
 
     def rule(self) -> Any:
         """The fields as the estimator takes them."""
-        return self.estimator.rule(**self.parameters())
+        return self.estimator.rule(**self.numbers())
+
+    def numbers(self) -> dict[str, Any]:
+        """The fields that are the estimator's: all but `per`."""
+        return {name: value for name, value in self.parameters().items() if name != "per"}
 
     @classmethod
     def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
@@ -68,20 +73,49 @@ class EstimatedPattern(Pattern):
 class ListPattern(EstimatedPattern):
     """Base of patterns that choose whole key blocks per query block by scores.
 
-    What a subclass selects is what the index in plain torch computes.
+    What a subclass selects is what the index in plain torch computes. With a field `per: Per` it
+    can select once for the query heads of a kv head (mpass.patterns.base.kv_groups).
     """
 
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
     required: ClassVar[tuple[str, ...]] = ("estimator", "cost")
+
+    def per_kv_head(self) -> bool:
+        return getattr(self, "per", "head") == "kv_head"
+
+    def turns(self) -> Turns:
+        """How the heads of one row of the index take turns where the pattern is per kv head."""
+        return Turns()
+
+    @classmethod
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
+        return shared_index(super().estimate, inputs, patterns)
 
     def min_keys(self) -> sympy.Expr:
         return causal_keys(forced_blocks(self) * BLOCK)
 
     @classmethod
     def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
-        index = cls.estimator.reference(inputs, [pattern.rule() for pattern in patterns])
+        def reference_index(merged: EstimateInputs, own: Sequence[Self]) -> SparseIndex:
+            return cls.estimator.reference(merged, [pattern.rule() for pattern in own])
+
+        index = shared_index(reference_index, inputs, patterns)
         sizes = {"num_queries": inputs.num_queries, "num_keys": inputs.num_keys}
         return reference.computed_mask(index, inputs.mask, batch=inputs.batch, **sizes)
+
+
+def shared_index(
+    estimate: Callable[[EstimateInputs, Sequence[Any]], SparseIndex],
+    inputs: EstimateInputs,
+    patterns: Sequence[ListPattern],
+) -> SparseIndex:
+    """The index of some heads, in which those of one selection are estimated together."""
+    rows = index_rows(patterns, inputs.heads, inputs.group)
+    if len(set(rows)) == len(rows):
+        return estimate(inputs, patterns)
+    own = [patterns[rows.index(row)] for row in range(max(rows) + 1)]
+    merged = merge_heads(inputs, rows, [pattern.turns() for pattern in own])
+    return spread_columns(estimate(merged, own), rows)
 
 
 def attention_cost(max_blocks: int, columns: int = 0) -> sympy.Expr:
