@@ -57,6 +57,8 @@ check: lint types
 # Whole matrices: model families, kernels for every chip, the longer evaluations.
 slow: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m slow $(ARGS)
+	for day in 0 1 2; do OMP_NUM_THREADS=1 MPASS_SEED=$$day $(BIN)/pytest -n $(WORKERS) \
+	  tests/evaluate tests/inspection || exit 1; done
 
 lint: venv
 	$(BIN)/ruff check .

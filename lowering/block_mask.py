@@ -133,6 +133,17 @@ def attend_as_listed(out: Tensor, inputs: AttentionInputs, lists: BlockLists) ->
         out[:, :, start:stop] = (weights @ values).to(out.dtype)
 
 
+def correct_as_listed(out: Tensor, inputs: AttentionInputs, lists: BlockLists) -> None:
+    """Overwrite `out` [B, H, Nq, Dv] by what the lists say where they do not agree with the mask.
+
+    For a device whose host would wait for the answer: both are computed, and the device chooses.
+    """
+    agree = lists_agree(lists, inputs.mask, inputs.query.shape[2], inputs.key.shape[2])
+    listed = torch.empty_like(out)
+    attend_as_listed(listed, inputs, lists)
+    out.copy_(torch.where(agree, out, listed))
+
+
 def warn_of_lists(layer: int) -> None:
     """Tell why a layer became slower than it need be; Python shows it once per layer."""
     place = f"layer {layer}" if layer >= 0 else "an attention"

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -32,18 +33,19 @@ def density(
     """Share of the cells allowed by `mask` that are computed: fp64 [B, H]. Exact.
 
     Plain causal masks are counted per block; others cell by cell, a chunk of queries at a time,
-    but where every block is selected there is nothing to count.
+    but where every block is selected there is nothing to count. On a device whose host would wait
+    for that answer everything is counted: nothing is read here, and the shares stay on the device.
     """
     inside = mask.query_offset + num_queries <= num_keys
-    if inside and num_queries and mask.key_mask is None and selects_all(index):
-        shape = (batch, len(index.head_slots))
-        return torch.ones(shape, dtype=torch.float64, device=index.column_index.device)
+    device = index.column_index.device
+    readable = device_lowering(device).decides_by_cost
+    if readable and inside and num_queries and mask.key_mask is None and selects_all(index):
+        return torch.ones(batch, len(index.head_slots), dtype=torch.float64, device=device)
     plain = mask.causal and mask.window == 0 and mask.key_mask is None
     if not plain or not inside:
         return reference.density(
             index, mask, batch=batch, num_queries=num_queries, num_keys=num_keys
         )
-    device = index.column_index.device
     first = first_query_block(mask.query_offset)
     rows = num_query_blocks(num_queries, mask.query_offset)
     columns = reference.selected_columns(index, batch, num_keys)
@@ -59,7 +61,7 @@ def density(
         absolute = local + first
         begin = (absolute * BLOCK).clamp(min=mask.query_offset)
         end = ((absolute + 1) * BLOCK).clamp(max=mask.query_offset + num_queries)
-        selected = reference.selected_blocks(index, local, absolute, blocks)
+        selected = reference.selected_blocks(index, local, absolute, blocks, stop=first + rows)
         before = torch.arange(blocks, device=device)[None, :] < absolute[:, None]
         keys = torch.where(selected, BLOCK, per_block[:, :, None, :])
         full = torch.where(before, keys, 0).sum(-1) * (end - begin)
@@ -77,6 +79,34 @@ def selects_all(index: SparseIndex) -> bool:
     """Whether every head selects every block, whatever the mask, as in layers that stay dense."""
     lists, diagonals = index.block_count, index.diagonal_count
     return bool((lists == ALL_BLOCKS).all()) and bool((diagonals == ALL_DIAGONALS).all())
+
+
+def causal_work_share(index: SparseIndex, length: int) -> Tensor:
+    """`work_share` of a whole causal prompt as a tensor, fp32 []: nothing waits for the device.
+
+    length: of queries and keys.
+    """
+    rows = num_query_blocks(length, 0)
+    heads = len(index.head_slots) * index.column_count.shape[0]
+    device = index.column_count.device
+    dense = rows * (rows + 1) / 2
+    parts = []
+    if index.block_count.numel():
+        causal = torch.arange(1, rows + 1, device=device)
+        counts = index.block_count
+        parts.append(over_heads(index, torch.where(counts == ALL_BLOCKS, causal, counts)).float())
+    if index.diagonal_count.numel():
+        counts, entries = index.diagonal_count, index.diagonal_index
+        parts.append((counts == ALL_DIAGONALS).sum(dtype=torch.float32) * dense)
+        live = torch.arange(entries.shape[-1], device=device) < counts[..., None]
+        per_diagonal = torch.where(live, (rows - entries).clamp(min=0), 0)
+        parts.append(per_diagonal.sum(dtype=torch.float32))
+    if index.column_index.numel():
+        counts, entries = index.column_count, index.column_index
+        live = torch.arange(entries.shape[-1], device=device) < counts[..., None]
+        per_column = torch.where(live, (rows - 1 - entries // BLOCK).clamp(min=0), 0)
+        parts.append(per_column.sum(dtype=torch.float32) / BLOCK)
+    return torch.stack(parts).sum() / (dense * heads)
 
 
 def work_share(
@@ -99,7 +129,7 @@ def work_share(
     if not mask.causal:
         dense = float(rows * blocks)
         in_lists = index.block_count
-        tiles = over_heads(index, in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks))
+        tiles = float(over_heads(index, in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks)))
         columns = float(index.column_count.sum()) / BLOCK * rows
         return (tiles + columns) / (dense * heads)
     last = first + rows  # query blocks first .. last - 1, block i has i + 1 causal tiles
@@ -108,7 +138,7 @@ def work_share(
 
     in_lists = index.block_count
     causal = torch.arange(first + 1, last + 1, device=in_lists.device).clamp(max=reach)
-    tiles = over_heads(index, torch.where(in_lists == ALL_BLOCKS, causal, in_lists))
+    tiles = float(over_heads(index, torch.where(in_lists == ALL_BLOCKS, causal, in_lists)))
     tiles += float((index.diagonal_count < 0).sum()) * dense
     if tiles > enough * dense * heads:
         return tiles / (dense * heads)
@@ -127,7 +157,10 @@ def work_share(
     return tiles / (dense * heads)
 
 
-def over_heads(index: SparseIndex, counts: Tensor) -> float:
-    """Counts [B, L, I] of the lists, summed over the heads that read them."""
-    rows = counts.sum((0, 2)).tolist()
-    return float(sum(rows[slot] for slot in index.head_slots if slot >= 0))
+def over_heads(index: SparseIndex, counts: Tensor) -> Tensor:
+    """Counts [B, L, I] of the lists, summed over the heads that read them: a tensor []."""
+    slots = [slot for slot in index.head_slots if slot >= 0]
+    if slots == list(range(counts.shape[1])):
+        return counts.sum()
+    rows = counts.sum((0, 2)).unbind()
+    return torch.stack([rows[slot] for slot in slots]).sum()

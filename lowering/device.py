@@ -6,14 +6,16 @@ A lowering is one folder whose package exports one `LOWERING`; mpass.lowering.di
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpass.lowering.crossover import EstimatedWork
+from mpass.lowering import block_mask
+from mpass.lowering.block_mask import BlockLists
+from mpass.lowering.crossover import EstimatedWork, LayerWork, LeastLengths, PatternWork
 from mpass.lowering.estimators import EstimateFunction, Estimator
 from mpass.lowering.index import SparseIndex
 from mpass.lowering.inputs import AttentionInputs
@@ -42,6 +44,19 @@ class Lazy:
         return self.load()(*arguments)
 
 
+@dataclass(frozen=True, slots=True)
+class Build:
+    """Something that takes long to build, by a name for messages; `run` may be in any thread."""
+
+    name: str
+    run: Callable[[], None]
+
+
+def keeps_nothing(*arguments: Any) -> str:
+    """Of a lowering that remembers no calls: nothing speaks against sparse attention."""
+    return ""
+
+
 def no_wait(device: torch.device) -> None:
     """Nothing runs behind the caller's back on such a device."""
 
@@ -54,14 +69,22 @@ class Lowering:
     serves: why it cannot serve an attention, in words, or None; reads dtypes, devices and static
     shapes only, so that fake tensors will do.
     sparse_attention, dense_attention: as their references in mpass.lowering.reference.
+    correct_as_listed: as in mpass.lowering.block_mask; asked for where costs do not decide.
     estimators: its own implementations; the reference serves where there is none.
     default_pattern: what a head gets that nothing configures: of the patterns with an own estimator
     here, the one that loses least (docs/patterns/union.md).
-    shortest_prompt: keys from which attention is sparse where nothing configures it.
+    shortest_prompt: keys from which attention is sparse where nothing configures it; least_lengths:
+    the same for an attention that is known, and the queries from which it is; None for that number.
     decides_by_cost: whether reading an index costs so little that each call compares its work with
     dense attention's; where it does not, the host would have to wait for the device.
+    begin_call, decided, end_call: what takes the place of that where the host must not wait: why
+    dense attention runs by what earlier calls selected, asked by the ops that estimate and then by
+    the attention, which tells at its end what was selected.
     fallback: whether plain torch takes what it does not serve; else that stays dense.
-    builds_ahead: whether kernels take long to build, so that a thread starts before they are used.
+    builds_ahead: whether kernels take long to build, so that a thread starts before they are used:
+    by using them on a block of zeros, unless there is a way to prepare.
+    prepare: what is to be built for a layer, given a function that runs it on fake tensors; what
+    the layer's calls look up is made by then. None where nothing can be foreseen so.
     breakeven_density: the share of the dense work up to which sparse attention is no slower.
     estimation_worthwhile: whether estimating an index and using it can be faster than dense.
     language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
@@ -74,12 +97,22 @@ class Lowering:
     serves: Callable[[AttentionInputs], str | None]
     sparse_attention: Callable[[AttentionInputs, SparseIndex], Tensor]
     dense_attention: Callable[[AttentionInputs], Tensor] = dense.dense_attention
+    correct_as_listed: Callable[[Tensor, AttentionInputs, BlockLists], None] = (
+        block_mask.correct_as_listed
+    )
     estimators: Mapping[Estimator, EstimateFunction] = field(default_factory=dict)
-    default_pattern: str = "vertical_slash"
+    default_pattern: str = "union"
     shortest_prompt: int = SHORTEST_PROMPT
+    least_lengths: Callable[[LayerWork, torch.device], LeastLengths] | None = None
     decides_by_cost: bool = False
+    begin_call: Callable[[AttentionInputs, str, tuple[PatternWork, ...], int, float], str] = (
+        keeps_nothing
+    )
+    decided: Callable[[AttentionInputs, int], str] = keeps_nothing
+    end_call: Callable[[AttentionInputs, SparseIndex, int], object] = keeps_nothing
     fallback: bool = False
     builds_ahead: bool = False
+    prepare: Callable[[Callable[[], object]], Sequence[Build]] | None = None
     breakeven_density: Callable[[AttentionInputs], float] = dense.breakeven_density
     estimation_worthwhile: Callable[[EstimatedWork], bool] = dense.estimation_worthwhile
     language: str = ""

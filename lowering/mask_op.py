@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpass.failures import contain
+from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.mask_forms import MaskForm, read_mask
 
 
@@ -27,18 +28,21 @@ def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The form of a mask, as numbers int64 [5] on the CPU, key_mask [B, Nk] and first [B, Nq].
 
     mask: [.., Nq, Nk] of two to four dimensions, bool or additive. B is its own batch, 1 or more.
-    Never fails: what cannot be read is of an unknown form, and dense attention runs under it.
+    Never fails: what cannot be read is of an unknown form, and dense attention runs under it. So it
+    does on a device whose host would wait for what is read, a GPU: no plan puts this op there, and
+    by hand it reads nothing.
     """
     cells = as_four(mask)
     try:
-        read = read_mask(cells)
+        if device_lowering(mask.device).decides_by_cost:
+            read = read_mask(cells)
+            return read.form.tensor(), read.key_mask.clone(), read.first.clone()
     except Exception as error:
         contain(error, "reading a mask")
-        batch, _, num_queries, num_keys = cells.shape
-        key_mask = torch.ones(batch, num_keys, dtype=torch.bool, device=mask.device)
-        first = torch.zeros(batch, num_queries, dtype=torch.int64, device=mask.device)
-        return MaskForm().tensor(), key_mask, first
-    return read.form.tensor(), read.key_mask.clone(), read.first.clone()
+    batch, _, num_queries, num_keys = cells.shape
+    key_mask = torch.ones(batch, num_keys, dtype=torch.bool, device=mask.device)
+    first = torch.zeros(batch, num_queries, dtype=torch.int64, device=mask.device)
+    return MaskForm().tensor(), key_mask, first
 
 
 @read_mask_op.register_fake

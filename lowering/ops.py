@@ -39,7 +39,7 @@ IndexTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_INDEX}, Tensor? key_mask, Tensor? sinks, "
     "SymInt query_offset, int window, bool causal, float scale, float softcap, "
-    "float dense_above, SymInt min_seq_len, int layer) -> Tensor",
+    "float dense_above, SymInt min_seq_len, int layer, int site=0) -> Tensor",
 )
 def sparse_attention(
     query: Tensor,
@@ -62,14 +62,16 @@ def sparse_attention(
     dense_above: float,
     min_seq_len: int,
     layer: int,
+    site: int = 0,
 ) -> Tensor:
     """Attention over the keys that the index selects; see lowering.reference for the meaning.
 
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
     [B, Nq, H, Dv]. dense_above: run dense attention where more than this share of the work is
-    selected, or where dense is faster as measured (CPU only: elsewhere reading the index would make
-    the host wait); 1.0 or more for never. min_seq_len: run dense below this number of keys (where
-    no guard could decide it). layer: for records only.
+    selected, or where dense is faster as measured; 1.0 or more for never. On a CPU that is this
+    very index; elsewhere the host would wait for it, and what an earlier call of the `site`
+    selected counts (0: of no call). min_seq_len: run dense below this number of keys (where no
+    guard could decide it). layer: for records only.
     """
     index = SparseIndex(
         block_count,
@@ -82,13 +84,20 @@ def sparse_attention(
     )
     mask = AttentionMask(causal, query_offset, window, key_mask)
     inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
-    lowering, out, reason = attend(inputs, index, dense_above=dense_above, min_seq_len=min_seq_len)
+    lowering, out, reason = attend(
+        inputs, index, dense_above=dense_above, min_seq_len=min_seq_len, site=site
+    )
     record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
     return out
 
 
 def attend(
-    inputs: AttentionInputs, index: SparseIndex, *, dense_above: float, min_seq_len: int
+    inputs: AttentionInputs,
+    index: SparseIndex,
+    *,
+    dense_above: float,
+    min_seq_len: int,
+    site: int = 0,
 ) -> tuple[Lowering, Tensor, str]:
     """Sparse or dense attention; the lowering that was asked, and why dense attention ran, or "".
 
@@ -99,12 +108,16 @@ def attend(
     doing = "choosing sparse or dense attention"
     try:
         reason = decide_dense(
-            lowering, inputs, index, dense_above=dense_above, min_seq_len=min_seq_len
+            lowering, inputs, index, dense_above=dense_above, min_seq_len=min_seq_len, site=site
         )
         doing = f"a kernel of {'dense' if reason else 'sparse'} attention ({lowering.name})"
         if reason:
-            return lowering, lowering.dense_attention(inputs), reason
-        return lowering, lowering.sparse_attention(inputs, index), ""
+            out = lowering.dense_attention(inputs)
+        else:
+            out = lowering.sparse_attention(inputs, index)
+        if dense_above < 1.0:
+            lowering.end_call(inputs, index, site)
+        return lowering, out, reason
     except Exception as error:
         reason = contain(error, doing)
     return lowering, dense_attention(inputs), reason
@@ -117,6 +130,7 @@ def decide_dense(
     *,
     dense_above: float,
     min_seq_len: int,
+    site: int = 0,
 ) -> str:
     """Why dense attention runs although there is an index, in words; "" for sparse attention.
 
@@ -125,8 +139,10 @@ def decide_dense(
     num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
     if num_keys < min_seq_len:
         return f"{num_keys} keys, sparse from {min_seq_len} on"
-    if dense_above >= 1.0 or not device_lowering(inputs.query.device).decides_by_cost:
+    if dense_above >= 1.0:
         return ""
+    if not device_lowering(inputs.query.device).decides_by_cost:
+        return lowering.decided(inputs, site)
     limit = min(dense_above, lowering.breakeven_density(inputs))
     share = work_share(index, inputs.mask, num_queries, num_keys, enough=limit)
     if share <= limit:
@@ -214,7 +230,6 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     "Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, int query_block, "
     "int key_block, Tensor? key_mask, SymInt query_offset, int window, bool causal, float scale, "
     "float softcap, int layer) -> ()",
-    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def check_block_lists(
     out: Tensor,
@@ -238,17 +253,21 @@ def check_block_lists(
     """Overwrite `out` where a flex_attention's lists of blocks are not those of its mask.
 
     out [B, H, Nq, Dv]: sparse attention under the mask that mask_mod was proven to mean. The lists
-    are tensors that each call may change, hence this check in each call; on a GPU the host waits
-    for its answer, so it stays out of CUDA graphs. See lowering.block_lists.
+    are tensors that each call may change, hence this check in each call. Where the host would wait
+    for the answer, on a GPU, the device alone acts on it, and nobody warns. See
+    lowering.block_mask.
     """
     lists = BlockLists(
         kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, query_block, key_block
     )
     mask = AttentionMask(causal, query_offset, window, key_mask)
-    if bool(lists_agree(lists, mask, query.shape[2], key.shape[2])):
-        return
-    warn_of_lists(layer)
-    attend_as_listed(out, AttentionInputs(query, key, value, mask, scale, softcap), lists)
+    inputs = AttentionInputs(query, key, value, mask, scale, softcap)
+    lowering = device_lowering(query.device)
+    if not lowering.decides_by_cost:
+        lowering.correct_as_listed(out, inputs, lists)
+    elif not bool(lists_agree(lists, mask, query.shape[2], key.shape[2])):
+        warn_of_lists(layer)
+        attend_as_listed(out, inputs, lists)
 
 
 @torch.library.custom_op(

@@ -185,6 +185,7 @@ class DeviceError(MpassError):
     """A device that no lowering serves."""
 
     def __init__(self, device: object, allowed: str) -> None:
+        self.allowed = allowed
         super().__init__(f"device {str(device)!r} is not served; allowed: {allowed}")
 
 

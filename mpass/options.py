@@ -32,7 +32,7 @@ class Options:
     name of a preset (mpass.config.presets).
     config: a SparseConfig, a pattern per layer and head, or the path of a file that holds one.
     min_seq_len: prompts shorter than this stay dense; tokens. None for the config's value, else
-    DEFAULT_MIN_SEQ_LEN.
+    what the lowering of the device says, which is DEFAULT_MIN_SEQ_LEN on CPUs.
     dense_above: share of the dense work above which the op runs dense attention instead.
     inner_backend: what compiles the rewritten graph.
     validate: how much of every proof is held against what the graph computes, while compiling:

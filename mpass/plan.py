@@ -19,12 +19,14 @@ from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, shape_of
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.graph.sizes import holds, is_unbacked, may_guard
+from mpass.lowering.crossover import LeastLengths
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import device_lowering, reason_against
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.options import Options
 from mpass.patterns.base import Pattern
+from mpass.patterns.base.work import layer_work
 from mpass.resolve import ResolvedPatterns, resolve_site
 
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
@@ -48,6 +50,7 @@ class AttentionPlan:
     A site whose mask is not proven has a `mask_tensor` that is read at run time.
     min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
     config_source: which decorator, option or file named the patterns.
+    shortest: the keys from which on it is sparse, whoever compares.
     """
 
     site: AttentionSite
@@ -55,6 +58,7 @@ class AttentionPlan:
     dense_above: float
     min_seq_len: int
     config_source: str = ""
+    shortest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -219,19 +223,46 @@ def decide_length(
 ) -> AttentionPlan | Skip:
     """Compare the lengths with the least that pays: now, by a guard, or in the op."""
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
-    shortest = resolved.min_seq_len
-    plan = AttentionPlan(site, resolved.patterns, options.dense_above, 0, resolved.source)
+    least = least_lengths(site, resolved, options)
+    shortest, fewest = least.keys, least.queries
+    plan = AttentionPlan(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest)
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
         reason = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"
         return Skip(site, reason, resolved.source)
-    fewest = min(FEWEST_QUERIES, shortest)
     if at_least(num_queries, fewest) is False:
         reason = f"{length_in_words(num_queries)} queries, sparse from {fewest} on"
         return Skip(site, reason, resolved.source)
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def least_lengths(
+    site: AttentionSite, resolved: ResolvedPatterns, options: Options
+) -> LeastLengths:
+    """From how many keys and queries on the site is sparse.
+
+    What is configured counts; else the lowering of the device says it of this very attention,
+    unless the user wants it sparse whatever that costs (`dense_above` of 1 or more).
+    """
+    lowering = device_lowering(example(site.query).device)
+    keys = resolved.min_seq_len
+    ask = lowering.least_lengths
+    if keys is None and ask is not None and options.dense_above < 1.0 and site.mask is not None:
+        work = layer_work(
+            resolved.patterns,
+            dtype=site.compute_dtype,
+            head_dim=int(site.head_dim),
+            value_dim=int(example(site.value).shape[-1]),
+            kv_heads=int(site.num_kv_heads),
+            causal=site.mask.causal,
+            window=site.mask.window,
+            replayed=bool(dict(options.inductor).get("triton.cudagraphs")),
+        )
+        return ask(work, example(site.query).device)
+    keys = lowering.shortest_prompt if keys is None else keys
+    return LeastLengths(keys, min(FEWEST_QUERIES, keys))
 
 
 def at_least(length: Length, least: int) -> bool | None:

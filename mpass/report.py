@@ -138,7 +138,16 @@ def decided_later(decision: AttentionPlan | Skip) -> tuple[str, ...]:
 
 
 def make_report(decisions: Sequence[AttentionPlan | Skip], min_seq_len: int) -> Report:
-    """The report of one graph."""
+    """The report of one graph.
+
+    min_seq_len: what the options say, where no attention is sparse.
+    """
+    lengths = [
+        plan.shortest
+        for plan in decisions
+        if isinstance(plan, AttentionPlan) and plan.shortest is not None
+    ]
+    min_seq_len = min(lengths, default=min_seq_len)
     return Report(tuple(describe_site(decision) for decision in decisions), min_seq_len)
 
 

@@ -26,7 +26,6 @@ from mpass.errors import UnknownLayerError
 from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
 from mpass.graph.nodes import example
 from mpass.graph.site import AttentionSite
-from mpass.lowering.dispatch import device_lowering
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 
@@ -39,12 +38,12 @@ class ResolvedPatterns:
     """What was resolved for one site.
 
     layer: the site's layer, found out if its path did not tell; patterns: one per query head;
-    min_seq_len: tokens; source: which place decided, in words.
+    min_seq_len: tokens, None where nothing says so; source: which place decided, in words.
     """
 
     layer: int
     patterns: tuple[Pattern, ...]
-    min_seq_len: int
+    min_seq_len: int | None
     source: str
 
 
@@ -81,10 +80,8 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     if shipped is not None:
         levels.append((str(shipped[1]), shipped[0].effective(layer)))
     window = site.mask.window if site.mask else 0
-    device = example(site.query).device.type
-    default = builtin_default(device, window)
-    shortest = device_lowering(device).shortest_prompt
-    levels.append(("built-in default", LayerConfig(default, min_seq_len=shortest)))
+    default = builtin_default(example(site.query).device.type, window)
+    levels.append(("built-in default", LayerConfig(default)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 
 
@@ -111,7 +108,7 @@ def resolve_heads(
     picked = [
         next((label, p) for label, own in levels if (p := own.pattern(head))) for head in heads
     ]
-    length = next(own.min_seq_len for _, own in levels if own.min_seq_len is not None)
+    length = next((own.min_seq_len for _, own in levels if own.min_seq_len is not None), None)
     sources: dict[str, list[int]] = {}
     for head, (label, _) in zip(heads, picked, strict=True):
         sources.setdefault(label, []).append(head)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -160,6 +161,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
                 plan.dense_above,
                 plan.min_seq_len,
                 site.layer,
+                site_number(plan),
             ),
         )
         created = [output, *insert_check(graph, site, output, visible)]
@@ -171,6 +173,19 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     for node in created:
         copy_meta(site.output, node)
     return output
+
+
+def site_number(plan: AttentionPlan) -> int:
+    """What an op remembers its calls by, the same in every process; 0 for none.
+
+    Dense attention with a softcap or sinks is not as fast as lowerings take it to be: there nothing
+    that is remembered may choose it.
+    """
+    site = plan.site
+    if site.softcap > 0 or site.sinks is not None:
+        return 0
+    name = f"{site.layer} {site.path} {site.output.name} {patterns_as_text(plan.patterns)}"
+    return 1 + zlib.crc32(name.encode())
 
 
 def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Node:
@@ -315,7 +330,8 @@ def insert_index(
         parameters = [[plan.patterns[head].parameters()[name] for head in heads] for name in fields]
         arguments = (site.query, key, key_mask, heads, offset, window, causal, site.scale)
         limits = (plan.dense_above, plan.min_seq_len)
-        estimate = graph.call_function(index_op(cls), (*arguments, *limits, *parameters))
+        number = site_number(plan)
+        estimate = graph.call_function(index_op(cls), (*arguments, *limits, *parameters, number))
         copy_meta(site.output, estimate)
         parts += unpack(graph, estimate, site.output)
     kv_group = site.num_heads // site.num_kv_heads

@@ -1,8 +1,10 @@
 """Kernels of a graph are built in the background while the inner compiler works on the rest.
 
-They are built by using them, on one block of zeros: whatever a pattern's estimator and the
+On CPUs they are built by using them, on one block of zeros: whatever a pattern's estimator and the
 attention need is then in memory or being compiled when the first prompt arrives, and several
-libraries are compiled at once. A prompt that comes earlier waits for the one that it needs.
+libraries are compiled at once. Where the code of a kernel depends on more than that, on GPUs, each
+layer is run on fake tensors of the sizes of this call (`Lowering.prepare`), and all that it would
+launch is built. A prompt that comes earlier waits for the kernel that it needs.
 """
 
 from __future__ import annotations
@@ -11,15 +13,25 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpass.graph.nodes import example
+from mpass.graph.nodes import example, number_now
 from mpass.lowering.device import Lowering
 from mpass.lowering.dispatch import device_lowering
-from mpass.lowering.index import BLOCK, AttentionMask, IndexWidth, diagonal_slots, whole_index
+from mpass.lowering.index import (
+    BLOCK,
+    AttentionMask,
+    IndexWidth,
+    diagonal_slots,
+    join_indexes,
+    whole_index,
+)
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
-from mpass.patterns.base import Pattern
+from mpass.patterns.base import Pattern, shared_slots
 from mpass.plan import AttentionPlan
 
 log = logging.getLogger(__name__)
@@ -32,6 +44,7 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
     is told, where the kernel is used.
     """
     threads: dict[threading.Thread, None] = {}
+    foreseen: set[FakeLayer] = set()
     for plan in plans:
         site = plan.site
         query, key, value = (example(node) for node in (site.query, site.key, site.value))
@@ -39,11 +52,134 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
         lowering = device_lowering(query.device)
         if not lowering.builds_ahead or lowering.serves(inputs):
             continue
+        if lowering.prepare is not None:
+            threads |= dict.fromkeys(start_foreseen(lowering, plan, foreseen))
+            continue
         dtype, head_dim, value_dim = site.compute_dtype, int(query.shape[-1]), int(value.shape[-1])
         threads[start_attention(lowering, dtype, head_dim, value_dim, site.softcap)] = None
         for cls in dict.fromkeys(map(type, plan.patterns)):
             threads[start_estimator(lowering, cls, dtype, head_dim)] = None
     return list(threads)
+
+
+def start_foreseen(
+    lowering: Lowering, plan: AttentionPlan, foreseen: set[FakeLayer]
+) -> list[threading.Thread]:
+    """A thread for each thing that a layer will need, if no layer of `foreseen` is the same."""
+    assert lowering.prepare is not None
+    try:
+        layer = fake_layer(plan)
+        if layer in foreseen or layer.key.shape[2] < number_now(plan.min_seq_len):
+            return []
+        foreseen.add(layer)
+        builds = lowering.prepare(functools.partial(run_layer, lowering, layer))
+    except Exception as error:  # the op that needs it tells it, with its traceback
+        log.debug("foreseeing the kernels of %s: %s", plan.site.path, error)
+        return []
+    return [start(build.run, build.name) for build in builds]
+
+
+@dataclass(frozen=True)
+class FakeTensorLike:
+    """All that a launcher sees of a tensor: its sizes now, strides, place in memory and dtype."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> Tensor:
+        """A tensor like this; under FakeTensorMode it takes no memory."""
+        steps = zip(self.shape, self.stride, strict=True)
+        size = self.offset + 1 + sum((size - 1) * step for size, step in steps)
+        memory = torch.empty(size, dtype=self.dtype, device=self.device)
+        return memory.as_strided(self.shape, self.stride, self.offset)
+
+
+@dataclass(frozen=True)
+class FakeLayer:
+    """One layer as its launchers will see it; fields as of AttentionInputs and AttentionMask."""
+
+    patterns: tuple[Pattern, ...]
+    query: FakeTensorLike
+    key: FakeTensorLike
+    value: FakeTensorLike
+    key_mask: FakeTensorLike | None
+    sinks: FakeTensorLike | None
+    causal: bool
+    query_offset: int
+    window: int
+    scale: float
+    softcap: float
+
+
+def fake_layer(plan: AttentionPlan) -> FakeLayer:
+    """What stands in the graph for a site, with sizes as in the call that is compiled."""
+    site, mask = plan.site, plan.site.mask
+    assert mask is not None and not isinstance(mask.query_offset, fx.Node)
+    dtype = site.compute_dtype
+    query = tensor_like(example(site.query), dtype)
+    key, value = (tensor_like(example(node), dtype) for node in (site.key, site.value))
+    key_mask = None if mask.key_mask is None else tensor_like(example(mask.key_mask))
+    if key_mask is not None and key_mask.shape[0] != query.shape[0]:
+        key_mask = replace(
+            key_mask,
+            shape=(query.shape[0], *key_mask.shape[1:]),
+            stride=(0, *key_mask.stride[1:]),
+        )
+    if mask.valid_keys is not None:
+        kept = number_now(mask.valid_keys)
+        key, value = (replace(t, shape=(*t.shape[:2], kept, t.shape[3])) for t in (key, value))
+        if key_mask is not None:
+            key_mask = replace(key_mask, shape=(key_mask.shape[0], kept))
+    return FakeLayer(
+        patterns=plan.patterns,
+        query=query,
+        key=key,
+        value=value,
+        key_mask=key_mask,
+        sinks=None if site.sinks is None else tensor_like(example(site.sinks)),
+        causal=mask.causal,
+        query_offset=number_now(mask.query_offset),
+        window=mask.window,
+        scale=site.scale,
+        softcap=site.softcap,
+    )
+
+
+def tensor_like(tensor: Tensor, dtype: torch.dtype | None = None) -> FakeTensorLike:
+    """What is seen of a fake tensor, without a guard on its sizes."""
+    return FakeTensorLike(
+        shape=tuple(map(number_now, tensor.shape)),
+        stride=tuple(map(number_now, tensor.stride())),
+        offset=number_now(tensor.storage_offset()),
+        dtype=dtype or tensor.dtype,
+        device=tensor.device,
+    )
+
+
+def run_layer(lowering: Lowering, layer: FakeLayer) -> None:
+    """The estimators and the attention of a layer, on fake tensors."""
+    with FakeTensorMode(), torch.no_grad():
+        query, key, value = layer.query.make(), layer.key.make(), layer.value.make()
+        key_mask = None if layer.key_mask is None else layer.key_mask.make()
+        mask = AttentionMask(layer.causal, layer.query_offset, layer.window, key_mask)
+        groups: dict[type[Pattern], list[int]] = {}
+        for head, pattern in enumerate(layer.patterns):
+            groups.setdefault(type(pattern), []).append(head)
+        parts = [
+            cls.estimate(
+                EstimateInputs(query, key, mask, heads, layer.scale),
+                [layer.patterns[head] for head in heads],
+            )
+            for cls, heads in groups.items()
+        ]
+        index = parts[0] if len(parts) == 1 else join_indexes(parts, list(groups.values()))
+        slots = shared_slots(layer.patterns, index.head_slots)
+        sinks = None if layer.sinks is None else layer.sinks.make()
+        inputs = AttentionInputs(query, key, value, mask, layer.scale, layer.softcap, sinks)
+        lowering.sparse_attention(inputs, replace(index, head_slots=slots))
 
 
 @functools.cache

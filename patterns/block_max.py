@@ -50,6 +50,13 @@ class BlockMax(ListPattern):
 
     name: ClassVar[str] = "block_max"
     estimator: ClassVar[Estimator] = BLOCK_SCORES
+    seen: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1024, 1.0),
+        (2048, 0.836),
+        (4096, 0.555),
+        (8192, 0.44),
+        (32768, 0.23),
+    )
 
     def __post_init__(self) -> None:
         check_share(self, "share")
@@ -58,6 +65,9 @@ class BlockMax(ListPattern):
 
     def rule(self) -> BlockScoresRule:
         return BlockScoresRule(**self.numbers(), mass=None)  # type: ignore[arg-type]
+
+    def denser(self) -> float:
+        return float((0.1 / self.share) ** 0.3)
 
     def cost(self) -> sympy.Expr:
         """This is an upper bound: how many blocks come near the best one depends on the prompt."""

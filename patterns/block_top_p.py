@@ -47,6 +47,13 @@ class BlockTopP(ListPattern):
 
     name: ClassVar[str] = "block_top_p"
     estimator: ClassVar[Estimator] = BLOCK_SCORES
+    seen: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1024, 1.0),
+        (2048, 0.82),
+        (4096, 0.59),
+        (8192, 0.5),
+        (32768, 0.25),
+    )
 
     def __post_init__(self) -> None:
         check_share(self, "mass")
@@ -55,6 +62,9 @@ class BlockTopP(ListPattern):
 
     def rule(self) -> BlockScoresRule:
         return BlockScoresRule(**self.numbers(), share=None)  # type: ignore[arg-type]
+
+    def denser(self) -> float:
+        return self.mass / 0.9
 
     def cost(self) -> sympy.Expr:
         """This is an upper bound: how many blocks hold `mass` depends on the prompt."""

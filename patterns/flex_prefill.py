@@ -60,6 +60,12 @@ class FlexPrefill(ListPattern):
 
     name: ClassVar[str] = "flex_prefill"
     estimator: ClassVar[Estimator] = FLEX_PREFILL
+    seen: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1024, 1.0),
+        (2048, 0.725),
+        (8192, 0.44),
+        (32768, 0.393),
+    )
 
     def __post_init__(self) -> None:
         check_positive(self)
@@ -75,6 +81,9 @@ class FlexPrefill(ListPattern):
 
     def min_keys(self) -> sympy.Expr:
         return causal_keys(self.min_budget)
+
+    def denser(self) -> float:
+        return float((0.1 / (1.0001 - self.gamma)) ** 0.4)
 
     def cost(self) -> sympy.Expr:
         """This is an upper bound: how many blocks cover `gamma` depends on the prompt."""

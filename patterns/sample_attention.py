@@ -55,6 +55,12 @@ class SampleAttention(EstimatedPattern):
     name: ClassVar[str] = "sample_attention"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
     estimator: ClassVar[Estimator] = SAMPLE_ATTENTION
+    seen: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1024, 0.65),
+        (2048, 0.575),
+        (8192, 0.545),
+        (32768, 0.34),
+    )
 
     def __post_init__(self) -> None:
         check_positive(self)
@@ -77,6 +83,9 @@ class SampleAttention(EstimatedPattern):
     def window(self) -> sympy.Expr:
         """Nearest keys that are kept, in LENGTH."""
         return sympy.Min(self.window_share * LENGTH, self.max_window) + BLOCK
+
+    def denser(self) -> float:
+        return float((0.05 / (1.0001 - self.coverage)) ** 0.3)
 
     def cost(self) -> sympy.Expr:
         """This is an upper bound: how many columns hold `coverage` depends on the prompt."""

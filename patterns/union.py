@@ -90,6 +90,13 @@ class VerticalBlock(ListPattern):
 
     name: ClassVar[str] = "union"
     estimator: ClassVar[Estimator] = VERTICAL_BLOCK
+    seen: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1024, 1.0),
+        (2048, 0.64),
+        (4096, 0.415),
+        (8192, 0.24),
+        (32768, 0.122),
+    )
 
     def __post_init__(self) -> None:
         check_share(self, "mass", "row_share")
@@ -104,6 +111,9 @@ class VerticalBlock(ListPattern):
         """The rows that are looked at come from one head after the other, and so do the last 16."""
         length = BLOCK // self.rows
         return Turns(length, LAST_QUERIES_CHOICES[0] // length)
+
+    def denser(self) -> float:
+        return float((0.018 / self.row_share) ** 0.5 * max(1.0, self.mass / 0.6))
 
     def cost(self) -> sympy.Expr:
         """This is an upper bound: how many blocks hold `mass` depends on the prompt."""

@@ -24,6 +24,7 @@ from mpass.patterns.base import (
     HEAD_DIM,
     LENGTH,
     Lost,
+    between,
     causal_keys,
     check_positive,
     register_pattern,
@@ -55,6 +56,13 @@ class VerticalSlash(EstimatedPattern):
     name: ClassVar[str] = "vertical_slash"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
     estimator: ClassVar[Estimator] = VERTICAL_SLASH
+    seen: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1024, 1.0),
+        (2048, 0.968),
+        (4096, 0.838),
+        (8192, 0.587),
+        (32768, 0.357),
+    )
 
     def __post_init__(self) -> None:
         check_positive(self)
@@ -66,10 +74,16 @@ class VerticalSlash(EstimatedPattern):
         query, key, mask = inputs.query, inputs.key, inputs.mask
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
-        size = max(int(positions[-1]) + 1, key.shape[2])
+        size = max(query.shape[2] + mask.query_offset, key.shape[2])
         table = torch.nn.functional.pad(diagonals, (0, size - diagonals.shape[-1]))
         slashes = table[:, :, distance.clamp(min=0)] & (distance >= 0)
         return (columns[:, :, None, :] | slashes) & allowed_cells(mask, positions, key.shape[2])
+
+    def usual_density(self, length: int) -> float:
+        """Diagonals spread over blocks: their number over the length is what counts."""
+        scaled = between(self.seen, length * 1024 / self.slash_size)
+        columns = min(1.0, self.vertical_size / length)
+        return min(1.0, max(self.min_density(length), scaled + max(0.0, columns - 1024 / length)))
 
     def min_keys(self) -> sympy.Expr:
         """The diagonals in as few blocks as can be: side by side."""

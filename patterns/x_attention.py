@@ -52,6 +52,12 @@ class XAttention(ListPattern):
 
     name: ClassVar[str] = "x_attention"
     estimator: ClassVar[Estimator] = X_ATTENTION
+    seen: ClassVar[tuple[tuple[int, float], ...]] = (
+        (1024, 0.65),
+        (2048, 0.437),
+        (8192, 0.36),
+        (32768, 0.31),
+    )
 
     def __post_init__(self) -> None:
         check_share(self, "threshold")
@@ -62,6 +68,9 @@ class XAttention(ListPattern):
     def turns(self) -> Turns:
         """A group of queries, which is one vector, comes from one head."""
         return Turns(self.stride)
+
+    def denser(self) -> float:
+        return float((0.1 / (1.0001 - self.threshold)) ** 0.6)
 
     def cost(self) -> sympy.Expr:
         """This is an upper bound: how many blocks hold `threshold` depends on the prompt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,23 +12,34 @@ import torch
 import mpass
 from benchmarks.gpu.clock import milliseconds
 from benchmarks.gpu.setting import TOP_K, Row, Setting, Work
+from mpass.lowering.recorder import record
 
-CROSSOVER_LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
-"""Around the shortest prompt that becomes sparse."""
+CROSSOVER_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 12288, 16384, 32768)
+"""From the shortest prompt that a user may care about to those that are surely sparse."""
 
 LONGEST_DENSE = 262144
 """Longest prefill of the dense model: twice as long takes minutes."""
 
 
 def crossover(setting: Setting) -> Iterator[Work]:
+    """Compiled with all defaults, it should never take longer than without us.
+
+    Neither where the work is usual nor where nothing is sparse ("plain inputs"): there the first
+    call may, and those after it go by what it selected.
+    """
+    plain = dataclasses.replace(setting, planted=False)
+    yield "crossover/never waits/8192", functools.partial(never_waits, plain, 8192)
     for length in (130,) if setting.smoke else CROSSOVER_LENGTHS:
         yield f"crossover/{length}", functools.partial(compare_attention, setting, length)
+        name = f"crossover/plain inputs/{length}"
+        yield name, functools.partial(compare_attention, plain, length)
 
 
 def compare_attention(setting: Setting, length: int) -> Row:
     """One attention as a user compiles it, with all defaults, against backend="inductor".
 
-    slowdown: above 1.03 the crossover is set too low. always_sparse_ms: without it.
+    slowdown: above 1.03 the crossover is set too low. always_sparse_ms: without it. chosen: what
+    ran at last, "sparse" or "dense", and why if an op chose dense.
     """
     query, key, value = setting.tensors(length)
 
@@ -36,11 +48,12 @@ def compare_attention(setting: Setting, length: int) -> Row:
             query, key, value, is_causal=True, enable_gqa=True
         )
 
-    inner = {"inner_backend": "eager"} if setting.smoke else {}
+    inner: dict[str, Any] = {"inner_backend": "eager"} if setting.smoke else {}
+    always = {"min_seq_len": 0, "dense_above": 1.0}
     row: Row = {}
     for name, arguments in {
         "minference": {"backend": "minference", "options": inner},
-        "always_sparse": {"backend": "minference", "options": inner | {"min_seq_len": 0}},
+        "always_sparse": {"backend": "minference", "options": inner | always},
         "inductor": {"backend": "eager" if setting.smoke else "inductor"},
     }.items():
         torch._dynamo.reset()
@@ -48,7 +61,54 @@ def compare_attention(setting: Setting, length: int) -> Row:
         with torch.no_grad():
             forward = functools.partial(run, query, key, value)
             row[f"{name}_ms"] = milliseconds(forward, setting.device)
+            if name == "minference":
+                row |= chosen_by(forward)
     return row | {"slowdown": row["minference_ms"] / row["inductor_ms"]}
+
+
+def never_waits(setting: Setting, length: int) -> Row:
+    """Calls that go by what earlier ones selected, where a wait of the host is an error.
+
+    calls: what ran each, "d" for dense; on plain inputs the first is sparse and most others are
+    dense. difference: of a CUDA graph that was captured in between, to the calls.
+    """
+    if setting.smoke:
+        return {"skipped": "a CPU does not wait for itself"}
+    query, key, value = setting.tensors(length)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+
+    torch._dynamo.reset()
+    run = torch.compile(attend, backend="minference", options={"min_seq_len": 0})
+    calls = ""
+    with torch.no_grad():
+        first = run(query, key, value)
+        for _ in range(6):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run(query, key, value)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            calls += chosen_by(functools.partial(run, query, key, value))["chosen"][0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(query, key, value)
+        graph.replay()
+    difference = float((captured.float() - first.float()).abs().max())
+    return {"ok": "d" in calls and difference < 1e-2, "calls": calls, "difference": difference}
+
+
+def chosen_by(run: Callable[[], Any]) -> Row:
+    """What one more call of a compiled attention runs, sparse or dense."""
+    with record() as log:
+        run()
+    ran = [call.lowering for call in log.calls]
+    row: Row = {"chosen": "dense" if set(ran) <= {"dense"} else "sparse"}
+    return row | ({"reason": log.calls[0].reason} if "dense" in ran else {})
 
 
 def prefills(setting: Setting) -> Iterator[Work]:

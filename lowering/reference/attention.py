@@ -83,16 +83,16 @@ def visible_rows(
     """
     device = index.column_index.device
     first = first_query_block(mask.query_offset)
-    positions = torch.arange(
-        mask.query_offset + rows.start, mask.query_offset + rows.stop, device=device
-    )
+    begin, end = mask.query_offset + rows.start, mask.query_offset + rows.stop
+    positions = torch.arange(begin, end, device=device)
     row_blocks = positions // BLOCK
-    blocks = torch.arange(int(row_blocks[0]), int(row_blocks[-1]) + 1, device=device)
-    selected = selected_blocks(index, blocks - first, blocks, num_key_blocks(num_keys))
+    low, stop = begin // BLOCK, (end - 1) // BLOCK + 1
+    blocks = torch.arange(low, stop, device=device)
+    selected = selected_blocks(index, blocks - first, blocks, num_key_blocks(num_keys), stop=stop)
     columns = selected_columns(index, batch, num_keys)
 
     keys = torch.arange(num_keys, device=device)
-    local = row_blocks - blocks[0]
+    local = row_blocks - low
     in_blocks = selected[:, :, local][..., keys // BLOCK]
     before = keys[None, :] < (row_blocks * BLOCK)[:, None]
     in_columns = columns[:, :, None, :] & (before if mask.causal else torch.ones_like(before))
@@ -117,11 +117,13 @@ def allowed_cells(mask: AttentionMask, positions: Tensor, num_keys: int) -> Tens
     return allowed
 
 
-def selected_blocks(index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
+def selected_blocks(
+    index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks: int, *, stop: int
+) -> Tensor:
     """Key blocks that the query blocks select: bool [B, H, rows, num_blocks].
 
     Every one, also those that a mask will hide, where an index says so in one word.
-    rows: rows of the lists; blocks: the same query blocks on the absolute grid.
+    rows: rows of the lists; blocks: the same query blocks on the absolute grid, all before `stop`.
     """
     device = blocks.device
     per_head = []
@@ -137,7 +139,7 @@ def selected_blocks(index: SparseIndex, rows: Tensor, blocks: Tensor, num_blocks
             continue
         counts = index.diagonal_count[:, -1 - slot]
         entries = index.diagonal_index[:, -1 - slot].long()
-        size = max(num_blocks, int(blocks[-1]) + 1)
+        size = max(num_blocks, stop)
         table = torch.zeros(counts.shape[0], size + 1, dtype=torch.bool, device=device)
         live = torch.arange(entries.shape[-1], device=device) < counts[:, None]
         table.scatter_(-1, torch.where(live & (entries < size), entries, size), True)

@@ -25,7 +25,7 @@ from mpass.lowering.index import (
     num_key_blocks,
     num_query_blocks,
 )
-from mpass.lowering.reference.selection import first_keys, table_to_list
+from mpass.lowering.reference.selection import first_keys, running_sums, table_to_list
 
 CHUNK_BLOCKS = 16
 """Query blocks whose scores exist at the same time."""
@@ -89,9 +89,11 @@ def tiled(rule: BlockRule, block_size: int, mask: AttentionMask, num_keys: int) 
         return rule
 
     def finer(head: int, blocks: Tensor) -> Tensor:
-        first = int(blocks[0]) // repeat
-        tiles = torch.arange(first, int(blocks[-1]) // repeat + 1, device=blocks.device)
-        table = rule(head, tiles)[:, blocks // repeat - first].repeat_interleave(repeat, -1)
+        # As many tiles as so many blocks can touch; how many they do touch only the device knows.
+        own = blocks // repeat
+        most = (len(blocks) + repeat - 2) // repeat + 1
+        tiles = torch.minimum(own[:1] + torch.arange(most, device=blocks.device), own[-1:])
+        table = rule(head, tiles)[:, own - own[:1]].repeat_interleave(repeat, -1)
         return table[..., : num_key_blocks(num_keys)] & allowed_blocks(mask, blocks, num_keys)
 
     return finer
@@ -173,7 +175,7 @@ def keep_mass(candidates: Candidates, mass: float, first: Tensor | None = None) 
     every allowed block, also those that score 0.
     """
     order, value = rank_blocks(candidates, first)
-    before = value.cumsum(-1) - value
+    before = running_sums(value) - value
     wanted = before < mass * value.sum(-1, keepdim=True)
     if first is not None:
         wanted |= first.gather(-1, order)

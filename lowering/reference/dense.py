@@ -44,8 +44,9 @@ def dense_attention(inputs: AttentionInputs) -> Tensor:
     out = empty_output(query, value)
     for start in range(0, query.shape[2], CHUNK):
         stop = min(query.shape[2], start + CHUNK)
-        positions = torch.arange(start, stop, device=query.device) + mask.query_offset
-        first, last = visible_range(mask, int(positions[0]), int(positions[-1]), key.shape[2])
+        offset = mask.query_offset
+        positions = torch.arange(start + offset, stop + offset, device=query.device)
+        first, last = visible_range(mask, start + offset, stop - 1 + offset, key.shape[2])
         allowed = allowed_cells(mask, positions, key.shape[2])[..., first:last]
         keys, values = key[:, :, first:last], value[:, :, first:last]
         rows = query[:, :, start:stop]

@@ -28,6 +28,7 @@ from mpass.lowering.reference.block_lists import (
 from mpass.lowering.reference.block_sparse import pooled_means
 from mpass.lowering.reference.pooled_keys import pooled_keys
 from mpass.lowering.reference.query_rows import last_rows, real_rows, row_attention
+from mpass.lowering.reference.selection import running_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ def pooled_attention(
     weights = estimated_softmax(pooled @ means.mT * scale, allowed & (counts > 0)[:, None, :])
     flat = weights.flatten(1)
     ordered = flat.sort(dim=-1, descending=True, stable=True)
-    kept = ordered.values.cumsum(-1) <= rule.gamma * pooled.shape[1]
+    kept = running_sums(ordered.values) <= rule.gamma * pooled.shape[1]
     kept = (kept if rule.gamma < 1 else torch.ones_like(kept)) & (ordered.values > 0)
     table = torch.zeros_like(kept).scatter_(-1, ordered.indices, kept)
     return weights, table.view_as(weights)
@@ -189,10 +190,11 @@ def pooled_attention(
 
 def distance_sums(weights: Tensor, positions: Tensor) -> Tensor:
     """Weights [B, R, Nk] of rows at `positions` [B, R], summed per distance to the key: [B, Nk]."""
+    # Gathered per distance, not scattered per key: atomics would add in another order each time.
     num_keys = weights.shape[-1]
-    distance = positions[..., None] - torch.arange(num_keys, device=weights.device)
-    sums = torch.zeros(weights.shape[0], num_keys, device=weights.device)
-    return sums.scatter_add_(1, distance.clamp(0, num_keys - 1).flatten(1), weights.flatten(1))
+    keys = positions[..., None] - torch.arange(num_keys, device=weights.device)
+    there = (keys >= 0) & (keys < num_keys)
+    return weights.gather(2, keys.clamp(0, num_keys - 1)).where(there, 0.0).sum(1)
 
 
 def top_share_blocks(shares: Tensor, gamma: float, size: int) -> Tensor:
@@ -203,7 +205,7 @@ def top_share_blocks(shares: Tensor, gamma: float, size: int) -> Tensor:
     """
     if gamma >= 1:
         return torch.full(shares.shape[:1], (shares.shape[1] + 1) // size + 1, device=shares.device)
-    running = shares.sort(dim=-1, descending=True).values.cumsum(-1)
+    running = running_sums(shares.sort(dim=-1, descending=True).values)
     return ((running <= gamma).sum(-1) + 1) // size + 1
 
 

@@ -7,6 +7,7 @@ heads, h heads asked for, Nq queries, Nk keys, D head_dim.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from mpass.lowering.index import (
 )
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.query_rows import evenly_spaced_rows, real_rows, row_attention
-from mpass.lowering.reference.selection import table_to_list
+from mpass.lowering.reference.selection import running_sums, table_to_list
 
 ROWS_AT_ONCE = 64
 """Sampled rows whose weights exist at the same time."""
@@ -78,10 +79,12 @@ def window_index(inputs: EstimateInputs, rules: Sequence[SampleAttentionRule]) -
     query, width = inputs.query, sample_attention_width(rules)
     index = empty_index(query, inputs.num_blocks, width, diagonal_slots(len(rules)))
     distances = torch.arange(index.diagonal_index.shape[-1], device=query.device)
-    for i, rule in enumerate(rules):
-        reach = window_diagonals(window_size(rule, inputs.num_keys))
-        index.diagonal_count[:, i].fill_(reach)
-        index.diagonal_index[:, i] = distances.where(distances < reach, 0)
+    reaches = [window_diagonals(window_size(rule, inputs.num_keys)) for rule in rules]
+    first = 0
+    for reach, run in itertools.groupby(reaches):
+        own = slice(first, first := first + len(list(run)))
+        index.diagonal_count[:, own].fill_(reach)
+        index.diagonal_index[:, own] = distances.where(distances < reach, 0)
     return index
 
 
@@ -127,7 +130,7 @@ def top_share_columns(
     for some in rows.split(ROWS_AT_ONCE, 1):
         sums += row_attention(query, key, mask, some, scale=scale)[0].sum(1)
     ordered = sums.sort(dim=-1, descending=True, stable=True)
-    before = ordered.values.cumsum(-1) - ordered.values
+    before = running_sums(ordered.values) - ordered.values
     kept = before < rule.coverage * sums.sum(-1, keepdim=True)
     kept = (kept if rule.coverage < 1 else torch.ones_like(kept)) & (ordered.values > 0)
     kept[:, rule.columns :] = False

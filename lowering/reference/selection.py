@@ -27,6 +27,17 @@ def largest(scores: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, keep.expand_as(order))
 
 
+def running_sums(values: Tensor) -> Tensor:
+    """Inclusive sums along the last dimension, the same bits at each run: [..., N] -> [..., N].
+
+    Where there is one row alone CUDA's cumsum combines partial sums in the order in which they
+    come; two rows are summed a row at a time, so one row is taken twice.
+    """
+    if values.numel() != values.shape[-1]:
+        return values.cumsum(-1)
+    return values.reshape(1, -1).expand(2, -1).cumsum(-1)[:1].view_as(values)
+
+
 def table_to_list(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Counts [...] and ascending positions [..., width] of the true entries of a bool [..., N]."""
     counts = table.sum(-1)
@@ -41,13 +52,17 @@ def last_rows(mask: AttentionMask, batch: int, num_queries: int, device: torch.d
 
     Negative where a batch row has fewer.
     """
-    last = torch.full((batch,), num_queries - 1, device=device)
-    offset = mask.query_offset
-    if mask.key_mask is not None and mask.key_mask.shape[1] >= offset + num_queries:
-        valid = mask.key_mask[:, offset : offset + num_queries]
-        rows = torch.arange(num_queries, device=device)
-        last = torch.where(valid, rows, -1).amax(-1)
+    last = last_row(mask, batch, num_queries, device)
     return last[:, None] - torch.arange(LAST_QUERIES - 1, -1, -1, device=device)
+
+
+def last_row(mask: AttentionMask, batch: int, num_queries: int, device: torch.device) -> Tensor:
+    """Row of the last query that is not padding, -1 if all are: int64 [B]."""
+    offset = mask.query_offset
+    if mask.key_mask is None or mask.key_mask.shape[1] < offset + num_queries:
+        return torch.full((batch,), num_queries - 1, device=device)
+    valid = mask.key_mask[:, offset : offset + num_queries]
+    return torch.where(valid, torch.arange(num_queries, device=device), -1).amax(-1)
 
 
 def first_keys(mask: AttentionMask, batch: int, device: torch.device) -> Tensor:

@@ -124,15 +124,11 @@ def last_query_sums(
         visible = visible & recent[:, :, None]
     probabilities = estimated_softmax(scores, visible)
 
-    distance = positions[:, :, None] - torch.arange(num_keys, device=key.device)
-    distance = distance[:, None].expand_as(probabilities)
-    sums = torch.zeros(*probabilities.shape[:2], num_keys, device=key.device)
-    sums.scatter_add_(
-        2,
-        distance.clamp(0, num_keys - 1).flatten(2),
-        torch.where(distance >= 0, probabilities, 0.0).flatten(2),
-    )
-    return probabilities.sum(2), sums
+    # Gathered per distance, not scattered per key: atomics would add in another order each time.
+    keys = positions[:, :, None] - torch.arange(num_keys, device=key.device)
+    there = ((keys >= 0) & (keys < num_keys))[:, None]
+    keys = keys.clamp(0, num_keys - 1)[:, None].expand_as(probabilities)
+    return probabilities.sum(2), probabilities.gather(3, keys).where(there, 0.0).sum(2)
 
 
 def block_diagonals(diagonals: Tensor) -> Tensor:

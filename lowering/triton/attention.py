@@ -84,7 +84,9 @@ def attention_spec(inputs: AttentionInputs, index: SparseIndex) -> TritonKernelS
     target = target_for(query.device)
     columns = index.column_index.shape[-1] > 0
     window, padding, softcap = mask.window > 0, mask.key_mask is not None, inputs.softcap > 0
-    tile = attention_tile(target, head_dim, value_dim, sum((columns, window, padding, softcap)))
+    flags = {"columns": columns, "window": window, "padding": padding, "softcap": softcap}
+    features = [name for name, has in flags.items() if has]
+    tile = attention_tile(target, head_dim, value_dim, features)
     group = query.shape[1] // inputs.key.shape[1]
     pack = query_heads_per_program(index.head_slots, group, tile.max_pack)
     return TritonKernelSpec(
@@ -225,6 +227,7 @@ def attend(
     scale, softcap, sink_logits = inputs.scale, inputs.softcap, inputs.sink_logits
     batch, heads, num_queries, _ = query.shape
     column_key, column_value, positions = columns
+    score_scale = 2.0 * LOG2_E * scale / softcap if softcap > 0 else scale * LOG2_E
     launch(
         spec,
         "sparse_attention",
@@ -254,7 +257,8 @@ def attend(
         group=heads // key.shape[1],
         window=mask.window,
         **index_sizes(index),
-        score_scale=2.0 * LOG2_E * scale / softcap if softcap > 0 else scale * LOG2_E,
+        score_scale=score_scale,
+        score_power=math.ldexp(0.5, math.frexp(score_scale)[1]),
         softcap=softcap * LOG2_E,
     )
 

@@ -14,14 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpass.lowering.triton.assembly import Loop, disassemble, product_loops
 from mpass.lowering.triton.source import load
-from mpass.lowering.triton.spec import Target, TritonKernelSpec, attention_tile, pack_warps
+from mpass.lowering.triton.spec import (
+    FEATURES,
+    Target,
+    TritonKernelSpec,
+    attention_tile,
+    pack_warps,
+)
 
 REGISTERS = 65536
 """Registers of one multiprocessor of every NVIDIA chip in the table."""
 
+REGISTER_UNIT = 8
+"""A thread's registers are handed out in multiples of this."""
+
+RESERVED_SHARED = 1024
+"""Bytes of shared memory that the system takes for each program, of sm_80 on."""
+
 POINTERS = {
-    "*u8": ("key_mask", "table"),
+    "*u8": ("key_mask", "table", "agree"),
     "*i64": ("last",),
     "*fp32": (
         *("sinks", "scores", "largest", "weights", "maxima", "sums"),
@@ -30,10 +43,10 @@ POINTERS = {
 }
 """Types of the pointer arguments of fixed dtype; those not named here are int32."""
 
-FEATURES = ("columns", "window", "padding", "softcap")
-"""Flags of a TritonKernelSpec that take registers of the attention kernel."""
-
-SPEC_DTYPE = ("query", "key", "value", "out", "column_key", "column_value", "rows", "means")
+SPEC_DTYPE = (
+    *("query", "key", "value", "out", "column_key", "column_value"),
+    *("rows", "means", "key_means"),
+)
 """Pointer arguments of the spec's dtype."""
 
 
@@ -43,7 +56,8 @@ class Report:
 
     registers per thread; spill_bytes: stores and loads of spilled registers together, the larger
     of both; shared_bytes of shared memory per program; matrix_ops: matrix instructions in the
-    listing by name; programs: how many fit a multiprocessor at once.
+    listing by name; serialized: the compiler runs products of warp groups one by one, for it cannot
+    keep their registers apart; programs: how many fit a multiprocessor at once.
     """
 
     kernel: str
@@ -53,16 +67,33 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     matrix_ops: dict[str, int]
+    serialized: bool = False
 
     def programs(self, shared_memory: int) -> int:
-        """Programs that a multiprocessor holds at once, of at most `shared_memory` bytes in all."""
-        by_registers = REGISTERS // max(1, self.registers * 32 * self.num_warps)
-        by_shared = shared_memory // max(1, self.shared_bytes)
+        """Programs that a multiprocessor holds at once; one may use `shared_memory` bytes."""
+        registers = -(-max(1, self.registers) // REGISTER_UNIT) * REGISTER_UNIT
+        by_registers = REGISTERS // (registers * 32 * self.num_warps)
+        by_shared = (shared_memory + RESERVED_SHARED) // (self.shared_bytes + RESERVED_SHARED)
         return min(by_registers, by_shared, 64 // self.num_warps)
 
 
 def compile_kernel(spec: TritonKernelSpec, kernel: str) -> Report:
     """Compile one kernel of a spec's module for the spec's target; raises what Triton raises."""
+    compiled = machine_code(spec, kernel)
+    shared = int(compiled.metadata.shared)
+    if spec.target.startswith("gfx"):
+        return report_amd(spec, kernel, compiled.asm["amdgcn"], shared)
+    return report_nvidia(spec, kernel, compiled.asm["ptx"], shared)
+
+
+def compiled_loops(spec: TritonKernelSpec, kernel: str) -> list[Loop]:
+    """The innermost loops of a kernel that multiply matrices, as an NVIDIA target runs them."""
+    return product_loops(disassemble(machine_code(spec, kernel).asm["cubin"]))
+
+
+@functools.lru_cache(maxsize=32)
+def machine_code(spec: TritonKernelSpec, kernel: str) -> Any:
+    """What Triton makes of one kernel for the spec's target: all its stages by name, as `asm`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -81,11 +112,7 @@ def compile_kernel(spec: TritonKernelSpec, kernel: str) -> Report:
         target = GPUTarget("cuda", int(spec.target.removeprefix("sm_")), 32)
     source = ASTSource(function, signature, {}, aligned)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
-    shared = int(compiled.metadata.shared)
-    if spec.target.startswith("gfx"):
-        return report_amd(spec, kernel, compiled.asm["amdgcn"], shared)
-    return report_nvidia(spec, kernel, compiled.asm["ptx"], shared)
+    return triton.compile(source, target=target, options=options)
 
 
 def argument_type(spec: TritonKernelSpec, parameter: Any) -> str:
@@ -131,6 +158,7 @@ def report_nvidia(spec: TritonKernelSpec, kernel: str, ptx: str, shared: int) ->
             op: len(re.findall(rf"\b{op}", ptx))
             for op in ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
         },
+        serialized="wgmma.mma_async instructions are serialized" in text,
     )
 
 
@@ -180,7 +208,7 @@ def attention_report(spec: TritonKernelSpec) -> Report:
 
 def table_spec(target: Target, head_dim: int, *, pack: int = 1, **flags: Any) -> TritonKernelSpec:
     """The attention spec that the table chooses for a chip and head size."""
-    features = sum(bool(flags.get(name)) for name in FEATURES)
+    features = [name for name in FEATURES if flags.get(name)]
     tile = attention_tile(target, head_dim, flags.get("value_dim", head_dim), features)
     values: dict[str, Any] = {
         "head_dim": head_dim,

@@ -1,19 +1,22 @@
 """Launch generated kernels: what all launchers share.
 
 Nothing here waits for the device: sizes come from shapes, buffers have fixed sizes, and the small
-host lists of a call (slots, budgets) travel as kernel arguments: a CUDA graph may record all of it.
+host lists of a call (slots, budgets) are on the device already, or travel as kernel arguments: a
+CUDA graph may record all of it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpass.lowering.triton.building import wait_for
+from mpass.lowering.triton.direct import run_kernel
+from mpass.lowering.triton.dry_run import active_run, find_constant
 from mpass.lowering.triton.interpret import interpreted, interpreted_language
 from mpass.lowering.triton.source import load
 from mpass.lowering.triton.spec import Target, TritonKernelSpec, target_of
@@ -28,21 +31,36 @@ INTS_PER_LAUNCH = 64
 def launch(spec: TritonKernelSpec, kernel: str, grid: tuple[int, ...], /, **arguments: Any) -> None:
     """Run `kernel` of the module of `spec`; interpreted where the tensors are on the CPU.
 
-    arguments: by the names that the kernel has for them. An empty grid launches nothing.
+    arguments: by the names that the kernel has for them. An empty grid launches nothing. In a dry
+    run nothing is launched either.
     """
     if 0 in grid:
         return
-    tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
-    interpret = interpreted(tensor.device)
-    module = load(spec, interpret=interpret)
-    function = getattr(module, kernel)
-    if interpret:
+    device = next(a for a in arguments.values() if isinstance(a, Tensor)).device
+    run = active_run()
+    if run is not None:
+        run.add(spec, kernel, grid, device, arguments)
+    elif interpreted(device):
         with interpreted_language():
-            function[grid](**arguments)
+            getattr(load(spec, interpret=True), kernel)[grid](**arguments)
+    else:
+        wait_for(spec, kernel)
+        function = getattr(load(spec), kernel)
+        on_device(device, lambda: run_kernel(function, spec, kernel, grid, arguments))
+
+
+def launch_options(spec: TritonKernelSpec) -> dict[str, int]:
+    """Triton's own arguments of a launch."""
+    return {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+
+
+def on_device(device: torch.device, act: Callable[[], object]) -> None:
+    """Do something with a GPU as the current device; it mostly is, and asking costs less."""
+    if device.index is None or torch.cuda.current_device() == device.index:
+        act()
         return
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-        function[grid](**arguments, **options)
+    with torch.cuda.device(device):
+        act()
 
 
 def target_for(device: torch.device) -> Target:
@@ -58,15 +76,27 @@ def _target_of_device(device: torch.device) -> Target:
     return target_of(f"sm_{major}{minor}")
 
 
-def device_ints(values: Sequence[int], device: torch.device) -> Tensor:
-    """int32 tensor of host integers, written by a kernel: copies would stall or break a capture."""
+def device_ints(numbers: Iterable[int], device: torch.device) -> Tensor:
+    """int32 tensor of host integers, not to be written to.
+
+    It is there already where it was foreseen (dry_run.py); else a kernel writes it, since copies
+    from the host would stall the device or break a capture.
+    """
+    values = tuple(numbers)
+    known = find_constant(values, device)
+    if known is not None:
+        return known
+    run = active_run()
+    if run is not None:
+        run.numbers[values, device] = None
+        return torch.empty(len(values), dtype=torch.int32, device=device)
     out = torch.empty(len(values), dtype=torch.int32, device=device)
     spec = TritonKernelSpec("ints", num_warps=1, target=target_for(device))
     for start in range(0, len(values), INTS_PER_LAUNCH):
         chunk = list(values[start : start + INTS_PER_LAUNCH])
         padded = chunk + [0] * (INTS_PER_LAUNCH - len(chunk))
-        numbers = {f"value_{i}": value for i, value in enumerate(padded)}
-        launch(spec, "write_ints", (1,), out=out[start:], count=len(chunk), **numbers)
+        named = {f"value_{i}": value for i, value in enumerate(padded)}
+        launch(spec, "write_ints", (1,), out=out[start:], count=len(chunk), **named)
     return out
 
 

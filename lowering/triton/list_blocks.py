@@ -1,8 +1,8 @@
 """Lists of key blocks from their scores, by a generated kernel: what estimators of blocks share.
 
 The kernel is templates/blocks.py.jinja. Long prompts take their query blocks in chunks, so that the
-scores need no more than SCORE_BYTES. Letters: B batch, h heads asked for, I query blocks, J key
-blocks.
+scores and their ranks need no more than SCORE_BYTES. Letters: B batch, h heads asked for, I query
+blocks, J key blocks.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import last_query
 from mpass.lowering.reference.selection import first_keys
 from mpass.lowering.triton.launch import launch, target_for
-from mpass.lowering.triton.spec import Rule, TritonKernelSpec, power_of_two, select_warps
+from mpass.lowering.triton.spec import SELECT_TILE, Rule, TritonKernelSpec
 
 Kind = TypeVar("Kind", bound=int | tuple[float, ...])
 
 SCORE_BYTES = 1 << 29
-"""Most memory of block scores at a time; longer prompts take their query blocks in chunks."""
+"""Most memory of block scores and ranks at a time; longer prompts are taken in chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +80,25 @@ def numbers_of(rules: Sequence[ListRule]) -> list[int]:
 
 
 def score_chunks(
-    index: SparseIndex, mask: AttentionMask, count: int, score_blocks: int, repeat: int
+    index: SparseIndex,
+    mask: AttentionMask,
+    count: int,
+    score_blocks: int,
+    repeat: int,
+    *,
+    score_bytes: int = 8,
+    most_bytes: int | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Ranges of query blocks whose scores exist at the same time, in whole tiles of `repeat`.
 
-    count: heads; score_blocks: scores of a query block and head. Empty where there are no scores.
+    count: heads; score_blocks: scores of a query block and head; score_bytes: memory of one, with
+    its rank; most_bytes: of all at the same time, SCORE_BYTES if None. Empty without scores.
     """
     batch, _, rows = index.block_count.shape
     if 0 in (batch, count, score_blocks):
         return
-    step = max(1, SCORE_BYTES // (4 * batch * count * score_blocks) // repeat) * repeat
+    most_bytes = SCORE_BYTES if most_bytes is None else most_bytes
+    step = max(1, most_bytes // (score_bytes * batch * count * score_blocks) // repeat) * repeat
     first = first_query_block(mask.query_offset)
     start = 0
     while start < rows:
@@ -118,17 +127,18 @@ def list_blocks(
     mask = inputs.mask
     batch, count, score_rows, score_blocks = scores.shape
     start, stop = rows
-    width = max(16, power_of_two(score_blocks))
     padding = mask.key_mask is not None and rule != "top_k"
+    rank_chunks = -(-score_blocks // SELECT_TILE)
+    shape = batch, count, stop - start, rank_chunks * SELECT_TILE
     launch(
         TritonKernelSpec(
             template="blocks",
-            tile=width,
+            tile=SELECT_TILE,
             rule=rule,
             causal=mask.causal,
             window=mask.window > 0,
             padding=padding,
-            num_warps=select_warps(width),
+            num_warps=1,
             target=target_for(scores.device),
         ),
         "list_blocks",
@@ -137,6 +147,7 @@ def list_blocks(
         block_index=index.block_index,
         scores=scores,
         rules=rules,
+        ranks=torch.empty(shape, dtype=torch.int32, device=scores.device),
         bounds=real_bounds(inputs) if padding else rules,
         first_row=start,
         num_rows=index.block_count.shape[2],
@@ -150,6 +161,7 @@ def list_blocks(
         query_block=inputs.first_block,
         last_position=mask.query_offset + inputs.num_queries - 1,
         window=mask.window,
+        rank_chunks=rank_chunks,
     )
 
 

@@ -7,7 +7,7 @@ for, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim, R sampled rows
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from mpass.lowering.reference.sample_attention import (
     column_rule,
     window_index,
 )
-from mpass.lowering.reference.selection import table_to_list
+from mpass.lowering.reference.selection import running_sums, table_to_list
 from mpass.lowering.triton.attention import LOG2_E, mask_bytes
 from mpass.lowering.triton.launch import DTYPES, device_ints, launch, strides, target_for
 from mpass.lowering.triton.list_blocks import float_bits, group_by_kind
@@ -46,11 +46,20 @@ def sample_attention_index(
         sums = sampled_sums(inputs, [inputs.heads[i] for i in places], rows)
         table = top_share_columns(sums, [columns[i] for i in places])
         counts, entries = table_to_list(table, index.column_index.shape[-1])
-        # Head by head: places as an index would be a copy from the host.
-        for i, count, entry in zip(places, counts.unbind(1), entries.unbind(1), strict=True):
-            index.column_count[:, i].copy_(count)
-            index.column_index[:, i].copy_(entry)
+        # Slices of the rows: places as an index would be a copy from the host.
+        for own, rows_of in runs_of(places):
+            index.column_count[:, rows_of].copy_(counts[:, own])
+            index.column_index[:, rows_of].copy_(entries[:, own])
     return index
+
+
+def runs_of(places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Ascending places as few slices: where each stands among them, and the places that it is."""
+    start = 0
+    for stop in range(1, len(places) + 1):
+        if stop == len(places) or places[stop] != places[stop - 1] + 1:
+            yield slice(start, stop), slice(places[start], places[stop - 1] + 1)
+            start = stop
 
 
 def top_share_columns(sums: Tensor, rules: Sequence[ColumnRule]) -> Tensor:
@@ -59,7 +68,7 @@ def top_share_columns(sums: Tensor, rules: Sequence[ColumnRule]) -> Tensor:
     numbers = [*map(float_bits, shares), *(rule.columns for rule in rules)]
     coverage, most = device_ints(numbers, sums.device).view(2, len(rules), 1)
     ordered = sums.sort(dim=-1, descending=True, stable=True)
-    before = ordered.values.cumsum(-1) - ordered.values
+    before = running_sums(ordered.values) - ordered.values
     kept = before < coverage.view(torch.float32) * sums.sum(-1, keepdim=True)
     kept &= ordered.values > 0
     kept &= torch.arange(sums.shape[-1], device=sums.device) < most

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,8 @@ from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, BLOCK
 from mpass.lowering.kernel_sources import KernelSource, announce_source
 from mpass.lowering.reference.selection import LAST_QUERIES
 from mpass.lowering.triton.spec import SPLITS, TritonKernelSpec, parts, power_of_two
+
+_one_at_a_time = threading.RLock()
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -88,9 +91,18 @@ def write_module(source: str, name: str) -> Path:
     return path
 
 
-@functools.cache
 def load(spec: TritonKernelSpec, *, interpret: bool = False) -> ModuleType:
-    """The module of a spec, ready to launch; `interpret` makes its kernels run in Python on CPU."""
+    """The module of a spec, ready to launch; `interpret` makes its kernels run in Python on CPU.
+
+    One module whatever the threads that ask: what Triton has compiled is kept in it.
+    """
+    with _one_at_a_time:
+        return loaded(spec, interpret)
+
+
+@functools.cache
+def loaded(spec: TritonKernelSpec, interpret: bool) -> ModuleType:
+    """As `load`, which see: for one thread at a time."""
     import triton
 
     path = write_module(render(spec), spec.template)

@@ -6,6 +6,7 @@ The table holds what compiles without spills (tests/lowering/triton/test_compile
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,9 @@ SPLITS = 32
 
 GROUP_TILE = 128
 """Groups of queries, and of keys, that a program of antidiagonal scores multiplies at a time."""
+
+SELECT_TILE = 128
+"""Scores that a program of selection, which is one warp, reads at a time."""
 
 HEAD_DIMS = range(16, 257)
 """Head sizes that the attention kernel takes, of keys and of values."""
@@ -74,22 +78,34 @@ class TritonKernelSpec:
     target: Target = "sm_90"
 
 
-def attention_tile(target: Target, head_dim: int, value_dim: int, features: int = 0) -> Tile:
+FEATURES = ("columns", "window", "padding", "softcap")
+"""Flags of a TritonKernelSpec that take registers of the attention kernel."""
+
+
+def attention_tile(
+    target: Target, head_dim: int, value_dim: int, features: Collection[str] = ()
+) -> Tile:
     """The tile of the attention kernel: the largest that spills nothing.
 
-    features: how many of columns, window, padding and softcap the kernel has; each takes registers.
+    features: which of FEATURES the kernel has; each takes registers. With three stages the copies
+    of a step's keys have two steps' time. Two it is where a third tile of keys and values would
+    leave room for fewer programs on a multiprocessor: sm_89 and sm_120, which take sm_80's tile,
+    have 100 KB of shared memory.
     """
-    dim = max(head_dim, value_dim)
+    dim, few = max(head_dim, value_dim), len(features)
+    stages = 3 if target in ("sm_90", "sm_100") else 2
     if dim <= 64:
-        return Tile(64, 4, 2, max_pack=2)
+        return Tile(64, 4, stages, max_pack=2)
     if target == "sm_80":
-        return Tile(32, 4, 2) if dim <= 128 else Tile(32, 8, 2)
+        return Tile(32, 4, stages) if dim <= 128 else Tile(32, 8, stages)
     if target == "gfx942" and dim > 128:
-        return Tile(32, 4, 2)
+        return Tile(32, 4, stages)
     if dim <= 128:
-        return Tile(64 if features < 3 else 32, 4, 2, max_pack=2)
+        # Columns under a window also copy their positions, for which a third stage has no room.
+        crowded = dim > 96 and few == 2 and "columns" in features and "window" in features
+        return Tile(64 if few < 3 else 32, 4, 2 if crowded else stages, max_pack=2)
     most = 2 if dim <= 192 else 0
-    return Tile(64 if features <= most else 32, 8, 2)
+    return Tile(64 if few <= most else 32, 8, stages)
 
 
 def pack_warps(tile: Tile, pack: int) -> int:
@@ -111,11 +127,6 @@ def query_heads_per_program(head_slots: tuple[int, ...], group: int, limit: int)
 def score_warps(head_dim: int) -> int:
     """Warps of a program of estimation that multiplies 64 query rows with 64 keys or means."""
     return 4 if head_dim <= 128 else 8
-
-
-def select_warps(width: int) -> int:
-    """Warps of a program that keeps `width` scores in registers, at most 32 of them per thread."""
-    return min(16, max(1, width // 256))
 
 
 def parts(dim: int, target: Target) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpass.lowering.index import AttentionMask, SparseIndex, diagonal_slots, empty_index
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.reference.selection import LAST_QUERIES, first_keys, last_rows
+from mpass.lowering.reference.selection import LAST_QUERIES, first_keys, last_row
 from mpass.lowering.reference.vertical_slash import (
     LOCAL_DIAGONALS,
     SINK_COLUMNS,
@@ -152,7 +152,7 @@ def last_query_sums(
         num_stages=2,
         target=target_for(query.device),
     )
-    last = last_rows(mask, batch, num_queries, query.device)[:, -1].contiguous()
+    last = last_row(mask, batch, num_queries, query.device)
     sums = torch.zeros(3, batch, count, num_keys, device=key.device)
     statistics = sums.new_empty(2, batch, count, SPLITS, LAST_QUERIES)
     tiles = -(-num_keys // LAST_QUERIES)
@@ -190,5 +190,5 @@ def last_query_sums(
         sums=row_sums,
         **arguments,
     )
-    sums[1] += sums[2]
+    near.add_(far)
     return sums[:2]

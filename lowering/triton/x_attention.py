@@ -29,6 +29,13 @@ from mpass.lowering.triton.list_blocks import (
 from mpass.lowering.triton.pooled_keys import kernel_inputs
 from mpass.lowering.triton.spec import GROUP_TILE, TritonKernelSpec
 
+GROUP_BYTES = 1 << 31
+"""Most memory of sums of groups at a time.
+
+A program takes the groups of a thousand queries, so that a million keys and 32 heads leave 256
+programs a turn: fewer would not fill a GPU.
+"""
+
 
 def x_attention_index(inputs: EstimateInputs, rules: Sequence[XAttentionRule]) -> SparseIndex:
     """As mpass.lowering.reference.x_attention.
@@ -46,8 +53,16 @@ def x_attention_index(inputs: EstimateInputs, rules: Sequence[XAttentionRule]) -
         )
         head_of, rule_ints = ints.split([count, 8 * count])
         repeat = size // BLOCK
-        width = BLOCK // stride * num_blocks
-        for start, stop in score_chunks(index, inputs.mask, count, width, repeat):
+        turns = score_chunks(
+            index,
+            inputs.mask,
+            count,
+            BLOCK // stride * num_blocks,
+            repeat,
+            score_bytes=4,
+            most_bytes=GROUP_BYTES,
+        )
+        for start, stop in turns:
             first_tile = (inputs.first_block + start) // repeat
             stop_tile = (inputs.first_block + stop - 1) // repeat + 1
             tiles = (first_tile, stop_tile)

@@ -139,7 +139,11 @@ def compare_block(
 
     at = tuple(torch.tensor([number], device=device) for number in (row, block))
     chosen = torch.stack(
-        [reference.selected_blocks(i, at[0], at[1], blocks)[:, :, 0] for i in indexes], 2
+        [
+            reference.selected_blocks(i, at[0], at[1], blocks, stop=block + 1)[:, :, 0]
+            for i in indexes
+        ],
+        2,
     )
     share = chosen.to(weights.dtype)  # [B, H, C, J]
     kept = share @ mass.mT  # [B, H, C, R]

@@ -69,10 +69,11 @@ def is_x86() -> bool:
 def lowering_rows() -> Iterator[tuple[str, str]]:
     """What each kind of device runs, and what a head gets there that nothing configures."""
     for name, lowering in lowerings().items():
-        yield (
-            f"lowering {name}",
-            f"{lowering.default_pattern} from {lowering.shortest_prompt} tokens on",
+        known = lowering.least_lengths is not None
+        start = (
+            "the length that pays, as predicted" if known else f"{lowering.shortest_prompt} tokens"
         )
+        yield f"lowering {name}", f"{lowering.default_pattern} from {start} on"
 
 
 def caches() -> Iterator[tuple[str, str]]:

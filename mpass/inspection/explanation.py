@@ -58,6 +58,7 @@ class Capture:
     options: Options
     graphs: list[GraphExplanation] = field(default_factory=list)
     breaks: list[GraphBreak] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before, captured = clone(gm), readable(gm)
@@ -80,6 +81,7 @@ class Capture:
             )
         )
         self.breaks += graph_breaks(gm)
+        self.lengths.append(report.min_seq_len)
         return compile_rest(gm, example_inputs, self.options)
 
 
@@ -152,7 +154,8 @@ def finish_explanation(model: Callable[..., Any], capture: Capture, log: Log) ->
         graphs.append(dataclasses.replace(graph, costs=tuple(costs)))
     original = getattr(model, "_orig_mod", model)
     name = getattr(original, "__name__", type(original).__name__)
-    return Explanation(name, tuple(graphs), tuple(capture.breaks), capture.options.shortest)
+    shortest = min(capture.lengths, default=capture.options.shortest)
+    return Explanation(name, tuple(graphs), tuple(capture.breaks), shortest)
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:

@@ -143,7 +143,9 @@ def selected_keys(
     """
     num_keys = columns.shape[-1]
     rows, blocks = (torch.tensor([value], device=columns.device) for value in (row, block))
-    selected = reference.selected_blocks(index, rows, blocks, num_key_blocks(num_keys))[:, :, 0]
+    selected = reference.selected_blocks(
+        index, rows, blocks, num_key_blocks(num_keys), stop=block + 1
+    )[:, :, 0]
     keys = torch.arange(num_keys, device=columns.device)
     before = keys < block * BLOCK if mask.causal else torch.ones_like(keys, dtype=torch.bool)
     return selected[..., keys // BLOCK] | (columns & before)

@@ -11,7 +11,7 @@ from mpass.patterns.base.checks import check_positive, check_types
 from mpass.patterns.base.masked_attention import patterns_as_text
 from mpass.patterns.base.op import head_slots, index_op, patterns_of, shared_slots
 from mpass.patterns.base.parameters import parameter_kinds, take_parameter
-from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Lost, Pattern, causal_keys
+from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Lost, Pattern, between, causal_keys
 from mpass.patterns.base.registry import (
     ENTRY_POINTS,
     find_pattern,
@@ -25,6 +25,7 @@ __all__ = [
     "LENGTH",
     "Lost",
     "Pattern",
+    "between",
     "causal_keys",
     "check_positive",
     "check_types",

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpass.lowering.crossover import EstimatedWork
+from mpass.lowering.crossover import EstimatedWork, PatternWork
 from mpass.lowering.device import Lowering
 from mpass.lowering.dispatch import choose_lowering, device_lowering
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
 from mpass.patterns.base.pattern import Pattern
+from mpass.patterns.base.work import pattern_work
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,26 +31,36 @@ class HeadPatterns:
 
 
 def reason_for_dense(
-    inputs: EstimateInputs, own: HeadPatterns, *, dense_above: float, min_seq_len: int
+    inputs: EstimateInputs,
+    own: HeadPatterns,
+    *,
+    dense_above: float,
+    min_seq_len: int,
+    site: int = 0,
 ) -> str:
     """Why dense attention will run whatever these heads select, in words; "" to estimate.
 
     own: the patterns of the op's heads. The answer is read from sizes alone. Where the lowering of
     the device decides by cost, the pattern's least work and the estimator's measured cost count,
-    unless `dense_above` is 1 or more; elsewhere dense attention is chosen by length only.
+    unless `dense_above` is 1 or more; elsewhere what earlier calls of the site selected does.
     """
     query, key, mask, num_keys = inputs.query, inputs.key, inputs.mask, inputs.num_keys
     if num_keys < min_seq_len:
         return f"{num_keys} keys, sparse from {min_seq_len} on"
+    if dense_above >= 1.0:
+        return ""
+    lowering = choose_lowering(inputs.attention())
+    if not device_lowering(query.device).decides_by_cost:
+        name = type(own.patterns[0]).name if own.patterns else ""
+        return lowering.begin_call(inputs.attention(), name, parts_of(own), site, dense_above)
     plain = mask.causal and mask.window == 0 and mask.query_offset == 0
-    by_cost = device_lowering(query.device).decides_by_cost
-    if dense_above >= 1.0 or not by_cost or not plain:
+    if not plain:
         return ""
     heads = query.shape[0] * len(own.patterns)
     if query.shape[2] != num_keys or heads * num_keys == 0:
         return ""
     return decide(
-        choose_lowering(inputs.attention()),
+        lowering,
         own,
         query.dtype,
         query.shape[3],
@@ -58,6 +69,12 @@ def reason_for_dense(
         num_keys,
         dense_above,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def parts_of(own: HeadPatterns) -> tuple[PatternWork, ...]:
+    """The patterns of an op in the words of lowerings."""
+    return tuple(pattern_work(pattern, count) for pattern, count in Counter(own.patterns).items())
 
 
 @functools.lru_cache(maxsize=4096)

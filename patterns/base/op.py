@@ -32,15 +32,17 @@ from mpass.patterns.base.pattern import Pattern
 def define_index_op(cls: type[Pattern]) -> None:
     """Define the op that runs `cls.estimate`: the pattern's fields as one list argument each.
 
-    dense_above and min_seq_len are those of `minference::sparse_attention`. Where they say before
-    anything is estimated that dense attention will run, nothing is: the index selects every key.
+    dense_above, min_seq_len and site are those of `minference::sparse_attention`. Where they say
+    before anything is estimated that dense attention will run, nothing is: the index selects every
+    key.
     """
     kinds = parameter_kinds(cls)
     arguments = "".join(f", {kind.schema} {name}" for name, kind in kinds.items())
     schema = (
         "(Tensor query, Tensor key, Tensor? key_mask, int[] heads, SymInt query_offset, "
         "int window, bool causal, float scale, float dense_above, "
-        f"SymInt min_seq_len{arguments}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"SymInt min_seq_len{arguments}, int site=0) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
     def estimate(
@@ -54,13 +56,16 @@ def define_index_op(cls: type[Pattern]) -> None:
         scale: float,
         dense_above: float,
         min_seq_len: int,
-        *parameters: Sequence[Any],
+        *parameters: Any,
     ) -> IndexTensors:
+        parameters, site = split_site(parameters, len(kinds))
         own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         mask = AttentionMask(causal, query_offset, window, key_mask)
         inputs = EstimateInputs(query, key, mask, heads, scale)
         try:
-            reason = reason_for_dense(inputs, own, dense_above=dense_above, min_seq_len=min_seq_len)
+            reason = reason_for_dense(
+                inputs, own, dense_above=dense_above, min_seq_len=min_seq_len, site=site
+            )
             if not reason:
                 return cls.estimate(inputs, own.patterns).tensors()
         except Exception as error:
@@ -81,8 +86,9 @@ def define_index_op(cls: type[Pattern]) -> None:
         scale: float,
         dense_above: float,
         min_seq_len: int,
-        *parameters: Sequence[Any],
+        *parameters: Any,
     ) -> IndexTensors:
+        parameters, _ = split_site(parameters, len(kinds))
         own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         rows = num_query_blocks(query.shape[2], query_offset)
         slots = head_slots(own.patterns, heads, query.shape[1] // key.shape[1])
@@ -92,6 +98,14 @@ def define_index_op(cls: type[Pattern]) -> None:
         f"{NAMESPACE}::{cls.name}", estimate, mutates_args=(), schema=schema
     )
     op.register_fake(fake)
+
+
+def split_site(arguments: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], int]:
+    """The `count` lists of parameters at the end of an op's arguments, and the site if it is given.
+
+    Arguments that have their default value may be left out by torch.
+    """
+    return arguments[:count], arguments[count] if len(arguments) > count else 0
 
 
 @functools.lru_cache(maxsize=4096)

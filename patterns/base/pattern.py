@@ -7,6 +7,8 @@ head_dim.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -92,6 +94,16 @@ class Pattern:
         """`min_keys` over those of dense attention, for a prompt of `length` tokens."""
         return min(1.0, float(self.min_keys().subs(LENGTH, length)) / (length / 2))
 
+    def usual_density(self, length: int) -> float:
+        """The density that prompts of `length` tokens were seen to have, or may be expected to.
+
+        It decides where sparse attention is taken on devices whose answers the host does not wait
+        for: better too large than too small. By default a fixed budget's own, else half of the
+        cells or more.
+        """
+        least = self.min_density(length)
+        return least if self.fixed_budget else max(least, 0.5)
+
     def dense_mask(
         self,
         query: Tensor,
@@ -173,6 +185,21 @@ class Pattern:
 
 keep_old_names(Pattern)
 keep_old_calls(Pattern)
+
+
+def between(seen: Sequence[tuple[int, float]], length: float) -> float:
+    """A density at any length from those that were seen: (tokens, density), ascending.
+
+    On straight lines of logarithms; after the last length it falls half as steeply as before it.
+    """
+    if length <= seen[0][0]:
+        return seen[0][1]
+    pairs = list(itertools.pairwise(seen))
+    (n1, d1), (n2, d2) = next((pair for pair in pairs if length <= pair[1][0]), pairs[-1])
+    power = math.log(d2 / d1) / math.log(n2 / n1)
+    if length > n2:
+        return float(d2 * (length / n2) ** (power / 2))
+    return float(d1 * (length / n1) ** power)
 
 
 def causal_keys(count: sympy.Expr | int) -> sympy.Expr:

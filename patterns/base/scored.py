@@ -5,6 +5,7 @@ No pattern of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,7 +20,7 @@ from mpass.lowering.reference import attention as reference
 from mpass.patterns.base.aliases import takes_each, unpacked
 from mpass.patterns.base.checks import forced_blocks
 from mpass.patterns.base.kv_groups import Turns, index_rows, merge_heads, spread_columns
-from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Pattern, causal_keys
+from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Pattern, between, causal_keys
 
 
 class ListEstimator(Estimator):
@@ -51,6 +52,8 @@ class EstimatedPattern(Pattern):
 
     required: ClassVar[tuple[str, ...]] = ("estimator", "select", "cost")
     estimator: ClassVar[Estimator]
+    seen: ClassVar[tuple[tuple[int, float], ...]] = ()
+    """Densities that prompts were seen to have with the default parameters: (tokens, density)."""
 
     def rule(self) -> Any:
         """The fields as the estimator takes them."""
@@ -60,14 +63,30 @@ class EstimatedPattern(Pattern):
         """The fields that are the estimator's: all but `per`."""
         return {name: value for name, value in self.parameters().items() if name != "per"}
 
+    def denser(self) -> float:
+        """How many times as much as `seen` these parameters keep, roughly."""
+        return 1.0
+
+    def usual_density(self, length: int) -> float:
+        least = self.min_density(length)
+        if not self.seen:
+            return super().usual_density(length)
+        return min(1.0, max(least, between(self.seen, length) * self.denser()))
+
     @classmethod
     def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
         estimate = choose_lowering(inputs.attention()).estimate(cls.estimator)
-        return estimate(inputs, [pattern.rule() for pattern in patterns])
+        return estimate(inputs, rules_of(tuple(patterns)))
 
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
-        return cls.estimator.width([pattern.rule() for pattern in patterns])
+        return cls.estimator.width(rules_of(tuple(patterns)))
+
+
+@functools.lru_cache(maxsize=4096)
+def rules_of(patterns: tuple[EstimatedPattern, ...]) -> tuple[Any, ...]:
+    """The rule of each pattern: the same heads ask in each call, while a GPU waits for its host."""
+    return tuple(pattern.rule() for pattern in patterns)
 
 
 class ListPattern(EstimatedPattern):
@@ -94,10 +113,15 @@ class ListPattern(EstimatedPattern):
     def min_keys(self) -> sympy.Expr:
         return causal_keys(forced_blocks(self) * BLOCK)
 
+    def usual_density(self, length: int) -> float:
+        most = getattr(self, "max_blocks", 0) * BLOCK + getattr(self, "columns", 0)
+        keys = min(length, most) if most else length
+        return min(super().usual_density(length), (keys - keys**2 / (2 * length)) / (length / 2))
+
     @classmethod
     def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
         def reference_index(merged: EstimateInputs, own: Sequence[Self]) -> SparseIndex:
-            return cls.estimator.reference(merged, [pattern.rule() for pattern in own])
+            return cls.estimator.reference(merged, rules_of(tuple(own)))
 
         index = shared_index(reference_index, inputs, patterns)
         sizes = {"num_queries": inputs.num_queries, "num_keys": inputs.num_keys}

@@ -229,7 +229,7 @@ def test_options_take_the_path_of_a_file(tmp_path):
 def test_builtin_default_computes_short_windows_whole():
     assert builtin_default("cpu", window=512) == mpass.Dense()
     assert builtin_default("cpu").name == "union"
-    assert builtin_default("cuda").name == "vertical_slash"
+    assert builtin_default("cuda").name == "union"
     assert builtin_default("cpu", window=100_000).name == "union"
 
 

@@ -32,6 +32,7 @@ from mpass.models.prefill import compile_body, continue_text, predict, prefill
 from mpass.models.texts import find_text, load_tokens
 from tests.helpers.processes import run_python
 from tests.helpers.requirements import needs_smollm2
+from tests.helpers.rotation import on_its_day
 
 SHORT = DemoSettings(
     length=1024,
@@ -57,6 +58,7 @@ def result():
 
 
 @needs_smollm2
+@on_its_day("demo")
 def test_every_attention_of_smollm2_becomes_sparse(result):
     assert (result.sites_sparse, result.sites_total) == (30, 30)
     assert result.heads == {"a_shape(64, 128)": 270}
@@ -64,6 +66,7 @@ def test_every_attention_of_smollm2_becomes_sparse(result):
 
 
 @needs_smollm2
+@on_its_day("demo")
 def test_reported_density_is_that_of_the_pattern(result):
     # A-shape looks at positions alone, so any query and key of this length have its density.
     states = torch.zeros(1, 1, SHORT.length, 16)
@@ -73,6 +76,7 @@ def test_reported_density_is_that_of_the_pattern(result):
 
 
 @needs_smollm2
+@on_its_day("demo")
 def test_dense_figures_are_those_of_the_model_run_by_hand(result, smollm2):
     model, tokenizer = smollm2
     tokens = load_tokens(find_text(SHORT.text).read(), tokenizer, SHORT.length)
@@ -87,12 +91,14 @@ def test_dense_figures_are_those_of_the_model_run_by_hand(result, smollm2):
 
 
 @needs_smollm2
+@on_its_day("demo")
 def test_a_narrow_window_costs_accuracy_and_the_figures_show_it(result):
     assert result.perplexity_sparse > 1.01 * result.perplexity_dense
     assert 0.5 < result.top1_agreement < 1.0
 
 
 @needs_smollm2
+@on_its_day("demo")
 def test_json_has_the_promised_keys_and_the_settings(result, tmp_path):
     file = tmp_path / "figures.json"
     result.write(file)
@@ -108,6 +114,7 @@ def test_json_has_the_promised_keys_and_the_settings(result, tmp_path):
 
 
 @needs_smollm2
+@on_its_day("demo")
 def test_the_table_shows_the_figures(result):
     from rich.console import Console
 
@@ -118,6 +125,7 @@ def test_the_table_shows_the_figures(result):
 
 
 @needs_smollm2
+@on_its_day("demo")
 def test_full_budgets_give_the_dense_logits(smollm2):
     model, tokenizer = smollm2
     model = model.float()

@@ -44,12 +44,12 @@ def test_kernels_are_written_when_they_are_first_built(tmp_path, monkeypatch):
 
 def test_details_of_a_triton_kernel_are_those_of_its_compiler(tmp_path, monkeypatch):
     from mpass.lowering.triton.compile import attention_report, table_spec
-    from mpass.lowering.triton.source import load
+    from mpass.lowering.triton.source import load, loaded
 
     forget_sources(monkeypatch)
     debug.watch_kernels(tmp_path, kernel_details)
     spec = table_spec("sm_90", 64, columns=True)
-    load.cache_clear()
+    loaded.cache_clear()
     load(spec)
     report = attention_report(spec)
     (source,) = (tmp_path / "kernels").glob("*.py")

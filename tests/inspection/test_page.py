@@ -23,6 +23,7 @@ from mpass.inspection.profiling import Profile, profile
 from mpass.lowering.kernel_sources import KernelSource
 from tests.helpers.browser import Browser, missing, open_browser
 from tests.helpers.requirements import needs_smollm2
+from tests.helpers.rotation import on_its_day
 from tests.helpers.toys import Decoder
 
 LAYERS, HEADS = 30, 9
@@ -200,6 +201,7 @@ def test_browser_shows_layers_heads_and_themes_without_errors(smol, browser, tmp
 
 @needs_browser
 @needs_smollm2
+@on_its_day("page")
 def test_page_of_smollm2_is_small_fast_and_complete(browser, tmp_path):
     from mpass.models.load import load_model
     from mpass.models.texts import find_text, load_tokens

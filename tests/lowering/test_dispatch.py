@@ -106,7 +106,7 @@ def test_a_registered_lowering_serves_its_device(register):
 
 
 def test_compiled_programs_ask_the_lowering_of_the_device(register):
-    toy, calls = toy_lowering(shortest_prompt=64)
+    toy, calls = toy_lowering(shortest_prompt=64, default_pattern="vertical_slash")
     register(toy)
 
     def attend(query, key, value):

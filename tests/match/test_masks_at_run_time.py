@@ -5,11 +5,14 @@ What runs is decided in each call by the mask itself, so the same graph must be 
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import mpass
+from mpass.lowering import dispatch
 from mpass.lowering.recorder import record
 from mpass.match import eager, sdpa
 from mpass.validation import ValidationWarning
@@ -193,6 +196,16 @@ def test_read_masks_can_be_switched_off():
     with torch.no_grad():
         torch.compile(with_sdpa, backend=backend)(*tensors(), masks()["causal"])
     assert backend.count("masked_attention") == 0
+    assert "values are unknown when compiling" in mpass.last_report().summary()
+
+
+def test_no_mask_is_read_where_the_host_would_wait_for_it(monkeypatch):
+    waiting = dataclasses.replace(dispatch.device_lowering("cpu"), decides_by_cost=False)
+    monkeypatch.setattr(dispatch, "_added", {"cpu": waiting})
+    backend = RecordingBackend(**OPTIONS)
+    with torch.no_grad():
+        torch.compile(with_sdpa, backend=backend)(*tensors(), masks()["causal"])
+    assert backend.count("read_mask") == backend.count("masked_attention") == 0
     assert "values are unknown when compiling" in mpass.last_report().summary()
 
 

@@ -17,6 +17,8 @@ from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.triton import attention, source
 from mpass.lowering.triton.attention import entry_form, row_form
 from mpass.lowering.triton.spec import (
+    FEATURES,
+    SELECT_TILE,
     TARGETS,
     TritonKernelSpec,
     attention_tile,
@@ -31,7 +33,7 @@ from tests.helpers.processes import run_python
 
 GOLDEN = Path(__file__).parent / "golden"
 
-ATTENTION = TritonKernelSpec("attention", head_dim=128, value_dim=128, num_stages=2)
+ATTENTION = TritonKernelSpec("attention", head_dim=128, value_dim=128, num_stages=3)
 SPECS = {
     "attention_lists": ATTENTION,
     "attention_lists_packed": dataclasses.replace(ATTENTION, pack=2, num_warps=8),
@@ -58,6 +60,9 @@ SPECS = {
         "rows", form="mixed", columns=True, window=True, padding=True, num_warps=1
     ),
     "columns": TritonKernelSpec("columns", head_dim=80, value_dim=128),
+    "listed": TritonKernelSpec(
+        "listed", head_dim=64, value_dim=64, tile=32, window=True, padding=True, softcap=True
+    ),
     "last_queries": TritonKernelSpec("last_queries", head_dim=128, num_stages=2),
     "last_queries_masked": TritonKernelSpec(
         "last_queries", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
@@ -80,11 +85,15 @@ SPECS = {
         padding=True,
         num_stages=2,
     ),
-    "blocks_top_k": TritonKernelSpec("blocks", tile=2048, num_warps=8),
-    "blocks_share": TritonKernelSpec("blocks", tile=2048, rule="share", num_warps=8),
-    "blocks_mass": TritonKernelSpec("blocks", tile=2048, rule="mass", num_warps=8),
+    "blocks_top_k": TritonKernelSpec("blocks", tile=SELECT_TILE, num_warps=1),
+    "blocks_share": TritonKernelSpec("blocks", tile=SELECT_TILE, rule="share", num_warps=1),
+    "blocks_mass": TritonKernelSpec("blocks", tile=SELECT_TILE, rule="mass", num_warps=1),
     "blocks_row_mass": TritonKernelSpec(
-        "blocks", tile=16384, rule="row_mass", window=True, padding=True, num_warps=16
+        "blocks", tile=SELECT_TILE, rule="row_mass", window=True, padding=True, num_warps=1
+    ),
+    "block_products": TritonKernelSpec("block_products", head_dim=128, num_stages=2),
+    "block_products_masked": TritonKernelSpec(
+        "block_products", dtype="fp16", head_dim=80, window=True, num_stages=2
     ),
     "x_attention": TritonKernelSpec(
         "x_attention", head_dim=128, tile=128, pool=8, num_warps=8, num_stages=3
@@ -188,8 +197,8 @@ def test_parts_cover_every_head_size_once(target):
 def test_table_has_a_tile_for_every_target_and_head_size():
     for target in TARGETS:
         for dim in range(16, 257):
-            for features in range(5):
-                tile = attention_tile(target, dim, dim, features)
+            for few in range(len(FEATURES) + 1):
+                tile = attention_tile(target, dim, dim, FEATURES[:few])
                 assert tile.keys in (32, 64) and tile.num_warps in (4, 8)
                 assert pack_warps(tile, tile.max_pack) <= 8
 
