@@ -109,7 +109,8 @@ def predict(
     share = expected_share(work, keys) if density is None else density
     steps = tuple(estimate_steps(chip, work, shape, batch, shared_index))
     plan = tuple(plan_steps(chip, work, shape))
-    attention = attention_seconds(chip, shape, share, packed=shared_index)
+    packed = shared_index or all(part.per_kv_head for part in work.patterns)
+    attention = attention_seconds(chip, shape, share, packed=packed)
     launched = [*steps, *plan]
     launches = 1 + sum(step.launches for step in launched)
     ops = sum(step.ops for step in launched)

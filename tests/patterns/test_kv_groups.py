@@ -12,7 +12,7 @@ import mpass
 from mpass.config.pattern_text import parse_pattern
 from mpass.errors import PatternValueError
 from mpass.lowering import cpu, triton
-from mpass.lowering.density import density, work_share
+from mpass.lowering.density import causal_work_share, density, work_share
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.index import AttentionMask, join_indexes, join_slots, num_query_blocks
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
@@ -205,7 +205,9 @@ def test_work_is_counted_once_per_head_that_reads_a_row():
     share = density(index, mask, batch=1, num_queries=1000, num_keys=1000)
     cells = computed_mask(index, mask, batch=1, num_queries=1000, num_keys=1000)
     assert torch.allclose(share, cells.sum((2, 3)).double() / (1000 * 1001 / 2))
-    assert abs(work_share(index, mask, 1000, 1000) - float(share.mean())) < 0.1
+    tiles = work_share(index, mask, 1000, 1000)
+    assert abs(tiles - float(share.mean())) < 0.1
+    assert float(causal_work_share(index, 1000)) == pytest.approx(tiles, rel=1e-5)
 
 
 @pytest.mark.parametrize("dense", [False, True])
