@@ -43,6 +43,9 @@ BISECTIONS = 12
 STATIC_OPS = 20
 """Torch ops that make the index of a pattern whose parameters say all."""
 
+MERGE_OPS = 6
+"""Torch ops that take query rows in turn from the heads of a kv head, and give them its columns."""
+
 JOIN_OPS = 12
 """Torch ops that join the indexes of two patterns of a layer."""
 
@@ -180,6 +183,9 @@ def estimate_steps(
         kv_heads = max(1, shape.kv_heads * part.heads // work.heads)
         together = shared_index or part.per_kv_head
         own = replace(shape, heads=kv_heads if together else heads, kv_heads=kv_heads)
+        if together:
+            moved = 4.0 * kv_heads * shape.queries * shape.head_dim
+            yield run(chip, "merge_heads", moved=moved, launches=0, ops=MERGE_OPS)
         if part.estimator in COSTS:
             yield from COSTS[part.estimator](chip, own, part.rule)
         else:
