@@ -64,7 +64,7 @@ class BlockMax(ListPattern):
         check_per(self)
 
     def rule(self) -> BlockScoresRule:
-        return BlockScoresRule(**self.numbers(), mass=None)  # type: ignore[arg-type]
+        return BlockScoresRule(**self.numbers(), mass=None)
 
     def denser(self) -> float:
         return float((0.1 / self.share) ** 0.3)

@@ -61,7 +61,7 @@ class BlockTopP(ListPattern):
         check_per(self)
 
     def rule(self) -> BlockScoresRule:
-        return BlockScoresRule(**self.numbers(), share=None)  # type: ignore[arg-type]
+        return BlockScoresRule(**self.numbers(), share=None)
 
     def denser(self) -> float:
         return self.mass / 0.9

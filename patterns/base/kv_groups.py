@@ -13,17 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mpass.lowering.index import SparseIndex
 from mpass.lowering.inputs import EstimateInputs
+from mpass.patterns.base.parameters import parameter_kinds
 from mpass.patterns.base.pattern import Pattern
 
 Per = Literal["head", "kv_head"]
 """For what a selection is made: each query head, or the query heads of a kv head together."""
+
+
+def has_option(cls: type[Pattern]) -> bool:
+    """Whether a class has a field `per` of these two values, and not another one of that name."""
+    kind = parameter_kinds(cls).get("per")
+    return kind is not None and kind.choices == get_args(Per)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,8 @@ def take_turns(out: Tensor, given: Tensor, turns: Turns, offset: int) -> None:
 
     offset: position of the first row.
     """
+    if is_made_of_words(given) and is_made_of_words(out):
+        given, out = given.view(torch.int64), out.view(torch.int64)
     length = turns.length
     if turns.skew == 0 or length == 1:
         copy_runs(out, given, length, offset)
@@ -94,6 +103,13 @@ def take_turns(out: Tensor, given: Tensor, turns: Turns, offset: int) -> None:
         first = (place - offset) % length
         start = (offset + first) // length + turns.skew * place
         copy_runs(out[:, :, first::length], given[:, :, :, first::length], 1, start)
+
+
+def is_made_of_words(tensor: Tensor) -> bool:
+    """Whether rows may be copied 8 bytes at a time: fewer elements, each of which is addressed."""
+    per_word = 8 // tensor.element_size()
+    sizes = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
+    return tensor.stride(-1) == 1 and per_word > 1 and all(n % per_word == 0 for n in sizes)
 
 
 def copy_runs(out: Tensor, given: Tensor, length: int, start: int) -> None:

@@ -19,7 +19,13 @@ from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
 from mpass.patterns.base.aliases import takes_each, unpacked
 from mpass.patterns.base.checks import forced_blocks
-from mpass.patterns.base.kv_groups import Turns, index_rows, merge_heads, spread_columns
+from mpass.patterns.base.kv_groups import (
+    Turns,
+    has_option,
+    index_rows,
+    merge_heads,
+    spread_columns,
+)
 from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Pattern, between, causal_keys
 
 
@@ -61,7 +67,15 @@ class EstimatedPattern(Pattern):
 
     def numbers(self) -> dict[str, Any]:
         """The fields that are the estimator's: all but `per`."""
-        return {name: value for name, value in self.parameters().items() if name != "per"}
+        own = self.parameters()
+        return {name: own[name] for name in own if name != "per" or not has_option(type(self))}
+
+    def __str__(self) -> str:
+        """The default of `per` is left out."""
+        values = [repr(value) for value in self.numbers().values()]
+        if has_option(type(self)) and self.parameters()["per"] != "head":
+            values.append(f"per={self.parameters()['per']!r}")
+        return f"{self.name}({', '.join(values)})"
 
     def denser(self) -> float:
         """How many times as much as `seen` these parameters keep, roughly."""
@@ -100,7 +114,7 @@ class ListPattern(EstimatedPattern):
     required: ClassVar[tuple[str, ...]] = ("estimator", "cost")
 
     def per_kv_head(self) -> bool:
-        return getattr(self, "per", "head") == "kv_head"
+        return has_option(type(self)) and self.parameters()["per"] == "kv_head"
 
     def turns(self) -> Turns:
         """How the heads of one row of the index take turns where the pattern is per kv head."""

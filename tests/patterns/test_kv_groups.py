@@ -252,6 +252,7 @@ def test_compiled_attention_reads_shared_rows(read):
 @pytest.mark.parametrize("name", NAMES)
 def test_option_survives_text_and_json(name):
     pattern = per_kv_head(name)
+    assert str(pattern).endswith(", per='kv_head')") and "head" not in str(type(pattern)())
     assert parse_pattern(str(pattern)) == pattern
     assert parse_pattern(f'{name}(per="kv_head")') == replace(type(pattern)(), per="kv_head")
     config = mpass.SparseConfig(pattern, {1: [pattern, type(pattern)()]})
