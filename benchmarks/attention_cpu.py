@@ -142,7 +142,8 @@ def op_run(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], object]:
     values = [[getattr(cls(), field.name)] * len(heads) for field in fields(cls)]
     limits = (options.dense_above, options.shortest)
     scale = query.shape[-1] ** -0.5
-    slots = list(head_slots(cls, len(heads)))
+    group = query.shape[1] // key.shape[1]
+    slots = list(head_slots([cls()] * len(heads), heads, group))
 
     def run() -> Tensor:
         index = index_op(cls)(query, key, None, heads, 0, 0, True, scale, *limits, *values)

@@ -43,7 +43,8 @@ class PatternWork:
     heads: how many; estimator: the name of its record in mpass.lowering.estimators, "" if the
     parameters alone say which keys are kept; rule: of one head, as that estimator takes it.
     densities: the share of the causal cells that is computed, at each of `WORK_LENGTHS`; exact:
-    whether the parameters fix it, else it is what prompts were seen to have.
+    whether the parameters fix it, else it is what prompts were seen to have. per_kv_head: whether
+    the heads of a kv head are estimated together.
     """
 
     heads: int
@@ -52,6 +53,7 @@ class PatternWork:
     rule: Any
     densities: tuple[float, ...]
     exact: bool = False
+    per_kv_head: bool = False
 
     def density(self, length: int) -> float:
         """At any length, between those that are given on straight lines of logarithms."""

@@ -94,7 +94,7 @@ def causal_work_share(index: SparseIndex, length: int) -> Tensor:
     if index.block_count.numel():
         causal = torch.arange(1, rows + 1, device=device)
         counts = index.block_count
-        parts.append(torch.where(counts == ALL_BLOCKS, causal, counts).sum(dtype=torch.float32))
+        parts.append(over_heads(index, torch.where(counts == ALL_BLOCKS, causal, counts)).float())
     if index.diagonal_count.numel():
         counts, entries = index.diagonal_count, index.diagonal_index
         parts.append((counts == ALL_DIAGONALS).sum(dtype=torch.float32) * dense)
@@ -129,7 +129,7 @@ def work_share(
     if not mask.causal:
         dense = float(rows * blocks)
         in_lists = index.block_count
-        tiles = float(in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks).sum())
+        tiles = float(over_heads(index, in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks)))
         columns = float(index.column_count.sum()) / BLOCK * rows
         return (tiles + columns) / (dense * heads)
     last = first + rows  # query blocks first .. last - 1, block i has i + 1 causal tiles
@@ -138,7 +138,7 @@ def work_share(
 
     in_lists = index.block_count
     causal = torch.arange(first + 1, last + 1, device=in_lists.device).clamp(max=reach)
-    tiles = float(torch.where(in_lists == ALL_BLOCKS, causal, in_lists).sum())
+    tiles = float(over_heads(index, torch.where(in_lists == ALL_BLOCKS, causal, in_lists)))
     tiles += float((index.diagonal_count < 0).sum()) * dense
     if tiles > enough * dense * heads:
         return tiles / (dense * heads)
@@ -155,3 +155,12 @@ def work_share(
         per_column = per_column.clamp(max=reach)
     tiles += float(torch.where(live, per_column, 0).sum()) / BLOCK
     return tiles / (dense * heads)
+
+
+def over_heads(index: SparseIndex, counts: Tensor) -> Tensor:
+    """Counts [B, L, I] of the lists, summed over the heads that read them: a tensor []."""
+    slots = [slot for slot in index.head_slots if slot >= 0]
+    if slots == list(range(counts.shape[1])):
+        return counts.sum()
+    rows = counts.sum((0, 2)).unbind()
+    return torch.stack([rows[slot] for slot in slots]).sum()

@@ -136,6 +136,11 @@ def diagonal_slots(num_heads: int) -> tuple[int, ...]:
     return tuple(-1 - head for head in range(num_heads))
 
 
+def count_rows(head_slots: Sequence[int]) -> tuple[int, int]:
+    """How many rows of lists and of diagonals `head_slots` name: every row up to the last one."""
+    return max([-1, *head_slots]) + 1, -min([0, *head_slots])
+
+
 def empty_index(
     query: Tensor, num_blocks: int, width: IndexWidth, head_slots: Sequence[int]
 ) -> SparseIndex:
@@ -144,8 +149,7 @@ def empty_index(
     query: [B, H', N, D], for batch and device only; num_blocks: I. Also serves as the fake.
     """
     batch = query.shape[0]
-    lists = sum(slot >= 0 for slot in head_slots)
-    diagonals = len(head_slots) - lists
+    lists, diagonals = count_rows(head_slots)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=query.device)
@@ -211,7 +215,6 @@ def join_slots(
     for part_slots, part_heads in zip(head_slots, heads, strict=True):
         for slot, head in zip(part_slots, part_heads, strict=True):
             slots[head] = num_lists + slot if slot >= 0 else slot - num_diagonals
-        in_lists = sum(slot >= 0 for slot in part_slots)
-        num_lists += in_lists
-        num_diagonals += len(part_slots) - in_lists
+        lists, diagonals = count_rows(part_slots)
+        num_lists, num_diagonals = num_lists + lists, num_diagonals + diagonals
     return tuple(slots[head] for head in range(len(slots)))

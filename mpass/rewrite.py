@@ -334,7 +334,11 @@ def insert_index(
         estimate = graph.call_function(index_op(cls), (*arguments, *limits, *parameters, number))
         copy_meta(site.output, estimate)
         parts += unpack(graph, estimate, site.output)
-    slots = [head_slots(cls, len(heads)) for cls, heads in groups.items()]
+    kv_group = site.num_heads // site.num_kv_heads
+    slots = [
+        head_slots([plan.patterns[head] for head in heads], heads, kv_group)
+        for heads in groups.values()
+    ]
     if len(groups) == 1:
         return parts, shared_slots(plan.patterns, slots[0])
     flat_slots = [slot for part in slots for slot in part]

@@ -23,6 +23,8 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
+from mpass.patterns.base.checks import check_per
+from mpass.patterns.base.kv_groups import Per
 from mpass.patterns.base.scored import ListPattern
 
 
@@ -33,10 +35,13 @@ class BlockSparse(ListPattern):
 
     top_k: Every query block keeps this many key blocks, the diagonal block included.
     block_size: A block of keys or queries has this many tokens, a multiple of 64.
+    per: Blocks are chosen for each query "head", or once for the query heads of a "kv_head" that
+        have these parameters, at the cost of one of them: they give the query rows in turn.
     """
 
     top_k: int = 100
     block_size: int = BLOCK
+    per: Per = "head"
 
     name: ClassVar[str] = "block_sparse"
     estimator: ClassVar[Estimator] = BLOCK_SPARSE
@@ -49,6 +54,7 @@ class BlockSparse(ListPattern):
             raise PatternValueError(
                 self.name, "block_size", self.block_size, f"a multiple of {BLOCK}"
             )
+        check_per(self)
 
     def min_keys(self) -> sympy.Expr:
         return causal_keys(self.top_k * self.block_size)

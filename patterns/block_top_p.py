@@ -17,7 +17,8 @@ from mpass.lowering.estimators import BLOCK_SCORES, Estimator
 from mpass.lowering.index import BLOCK
 from mpass.lowering.reference.block_scores import BlockScoresRule
 from mpass.patterns.base import Lost, register_pattern
-from mpass.patterns.base.checks import check_blocks, check_share
+from mpass.patterns.base.checks import check_blocks, check_per, check_share
+from mpass.patterns.base.kv_groups import Per
 from mpass.patterns.base.scored import ListPattern, attention_cost, tile_cost
 
 
@@ -32,6 +33,8 @@ class BlockTopP(ListPattern):
     local_blocks: This many of the nearest blocks are always kept, the tile's own included.
     last_blocks: This many tiles at the end of the prompt keep every block.
     max_blocks: A tile keeps at most this many blocks of 64 keys, and the best where this binds.
+    per: Blocks are chosen for each query "head", or once for the query heads of a "kv_head" that
+        have these parameters, at the cost of one of them: they give the query rows in turn.
     """
 
     mass: float = 0.9
@@ -40,6 +43,7 @@ class BlockTopP(ListPattern):
     local_blocks: int = 4
     last_blocks: int = 2
     max_blocks: int = 512
+    per: Per = "head"
 
     name: ClassVar[str] = "block_top_p"
     estimator: ClassVar[Estimator] = BLOCK_SCORES
@@ -54,9 +58,10 @@ class BlockTopP(ListPattern):
     def __post_init__(self) -> None:
         check_share(self, "mass")
         check_blocks(self)
+        check_per(self)
 
     def rule(self) -> BlockScoresRule:
-        return BlockScoresRule(**self.parameters(), share=None)  # type: ignore[arg-type]
+        return BlockScoresRule(**self.numbers(), share=None)
 
     def denser(self) -> float:
         return self.mass / 0.9

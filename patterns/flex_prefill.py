@@ -27,7 +27,8 @@ from mpass.patterns.base import (
     check_positive,
     register_pattern,
 )
-from mpass.patterns.base.checks import check_multiple, check_room, check_share
+from mpass.patterns.base.checks import check_multiple, check_per, check_room, check_share
+from mpass.patterns.base.kv_groups import Per
 from mpass.patterns.base.scored import ListPattern, attention_cost
 
 
@@ -45,6 +46,8 @@ class FlexPrefill(ListPattern):
     block_size: A block of keys or queries has this many tokens, a multiple of 64.
     max_blocks: A query block keeps at most this many blocks of 64 keys, and the best where this
         binds.
+    per: Blocks are chosen for each query "head", or once for the query heads of a "kv_head" that
+        have these parameters, at the cost of one of them: they give the query rows in turn.
     """
 
     gamma: float = 0.9
@@ -53,6 +56,7 @@ class FlexPrefill(ListPattern):
     max_budget: int = 2**31 - 1
     block_size: int = 2 * BLOCK
     max_blocks: int = 512
+    per: Per = "head"
 
     name: ClassVar[str] = "flex_prefill"
     estimator: ClassVar[Estimator] = FLEX_PREFILL
@@ -73,6 +77,7 @@ class FlexPrefill(ListPattern):
             raise PatternValueError(self.name, "max_budget", self.max_budget, allowed)
         check_multiple(self, "block_size")
         check_room(self, 2 * self.block_size // BLOCK, self.max_blocks)
+        check_per(self)
 
     def min_keys(self) -> sympy.Expr:
         return causal_keys(self.min_budget)

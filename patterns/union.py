@@ -30,7 +30,8 @@ from mpass.errors import PatternValueError
 from mpass.lowering.estimators import VERTICAL_BLOCK, Estimator
 from mpass.lowering.index import BLOCK
 from mpass.patterns.base import HEAD_DIM, LENGTH, Lost, register_pattern
-from mpass.patterns.base.checks import check_blocks, check_divisor, check_share
+from mpass.patterns.base.checks import check_blocks, check_divisor, check_per, check_share
+from mpass.patterns.base.kv_groups import Per, Turns
 from mpass.patterns.base.scored import ListPattern, attention_cost
 
 LAST_QUERIES_CHOICES = (16, 32, 64)
@@ -71,6 +72,8 @@ class VerticalBlock(ListPattern):
         index takes 4 * max_blocks bytes per 64 queries and head.
     last_queries: The columns are chosen by this many queries at the end of the prompt: 16, 32 or
         64.
+    per: Blocks are chosen for each query "head", or once for the query heads of a "kv_head" that
+        have these parameters, at the cost of one of them: they give the query rows in turn.
     """
 
     mass: float = 0.6
@@ -83,6 +86,7 @@ class VerticalBlock(ListPattern):
     pool: int = 8
     max_blocks: int = 256
     last_queries: int = 16
+    per: Per = "head"
 
     name: ClassVar[str] = "union"
     estimator: ClassVar[Estimator] = VERTICAL_BLOCK
@@ -101,6 +105,12 @@ class VerticalBlock(ListPattern):
         if self.last_queries not in LAST_QUERIES_CHOICES:
             allowed = ", ".join(map(str, LAST_QUERIES_CHOICES))
             raise PatternValueError(self.name, "last_queries", self.last_queries, allowed)
+        check_per(self)
+
+    def turns(self) -> Turns:
+        """The rows that are looked at come from one head after the other, and so do the last 16."""
+        length = BLOCK // self.rows
+        return Turns(length, LAST_QUERIES_CHOICES[0] // length)
 
     def denser(self) -> float:
         return float((0.018 / self.row_share) ** 0.5 * max(1.0, self.mass / 0.6))

@@ -19,7 +19,8 @@ import sympy
 from mpass.lowering.estimators import X_ATTENTION, Estimator
 from mpass.lowering.index import BLOCK
 from mpass.patterns.base import HEAD_DIM, LENGTH, Lost, register_pattern
-from mpass.patterns.base.checks import check_blocks, check_divisor, check_share
+from mpass.patterns.base.checks import check_blocks, check_divisor, check_per, check_share
+from mpass.patterns.base.kv_groups import Per, Turns
 from mpass.patterns.base.scored import ListPattern, attention_cost
 
 
@@ -36,6 +37,8 @@ class XAttention(ListPattern):
     local_blocks: This many of the nearest blocks are always kept, the tile's own included.
     last_blocks: This many tiles at the end of the prompt keep every block.
     max_blocks: A tile keeps at most this many blocks of 64 keys, and the best where this binds.
+    per: Blocks are chosen for each query "head", or once for the query heads of a "kv_head" that
+        have these parameters, at the cost of one of them: they give the query rows in turn.
     """
 
     threshold: float = 0.9
@@ -45,6 +48,7 @@ class XAttention(ListPattern):
     local_blocks: int = 1
     last_blocks: int = 0
     max_blocks: int = 512
+    per: Per = "head"
 
     name: ClassVar[str] = "x_attention"
     estimator: ClassVar[Estimator] = X_ATTENTION
@@ -59,6 +63,11 @@ class XAttention(ListPattern):
         check_share(self, "threshold")
         check_blocks(self)
         check_divisor(self, "stride")
+        check_per(self)
+
+    def turns(self) -> Turns:
+        """A group of queries, which is one vector, comes from one head."""
+        return Turns(self.stride)
 
     def denser(self) -> float:
         return float((0.1 / (1.0001 - self.threshold)) ** 0.6)

@@ -43,6 +43,9 @@ BISECTIONS = 12
 STATIC_OPS = 30
 """Torch ops that make the index of a pattern whose parameters say all."""
 
+MERGE_OPS = 6
+"""Torch ops that take query rows in turn from the heads of a kv head, and give them its columns."""
+
 JOIN_OPS = 12
 """Torch ops that join the indexes of two patterns of a layer."""
 
@@ -109,7 +112,8 @@ def predict(
     share = expected_share(work, keys) if density is None else density
     steps = tuple(estimate_steps(chip, work, shape, batch, shared_index))
     plan = tuple(plan_steps(chip, work, shape))
-    attention = attention_seconds(chip, shape, share, packed=shared_index)
+    packed = shared_index or all(part.per_kv_head for part in work.patterns)
+    attention = attention_seconds(chip, shape, share, packed=packed)
     launched = [*steps, *plan]
     launches = 1 + sum(step.launches for step in launched)
     ops = sum(step.ops for step in launched)
@@ -177,7 +181,11 @@ def estimate_steps(
     for part in work.patterns:
         heads = batch * part.heads
         kv_heads = max(1, shape.kv_heads * part.heads // work.heads)
-        own = replace(shape, heads=kv_heads if shared_index else heads, kv_heads=kv_heads)
+        together = shared_index or part.per_kv_head
+        own = replace(shape, heads=kv_heads if together else heads, kv_heads=kv_heads)
+        if together:
+            moved = 4.0 * kv_heads * shape.queries * shape.head_dim
+            yield run(chip, "merge_heads", moved=moved, launches=0, ops=MERGE_OPS)
         if part.estimator in COSTS:
             yield from COSTS[part.estimator](chip, own, part.rule)
         else:

@@ -68,6 +68,13 @@ def check_divisor(pattern: Pattern, *fields: str) -> None:
             raise PatternValueError(pattern.name, field, value, f"a divisor of {BLOCK}")
 
 
+def check_per(pattern: Pattern) -> None:
+    """Raise PatternValueError unless a selection is per query head or per kv head."""
+    value = pattern.parameters()["per"]
+    if value not in ("head", "kv_head"):
+        raise PatternValueError(pattern.name, "per", value, "'head' or 'kv_head'")
+
+
 def check_room(pattern: Pattern, forced_blocks: float, max_blocks: float) -> None:
     """Raise PatternValueError unless the blocks that are always kept fit into the lists."""
     if max_blocks < forced_blocks:

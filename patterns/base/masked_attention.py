@@ -169,7 +169,10 @@ def attend(
         values = [[patterns[head].parameters()[name] for head in heads] for name in fields]
         arguments = (query, key, mask.key_mask, heads, *visible, request.scale)
         parts += index_op(cls)(*arguments, *limits, *values)
-    slots = [head_slots(cls, len(heads)) for cls, heads in groups.items()]
+    kv_group = query.shape[1] // key.shape[1]
+    slots = [
+        head_slots([patterns[head] for head in heads], heads, kv_group) for heads in groups.values()
+    ]
     joined = slots[0]
     if len(groups) > 1:
         joined = join_slots(slots, list(groups.values()))

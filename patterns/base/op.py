@@ -17,7 +17,6 @@ from mpass.lowering.index import (
     AttentionMask,
     diagonal_slots,
     empty_index,
-    list_slots,
     num_query_blocks,
     whole_index,
 )
@@ -25,6 +24,7 @@ from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.ops import NAMESPACE, IndexTensors
 from mpass.lowering.recorder import note_dense
 from mpass.patterns.base.crossover import HeadPatterns, reason_for_dense
+from mpass.patterns.base.kv_groups import index_rows
 from mpass.patterns.base.parameters import parameter_kinds
 from mpass.patterns.base.pattern import Pattern
 
@@ -72,7 +72,7 @@ def define_index_op(cls: type[Pattern]) -> None:
             reason = contain(error, f"the estimation of {cls.name}")
         note_dense(reason)
         rows = num_query_blocks(query.shape[2], query_offset)
-        slots = head_slots(cls, len(heads))
+        slots = head_slots(own.patterns, heads, inputs.group)
         return whole_index(query, rows, own.width, slots).tensors()
 
     def fake(
@@ -91,7 +91,8 @@ def define_index_op(cls: type[Pattern]) -> None:
         parameters, _ = split_site(parameters, len(kinds))
         own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         rows = num_query_blocks(query.shape[2], query_offset)
-        return empty_index(query, rows, own.width, head_slots(cls, len(heads))).tensors()
+        slots = head_slots(own.patterns, heads, query.shape[1] // key.shape[1])
+        return empty_index(query, rows, own.width, slots).tensors()
 
     op = torch.library.custom_op(
         f"{NAMESPACE}::{cls.name}", estimate, mutates_args=(), schema=schema
@@ -122,9 +123,14 @@ def index_op(cls: type[Pattern]) -> torch._ops.OpOverload:
     return op
 
 
-def head_slots(cls: type[Pattern], num_heads: int) -> tuple[int, ...]:
-    """`head_slots` of an index that a pattern estimates for `num_heads` heads."""
-    return list_slots(num_heads) if cls.form == "lists" else diagonal_slots(num_heads)
+def head_slots(patterns: Sequence[Pattern], heads: Sequence[int], group: int) -> tuple[int, ...]:
+    """`head_slots` of the index that a class of patterns estimates for some heads.
+
+    patterns: of one class, one per head; heads: the query heads; group: query heads per kv head.
+    """
+    if patterns[0].form == "lists":
+        return index_rows(patterns, heads, group)
+    return diagonal_slots(len(heads))
 
 
 def shared_slots(patterns: Sequence[Pattern], slots: Sequence[int]) -> tuple[int, ...]:

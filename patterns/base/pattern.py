@@ -79,6 +79,10 @@ class Pattern:
         """Multiply-adds of estimation and attention for one head, in LENGTH and HEAD_DIM."""
         raise NotImplementedError
 
+    def per_kv_head(self) -> bool:
+        """Whether the query heads of a kv head that have this pattern select together."""
+        return False
+
     def min_keys(self) -> sympy.Expr:
         """Keys per query that are computed whatever the input, averaged over a causal prompt.
 

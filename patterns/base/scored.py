@@ -19,6 +19,13 @@ from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
 from mpass.patterns.base.aliases import takes_each, unpacked
 from mpass.patterns.base.checks import forced_blocks
+from mpass.patterns.base.kv_groups import (
+    Turns,
+    has_option,
+    index_rows,
+    merge_heads,
+    spread_columns,
+)
 from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Pattern, between, causal_keys
 
 
@@ -56,7 +63,19 @@ class EstimatedPattern(Pattern):
 
     def rule(self) -> Any:
         """The fields as the estimator takes them."""
-        return self.estimator.rule(**self.parameters())
+        return self.estimator.rule(**self.numbers())
+
+    def numbers(self) -> dict[str, Any]:
+        """The fields that are the estimator's: all but `per`."""
+        own = self.parameters()
+        return {name: own[name] for name in own if name != "per" or not has_option(type(self))}
+
+    def __str__(self) -> str:
+        """The default of `per` is left out."""
+        values = [repr(value) for value in self.numbers().values()]
+        if has_option(type(self)) and self.parameters()["per"] != "head":
+            values.append(f"per={self.parameters()['per']!r}")
+        return f"{self.name}({', '.join(values)})"
 
     def denser(self) -> float:
         """How many times as much as `seen` these parameters keep, roughly."""
@@ -87,11 +106,23 @@ def rules_of(patterns: tuple[EstimatedPattern, ...]) -> tuple[Any, ...]:
 class ListPattern(EstimatedPattern):
     """Base of patterns that choose whole key blocks per query block by scores.
 
-    What a subclass selects is what the index in plain torch computes.
+    What a subclass selects is what the index in plain torch computes. With a field `per: Per` it
+    can select once for the query heads of a kv head (mpass.patterns.base.kv_groups).
     """
 
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
     required: ClassVar[tuple[str, ...]] = ("estimator", "cost")
+
+    def per_kv_head(self) -> bool:
+        return has_option(type(self)) and self.parameters()["per"] == "kv_head"
+
+    def turns(self) -> Turns:
+        """How the heads of one row of the index take turns where the pattern is per kv head."""
+        return Turns()
+
+    @classmethod
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
+        return shared_index(super().estimate, inputs, patterns)
 
     def min_keys(self) -> sympy.Expr:
         return causal_keys(forced_blocks(self) * BLOCK)
@@ -103,9 +134,26 @@ class ListPattern(EstimatedPattern):
 
     @classmethod
     def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
-        index = cls.estimator.reference(inputs, rules_of(tuple(patterns)))
+        def reference_index(merged: EstimateInputs, own: Sequence[Self]) -> SparseIndex:
+            return cls.estimator.reference(merged, rules_of(tuple(own)))
+
+        index = shared_index(reference_index, inputs, patterns)
         sizes = {"num_queries": inputs.num_queries, "num_keys": inputs.num_keys}
         return reference.computed_mask(index, inputs.mask, batch=inputs.batch, **sizes)
+
+
+def shared_index(
+    estimate: Callable[[EstimateInputs, Sequence[Any]], SparseIndex],
+    inputs: EstimateInputs,
+    patterns: Sequence[ListPattern],
+) -> SparseIndex:
+    """The index of some heads, in which those of one selection are estimated together."""
+    rows = index_rows(patterns, inputs.heads, inputs.group)
+    if len(set(rows)) == len(rows):
+        return estimate(inputs, patterns)
+    own = [patterns[rows.index(row)] for row in range(max(rows) + 1)]
+    merged = merge_heads(inputs, rows, [pattern.turns() for pattern in own])
+    return spread_columns(estimate(merged, own), rows)
 
 
 def attention_cost(max_blocks: int, columns: int = 0) -> sympy.Expr:

@@ -25,6 +25,7 @@ def pattern_work(pattern: Pattern, heads: int) -> PatternWork:
         rule=pattern.rule() if hasattr(pattern, "rule") else pattern,
         densities=tuple(pattern.usual_density(length) for length in WORK_LENGTHS),
         exact=pattern.fixed_budget,
+        per_kv_head=pattern.per_kv_head(),
     )
 
 

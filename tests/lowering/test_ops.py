@@ -130,7 +130,7 @@ def test_index_of_a_pattern_has_the_sizes_of_its_fake():
     for cls in registered_patterns().values():
         index = estimate(cls(), query, key, [0, 3])
         width = cls.width([cls(), cls()])
-        assert index.head_slots == head_slots(cls, 2)
+        assert index.head_slots == head_slots([cls()] * 2, range(2), 2)
         assert index.block_index.shape[2:] == (num_query_blocks(200, 0), width.max_blocks)
         assert index.diagonal_index.shape[2] == width.max_diagonals
         assert index.column_index.shape[2] == width.max_columns

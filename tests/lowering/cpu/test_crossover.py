@@ -81,7 +81,7 @@ def run_ops(
             key,
             value,
             *index,
-            list(head_slots(cls, heads)),
+            list(head_slots([pattern] * heads, range(heads), 2)),
             None,
             None,
             *scalars,
@@ -198,7 +198,7 @@ def test_min_density_is_no_more_than_what_is_computed(cls: type[Pattern]) -> Non
 @pytest.mark.parametrize("cls", [mpass.BlockSparse, mpass.AShape])
 def test_whole_index_selects_all_that_is_causal(cls: type[Pattern]) -> None:
     query = torch.zeros(2, 3, 300, 8)
-    index = whole_index(query, 5, IndexWidth(max_blocks=6), head_slots(cls, 3))
+    index = whole_index(query, 5, IndexWidth(max_blocks=6), head_slots([cls()] * 3, range(3), 1))
     cells = reference.computed_mask(index, AttentionMask(), batch=2, num_queries=300, num_keys=300)
     assert torch.equal(cells, torch.ones(300, 300).tril().bool().expand(2, 3, -1, -1))
 

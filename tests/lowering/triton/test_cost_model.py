@@ -108,12 +108,13 @@ def test_what_the_host_launches_bounds_short_prompts():
 
 
 def test_the_bars_are_met_as_predicted():
-    """Without what the host takes, as in a CUDA graph; an index per kv head is not built yet."""
+    """Without what the host takes, as in a CUDA graph."""
     layer = dataclasses.replace(work(), replayed=True)
     assert predict(H200, layer, keys=8192, density=0.24).speedup >= 1.1
     assert predict(H200, layer, keys=131072, density=0.08).speedup >= 4.0
-    shared = {"density": 0.08, "shared_index": True}
-    assert predict(H200, layer, keys=131072, **shared).speedup >= 6.0
+    shared = predict(H200, per_kv_head(layer), keys=131072, density=0.08)
+    assert shared.speedup >= 6.0
+    assert shared == predict(H200, layer, keys=131072, density=0.08, shared_index=True)
     assert predict(H200, work(), keys=8192, density=0.24).speedup < 1.0
 
 
@@ -186,6 +187,21 @@ def test_the_breakeven_share_is_where_both_cost_the_same():
     assert 0.3 < share < 0.6
     assert predict(H100, work(), keys=32768, density=share).speedup == pytest.approx(1.0, rel=1e-3)
     assert breakeven_share(H100, work(), queries=512, keys=512, batch=1) == 0.0
+
+
+def per_kv_head(layer: LayerWork) -> LayerWork:
+    parts = tuple(dataclasses.replace(part, per_kv_head=True) for part in layer.patterns)
+    return dataclasses.replace(layer, patterns=parts)
+
+
+def test_a_layer_says_that_its_kv_heads_select_once():
+    pattern = dataclasses.replace(find_pattern("union")(), per="kv_head")
+    settings = {"dtype": torch.bfloat16, "head_dim": 128, "value_dim": 128, "kv_heads": 8}
+    layer = layer_work([pattern] * 32, **settings)
+    expected = predict(H200, per_kv_head(work()), keys=131072)
+    found = predict(H200, layer, keys=131072)
+    assert (found.estimate, found.attention) == (expected.estimate, expected.attention)
+    assert found.estimate < 0.35 * predict(H200, work(), keys=131072).estimate
 
 
 def test_mixed_heads_cost_what_each_pattern_costs_and_a_join():

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpass.lowering.estimators import ESTIMATORS
-from mpass.lowering.index import AttentionMask, IndexWidth
+from mpass.lowering.index import AttentionMask, IndexWidth, empty_index, list_slots
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.reference.block_scores import BlockScoresRule
 from mpass.lowering.reference.block_sparse import BlockSparseRule
@@ -34,6 +34,7 @@ from mpass.lowering.triton import (
     x_attention,
 )
 from mpass.patterns.base import find_pattern
+from mpass.patterns.base.kv_groups import Turns, merge_heads, spread_columns
 from tests.helpers.triton_cases import SLOTS, padding, random_index
 from tests.helpers.truth import random_attention
 
@@ -141,3 +142,16 @@ def test_static_patterns_have_no_host_sync_and_no_op_per_head(name, mask):
         assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
         counts.append(ops.count)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["whole groups", "a part of one"])
+def test_heads_that_select_together_are_merged_without_host_sync(first):
+    query, key, _ = random_attention(2, heads=8, kv_heads=2, num_queries=250, num_keys=300)
+    heads = range(first, 8)
+    rows = tuple(head // 4 for head in heads)
+    inputs = EstimateInputs(query, key, AttentionMask(True, 50), heads, 0.2)
+    index = empty_index(query, 5, IndexWidth(3, 0, 5), list_slots(2))
+    with OpNames() as ops:
+        merge_heads(inputs, rows, [Turns(4, 4)] * 2)
+        spread_columns(index, rows)
+    assert not ops.names & (READS_THE_DEVICE | COPIES_FROM_THE_HOST)
