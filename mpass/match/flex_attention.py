@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from mpass.graph.arguments import argument, bind
-from mpass.graph.nodes import example, is_tensor, op_name, shape_of
+from mpass.graph.nodes import example, is_tensor, op_name, shape_of, value_of
 from mpass.graph.site import AttentionSite, Length, ListedBlocks, MaskMeaning
+from mpass.graph.sizes import may_guard
 from mpass.lowering.block_mask import BlockLists, lists_agree
 from mpass.lowering.index import AttentionMask
 from mpass.masks.expressions import BATCH, HEAD, KEY, QUERY, Expr
@@ -28,6 +29,8 @@ from mpass.match.spelling import Spelling
 
 LISTS = slice(2, 6)
 """Places of kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices in a BlockMask."""
+
+UNKNOWN_BLOCKS = "blocks of the BlockMask are not known when compiling"
 
 NEEDED = ("query", "key", "value", "score_mod", "block_mask", "scale")
 """Arguments that every call of the op gives."""
@@ -148,7 +151,9 @@ def prove_blocks(
     proof = prover.prove_mask_mod(mask_mod.graph, arguments, sizes, key, node)
     if proof.meaning is None:
         return proof, None
-    query_block, key_block = int(block_mask[-3]), int(block_mask[-2])
+    query_block, key_block = block_size(block_mask[-3]), block_size(block_mask[-2])
+    if query_block is None or key_block is None:
+        return MaskProof(None, UNKNOWN_BLOCKS, proof.condition), None
     counts, entries, full_counts, full_entries = block_mask[LISTS]
     listed = ListedBlocks(counts, entries, full_counts, full_entries, query_block, key_block)
     values = list_values(listed, node, prover)
@@ -166,12 +171,24 @@ def prove_blocks(
     ), listed
 
 
+def block_size(size: int | fx.Node) -> int | None:
+    """A block size of a BlockMask; None if it is not a number that can be known.
+
+    Dynamo makes a symbol of one that differs from call to call. It is guarded, as Inductor's
+    kernels of flex_attention do, so that each size has a graph of its own.
+    """
+    value = value_of(size) if isinstance(size, fx.Node) else size
+    if isinstance(value, torch.SymInt) and not may_guard(value):
+        return None
+    return int(value)
+
+
 def block_problem(
     lists: BlockLists | None, meaning: MaskMeaning, query: fx.Node, key: fx.Node
 ) -> str:
     """Why the lists of the call being compiled are not those of the mask; "" if they are."""
     if lists is None:
-        return "blocks of the BlockMask are not known when compiling"
+        return UNKNOWN_BLOCKS
     if meaning.valid_keys is not None:
         return "a BlockMask over fewer keys than there are is not served"
     num_queries, num_keys = length_now(shape_of(query)[2]), length_now(shape_of(key)[2])

@@ -232,3 +232,17 @@ def test_attention_as_listed_equals_the_brute_force(case):
     total = weights.sum(-1, keepdim=True)
     expected = (weights / total.where(total > 0, torch.ones_like(total))) @ values
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_block_mask_with_blocks_of_another_size_becomes_sparse_too(tensors):
+    """Dynamo makes a symbol of a block size that changes; it is guarded as Inductor does."""
+    torch._dynamo.reset()
+    options = {**OPTIONS, "inner_backend": "eager"}
+    compiled = torch.compile(attend, backend="minference", options=options, fullgraph=True)
+    for size in (128, 64, 32):
+        block_mask = create_block_mask(causal, None, None, N, N, device="cpu", BLOCK_SIZE=size)
+        with torch.no_grad():
+            out = compiled(*tensors, block_mask)
+            expected = attend(*(tensor.double() for tensor in tensors), block_mask)
+        assert len(mpass.last_report().sparse_sites) == 1
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
