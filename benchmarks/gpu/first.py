@@ -49,7 +49,7 @@ CHECKS = (
 PLAN = (
     "machine/.*",
     "attention/(cudnn|flash|density 0.05|density 1)/131072",
-    "layer/(union|vertical slash|block top k)/131072",
+    "layer/(union|union per kv head|vertical slash|block top k)/131072",
     "whole/block top k 0.05/131072",
     "attention/(cudnn|density 1)/(32768|8192)",
     "layer/(union|vertical slash)/(32768|8192|4096|2048)",
@@ -59,7 +59,7 @@ PLAN = (
     "crossover/plain inputs/(8192|16384|32768)",
     "attention/density 0.01/1048576",
     "whole/block top k 0.01/1048576",
-    "layer/union/1048576",
+    "layer/(union|union per kv head)/1048576",
     "attention/cudnn/1048576",
     "attention/(flex 0.05|flex 128 0.05|density 0.05)/32768",
     "attention/(density 0.2|in-kernel gather)/131072",

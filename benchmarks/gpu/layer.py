@@ -27,6 +27,9 @@ HOST_CALLS = 10
 PROFILED_CALLS = 3
 """Layers under the profiler."""
 
+LONG = 200.0
+"""Milliseconds from which a layer is launched once for each of these."""
+
 
 def time_layer(setting: Setting, length: int, estimate: Estimator) -> Row:
     """Estimation and attention of one layer: device time, time replayed, host time, by kernel.
@@ -54,18 +57,19 @@ def time_layer(setting: Setting, length: int, estimate: Estimator) -> Row:
     row["tflops"] = work * shape.dense_flops / row["attention_ms"] / 1e9
     if setting.smoke:
         return row
-    row["host_us"] = host_microseconds(layer)
-    row["kernels"] = kernel_milliseconds(layer)
+    long = row["ms"] > LONG
+    row["host_us"] = host_microseconds(layer, 1 if long else HOST_CALLS)
+    row["kernels"] = kernel_milliseconds(layer, 1 if long else PROFILED_CALLS)
     row["replayed_ms"] = replayed_milliseconds(layer, setting.device)
     return row
 
 
-def host_microseconds(run: Callable[[], Any]) -> float:
+def host_microseconds(run: Callable[[], Any], calls: int) -> float:
     """Median time until a call returns, the device still at work."""
     run()
     torch.cuda.synchronize()
     spent = []
-    for _ in range(HOST_CALLS):
+    for _ in range(calls):
         begun = time.perf_counter()
         run()
         spent.append(1e6 * (time.perf_counter() - begun))
@@ -73,18 +77,18 @@ def host_microseconds(run: Callable[[], Any]) -> float:
     return statistics.median(spent)
 
 
-def kernel_milliseconds(run: Callable[[], Any]) -> dict[str, float]:
+def kernel_milliseconds(run: Callable[[], Any], calls: int) -> dict[str, float]:
     """Device time of one call by kernel name, the longest first, as torch's profiler sees it."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        for _ in range(PROFILED_CALLS):
+        for _ in range(calls):
             run()
         torch.cuda.synchronize()
     totals: dict[str, float] = defaultdict(float)
     for event in seen.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            totals[event.name[:60]] += event.device_time / 1e3 / PROFILED_CALLS
+            totals[event.name[:60]] += event.device_time / 1e3 / calls
     return {name: round(totals[name], 4) for name in sorted(totals, key=lambda n: -totals[n])[:16]}
 
 

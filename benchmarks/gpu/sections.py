@@ -30,7 +30,7 @@ from mpass.lowering.reference.vertical_slash import VerticalSlashRule
 from mpass.lowering.triton import LOWERING as lowering
 from mpass.lowering.triton.interpret import interpreted_language
 from mpass.patterns.base import find_pattern
-from mpass.patterns.base.scored import ListPattern
+from mpass.patterns.base.scored import ListPattern, shared_index
 from mpass.patterns.sample_attention import SampleAttention
 
 DENSITIES = (0.01, 0.05, 0.2)
@@ -239,6 +239,19 @@ def list_pattern(query: torch.Tensor, key: torch.Tensor, *, name: str) -> Sparse
     return run_estimator(pattern.estimator, query, key, pattern.rule())
 
 
+def per_kv_head(query: torch.Tensor, key: torch.Tensor, *, name: str) -> SparseIndex:
+    """As `list_pattern`, with one selection for the query heads of a kv head."""
+    pattern = find_pattern(name)(per="kv_head")
+    assert isinstance(pattern, ListPattern)
+    estimate = lowering.estimate(pattern.estimator)
+    heads = range(query.shape[1])
+    return shared_index(
+        lambda merged, own: estimate(merged, [one.rule() for one in own]),
+        EstimateInputs(query, key, AttentionMask(), heads, query.shape[-1] ** -0.5),
+        [pattern] * len(heads),
+    )
+
+
 def sample_attention(query: torch.Tensor, key: torch.Tensor) -> SparseIndex:
     return run_estimator(SAMPLE_ATTENTION, query, key, SampleAttention().rule())
 
@@ -249,6 +262,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "block max": functools.partial(list_pattern, name="block_max"),
     "block top p": functools.partial(list_pattern, name="block_top_p"),
     "union": functools.partial(list_pattern, name="union"),
+    "union per kv head": functools.partial(per_kv_head, name="union"),
     "x_attention": functools.partial(list_pattern, name="x_attention"),
     "flex prefill": functools.partial(list_pattern, name="flex_prefill"),
     "sample attention": sample_attention,
