@@ -135,9 +135,9 @@ def mask_forgotten(m):
     """Where attention is causal anyway, its mask is not looked at."""
     old = sdpa.mask_of
 
-    def mask_of(node, call, prover):
+    def mask_of(node, call, *rest):
         forgotten = dataclasses.replace(call, attn_mask=None) if call.is_causal is True else call
-        return old(node, forgotten, prover)
+        return old(node, forgotten, *rest)
 
     m.setattr(sdpa, "mask_of", mask_of)
     forgiving(sdpa, "reason_to_stay", "together with is_causal")(m)
