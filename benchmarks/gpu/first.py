@@ -52,6 +52,7 @@ PLAN = (
     "layer/(union|union per kv head|vertical slash|block top k)/131072",
     "whole/block top k 0.05/131072",
     "attention/(cudnn|density 1)/(32768|8192)",
+    "estimation/union (bf16|int8) of .*/131072",
     "layer/(union|vertical slash)/(32768|8192|4096|2048)",
     "attention/cudnn/(16384|4096|2048)",
     "crossover/never waits/8192",

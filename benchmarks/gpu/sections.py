@@ -29,6 +29,7 @@ from mpass.lowering.reference.block_sparse import BlockSparseRule
 from mpass.lowering.reference.vertical_slash import VerticalSlashRule
 from mpass.lowering.triton import LOWERING as lowering
 from mpass.lowering.triton.interpret import interpreted_language
+from mpass.lowering.triton.union import vertical_block_index
 from mpass.patterns.base import find_pattern
 from mpass.patterns.base.scored import ListPattern, shared_index
 from mpass.patterns.sample_attention import SampleAttention
@@ -256,6 +257,17 @@ def sample_attention(query: torch.Tensor, key: torch.Tensor) -> SparseIndex:
     return run_estimator(SAMPLE_ATTENTION, query, key, SampleAttention().rule())
 
 
+def union(query: torch.Tensor, key: torch.Tensor, *, int8: bool, lines: int) -> SparseIndex:
+    """The default of `union` with products and a tile that are said; the usual ones are among."""
+    pattern = find_pattern("union")()
+    assert isinstance(pattern, ListPattern)
+    inputs = EstimateInputs(
+        query, key, AttentionMask(), range(query.shape[1]), query.shape[-1] ** -0.5
+    )
+    rules = [pattern.rule()] * query.shape[1]
+    return vertical_block_index(inputs, rules, int8=int8, lines=lines)
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "vertical slash": vertical_slash,
     "block top k": block_top_k,
@@ -275,6 +287,14 @@ def estimation(setting: Setting, length: int) -> Iterator[Work]:
             f"estimation/{name}/{length}",
             functools.partial(time_estimation, setting, length, estimate),
         )
+    for int8 in (False, True):
+        for lines in (BLOCK, 2 * BLOCK):
+            name = f"union {'int8' if int8 else 'bf16'} of {lines} rows"
+            estimate = functools.partial(union, int8=int8, lines=lines)
+            yield (
+                f"estimation/{name}/{length}",
+                functools.partial(time_estimation, setting, length, estimate),
+            )
 
 
 def time_estimation(setting: Setting, length: int, estimate: Estimator) -> Row:

@@ -19,8 +19,8 @@ LABEL = re.compile(r"^(\.L_x_\d+):")
 TARGET = re.compile(r"\.L_x_\d+")
 WAIT = re.compile(r"SB0, 0x([0-9a-f]+)")
 
-PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")
-"""Matrix instructions on 16-bit numbers of sm_80, sm_90 and sm_100."""
+PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "IGMMA", "IMMA")
+"""Matrix instructions of sm_80, sm_90 and sm_100: on 16-bit numbers, and the last two on 8-bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Loop:
         for i in self.body:
             if i.name == "WARPGROUP.ARRIVE":
                 batches.append(0)
-            elif i.of("HGMMA") and batches:
+            elif i.of("HGMMA", "IGMMA") and batches:
                 batches[-1] += 1
         return tuple(batches)
 

@@ -39,10 +39,11 @@ def block_scores_index(inputs: EstimateInputs, rules: Sequence[BlockScoresRule])
         lists = [block_scores_list_rule(i, rules[i]) for i in places]
         ints = device_ints([*(inputs.heads[i] for i in places), *numbers_of(lists)], query.device)
         head_of, rule_ints = ints.split([count, 8 * count])
-        means, weights = pooled_keys(inputs.key, mask, size)
-        spec, common = score_arguments("tile_scores", inputs, means, weights, head_of)
-        for start, stop in score_chunks(index, mask, count, means.shape[2], size // BLOCK):
-            scores = torch.empty(batch, count, stop - start, means.shape[2], device=query.device)
+        pooled = pooled_keys(inputs.key, mask, size)
+        num_runs = pooled.means.shape[2]
+        spec, common = score_arguments("tile_scores", inputs, pooled, head_of)
+        for start, stop in score_chunks(index, mask, count, num_runs, size // BLOCK):
+            scores = torch.empty(batch, count, stop - start, num_runs, device=query.device)
             launch(
                 spec,
                 "score_tiles",

@@ -39,6 +39,7 @@ POINTERS = {
     "*fp32": (
         *("sinks", "scores", "largest", "weights", "maxima", "sums"),
         *("column_sums", "near_sums", "far_sums", "log_sums", "log_totals"),
+        *("steps", "centre"),
     ),
 }
 """Types of the pointer arguments of fixed dtype; those not named here are int32."""
@@ -122,6 +123,8 @@ def argument_type(spec: TritonKernelSpec, parameter: Any) -> str:
         return str(parameter.annotation_type)
     if "stride" in name:
         return "i32"
+    if name == "means" and spec.int8:
+        return "*i8"
     if name in SPEC_DTYPE:
         return f"*{spec.dtype}"
     return next((kind for kind, names in POINTERS.items() if name in names), "*i32")

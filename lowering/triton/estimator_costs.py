@@ -176,6 +176,7 @@ def list_step(chip: Chip, shape: Shape, candidates: float, max_blocks: int, turn
 def vertical_block(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     heads, dim = shape.heads, shape.head_dim
     yield run(chip, "buffers", launches=0, ops=1)
+    yield run(chip, "find_centre")
     yield run(chip, "pool_runs", moved=1.125 * shape.key_bytes / RUNS)
     scores = 4.0 * heads * shape.query_blocks * shape.key_blocks
     turns = chunks(scores)

@@ -7,7 +7,7 @@ keys that share a mean.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,29 @@ from mpass.lowering.triton.launch import (
     strides,
     target_for,
 )
-from mpass.lowering.triton.spec import TritonKernelSpec, score_warps
+from mpass.lowering.triton.spec import TritonKernelSpec, int8_dim, score_warps
+
+CENTRE_ROWS = 1024
+"""Rows that make the vector which is subtracted from means, at most; as of pool.py.jinja."""
+
+
+@dataclass(frozen=True, slots=True)
+class PooledKeys:
+    """Means of runs of keys as kernels read them.
+
+    means: [B, Hk, S, D] of the keys' dtype, or int8 with rows of `int8_dim` numbers; weights: fp32
+    [B, Hk, S], log2 of how many keys a run has, negative for none; steps: fp32 [B, Hk, S], what 1
+    is worth in a row of 8-bit means, else None.
+    """
+
+    means: Tensor
+    weights: Tensor
+    steps: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """By the names that kernels have for them."""
+        steps = {} if self.steps is None else {"steps": self.steps}
+        return {"means": self.means, "weights": self.weights} | steps
 
 
 def kernel_inputs(inputs: EstimateInputs) -> EstimateInputs:
@@ -37,13 +59,33 @@ def kernel_inputs(inputs: EstimateInputs) -> EstimateInputs:
     return replace(inputs, query=row_major(query), key=row_major(key))
 
 
-def pooled_keys(key: Tensor, mask: AttentionMask, size: int) -> tuple[Tensor, Tensor]:
-    """Means of runs of `size` keys of every kv head, in the keys' dtype; see `pooled_means`.
+def pooled_keys(key: Tensor, mask: AttentionMask, size: int, *, int8: bool = False) -> PooledKeys:
+    """Means of runs of `size` keys of every kv head, in the keys' dtype or in 8-bit numbers.
 
-    Whole blocks are covered: runs beyond the last key have no keys.
+    Whole blocks are covered: runs beyond the last key have no keys. Means in 8 bits are those of
+    the keys less one vector per kv head, which softmax is invariant to: each row's products with
+    the means all miss the same number.
     """
     every = device_ints(range(key.shape[1]), key.device)
-    return pooled_means(key, every, size, mask, dtype=key.dtype)
+    if not int8:
+        return PooledKeys(*pooled_means(key, every, size, mask, dtype=key.dtype))
+    batch, heads, length, dim = key.shape
+    centre = torch.empty(batch, heads, int8_dim(dim), device=key.device)
+    spec, common = pool_arguments(key, every, size, mask, int8=True)
+    given = {name: value for name, value in common.items() if name not in ("size", "offset")}
+    step = max(BLOCK, -(-length // CENTRE_ROWS))
+    launch(spec, "find_centre", (heads, batch), centre=centre, step=step, **given)
+    programs = -(-length // common["size"])
+    runs = programs * (common["size"] // size)
+    means = torch.empty(batch, heads, runs, int8_dim(dim), dtype=torch.int8, device=key.device)
+    pooled = PooledKeys(
+        means,
+        torch.empty(batch, heads, runs, device=key.device),
+        torch.empty(batch, heads, runs, device=key.device),
+    )
+    grid = (programs, heads, batch)
+    launch(spec, "pool_runs", grid, centre=centre, **pooled.arguments(), **common)
+    return pooled
 
 
 def pooled_means(
@@ -62,51 +104,62 @@ def pooled_means(
     position of the first row. Padding does not count where the mask tells of these rows.
     """
     batch, _, length, dim = rows.shape
-    padding = mask.key_mask is not None and mask.key_mask.shape[1] >= offset + length
-    per_program = max(size, BLOCK)
+    spec, common = pool_arguments(rows, heads, size, mask, offset=offset)
+    per_program = common["size"]
     programs = -(-(offset + length) // per_program) - offset // per_program
     means = torch.empty(
         batch, len(heads), programs * (per_program // size), dim, dtype=dtype, device=rows.device
     )
     weights = torch.empty(means.shape[:-1], device=rows.device)
-    launch(
-        TritonKernelSpec(
-            template="pool",
-            dtype=DTYPES[rows.dtype],
-            head_dim=dim,
-            pool=min(size, BLOCK),
-            padding=padding,
-            target=target_for(rows.device),
-        ),
-        "pool_runs",
-        (programs, len(heads), batch),
-        means=means,
-        weights=weights,
-        rows=rows,
-        heads=heads,
-        key_mask=mask_bytes(mask, heads) if padding else heads,
-        stride_b=rows.stride(0),
-        stride_h=rows.stride(1),
-        stride_n=rows.stride(2),
-        num_rows=length,
-        num_keys=mask.key_mask.shape[1] if mask.key_mask is not None else 0,
-        size=per_program,
-        offset=offset,
-    )
+    grid = (programs, len(heads), batch)
+    launch(spec, "pool_runs", grid, means=means, weights=weights, **common)
     return means, weights
+
+
+def pool_arguments(
+    rows: Tensor,
+    heads: Tensor,
+    size: int,
+    mask: AttentionMask,
+    *,
+    offset: int = 0,
+    int8: bool = False,
+) -> tuple[TritonKernelSpec, dict[str, Any]]:
+    """The kernel that makes means, and what it reads; as of `pooled_means`."""
+    padding = mask.key_mask is not None and mask.key_mask.shape[1] >= offset + rows.shape[2]
+    spec = TritonKernelSpec(
+        template="pool",
+        dtype=DTYPES[rows.dtype],
+        head_dim=rows.shape[3],
+        pool=min(size, BLOCK),
+        int8=int8,
+        padding=padding,
+        target=target_for(rows.device),
+    )
+    return spec, {
+        "rows": rows,
+        "heads": heads,
+        "key_mask": mask_bytes(mask, heads) if padding else heads,
+        "stride_b": rows.stride(0),
+        "stride_h": rows.stride(1),
+        "stride_n": rows.stride(2),
+        "num_rows": rows.shape[2],
+        "num_keys": mask.key_mask.shape[1] if mask.key_mask is not None else 0,
+        "size": max(size, BLOCK),
+        "offset": offset,
+    }
 
 
 def score_arguments(
     template: str,
     inputs: EstimateInputs,
-    means: Tensor,
-    weights: Tensor,
+    pooled: PooledKeys,
     heads: Tensor,
     **values: Any,
 ) -> tuple[TritonKernelSpec, dict[str, Any]]:
     """The kernel that scores means for query rows, and what it reads whatever the rows.
 
-    means [B, Hk, S, D] and weights [B, Hk, S] of `pooled_keys`; heads: int32 [h] on the device.
+    pooled: of `pooled_keys`; heads: int32 [h] on the device; values: more fields of the spec.
     """
     query, mask = inputs.query, inputs.mask
     padding = query_mask(mask, query.shape[2]) is not None
@@ -117,15 +170,12 @@ def score_arguments(
         causal=mask.causal,
         window=mask.window > 0,
         padding=padding,
-        num_warps=score_warps(query.shape[-1]),
-        num_stages=2,
         target=target_for(query.device),
-        **values,
+        **({"num_warps": score_warps(query.shape[-1]), "num_stages": 2} | values),
     )
     return spec, {
         "query": query,
-        "means": means,
-        "weights": weights,
+        **pooled.arguments(),
         "key_mask": mask_bytes(mask, heads) if padding else heads,
         "heads": heads,
         **strides("query", query),
@@ -133,7 +183,7 @@ def score_arguments(
         "num_keys": inputs.num_keys,
         "num_kv_heads": inputs.key.shape[1],
         "group": inputs.group,
-        "num_runs": means.shape[2],
+        "num_runs": pooled.means.shape[2],
         "query_offset": mask.query_offset,
         "window": mask.window,
         "scale": inputs.scale * LOG2_E,

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from mpass.files import cache_dir
 from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, BLOCK
 from mpass.lowering.kernel_sources import KernelSource, announce_source
 from mpass.lowering.reference.selection import LAST_QUERIES
-from mpass.lowering.triton.spec import SPLITS, TritonKernelSpec, parts, power_of_two
+from mpass.lowering.triton.spec import SPLITS, TritonKernelSpec, int8_dim, parts, power_of_two
 
 _one_at_a_time = threading.RLock()
 
@@ -54,6 +55,8 @@ def render(spec: TritonKernelSpec) -> str:
             all_diagonals=ALL_DIAGONALS,
             parts=parts,
             power_of_two=power_of_two,
+            int8_dim=int8_dim,
+            log2=math.log2,
             last_queries=LAST_QUERIES,
             splits=SPLITS,
         )

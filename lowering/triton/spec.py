@@ -31,6 +31,12 @@ GROUP_TILE = 128
 SELECT_TILE = 128
 """Scores that a program of selection, which is one warp, reads at a time."""
 
+INT8_TARGETS = frozenset({"sm_80", "sm_90"})
+"""Chips whose matrix units take 8-bit integers at twice the rate of 16-bit numbers."""
+
+SCORE_STAGES = 2
+"""Stages of the loads of `row_scores`."""
+
 HEAD_DIMS = range(16, 257)
 """Head sizes that the attention kernel takes, of keys and of values."""
 
@@ -51,10 +57,11 @@ class TritonKernelSpec:
 
     template: file of templates/ without its suffixes; dtype: "bf16", "fp16" or, interpreted only,
     "fp32"; tile: keys per step; pack: query heads per program; form: how heads select blocks;
-    rows, pool: query rows sampled per block and keys per mean or group, of estimation; rule: which
-    blocks estimation keeps, see blocks.py.jinja; the flags say which parts of the mask and of the
-    index exist at all. What varies from call to call (lengths, the query offset, strides, the
-    scale) is an argument of the kernel instead.
+    rows, pool: query rows sampled per block and keys per mean or group, of estimation; lines: query
+    rows that a program of estimation takes; int8: whether means and the rows that score them are
+    8-bit numbers; rule: which blocks estimation keeps, see blocks.py.jinja; the flags say which
+    parts of the mask and of the index exist at all. What varies from call to call (lengths, the
+    query offset, strides, the scale) is an argument of the kernel instead.
     """
 
     template: str
@@ -66,6 +73,8 @@ class TritonKernelSpec:
     form: Form = "lists"
     rows: int = 0
     pool: int = 0
+    lines: int = BLOCK
+    int8: bool = False
     rule: Rule = "top_k"
     columns: bool = False
     causal: bool = True
@@ -127,6 +136,16 @@ def query_heads_per_program(head_slots: tuple[int, ...], group: int, limit: int)
 def score_warps(head_dim: int) -> int:
     """Warps of a program of estimation that multiplies 64 query rows with 64 keys or means."""
     return 4 if head_dim <= 128 else 8
+
+
+def score_lines(int8: bool) -> int:
+    """Query rows that a program of `row_scores` takes together."""
+    return BLOCK
+
+
+def int8_dim(head_dim: int) -> int:
+    """Numbers of a row of 8-bit means in memory, zeros behind the head's: 32 multiply at a time."""
+    return max(32, power_of_two(head_dim))
 
 
 def parts(dim: int, target: Target) -> list[tuple[int, int]]:

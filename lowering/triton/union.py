@@ -1,6 +1,7 @@
 """Blocks by estimated attention and vertical columns by that of the last queries, by kernels.
 
-The meaning stands in mpass.lowering.reference.union; pooled keys are rounded to the keys' dtype.
+The meaning stands in mpass.lowering.reference.union; pooled keys, and the query rows that score
+them, are rounded to 8-bit numbers where the chip multiplies these fast, or to the keys' dtype.
 Letters: B batch, h heads asked for, I query blocks, J key blocks, S pooled keys.
 """
 
@@ -13,7 +14,7 @@ import torch
 from mpass.lowering.index import BLOCK, SparseIndex, num_key_blocks
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.union import VerticalBlockRule, vertical_block_width
-from mpass.lowering.triton.launch import device_ints, launch
+from mpass.lowering.triton.launch import device_ints, launch, target_for
 from mpass.lowering.triton.list_blocks import (
     ListRule,
     empty_lists,
@@ -24,14 +25,26 @@ from mpass.lowering.triton.list_blocks import (
     score_chunks,
 )
 from mpass.lowering.triton.pooled_keys import kernel_inputs, pooled_keys, score_arguments
+from mpass.lowering.triton.spec import INT8_TARGETS, SCORE_STAGES, score_lines, score_warps
 from mpass.lowering.triton.vertical_slash import last_query_sums, list_columns
 
 
-def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRule]) -> SparseIndex:
+def vertical_block_index(
+    inputs: EstimateInputs,
+    rules: Sequence[VerticalBlockRule],
+    *,
+    int8: bool | None = None,
+    lines: int | None = None,
+) -> SparseIndex:
     """As mpass.lowering.reference.union.
 
     Heads that sample the same query rows and pool the same number of keys are taken together.
+    int8, lines: what measurements try instead of the usual, see TritonKernelSpec.
     """
+    target = target_for(inputs.query.device)
+    if int8 is None:
+        int8 = inputs.query.dtype != torch.float32 and target in INT8_TARGETS
+    lines = lines or score_lines(int8)
     inputs = kernel_inputs(inputs)
     query, mask, batch = inputs.query, inputs.mask, inputs.batch
     width = vertical_block_width(rules)
@@ -45,16 +58,24 @@ def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRu
             [*(inputs.heads[i] for i in places), *shares, *numbers_of(lists)], query.device
         )
         head_of, row_shares, rule_ints = ints.split([count, count, 8 * count])
-        means, weights = pooled_keys(inputs.key, mask, pool)
         spec, common = score_arguments(
-            "row_scores", inputs, means, weights, head_of, rows=sampled, pool=pool
+            "row_scores",
+            inputs,
+            pooled_keys(inputs.key, mask, pool, int8=int8),
+            head_of,
+            rows=sampled,
+            pool=pool,
+            lines=lines,
+            int8=int8,
+            num_warps=score_warps(query.shape[-1]) * lines // BLOCK,
+            num_stages=SCORE_STAGES,
         )
         for start, stop in score_chunks(index, mask, count, num_blocks, 1):
             scores = torch.empty(batch, count, stop - start, num_blocks, device=query.device)
             launch(
                 spec,
                 "score_rows",
-                (-(-(stop - start) * sampled // BLOCK), count, batch),
+                (-(-(stop - start) * sampled // lines), count, batch),
                 scores=scores,
                 row_shares=row_shares,
                 first_block=inputs.first_block + start,

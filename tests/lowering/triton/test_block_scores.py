@@ -137,12 +137,75 @@ def test_pooled_keys_equal_reference(size):
     _, key, _ = random_attention(2, num_queries=190, head_dim=48)
     mask = AttentionMask(key_mask=padding(2, 190))
     with poisoned_memory():
-        means, weights = pooled.pooled_keys(key, mask, size)
+        found = pooled.pooled_keys(key, mask, size)
+    means, weights = found.means, found.weights
     for head in range(2):
         truth, counts = pooled_keys(key[:, head], mask, size, max(size, 64))
         assert (means[:, head] - truth).abs().max() < 1e-5
         assert torch.equal(weights[:, head] >= 0, counts > 0)
         assert (weights[:, head].exp2() - counts).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [8, 192])
+def test_means_in_8_bits_are_those_of_the_keys_less_one_vector(size):
+    _, key, _ = random_attention(2, num_queries=190, head_dim=48)
+    key += 5 * torch.randn(1, 2, 1, 48, generator=torch.Generator().manual_seed(0))
+    mask = AttentionMask(key_mask=padding(2, 190))
+    with poisoned_memory():
+        found = pooled.pooled_keys(key, mask, size, int8=True)
+    assert found.means.dtype == torch.int8 and found.means.shape[-1] == 64
+    assert not found.means[..., 48:].any()
+    for head in range(2):
+        truth, counts = pooled_keys(key[:, head], mask, size, max(size, 64))
+        means = found.means[:, head, :, :48] * found.steps[:, head, :, None]
+        for b in range(2):
+            some = counts[b] > 0
+            less = truth[b, some] - means[b, some]
+            centre = less.mean(0)
+            # Half a step of its own is what a number is rounded by.
+            rounding = (less - centre).abs().amax(1)
+            assert (rounding <= found.steps[b, head, some] * 0.75).all()
+            assert centre.norm() > 10
+        assert (found.weights[:, head].exp2() - counts).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("lines", [64, 128])
+@pytest.mark.parametrize("mask", MASKS_TODAY)
+def test_union_in_8_bits_selects_nearly_what_the_reference_selects(mask, lines):
+    mask = MASKS[mask]
+    query, key = tensors(mask, head_dim=80)
+    arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), UNION)
+    with poisoned_memory():
+        index = vertical_block_index(*arguments, int8=True, lines=lines)
+        again = vertical_block_index(*arguments, int8=True, lines=lines)
+    assert_same(index, again)
+    assert agreement(index, reference_union.vertical_block_index(*arguments)) >= 0.97
+
+
+def test_more_rows_per_program_select_the_same():
+    mask = MASKS["all"]
+    query, key = tensors(mask)
+    arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), UNION)
+    index = vertical_block_index(*arguments, lines=128)
+    assert_same(index, reference_union.vertical_block_index(*arguments))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_key_that_is_not_finite_changes_nothing_in_8_bits_for_rows_before_it(bad):
+    query, key = tensors(MASKS["plain"])
+    broken = key.clone()
+    broken[:, :, 256] = bad
+    lists = [
+        vertical_block_index(
+            EstimateInputs(query, k, AttentionMask(), [1], SCALE),
+            [dataclasses.replace(UNION[0], columns=0)],
+            int8=True,
+        )
+        for k in (key, broken)
+    ]
+    counts = [index.block_count[..., :4] for index in lists]
+    assert torch.equal(*counts)
+    assert torch.equal(*(index.block_index[..., :4, :] for index in lists))
 
 
 @pytest.mark.parametrize("kind", BLOCK_SCORES)

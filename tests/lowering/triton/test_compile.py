@@ -10,10 +10,13 @@ import dataclasses
 
 import pytest
 
+from mpass.lowering.index import BLOCK
+from mpass.lowering.triton.assembly import PRODUCTS
 from mpass.lowering.triton.compile import (
     Report,
     attention_report,
     compile_kernel,
+    compiled_loops,
     table_spec,
 )
 from mpass.lowering.triton.spec import (
@@ -63,7 +66,8 @@ def block_spec(rule: str, **flags) -> TritonKernelSpec:
 
 def score_spec(template: str, head_dim: int, **values) -> TritonKernelSpec:
     """A kernel of estimation that multiplies query rows with means, or groups with groups."""
-    shape = {"num_warps": score_warps(head_dim), "num_stages": 2}
+    lines = values.get("lines", BLOCK)
+    shape = {"num_warps": score_warps(head_dim) * lines // BLOCK, "num_stages": 2}
     if template == "x_attention":
         shape = {"num_warps": 8, "num_stages": 3, "tile": GROUP_TILE}
     return TritonKernelSpec(template, head_dim=head_dim, **shape, **values)
@@ -103,6 +107,9 @@ SMALL_KERNELS = [
     (score_spec("block_products", 128, window=True), "multiply_means"),
     (score_spec("tile_scores", 128), "score_tiles"),
     (score_spec("row_scores", 128, rows=16, pool=8, target="sm_80"), "score_rows"),
+    (score_spec("row_scores", 128, rows=16, pool=8, int8=True), "score_rows"),
+    (TritonKernelSpec("pool", head_dim=128, pool=8, int8=True), "pool_runs"),
+    (TritonKernelSpec("pool", head_dim=256, int8=True, pool=64, padding=True), "find_centre"),
     (score_spec("sampled_rows", 128), "row_totals"),
     (score_spec("sampled_rows", 128, window=True, padding=True), "sum_columns"),
     (score_spec("x_attention", 128, pool=8), "score_groups"),
@@ -148,6 +155,18 @@ def test_small_kernels_do_not_spill(spec, kernel):
     report = compile_kernel(spec, kernel)
     assert report.spill_bytes <= MAX_SPILL
     assert report.shared_bytes <= SHARED_MEMORY[spec.target]
+
+
+@pytest.mark.parametrize(("target", "name"), [("sm_90", "IGMMA"), ("sm_80", "IMMA")])
+def test_products_of_8_bit_numbers_are_the_chips_own(target, name):
+    spec = score_spec("row_scores", 128, rows=16, pool=8, int8=True, target=target)
+    loops = compiled_loops(spec, "score_rows")
+    assert loops
+    for loop in loops:
+        assert {i.name.split(".")[0] for i in loop.body if i.of(*PRODUCTS)} == {name}
+    if target == "sm_90":  # not one by one: all of a tile are under way together
+        assert all(loop.chains == (4,) for loop in loops)
+        assert not compile_kernel(spec, "score_rows").serialized
 
 
 @pytest.mark.parametrize(
@@ -228,6 +247,8 @@ def test_lists_of_every_rule_do_not_spill(target, rule):
 SCORES = {
     "score_tiles": ("tile_scores", {}),
     "score_rows": ("row_scores", {"rows": 16, "pool": 8}),
+    "score_rows in 8 bits": ("row_scores", {"rows": 16, "pool": 8, "int8": True}),
+    "score_rows of 128 rows": ("row_scores", {"rows": 16, "pool": 8, "lines": 128}),
     "score_rows of whole blocks": ("row_scores", {"rows": 64, "pool": 64}),
     "score_rows of single keys": ("row_scores", {"rows": 8, "pool": 1}),
     "multiply_means": ("block_products", {}),

@@ -70,11 +70,15 @@ SPECS = {
     "select": TritonKernelSpec("select", tile=1024),
     "pool": TritonKernelSpec("pool", head_dim=128, pool=64),
     "pool_masked": TritonKernelSpec("pool", head_dim=80, pool=8, padding=True),
+    "pool_int8": TritonKernelSpec("pool", head_dim=80, pool=8, int8=True, padding=True),
     "tile_scores": TritonKernelSpec("tile_scores", head_dim=128, num_stages=2),
     "tile_scores_masked": TritonKernelSpec(
         "tile_scores", dtype="fp16", head_dim=80, window=True, padding=True, num_stages=2
     ),
     "row_scores": TritonKernelSpec("row_scores", head_dim=128, rows=16, pool=8, num_stages=2),
+    "row_scores_int8": TritonKernelSpec(
+        "row_scores", head_dim=128, rows=16, pool=8, lines=128, int8=True, num_warps=8, num_stages=2
+    ),
     "row_scores_masked": TritonKernelSpec(
         "row_scores",
         dtype="fp16",
