@@ -20,7 +20,7 @@ from mpass.lowering.device import Lowering
 from mpass.lowering.dispatch import choose_lowering, device_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.recorder import AttentionCall, CallInputs, active_log
+from mpass.lowering.recorder import AttentionCall, CallInputs, active_log, tell_watcher
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
 
@@ -162,6 +162,7 @@ def record_call(
 
     dense_reason: of `attend`; what an estimator has noted before is the better reason.
     """
+    tell_watcher()
     log = active_log()
     if log is None:
         return

@@ -21,6 +21,7 @@ from mpass.graph.observation import shared_observations
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
 from mpass.lowering.kernel_sources import KernelSource
+from mpass.lowering.recorder import tell_watcher
 from mpass.match import find_attention, inline_subgraphs, open_calls
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
@@ -48,6 +49,7 @@ def minference(
     anything is compiled (Dynamo shows them inside of its BackendCompilerFailed).
     """
     watch_limits()
+    tell_watcher()
     parsed = parse_options(mode, options)
     trace = open_trace(gm, parsed, kernel_details)
     report = apply_passes(gm, parsed, trace)

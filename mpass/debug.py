@@ -45,6 +45,32 @@ SCRATCH = ".writing-"
 """Folders being written begin so, with the number of the process next."""
 
 
+GUIDE = """\
+# What mpass did with each compiled graph
+
+Each numbered folder is one graph, in the order of compilation:
+
+| file | what it is |
+|---|---|
+| captured.py | the graph as Dynamo captured it, with shapes, strides and source lines |
+| matched.txt, matched.json | every attention: shapes, patterns, proof of its mask; or why dense |
+| rewritten.py | the graph that the inner compiler gets |
+| ops_diff.txt | the calls that changed |
+| report.txt | the report of this graph; start here |
+| config.json | the options that applied |
+| timings.json | seconds of each pass and of the inner compiler |
+
+kernels/ has the generated kernels, and beside each what it was made for and what its compiler says.
+
+The arguments of an op of mpass in rewritten.py stand in the order of its schema:
+`import mpass.backend, torch; print(torch.ops.minference.sparse_attention.default._schema)`
+
+The files hold source lines and paths of your program: read them before you pass them on.
+"""
+"""What stands in `GUIDE_NAME` of a debug folder."""
+
+GUIDE_NAME = "README.md"
+
 KernelDetails = Callable[[KernelSource], Iterable[tuple[str, str]]]
 """Names and values that stand beside a kernel's source: what it is for, what its compiler says."""
 
@@ -139,6 +165,7 @@ def close_trace(
                 "timings.json": as_json(trace.seconds),
             },
         )
+        write_whole(trace.root / GUIDE_NAME, GUIDE)
         watch_kernels(trace.root, trace.kernel_details)
     except Exception as error:
         warn_once(trace.root, in_one_line(error))

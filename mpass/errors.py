@@ -55,6 +55,13 @@ class PatternClassError(MpassError):
         super().__init__(f"pattern class {cls.__module__}.{cls.__qualname__}: {fault}; {remedy}")
 
 
+class PatternFileError(MpassError):
+    """A file that was to bring a pattern and does not."""
+
+    def __init__(self, place: str, fault: str) -> None:
+        super().__init__(f"{place}: {fault}; give FILE.py:Class, the class of a pattern")
+
+
 class PatternNameTakenError(MpassError):
     """Two pattern classes of one name, or a pattern named as one of mpass's own ops."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from mpass.config.spans import in_spans
 from mpass.graph.guards import live_stack
 from mpass.plan import AttentionPlan, Skip
 from mpass.story.remedies import remedy_of
@@ -172,24 +173,47 @@ def reports() -> tuple[Report, ...]:
 
 
 def render_report(report: Report) -> str:
-    """A table of the sites, one row each; below it the summary, the notes and what to do."""
-    from mpass.inspection.text_table import Table, count_patterns, render  # rich: only when printed
+    """A table of the sites, a row for those alike; below it the summary, the notes, what to do."""
+    # rich is imported only when a report is printed.
+    from mpass.inspection.text_table import Table, patterns_of_heads, render
 
     table = Table(title=None)
     for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason", "from"):
         table.add_column(column)
-    for site in report.sites:
+    for alike in runs_of_sites(report.sites):
+        site = alike[0]
         table.add_row(
-            str(site.layer) if site.layer >= 0 else "-",
-            site.path or "-",
+            in_spans(each.layer for each in alike) if site.layer >= 0 else "-",
+            (site.path if len(alike) == 1 else path_of_layers(site)) or "-",
             str(site.num_heads),
             str(site.num_kv_heads),
             str(site.head_dim),
             site.status,
-            site.reason or count_patterns(site.patterns),
+            site.reason or patterns_of_heads(site.patterns),
             site.config_source or "-",
         )
     lines = [report.summary(), *report.notes]
     for reason in dict.fromkeys(site.reason for site in report.sites if site.reason):
         lines.append(f"{reason}: {remedy_of(reason)}")
     return (render(table) if report.sites else "") + "\n".join(lines)
+
+
+def runs_of_sites(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
+    """Sites that differ in nothing but rising layers, together; in the order of the first ones."""
+    runs: dict[tuple[object, ...], list[SiteReport]] = {}
+    for number, site in enumerate(sites):
+        alike = (
+            *(path_of_layers(site), site.num_heads, site.num_kv_heads, site.head_dim),
+            *(site.status, site.reason, site.patterns, site.config_source),
+        )
+        if site.layer < 0 or (alike in runs and runs[alike][-1].layer >= site.layer):
+            runs[(*alike, number)] = [site]
+        else:
+            runs.setdefault(alike, []).append(site)
+    return list(runs.values())
+
+
+def path_of_layers(site: SiteReport) -> str:
+    """The module's path with a star for the layer: `model.layers.*.self_attn`."""
+    parts = site.path.split(".")
+    return ".".join("*" if part == str(site.layer) else part for part in parts)

@@ -20,7 +20,7 @@ from torch import fx
 
 from mpass.config.decorators import Override, overrides_of
 from mpass.config.layer import LayerConfig
-from mpass.config.spans import Span
+from mpass.config.spans import in_spans
 from mpass.config.sparse_config import SparseConfig, builtin_default
 from mpass.errors import UnknownLayerError
 from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
@@ -117,17 +117,6 @@ def resolve_heads(
     else:
         source = ", ".join(f"{label} (heads {in_spans(own)})" for label, own in sources.items())
     return ResolvedPatterns(layer, tuple(pattern for _, pattern in picked), length, source)
-
-
-def in_spans(heads: list[int]) -> str:
-    """`0-3, 5` for ascending numbers."""
-    spans: list[Span] = []
-    for head in heads:
-        if spans and spans[-1].last == head - 1:
-            spans[-1] = Span(spans[-1].first, head)
-        else:
-            spans.append(Span(head, head))
-    return ", ".join(map(str, spans))
 
 
 def covers_all(config: SparseConfig) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 
 import pytest
 
@@ -48,3 +49,12 @@ def test_names_of_mpass_in_a_code_block_exist(block):
         and node.value.id == "mpass"
     }
     assert [name for name in used if not hasattr(mpass, name)] == []
+
+
+def test_citation_names_this_version_and_the_authors_of_the_licence():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {mpass.__version__}\n" in citation
+    authors = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["authors"]
+    assert all(f"- name: {author['name']}\n" in citation for author in authors)
+    (owner,) = re.findall(r"Copyright \(c\) \d+ (.*)", (ROOT / "LICENSE").read_text())
+    assert owner == authors[0]["name"]

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from mpass import __version__
 from mpass.cli.calibrate import calibrate
+from mpass.cli.check import check
 from mpass.cli.coverage import coverage
 from mpass.cli.draw import draw
 from mpass.cli.env import env
@@ -152,7 +153,7 @@ def patterns() -> None:
 
 
 app.command("eval")(evaluate)
-for command in (calibrate, coverage, draw, env, explain, profile):
+for command in (calibrate, check, coverage, draw, env, explain, profile):
     app.command()(command)
 
 

@@ -13,9 +13,12 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +29,7 @@ from mpass.config.json_format import JsonObject, layer_from_json, layer_to_json
 from mpass.config.layer import LayerConfig, as_layer, as_pattern
 from mpass.config.spans import Span, as_span
 from mpass.errors import OptionValueError
+from mpass.lowering.recorder import watch_compiled
 from mpass.patterns.base import Pattern
 
 PREFIX = "mpass.configure "
@@ -63,14 +67,20 @@ class Configure(AbstractContextManager[None]):
     """What `configure` returns outside of compiled code: a decorator, and an idle context.
 
     Entered while nothing is being traced it does nothing: a region belongs into the model's code.
+    Compiled code that runs inside of it is warned of, once each time that it is entered.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
+        self.entered: list[AbstractContextManager[None]] = []
         make_override("configure", **settings)
 
-    def __exit__(self, *error: object) -> None:
-        return None
+    def __enter__(self) -> None:
+        self.entered.append(watch_compiled(warn_of_region(sys._getframe(1))))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
 
     def __call__(self, target: T) -> T:
         name = getattr(target, "__qualname__", None)
@@ -82,6 +92,28 @@ class Configure(AbstractContextManager[None]):
             raise OptionValueError("configure", target, "an nn.Module class or a function")
         marks = annotation(make_override(f"configure on {name}", **self.settings))
         return decorate_function(target, marks)
+
+
+class ConfigureWarning(UserWarning):
+    """A `with mpass.configure(...)` that compiled code inside of it knows nothing of."""
+
+
+def warn_of_region(frame: FrameType) -> Callable[[], None]:
+    """What warns, once, that the region which begins at a frame's line has no effect."""
+    place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+    @functools.cache
+    def warn() -> None:
+        warnings.warn(
+            f"`with mpass.configure(...)` at {place} has no effect on the compiled code that runs "
+            "inside of it: a region counts where it is traced. Move it into the code that is "
+            "compiled, decorate the module's class, or pass options={'pattern': ...} or 'config' "
+            "to the compile; a graph break inside of a region has the same effect",
+            ConfigureWarning,
+            stacklevel=2,
+        )
+
+    return warn
 
 
 def configure(

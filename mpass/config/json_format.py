@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 from mpass.config.layer import ConfigFields, LayerConfig
 from mpass.config.minference_format import looks_like_minference, parse_minference
 from mpass.config.pattern_text import parse_pattern
+from mpass.config.schema_faults import schema_faults
 from mpass.config.spans import Span, as_span
-from mpass.errors import ConfigFileError, MpassError, PatternValueError
+from mpass.errors import ConfigFileError, MpassError, PatternValueError, nearest
 from mpass.files import write_whole
 from mpass.patterns.base import (
     Pattern,
@@ -137,18 +138,6 @@ def schema_text() -> str:
     return importlib.resources.files("mpass.config").joinpath("schema.json").read_text("utf-8")
 
 
-def schema_errors(document: Any) -> list[tuple[str, str]]:
-    """Where a document departs from config.schema.json, the most telling branch of each `oneOf`."""
-    import jsonschema
-
-    errors = []
-    for error in jsonschema.Draft202012Validator(schema()).iter_errors(document):
-        best = jsonschema.exceptions.best_match([error])
-        message = best.message if len(best.message) < 200 else best.message[:200] + " ..."
-        errors.append((best.json_path, message))
-    return errors
-
-
 def parse_own(document: Any, source: str | Path) -> ConfigFields:
     """A config from our own format; raises ConfigFileError."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -158,7 +147,7 @@ def parse_own(document: Any, source: str | Path) -> ConfigFields:
         found = document.get("version")
         message = f"version {found!r} is not known; this mpass reads version {VERSION}"
         raise ConfigFileError(source, [("$.version", message)])
-    errors = schema_errors(document)
+    errors = schema_faults(document, schema())
     if errors:
         raise ConfigFileError(source, errors)
 
@@ -263,7 +252,7 @@ def pattern_from_json(value: str | Mapping[str, Any]) -> Pattern:
         if key == "pattern":
             continue
         if key not in fields:
-            allowed = f"the parameters {', '.join(fields) or '(none)'}"
+            allowed = f"the parameters {', '.join(fields) or '(none)'}{nearest(key, fields)}"
             raise PatternValueError(name, key, given, allowed)
         parameters[key] = take_parameter(cls, name, key, given)
     return cls(**parameters)

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mpass.errors import OptionValueError
+from mpass.errors import MpassError, OptionValueError
 
 if TYPE_CHECKING:
     from mpass.patterns.base import Pattern
@@ -44,3 +44,15 @@ def parse_pattern(text: str) -> Pattern:
     pattern = cls(**values, **named)
     check_types(pattern)
     return pattern
+
+
+def short_form(text: str) -> str:
+    """A pattern's text with the fields that differ from their defaults, by name.
+
+    `union(0.6, 0.018, 256, ...)` becomes `union(mass=0.9)` or, as it is by default, `union`.
+    `parse_pattern` reads it. What is no pattern that is registered here stays as it is.
+    """
+    try:
+        return parse_pattern(text).in_words()
+    except MpassError:
+        return text

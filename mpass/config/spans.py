@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mpass.errors import OptionValueError
@@ -60,3 +61,14 @@ def as_span(key: object, what: str) -> Span:
     if span.last is not None and span.last < span.first:
         raise OptionValueError(f"config {what}s", key, allowed)
     return span
+
+
+def in_spans(numbers: Iterable[int]) -> str:
+    """`0-3, 5` for ascending numbers."""
+    spans: list[Span] = []
+    for number in numbers:
+        if spans and spans[-1].last == number - 1:
+            spans[-1] = Span(spans[-1].first, number)
+        else:
+            spans.append(Span(number, number))
+    return ", ".join(map(str, spans))

@@ -10,7 +10,7 @@ from torch import fx
 
 from mpass.graph.nodes import example
 from mpass.graph.site import MaskMeaning
-from mpass.inspection.text_table import count_patterns
+from mpass.inspection.text_table import patterns_of_heads
 from mpass.plan import AttentionPlan, Skip
 
 
@@ -41,7 +41,7 @@ def decision_as_dict(decision: AttentionPlan | Skip) -> dict[str, Any]:
         "reason": decision.reason if isinstance(decision, Skip) else "",
         "patterns": ""
         if isinstance(decision, Skip)
-        else count_patterns([str(pattern) for pattern in decision.patterns]),
+        else patterns_of_heads([str(pattern) for pattern in decision.patterns]),
         "patterns from": decision.config_source,
         "mask": str(mask_formula(site.mask)) if site.mask else "unproven",
         "proof": list(site.mask.proof) if site.mask else [site.unproven],

@@ -21,7 +21,7 @@ from mpass.config.sparse_config import SparseConfig, builtin_default
 from mpass.errors import ModelNotFoundError
 from mpass.files import write_whole
 from mpass.inspection.tables import span
-from mpass.inspection.text_table import count_patterns, render
+from mpass.inspection.text_table import patterns_of_heads, render
 from mpass.lowering.crossover import LayerWork, LeastLengths
 from mpass.lowering.triton.chips import Chip
 from mpass.lowering.triton.cost_model import Prediction, predict
@@ -178,7 +178,7 @@ def predict_layers(
     return LayerPrediction(
         layers=len(numbers),
         numbers=tuple(numbers),
-        patterns=count_patterns([str(pattern) for pattern in patterns]),
+        patterns=patterns_of_heads([str(pattern) for pattern in patterns]),
         length=length,
         runs="dense" if reason else "sparse",
         reason=reason,

@@ -77,6 +77,13 @@ class ExplanationFields:
         return tuple(site for graph in self.graphs for site in graph.sites)
 
     @property
+    def ran(self) -> tuple[int, int]:
+        """How many of the attentions that were planned sparse ran sparse, and how many dense."""
+        ran = [c for g in self.graphs for c in g.costs if c.lowering]
+        dense = sum(bool(cost.reason) for cost in ran)
+        return len(ran) - dense, dense
+
+    @property
     def reasons(self) -> Counter[str]:
         """Why attentions stay dense, with how many do."""
         return Counter(site.reason for site in self.sites if site.reason)
@@ -109,12 +116,21 @@ class ExplanationFields:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Share of the mask's cells that are looked at, and of the exact attention on them."""
+
+    density: float
+    recall: float
+
+
+@dataclass(frozen=True)
 class HeadProfile:
     """One query head of one layer.
 
     density: share of the mask's cells that the index selects; recall: share of the exact attention
-    on them, mean over queries; worst: query block, key block and the share of that query block's
-    attention that was lost between them; advice: what to do about it, "" for nothing.
+    on them, mean over queries; both are of the plan: see `LayerProfile.dense_reason`; worst: query
+    block, key block and the share of that query block's attention that was lost between them;
+    advice: what to do about it, "" for nothing.
     """
 
     head: int
@@ -129,7 +145,8 @@ class HeadProfile:
 class LayerProfile:
     """One sparse attention.
 
-    lowering: what ran it ("dense" where the op found that cheaper); index_seconds,
+    lowering: what ran it ("dense" where the op found that cheaper); dense_reason: why every key was
+    looked at instead of those that the heads selected, "" where it was not; index_seconds,
     attention_seconds: of a second, unobserved run; query_blocks: those whose recall was measured;
     computed, exact: uint8 [H, R, R], see mpass.inspection.recall.Recall.
     """
@@ -137,6 +154,7 @@ class LayerProfile:
     layer: int
     path: str
     lowering: str
+    dense_reason: str
     num_queries: int
     num_keys: int
     index_bytes: int
@@ -148,13 +166,25 @@ class LayerProfile:
     computed: Tensor
     exact: Tensor
 
+    @property
+    def planned(self) -> Shares:
+        """What its heads select, mean over heads."""
+        count = max(1, len(self.heads))
+        density = sum(head.density for head in self.heads) / count
+        return Shares(density, sum(head.recall for head in self.heads) / count)
+
+    @property
+    def ran(self) -> Shares:
+        """What was computed, mean over heads: everything where it ran dense."""
+        return Shares(1.0, 1.0) if self.dense_reason else self.planned
+
 
 @dataclass(frozen=True, eq=False)
 class ProfileFields:
     """What happened on a prompt.
 
-    seconds: of one run, by part ("index", "attention", "dense attention", "rest"); kernels: the
-    generated sources in use.
+    seconds: of one run, by part ("index", "attention", "dense attention", "rest"; dense attention
+    that an op of ours ran counts as such); kernels: the generated sources in use.
     """
 
     explanation: ExplanationFields
@@ -162,9 +192,15 @@ class ProfileFields:
     seconds: dict[str, float]
     kernels: tuple[KernelSource, ...]
 
+    @property
+    def dense_layers(self) -> tuple[LayerProfile, ...]:
+        """Those that were planned sparse and ran dense."""
+        return tuple(layer for layer in self.layers if layer.dense_reason)
+
     def worst_heads(self, count: int) -> list[tuple[LayerProfile, HeadProfile]]:
-        """The heads that lost most of their attention, worst first."""
-        pairs = [(layer, head) for layer in self.layers for head in layer.heads]
+        """The heads that lost most of their attention, worst first; dense runs lose nothing."""
+        sparse = [layer for layer in self.layers if not layer.dense_reason]
+        pairs = [(layer, head) for layer in sparse for head in layer.heads]
         return sorted(pairs, key=lambda pair: pair[1].recall)[:count]
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.table import Table
 
-from mpass.inspection.results import ExplanationFields, ProfileFields, SiteCost
-from mpass.inspection.text_table import count_patterns, render
+from mpass.config.pattern_text import short_form
+from mpass.config.spans import in_spans
+from mpass.inspection.results import ExplanationFields, LayerProfile, ProfileFields, SiteCost
+from mpass.inspection.text_table import patterns_of_heads, render
 from mpass.report import SiteReport
 
 
@@ -40,9 +43,11 @@ def render_explanation(explanation: ExplanationFields) -> str:
             )
     sites = explanation.sites
     sparse = sum(site.status == "sparse" for site in sites)
+    graphs = len(explanation.graphs)
     lines = [
-        f"{explanation.model}: {sparse} of {len(sites)} attentions sparse in "
-        f"{len(explanation.graphs)} graphs, from {explanation.min_seq_len} tokens on",
+        f"{explanation.model}: {sparse} of {len(sites)} attentions planned sparse in {graphs} "
+        f"graph{'s' * (graphs != 1)}, from {explanation.min_seq_len} tokens on",
+        *ran_in_words(explanation),
     ]
     lines += [f"dense, {count} x: {reason}" for reason, count in explanation.reasons.most_common()]
     lines += [f"graph break: {b.reason.splitlines()[0]} ({b.source})" for b in explanation.breaks]
@@ -54,40 +59,90 @@ def render_explanation(explanation: ExplanationFields) -> str:
     return render(table) + "\n".join(lines)
 
 
+def ran_in_words(explanation: ExplanationFields) -> list[str]:
+    """How many of those that were planned sparse ran so on this prompt, in a line if any ran."""
+    sparse, dense = explanation.ran
+    if not sparse + dense:
+        return []
+    return [f"of these, {sparse} ran sparse on this prompt and {dense} dense"]
+
+
 def words_of(site: SiteReport, cost: SiteCost) -> str:
     """Why an attention is dense and where; else its patterns, and why they did not run."""
     if site.reason:
         return f"{site.reason}\n{site.source}"
-    patterns = count_patterns(site.patterns)
+    patterns = patterns_of_heads(site.patterns)
     return f"{patterns}\nran dense: {cost.reason}" if cost.reason else patterns
 
 
 def render_profile(profile: ProfileFields) -> str:
-    """A row per layer; below, the heads that lost most and what to do about them."""
+    """A row per layer; below, what ran dense, and what to do about the heads that lost most."""
     table = Table()
     for column in ("layer", "ran", "density", "recall", "worst head", "index ms", "attention ms"):
         table.add_column(column)
     for layer in profile.layers:
-        worst = min(range(len(layer.heads)), key=lambda h: layer.heads[h].recall, default=None)
+        density = span([head.density for head in layer.heads])
+        recall = span([head.recall for head in layer.heads])
         table.add_row(
-            str(layer.layer) if layer.layer >= 0 else layer.path or "-",
+            layer_name(layer),
             layer.lowering,
-            span([head.density for head in layer.heads]),
-            span([head.recall for head in layer.heads]),
-            "-"
-            if worst is None
-            else f"{worst}: {layer.heads[worst].recall:.1%} {layer.heads[worst].pattern}",
+            f"100.0%{plan(density)}" if layer.dense_reason else density,
+            f"100.0%{plan(recall)}" if layer.dense_reason else recall,
+            worst_head(layer),
             f"{layer.index_seconds * 1e3:.1f}",
             f"{layer.attention_seconds * 1e3:.1f}",
         )
-    times = profile.seconds
-    lines = [", ".join(f"{name}: {value:.2f} s" for name, value in times.items())]
+    sites = profile.explanation.sites
+    planned, dense = len(profile.layers), len(profile.dense_layers)
+    lines = [
+        f"{planned} of {len(sites)} attentions planned sparse: {planned - dense} ran sparse on "
+        f"this prompt, {dense} dense",
+        *dense_in_words(profile.dense_layers),
+        ", ".join(f"{name}: {value:.2f} s" for name, value in profile.seconds.items()),
+    ]
     lines += [
         f"layer {layer.layer} head {head.head}: {head.advice}"
         for layer, head in profile.worst_heads(8)
         if head.advice
     ]
     return render(table) + "\n".join(lines)
+
+
+def layer_name(layer: LayerProfile) -> str:
+    """Its number, else its place."""
+    return str(layer.layer) if layer.layer >= 0 else layer.path or "-"
+
+
+def plan(shares: str) -> str:
+    """What was planned where dense attention ran; nothing where no plan was made beforehand."""
+    return "" if shares == "100.0%" else f", planned {shares}"
+
+
+def worst_head(layer: LayerProfile) -> str:
+    """The head that lost most, and its pattern; a layer that ran dense lost nothing."""
+    if layer.dense_reason or not layer.heads:
+        return "-"
+    head = min(layer.heads, key=lambda each: each.recall)
+    return f"{head.head}: {head.recall:.1%} {short_form(head.pattern)}"
+
+
+def dense_in_words(layers: Sequence[LayerProfile]) -> list[str]:
+    """`ran dense, layers 0-3, 7: why`; a line for all whose reasons differ in numbers only."""
+    kinds: dict[str, list[LayerProfile]] = {}
+    for layer in layers:
+        kinds.setdefault(re.sub(r"[0-9.]+", "#", layer.dense_reason), []).append(layer)
+    lines = []
+    for alike in kinds.values():
+        numbers = [layer.layer for layer in alike]
+        if min(numbers) < 0:
+            names = ", ".join(map(layer_name, alike))
+        else:
+            names = in_spans(sorted(set(numbers)))
+        reasons = {layer.dense_reason for layer in alike}
+        more = " (the first; numbers differ)" if len(reasons) > 1 else ""
+        noun = "layer" if len(alike) == 1 else "layers"
+        lines.append(f"ran dense, {noun} {names}: {alike[0].dense_reason}{more}")
+    return lines
 
 
 def span(values: Sequence[float]) -> str:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import io
 import sys
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from mpass.config.pattern_text import short_form
+from mpass.config.spans import in_spans
 
-def count_patterns(patterns: Sequence[str]) -> str:
-    """`9 x vertical_slash(1000, 1024), 2 x dense()`."""
-    counts = Counter(patterns)
-    return ", ".join(f"{count} x {pattern}" for pattern, count in counts.most_common())
+
+def patterns_of_heads(patterns: Sequence[str]) -> str:
+    """`vertical_slash(slash_size=512)` where all heads have it, else with the heads of each.
+
+    `a_shape heads 0-3, 6; dense heads 4-5`: fields by name, those at their defaults left out.
+    """
+    heads: dict[str, list[int]] = {}
+    for head, pattern in enumerate(patterns):
+        heads.setdefault(pattern, []).append(head)
+    if len(heads) == 1:
+        return short_form(next(iter(heads)))
+    return "; ".join(
+        f"{short_form(pattern)} head{'s' * (len(own) > 1)} {in_spans(own)}"
+        for pattern, own in heads.items()
+    )
 
 
 def open_console() -> Console:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from mpass.graph.nodes import layer_index
+from mpass.options import Options
 from mpass.plan import ONE_QUERY
 from mpass.report import Report, SiteReport
 from mpass.story.graphs import CompiledGraph, graphs_of_last_model
@@ -45,6 +46,7 @@ def last_report() -> Report:
         *dense_elsewhere(sites, [graph.report for graph in graphs]),
         *limit_notes(graphs),
         *break_notes(graphs),
+        *unused_layers(rows, graphs[-1].options),
     )
     lengths = [graph.report.min_seq_len for graph in graphs if graph.report.sites]
     least = lengths[0] if lengths else graphs[-1].report.min_seq_len
@@ -117,6 +119,21 @@ def break_notes(graphs: Sequence[CompiledGraph]) -> list[str]:
         notes[-1] += '. What stands between graphs is not compiled; TORCH_LOGS="graph_breaks" '
         notes[-1] += "shows every place"
     return notes
+
+
+def unused_layers(sites: Sequence[SiteReport], options: object) -> list[str]:
+    """That options name layers beyond the last attention: they change nothing."""
+    last = max((site.layer for site in sites), default=-1)
+    if not isinstance(options, Options) or any(site.layer < 0 for site in sites) or not sites:
+        return []
+    unused = [str(span) for span, _ in options.sparse_config.layers if span.first > last]
+    if not unused:
+        return []
+    noun = "layer" if len(unused) == 1 else "layers"
+    return [
+        f"{options.config_source or 'options'} names {noun} {', '.join(unused)}, and the last "
+        f"attention that was compiled is of layer {last}: what it says of them has no effect"
+    ]
 
 
 def owner_of(graphs: Sequence[CompiledGraph]) -> object:

@@ -91,7 +91,7 @@ def decide(
     """`reason_for_dense` by what the patterns compute at least, and by what estimating costs."""
     counts = Counter(own.patterns)
     share = sum(p.min_density(length) * n for p, n in counts.items()) / len(own.patterns)
-    names = ", ".join(str(pattern) for pattern in counts)
+    names = ", ".join(pattern.in_words() for pattern in counts)
     if share > dense_above:
         return f"{names} computes {share:.0%} of the work or more, dense above {dense_above:.0%}"
     usual = counts.most_common(1)[0][0]

@@ -130,6 +130,12 @@ class Pattern:
         values = ", ".join(repr(value) for value in self.parameters().values())
         return f"{self.name}({values})"
 
+    def in_words(self) -> str:
+        """The fields that differ from their defaults, by name: `union(mass=0.9)`, or `union`."""
+        plain = type(self)().parameters()
+        given = [f"{k}={v!r}" for k, v in self.parameters().items() if v != plain[k]]
+        return f"{self.name}({', '.join(given)})" if given else self.name
+
     # What tools do with a pattern. A subclass may leave all of these out.
 
     @classmethod

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_folder_holds_every_stage(tmp_path):
     seconds = json.loads((folder / "timings.json").read_text())
     assert list(seconds) == ["match", "plan", "validate", "rewrite", "debug", "inner compiler"]
     assert all(value >= 0 for value in seconds.values())
+
+
+def test_the_folder_has_a_guide_to_its_files(tmp_path, capsys):
+    run({"debug": tmp_path}, depth=1)
+    guide = (tmp_path / "README.md").read_text()
+    assert all(f" {name}" in guide for name in FILES)
+    (line,) = re.findall("`(import .*)`", guide)
+    exec(line, {})
+    assert "Tensor query, Tensor key, Tensor value" in capsys.readouterr().out
 
 
 def test_rewritten_nodes_are_shown_with_shapes(tmp_path):
@@ -272,7 +282,7 @@ def test_killed_run_leaves_no_half_folder_and_the_next_run_writes(tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert [path for path in tmp_path.iterdir() if path.name.isdecimal()] == []
     run({"debug": tmp_path})
-    assert {path.name for path in tmp_path.iterdir()} - {"kernels"} == {"000"}
+    assert {path.name for path in tmp_path.iterdir()} - {"kernels", "README.md"} == {"000"}
 
 
 def test_folder_that_cannot_be_made_is_one_warning(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ import torch
 import mpass
 from mpass.functional import estimate_index
 from mpass.inspection.advice import advise
-from mpass.inspection.profiling import profile, time_ops
+from mpass.inspection.explanation import Explanation
+from mpass.inspection.page.build import tiles
+from mpass.inspection.profiling import Profile, profile, time_ops
 from mpass.inspection.recall import LEVELS, measure_recall
+from mpass.inspection.results import HeadProfile, LayerProfile, Shares
 from mpass.lowering.density import density as count_density
 from mpass.lowering.index import BLOCK, AttentionMask, join_indexes
 from mpass.lowering.inputs import EstimateInputs
@@ -171,7 +176,7 @@ def test_profile_of_a_model_counts_exactly():
     assert done.explanation.sites[2].status == "dense"
     assert list(done.seconds) == ["index", "attention", "dense attention", "rest"]
     assert done.seconds["dense attention"] > 0
-    assert str(BlockSparse(2)) in str(done)
+    assert BlockSparse(2).in_words() in str(done)
 
 
 SHAPES = {
@@ -221,6 +226,90 @@ def test_layer_that_ran_dense_is_told():
     (layer,) = done.layers
     assert layer.lowering == "dense"
     assert layer.heads[0].advice.startswith("dense attention ran: ")
+
+
+@torch.no_grad()
+def test_what_ran_dense_is_told_from_what_was_planned():
+    config = mpass.SparseConfig(layers={0: "a_shape(4, 40)", "1-2": "union", 3: BlockSparse(99)})
+    options = OPTIONS | {"config": config, "dense_above": 0.6}
+    done = profile(Decoder(depth=4).eval(), torch.randn(1, 400, 32), options=options)
+    by_layer = {layer.layer: layer for layer in done.layers}
+    assert by_layer[0].dense_reason == ""
+    assert by_layer[0].ran == by_layer[0].planned != Shares(1.0, 1.0)
+    assert all(layer.ran == Shares(1.0, 1.0) for layer in done.dense_layers)
+    assert 3 in {layer.layer for layer in done.dense_layers}
+    assert done.explanation.ran == (4 - len(done.dense_layers), len(done.dense_layers))
+    assert {layer.layer for layer, _ in done.worst_heads(99)} == by_layer.keys() - {
+        layer.layer for layer in done.dense_layers
+    }
+    words = " ".join(str(done).split())
+    sparse = 4 - len(done.dense_layers)
+    assert f"4 of 4 attentions planned sparse: {sparse} ran sparse on this prompt" in words
+    assert "ran dense, layer" in words
+    shown = dict((label, value) for value, label in tiles(done.explanation, done))
+    assert shown["of these ran sparse"] == f"{sparse} of 4"
+    assert "density as planned" not in shown, "what runs dense for its patterns has no plan"
+
+
+def layer_profile(number: int, reason: str) -> LayerProfile:
+    heads = tuple(HeadProfile(h, "a_shape(4, 40)", 0.25, 0.5, (0, 0, 0.1), "") for h in range(2))
+    none = torch.zeros(2, 1, 1, dtype=torch.uint8)
+    times = {"index_seconds": 0.0, "attention_seconds": 0.0}
+    sizes = {"num_queries": 64, "num_keys": 64, "index_bytes": 0}
+    which = {"lowering": "dense" if reason else "cpu", "dense_reason": reason, "path": ""}
+    return LayerProfile(
+        number, **which, **sizes, **times, query_blocks=(0,), all_queries=True, heads=heads,
+        computed=none, exact=none,
+    )  # fmt: skip
+
+
+def test_a_layer_that_ran_dense_shows_its_plan_and_no_worst_head():
+    layers = [layer_profile(0, ""), *(layer_profile(n, f"{60 + n}% is too much") for n in (1, 2))]
+    explanation = Explanation("toy", (), (), 128)
+    done = Profile(
+        explanation, tuple(layers), {"index": 0.0, "attention": 1.0, "dense attention": 3.0}, ()
+    )
+    lines = str(done).splitlines()
+    (sparse,) = [line for line in lines if line.startswith("│ 0")]
+    assert "25.0%" in sparse and "planned" not in sparse and "0: 50.0%" in sparse
+    (dense,) = [line for line in lines if line.startswith("│ 1")]
+    assert [cell.strip() for cell in dense.split("│")][3:6] == [
+        "100.0%, planned 25.0%",
+        "100.0%, planned 50.0%",
+        "-",
+    ]
+    assert "ran dense, layers 1-2: 61% is too much (the first; numbers differ)" in lines
+    shown = dict((label, value) for value, label in tiles(explanation, done))
+    assert (shown["density that ran, mean over heads"], shown["density as planned"]) == (
+        "75.0%",
+        "25.0%",
+    )
+
+
+def test_time_of_dense_attention_inside_of_an_op_counts_as_dense(monkeypatch):
+    ops = ["masked_attention", "union", "sparse_attention", "union", "sparse_attention"]
+    events = [made_event(f"minference::{op}", at) for at, op in enumerate(ops)]
+    events[0].time_range.end = 3.5  # it contains the first two
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: FakeProfiler(events))
+    steps, parts = time_ops(lambda: None, ran_dense=[True, False])
+    assert steps == [(0.9, 0.9)] * 2
+    assert (parts["index"], parts["attention"], parts["dense attention"]) == (1.8, 0.9, 0.9)
+
+
+def made_event(name: str, start: float) -> SimpleNamespace:
+    span = SimpleNamespace(start=start, end=start + 0.9)
+    return SimpleNamespace(name=name, time_range=span, cpu_time_total=0.9e6)
+
+
+class FakeProfiler(contextlib.AbstractContextManager):
+    def __init__(self, made):
+        self.made = made
+
+    def __exit__(self, *error):
+        return None
+
+    def events(self):
+        return self.made
 
 
 @torch.no_grad()

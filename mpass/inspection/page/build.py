@@ -9,7 +9,9 @@ import base64
 import dataclasses
 import html
 import json
+import statistics
 import zlib
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
 
@@ -27,7 +29,7 @@ from mpass.inspection.results import (
     SiteCost,
 )
 from mpass.inspection.tables import readable_bytes, span
-from mpass.inspection.text_table import count_patterns
+from mpass.inspection.text_table import patterns_of_heads
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.report import SiteReport
 
@@ -72,30 +74,42 @@ def page_data(
 
 
 def tiles(explanation: ExplanationFields, profile: ProfileFields | None) -> list[tuple[str, str]]:
-    """What the page says first: figures, and what they are of."""
+    """What the page says first: figures, and what they are of. Plans are told from what ran."""
     sites = explanation.sites
     sparse = sum(site.status == "sparse" for site in sites)
     graphs = len(explanation.graphs)
-    shown = [
-        (f"{sparse} of {len(sites)}", f"attentions sparse in {graphs} graph{'s' * (graphs != 1)}")
-    ]
-    heads = [head for layer in profile.layers for head in layer.heads] if profile else []
-    if profile and heads:
-        density = sum(head.density for head in heads) / len(heads)
-        recall = sum(head.recall for head in heads) / len(heads)
+    planned = f"attentions planned sparse in {graphs} graph{'s' * (graphs != 1)}"
+    shown = [(f"{sparse} of {len(sites)}", planned)]
+    ran_sparse, ran_dense = explanation.ran
+    if ran_sparse + ran_dense:
+        shown.append((f"{ran_sparse} of {ran_sparse + ran_dense}", "of these ran sparse"))
+    layers = profile.layers if profile else ()
+    if layers:
         shown += [
-            (f"{profile.layers[0].num_keys:,}", "keys"),
-            (f"{density:.1%}", "density, mean over heads"),
-            (f"{recall:.1%}", "recall, mean over heads"),
+            (f"{layers[0].num_keys:,}", "keys"),
+            (mean(layer.ran.density for layer in layers), "density that ran, mean over heads"),
+            (mean(layer.ran.recall for layer in layers), "recall of what ran, mean over heads"),
+        ]
+    if any(layer.ran != layer.planned for layer in layers):
+        shown += [
+            (mean(layer.planned.density for layer in layers), "density as planned"),
+            (mean(layer.planned.recall for layer in layers), "recall as planned"),
         ]
     if profile and (total := sum(profile.seconds.values())):
         ours = profile.seconds["index"] + profile.seconds["attention"]
         shown.append((f"{ours / total:.0%}", "of time in sparse attention"))
+        dense = profile.seconds["dense attention"]
+        shown.append((f"{dense / total:.0%}", "of time in dense attention"))
     if explanation.index_bytes:
         shown.append((readable_bytes(explanation.index_bytes), "index of one layer"))
     if explanation.mask_bytes:
         shown.append((readable_bytes(explanation.mask_bytes), "mask no longer made"))
     return shown
+
+
+def mean(shares: Iterable[float]) -> str:
+    """The mean of shares as `58.8%`."""
+    return f"{statistics.fmean(shares):.1%}"
 
 
 def summary(explanation: ExplanationFields) -> str:
@@ -182,10 +196,11 @@ def graph_data(graph: GraphExplanation) -> dict[str, Any]:
             dataclasses.asdict(site)
             | shown
             | {
-                "patterns": count_patterns(site.patterns),
+                "patterns": patterns_of_heads(site.patterns),
                 "origin": details["patterns from"],
                 "predicted": span(cost.predicted),
                 "density": span(cost.density),
+                "ran": f"dense: {cost.reason}" if cost.reason else cost.lowering,
             }
         )
     return {

@@ -73,7 +73,7 @@ function showSite(graph, number) {
   document.getElementById("site").replaceChildren(
     element("h3", site.path || `attention ${number}`),
     describe([
-      ["status", site.status], ["reason", site.reason], ["source", site.source], ["spelling", site.spelling],
+      ["planned", site.status], ["ran", site.ran], ["reason", site.reason], ["source", site.source], ["spelling", site.spelling],
       ["query", site.query], ["key", site.key], ["value", site.value], ["scale", String(site.scale)],
       ["patterns", site.patterns], ["patterns from", site.origin], ["mask", site.mask],
       ["predicted cost", site.predicted], ["density", site.density],

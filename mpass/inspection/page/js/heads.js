@@ -106,7 +106,8 @@ function headTip(at) {
   const row = data.rows[at.row];
   const head = row.heads[at.head];
   const title = `layer ${row.label}, head ${at.head}: ${head.pattern || "dense"}`;
-  return row.measured ? `${title}\nrecall ${percent(head.recall)}, density ${percent(head.density)}` : `${title}\n${row.reason}`;
+  const plan = row.ran_because ? "ran dense; planned " : "";
+  return row.measured ? `${title}\n${plan}recall ${percent(head.recall)}, density ${percent(head.density)}` : `${title}\n${row.reason}`;
 }
 
 async function chooseHead(row, head) {
@@ -124,8 +125,8 @@ async function chooseHead(row, head) {
     ["reason", layer.reason],
     ["source", layer.source],
     ["ran", layer.ran_because ? `${layer.lowering}: ${layer.ran_because}` : layer.lowering],
-    ["recall", layer.measured ? percent(facts.recall) + (layer.all_queries ? "" : ` of ${layer.looked} query blocks`) : ""],
-    ["density", layer.measured ? percent(facts.density) : ""],
+    [layer.ran_because ? "recall as planned" : "recall", layer.measured ? percent(facts.recall) + (layer.all_queries ? "" : ` of ${layer.looked} query blocks`) : ""],
+    [layer.ran_because ? "density as planned" : "density", layer.measured ? percent(facts.density) : ""],
     ["predicted cost", facts.predicted === null ? "" : `at most ${percent(facts.predicted)} of dense`],
     ["worst loss", layer.measured && facts.worst[2] > 0 ? `${percent(facts.worst[2])} of query block ${facts.worst[0]} lies on key block ${facts.worst[1]}` : ""],
     ["advice", facts.advice],

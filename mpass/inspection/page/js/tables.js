@@ -41,8 +41,8 @@ function duration(seconds) {
 function startTables() {
   fillTable(
     document.getElementById("site-table"),
-    ["graph", "layer", "status", "heads", "kv", "dim", "patterns or reason", "source"],
-    data.graphs.flatMap((graph, i) => graph.sites.map((site) => [i, site.layer, site.status, site.num_heads, site.num_kv_heads, site.head_dim, site.reason || site.patterns, site.source])),
+    ["graph", "layer", "planned", "ran", "heads", "kv", "dim", "patterns or reason", "source"],
+    data.graphs.flatMap((graph, i) => graph.sites.map((site) => [i, site.layer, site.status, site.ran || "-", site.num_heads, site.num_kv_heads, site.head_dim, site.reason || site.patterns, site.source])),
   );
   const breaks = document.getElementById("breaks");
   for (const item of data.breaks) breaks.append(element("p", `graph break: ${item.reason} (${item.source})`, { class: "bad" }));
