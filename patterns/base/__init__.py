@@ -8,6 +8,7 @@ op, whose arguments are the dataclass's fields.
 """
 
 from mpass.patterns.base.checks import check_positive, check_types
+from mpass.patterns.base.layer import HeadGroups, attend_heads, group_heads, groups_of
 from mpass.patterns.base.masked_attention import patterns_as_text
 from mpass.patterns.base.op import head_slots, index_op, patterns_of, shared_slots
 from mpass.patterns.base.parameters import parameter_kinds, take_parameter
@@ -23,13 +24,17 @@ __all__ = [
     "ENTRY_POINTS",
     "HEAD_DIM",
     "LENGTH",
+    "HeadGroups",
     "Lost",
     "Pattern",
+    "attend_heads",
     "between",
     "causal_keys",
     "check_positive",
     "check_types",
     "find_pattern",
+    "group_heads",
+    "groups_of",
     "head_slots",
     "index_op",
     "parameter_kinds",
