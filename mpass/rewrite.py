@@ -28,7 +28,7 @@ from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.match import OpenedCall, erase_added, settle_calls
-from mpass.patterns.base import group_heads, patterns_as_text
+from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
 
 CONTIGUOUS = {"memory_format": torch.contiguous_format}
@@ -326,7 +326,8 @@ def insert_index(
         arguments = (site.query, key, key_mask, group.heads, offset, window, causal, site.scale)
         limits = (plan.dense_above, plan.min_seq_len)
         number = site_number(plan)
-        estimate = graph.call_function(group.op, (*arguments, *limits, *group.parameters, number))
+        given = (*arguments, *limits, *group.parameters, number)
+        estimate = graph.call_function(named_op(group.name), given)
         copy_meta(site.output, estimate)
         parts += unpack(graph, estimate, site.output)
     if len(heads.groups) == 1:

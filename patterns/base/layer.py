@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.index import AttentionMask, join_slots
-from mpass.patterns.base.op import head_slots, index_op, shared_slots
+from mpass.patterns.base.op import head_slots, named_op, shared_slots
 from mpass.patterns.base.pattern import Pattern
 
 
@@ -23,10 +23,11 @@ from mpass.patterns.base.pattern import Pattern
 class HeadGroup:
     """The heads of one kind of pattern.
 
-    heads: in ascending order; parameters: per field of the pattern, one value per head.
+    name: of the pattern; heads: in ascending order; parameters: per field of the pattern, one value
+    per head.
     """
 
-    op: torch._ops.OpOverload
+    name: str
     heads: list[int]
     parameters: list[list[Any]]
 
@@ -36,7 +37,8 @@ class HeadGroups:
     """All heads of a layer, and how their indexes become one.
 
     slots: `head_slots` of the layer's index. flat_slots, flat_heads, sizes: what `join_indexes`
-    needs where there are several groups. The lists are arguments of ops and are never written to.
+    needs where there are several groups. all_dense: whether no head is sparse. The lists are
+    arguments of ops and are never written to.
     """
 
     groups: tuple[HeadGroup, ...]
@@ -44,6 +46,7 @@ class HeadGroups:
     flat_slots: list[int]
     flat_heads: list[int]
     sizes: list[int]
+    all_dense: bool
 
 
 def group_heads(patterns: Sequence[Pattern]) -> HeadGroups:
@@ -55,7 +58,7 @@ def group_heads(patterns: Sequence[Pattern]) -> HeadGroups:
     for cls, heads in by_class.items():
         values = [patterns[head].parameters() for head in heads]
         parameters = [[own[name] for own in values] for name in values[0]]
-        groups.append(HeadGroup(index_op(cls), heads, parameters))
+        groups.append(HeadGroup(cls.name, heads, parameters))
     slots = [head_slots(cls, len(heads)) for cls, heads in by_class.items()]
     joined = join_slots(slots, list(by_class.values()))
     return HeadGroups(
@@ -64,6 +67,7 @@ def group_heads(patterns: Sequence[Pattern]) -> HeadGroups:
         flat_slots=[slot for part in slots for slot in part],
         flat_heads=[head for heads in by_class.values() for head in heads],
         sizes=[len(heads) for heads in by_class.values()],
+        all_dense=all(pattern.name == "dense" for pattern in patterns),
     )
 
 
@@ -97,7 +101,7 @@ def attend_heads(
     parts: list[Tensor] = []
     for group in heads.groups:
         arguments = (query, key, mask.key_mask, group.heads, *visible, scale)
-        parts += group.op(*arguments, *limits, *group.parameters, site)
+        parts += named_op(group.name)(*arguments, *limits, *group.parameters, site)
     if len(heads.groups) > 1:
         order = (heads.flat_slots, heads.flat_heads, heads.sizes)
         parts = list(torch.ops.minference.join_indexes.default(parts, *order))
