@@ -48,7 +48,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The functions without a compiler."""
     try:
         share: Tensor = mpass.density(query, key, pattern="a_shape(64, 128)")
-        heads = [mpass.Dense(), "a_shape(64, 128)", *PATTERNS]
+        heads: list[mpass.Pattern | str] = [mpass.Dense(), "a_shape(64, 128)", *PATTERNS]
         layer: Tensor = mpass.attend(
             query, key, value, patterns=heads, query_offset=64, softcap=30.0, layer=3
         )
