@@ -16,8 +16,8 @@ from torch import Tensor
 from mpass.failures import contain
 from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree, warn_of_lists
 from mpass.lowering.density import density, work_share
-from mpass.lowering.device import Lowering
-from mpass.lowering.dispatch import choose_lowering, device_lowering
+from mpass.lowering.device import REFERENCE, Lowering
+from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.recorder import AttentionCall, CallInputs, active_log, tell_watcher
@@ -141,6 +141,9 @@ def decide_dense(
         return f"{num_keys} keys, sparse from {min_seq_len} on"
     if dense_above >= 1.0:
         return ""
+    unserved = reason_against(inputs) if lowering is REFERENCE else ""
+    if unserved:
+        return unserved
     if not device_lowering(inputs.query.device).decides_by_cost:
         return lowering.decided(inputs, site)
     limit = min(dense_above, lowering.breakeven_density(inputs))

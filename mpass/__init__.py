@@ -32,6 +32,7 @@ _EXPORTS = {
     "XAttention": "mpass.patterns.x_attention",
     "LayerConfig": "mpass.config.layer",
     "SparseConfig": "mpass.config.sparse_config",
+    "attend": "mpass.functional",
     "calibrate": "mpass.calibration.search",
     "compile": "mpass.backend",
     "configure": "mpass.config.decorators",

@@ -9,6 +9,7 @@ from mpass.config.layer import LayerConfig as LayerConfig
 from mpass.config.sparse_config import SparseConfig as SparseConfig
 from mpass.errors import MpassError as MpassError
 from mpass.exported import rewrite_exported as rewrite_exported
+from mpass.functional import attend as attend
 from mpass.functional import computed_mask as computed_mask
 from mpass.functional import density as density
 from mpass.functional import sparse_attention as sparse_attention

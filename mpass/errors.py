@@ -31,6 +31,14 @@ class OptionValueError(MpassError):
         super().__init__(f"option {key!r} is {value!r}; allowed: {allowed}")
 
 
+class ArgumentError(MpassError):
+    """A number that a function of ours cannot take."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        told = f"a {type(value).__qualname__}" if hasattr(value, "shape") else repr(value)
+        super().__init__(f"{name} is {told}; allowed: {allowed}")
+
+
 class UnknownPatternError(MpassError):
     """A pattern name that no registered pattern has."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mpass.config.layer import as_pattern
+from mpass.config.heads import heads_of
+from mpass.config.layer import PatternLike, as_pattern
 from mpass.errors import (
+    ArgumentError,
     DeviceError,
     DtypeError,
     GradientError,
@@ -17,17 +20,101 @@ from mpass.errors import (
     TooLargeError,
 )
 from mpass.lowering import density as densities
-from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask, SparseIndex
-from mpass.lowering.inputs import AttentionInputs, EstimateInputs
+from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
-from mpass.patterns.base import Pattern, shared_slots
+from mpass.patterns.base import Pattern, attend_heads, shared_slots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the ops compute in; the accumulator is fp32."""
 
 MAX_MASK_BYTES = 2 << 30
 """`computed_mask` refuses to make a larger one; making it takes a few times as much."""
+
+
+DENSE_ABOVE = 0.6
+"""Share of the dense work above which `attend` runs dense attention, as the backend does."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    patterns: PatternLike | Sequence[PatternLike],
+    query_offset: int | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    window: int = 0,
+    dense_above: float = DENSE_ABOVE,
+    layer: int = -1,
+) -> Tensor:
+    """Compute causal attention now, as the backend does in a graph, with a pattern per head.
+
+    It is the call for engines that run a layer's attention themselves. B is the batch, H the number
+    of query heads, Hk that of key and value heads, Nq and Nk are the numbers of queries and keys, D
+    is the head_dim and Dv the size of a value. The result is [B, H, Nq, Dv], laid out in memory as
+    [B, Nq, H, Dv].
+
+    query: [B, H, Nq, D], in float32, bfloat16 or float16; views of any strides, as all inputs.
+    key: [B, Hk, Nk, D], where Hk divides H.
+    value: [B, Hk, Nk, Dv].
+    patterns: a pattern for all heads, or a sequence with one per query head; each an object or
+        text: `a_shape`, `a_shape(64, 128)`.
+    query_offset: the number of keys before the first query; needed where Nq is not Nk. Keys after
+        the last query are not looked at.
+    scale: the factor of the scores; 1 / sqrt(D) by default.
+    softcap: scores become softcap * tanh(score / softcap) if it is above 0.
+    sinks: float [H], one more logit per head, which takes part in the softmax and has no value.
+    key_mask: bool [B, Nk], False for padding.
+    window: the sliding window in tokens, a query's own included; 0 for none.
+    dense_above: dense attention runs where more than this share of the dense work is selected, or
+        where it is faster as measured; 1 or more for never. On GPUs, whose host reads no index,
+        what an earlier call of the same layer selected decides.
+    layer: its number, for records, messages and what is remembered; -1 is an unknown one, of which
+        nothing is remembered.
+
+    As in a compiled model, attention of a single query and of a layer whose heads are all dense is
+    dense without an estimation. So is what a GPU's kernels do not serve, unless `dense_above` is 1
+    or more. The caller decides from which lengths on sparse attention is asked for at all.
+
+    Nothing makes the host wait for a GPU. Under torch.compile the call is traced into the ops that
+    it runs.
+
+    Raises ShapeError, DtypeError, DeviceError, TensorTypeError, GradientError, ArgumentError,
+    OptionValueError, PatternValueError and UnknownPatternError before anything is computed.
+    """
+    mask = attention_mask(query, key, value, True, True, query_offset, window, key_mask)
+    check_numbers(scale, softcap, dense_above, layer)
+    if sinks is not None:
+        sinks = checked_sinks(sinks, query)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    kv_group = query.shape[1] // key.shape[1]
+    heads = heads_of(patterns, query.shape[1], layer, kv_group=kv_group)
+    end = mask.query_offset + query.shape[2]
+    if end != key.shape[2]:
+        key, value = key[:, :, :end], value[:, :, :end]
+        if key_mask is not None:
+            mask = dataclasses.replace(mask, key_mask=key_mask[:, :end])
+    if query.shape[2] == 1 or (heads.all_dense and window == 0):
+        dense: Tensor = torch.ops.minference.attention.default(
+            *(query, key, value, mask.key_mask, sinks, mask.query_offset, window, True),
+            *(scale, float(softcap)),
+        )
+        return dense
+    # As in graphs: dense attention with a softcap or sinks is slower than lowerings take it to be.
+    remembered = layer >= 0 and softcap == 0 and sinks is None
+    return attend_heads(
+        *(query, key, value, heads, mask),
+        scale=scale,
+        softcap=float(softcap),
+        sinks=sinks,
+        dense_above=float(dense_above),
+        layer=layer,
+        site=1 + layer if remembered else 0,
+    )
 
 
 def sparse_attention(
@@ -64,9 +151,10 @@ def sparse_attention(
     """
     mask = attention_mask(query, key, value, is_causal, enable_gqa, query_offset, window, key_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    index = estimate_index(query, key, mask, pattern, scale)
-    inputs = AttentionInputs(query, key, value, mask, scale)
-    return choose_lowering(inputs).sparse_attention(inputs, index)
+    chosen = causal_or_defined(as_pattern(pattern), mask)
+    kv_group = query.shape[1] // key.shape[1]
+    heads = heads_of(chosen, query.shape[1], kv_group=kv_group)
+    return attend_heads(query, key, value, heads, mask, scale=scale, dense_above=1.0)
 
 
 def computed_mask(
@@ -133,13 +221,46 @@ def estimate_index(
     query: Tensor, key: Tensor, mask: AttentionMask, pattern: Pattern | str, scale: float
 ) -> SparseIndex:
     """The index of one pattern for all heads."""
-    chosen = as_pattern(pattern)
-    if not mask.causal and not chosen.bidirectional:
-        raise ShapeError(f"{chosen.name} is defined for causal attention only: is_causal is False")
+    chosen = causal_or_defined(as_pattern(pattern), mask)
     heads = list(range(query.shape[1]))
     patterns = [chosen] * len(heads)
     index = type(chosen).estimate(EstimateInputs(query, key, mask, heads, scale), patterns)
     return dataclasses.replace(index, head_slots=shared_slots(patterns, index.head_slots))
+
+
+def causal_or_defined(pattern: Pattern, mask: AttentionMask) -> Pattern:
+    """The pattern, if it is defined under the mask; raises ShapeError."""
+    if not mask.causal and not pattern.bidirectional:
+        raise ShapeError(f"{pattern.name} is defined for causal attention only: is_causal is False")
+    return pattern
+
+
+def check_numbers(scale: object, softcap: object, dense_above: object, layer: object) -> None:
+    """Raise ArgumentError unless the numbers of `attend` are what they must be."""
+    least = (("softcap", softcap, "0 for none"), ("dense_above", dense_above, "0"))
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise ArgumentError("scale", scale, "a float, or None for 1 / sqrt(D)")
+    for name, number, zero in least:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not number >= 0:
+            raise ArgumentError(name, number, f"{zero}, or a larger number")
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ArgumentError("layer", layer, "the number of a layer, or -1 for an unknown one")
+
+
+def checked_sinks(sinks: Tensor, query: Tensor) -> Tensor:
+    """One logit per query head, one after the other in memory, as kernels read them."""
+    if not isinstance(sinks, Tensor):
+        raise TensorTypeError("sinks", sinks)
+    if sinks.requires_grad and torch.is_grad_enabled():
+        raise GradientError("sinks")
+    if sinks.shape != query.shape[1:2] or not sinks.dtype.is_floating_point:
+        raise ShapeError(
+            f"sinks are {sinks.dtype} {list(sinks.shape)}; expected a float per query head, "
+            f"{[query.shape[1]]}"
+        )
+    if sinks.device != query.device:
+        raise DeviceError(sinks.device, f"the query's, {query.device}, for sinks")
+    return sinks.contiguous()
 
 
 def attention_mask(
@@ -181,6 +302,9 @@ def attention_mask(
         raise ShapeError(
             f"{heads} query heads over {kv_heads} kv heads: pass enable_gqa=True if that is meant"
         )
+    for name, number in (("query_offset", query_offset), ("window", window)):
+        if isinstance(number, Tensor):  # reading it would make the host wait for a GPU
+            raise ArgumentError(name, number, "an int: lengths are known to the host")
     if window < 0:
         raise ShapeError(f"window is {window}; allowed: 0 for none, or a number of tokens")
     if key_mask is not None and not isinstance(key_mask, Tensor):
@@ -192,6 +316,8 @@ def attention_mask(
             f"key_mask is {key_mask.dtype} {list(key_mask.shape)}; "
             f"expected bool {[batch, num_keys]}"
         )
+    if key_mask is not None and key_mask.device != query.device:
+        raise DeviceError(key_mask.device, f"the query's, {query.device}, for key_mask")
     if not is_causal:
         if query_offset or window:
             raise ShapeError("query_offset and window need is_causal=True")

@@ -27,9 +27,8 @@ from mpass.graph.new_nodes import copy_meta, propagate, value_key
 from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
-from mpass.lowering.index import join_slots
 from mpass.match import OpenedCall, erase_added, settle_calls
-from mpass.patterns.base import Pattern, head_slots, index_op, patterns_as_text, shared_slots
+from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
 
 CONTIGUOUS = {"memory_format": torch.contiguous_format}
@@ -150,7 +149,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         visible = (key_mask, offset, mask.window, mask.causal)
         index, slots = insert_index(graph, plan, key, visible)
         sinks = insert_sinks(graph, site)
-        arguments = (site.query, key, value, *index, list(slots), key_mask, sinks)
+        arguments = (site.query, key, value, *index, slots, key_mask, sinks)
         output = graph.call_function(
             torch.ops.minference.sparse_attention.default,
             (
@@ -317,39 +316,28 @@ def insert_index(
     plan: AttentionPlan,
     key: fx.Node,
     visible: tuple[fx.Node | None, int | fx.Node, int, bool],
-) -> tuple[list[fx.Node], tuple[int, ...]]:
+) -> tuple[list[fx.Node], list[int]]:
     """Estimation ops for the patterns of a plan; the index's six nodes and its head_slots."""
     site = plan.site
-    groups: dict[type[Pattern], list[int]] = {}
-    for head, pattern in enumerate(plan.patterns):
-        groups.setdefault(type(pattern), []).append(head)
+    heads = group_heads(plan.patterns, site.num_heads // site.num_kv_heads)
     key_mask, offset, window, causal = visible
     parts: list[fx.Node] = []
-    for cls, heads in groups.items():
-        fields = plan.patterns[heads[0]].parameters()
-        parameters = [[plan.patterns[head].parameters()[name] for head in heads] for name in fields]
-        arguments = (site.query, key, key_mask, heads, offset, window, causal, site.scale)
+    for group in heads.groups:
+        arguments = (site.query, key, key_mask, group.heads, offset, window, causal, site.scale)
         limits = (plan.dense_above, plan.min_seq_len)
         number = site_number(plan)
-        estimate = graph.call_function(index_op(cls), (*arguments, *limits, *parameters, number))
+        given = (*arguments, *limits, *group.parameters, number)
+        estimate = graph.call_function(named_op(group.name), given)
         copy_meta(site.output, estimate)
         parts += unpack(graph, estimate, site.output)
-    kv_group = site.num_heads // site.num_kv_heads
-    slots = [
-        head_slots([plan.patterns[head] for head in heads], heads, kv_group)
-        for heads in groups.values()
-    ]
-    if len(groups) == 1:
-        return parts, shared_slots(plan.patterns, slots[0])
-    flat_slots = [slot for part in slots for slot in part]
-    flat_heads = [head for heads in groups.values() for head in heads]
-    sizes = [len(heads) for heads in groups.values()]
+    if len(heads.groups) == 1:
+        return parts, heads.slots
     joined = graph.call_function(
-        torch.ops.minference.join_indexes.default, (parts, flat_slots, flat_heads, sizes)
+        torch.ops.minference.join_indexes.default,
+        (parts, heads.flat_slots, heads.flat_heads, heads.sizes),
     )
     copy_meta(site.output, joined)
-    joined_slots = join_slots(slots, list(groups.values()))
-    return unpack(graph, joined, site.output), shared_slots(plan.patterns, joined_slots)
+    return unpack(graph, joined, site.output), heads.slots
 
 
 def unpack(graph: fx.Graph, node: fx.Node, origin: fx.Node) -> list[fx.Node]:

@@ -8,8 +8,9 @@ op, whose arguments are the dataclass's fields.
 """
 
 from mpass.patterns.base.checks import check_positive, check_types
+from mpass.patterns.base.layer import HeadGroups, attend_heads, group_heads, groups_of
 from mpass.patterns.base.masked_attention import patterns_as_text
-from mpass.patterns.base.op import head_slots, index_op, patterns_of, shared_slots
+from mpass.patterns.base.op import head_slots, index_op, named_op, patterns_of, shared_slots
 from mpass.patterns.base.parameters import parameter_kinds, take_parameter
 from mpass.patterns.base.pattern import HEAD_DIM, LENGTH, Lost, Pattern, between, causal_keys
 from mpass.patterns.base.registry import (
@@ -23,15 +24,20 @@ __all__ = [
     "ENTRY_POINTS",
     "HEAD_DIM",
     "LENGTH",
+    "HeadGroups",
     "Lost",
     "Pattern",
+    "attend_heads",
     "between",
     "causal_keys",
     "check_positive",
     "check_types",
     "find_pattern",
+    "group_heads",
+    "groups_of",
     "head_slots",
     "index_op",
+    "named_op",
     "parameter_kinds",
     "patterns_as_text",
     "patterns_of",

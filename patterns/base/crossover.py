@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.crossover import EstimatedWork, PatternWork
-from mpass.lowering.device import Lowering
-from mpass.lowering.dispatch import choose_lowering, device_lowering
+from mpass.lowering.device import REFERENCE, Lowering
+from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
 from mpass.patterns.base.pattern import Pattern
@@ -50,6 +50,9 @@ def reason_for_dense(
     if dense_above >= 1.0:
         return ""
     lowering = choose_lowering(inputs.attention())
+    unserved = reason_against(inputs.attention()) if lowering is REFERENCE else ""
+    if unserved:
+        return unserved
     if not device_lowering(query.device).decides_by_cost:
         name = type(own.patterns[0]).name if own.patterns else ""
         return lowering.begin_call(inputs.attention(), name, parts_of(own), site, dense_above)

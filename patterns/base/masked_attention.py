@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpass.lowering import recorder
-from mpass.lowering.index import AttentionMask, join_slots
+from mpass.lowering.index import AttentionMask
 from mpass.lowering.mask_forms import EVERY, SEGMENTS, UNKNOWN, MaskForm
 from mpass.lowering.mask_op import as_four
 from mpass.lowering.reference.attention import empty_output, repeat_kv
-from mpass.patterns.base.op import head_slots, index_op, shared_slots
+from mpass.patterns.base.layer import attend_heads, groups_of
 from mpass.patterns.base.pattern import Pattern
 from mpass.patterns.base.registry import find_pattern
 
@@ -157,35 +157,15 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, request: Request
 ) -> Tensor:
     """Estimation and sparse attention under a mask in words, by the ops of rewritten graphs."""
-    patterns = request.patterns
-    groups: dict[type[Pattern], list[int]] = {}
-    for head, pattern in enumerate(patterns):
-        groups.setdefault(type(pattern), []).append(head)
-    visible = (mask.query_offset, mask.window, mask.causal)
-    limits = (request.dense_above, request.min_seq_len)
-    parts: list[Tensor] = []
-    for cls, heads in groups.items():
-        fields = patterns[heads[0]].parameters()
-        values = [[patterns[head].parameters()[name] for head in heads] for name in fields]
-        arguments = (query, key, mask.key_mask, heads, *visible, request.scale)
-        parts += index_op(cls)(*arguments, *limits, *values)
-    kv_group = query.shape[1] // key.shape[1]
-    slots = [
-        head_slots([patterns[head] for head in heads], heads, kv_group) for heads in groups.values()
-    ]
-    joined = slots[0]
-    if len(groups) > 1:
-        joined = join_slots(slots, list(groups.values()))
-        flat = [slot for part in slots for slot in part]
-        heads = [head for group in groups.values() for head in group]
-        sizes = [len(group) for group in groups.values()]
-        parts = list(torch.ops.minference.join_indexes(parts, flat, heads, sizes))
-    out: Tensor = torch.ops.minference.sparse_attention(
-        *(query, key, value, *parts, list(shared_slots(patterns, joined))),
-        *(mask.key_mask, request.sinks, *visible, request.scale, request.softcap),
-        *(*limits, request.layer),
+    return attend_heads(
+        *(query, key, value, groups_of(request.patterns, query.shape[1] // key.shape[1]), mask),
+        scale=request.scale,
+        softcap=request.softcap,
+        sinks=request.sinks,
+        dense_above=request.dense_above,
+        min_seq_len=request.min_seq_len,
+        layer=request.layer,
     )
-    return out
 
 
 def attend_densely(

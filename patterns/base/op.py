@@ -119,7 +119,12 @@ def patterns_of(
 
 def index_op(cls: type[Pattern]) -> torch._ops.OpOverload:
     """The registered op of a pattern."""
-    op: torch._ops.OpOverload = getattr(torch.ops.minference, cls.name).default
+    return named_op(cls.name)
+
+
+def named_op(name: str) -> torch._ops.OpOverload:
+    """The registered op of the pattern of a name."""
+    op: torch._ops.OpOverload = getattr(torch.ops.minference, name).default
     return op
 
 

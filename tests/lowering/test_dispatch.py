@@ -105,6 +105,21 @@ def test_a_registered_lowering_serves_its_device(register):
     assert dispatch.reason_against(half) == "the toy takes float32"
 
 
+def test_what_a_lowering_does_not_serve_is_dense_unless_dense_is_forbidden(register):
+    toy, calls = toy_lowering()
+    register(toy)
+    query, key, value = (tensor.half() for tensor in random_attention(num_queries=200))
+    calls.clear()
+    with record() as log:
+        for dense_above in (0.6, 1.0):
+            mpass.attend(query, key, value, patterns="vertical_slash", dense_above=dense_above)
+    assert calls == []
+    assert [(call.lowering, call.reason) for call in log.calls] == [
+        ("dense", "the toy takes float32"),
+        ("reference", ""),
+    ]
+
+
 def test_compiled_programs_ask_the_lowering_of_the_device(register):
     toy, calls = toy_lowering(shortest_prompt=64, default_pattern="vertical_slash")
     register(toy)

@@ -48,10 +48,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The functions without a compiler."""
     try:
         share: Tensor = mpass.density(query, key, pattern="a_shape(64, 128)")
-        cells: Tensor = mpass.computed_mask(query, key, pattern=PATTERNS[0])
-        return (
-            mpass.sparse_attention(query, key, value, pattern="union") * share.mean() + cells.sum()
+        heads: list[mpass.Pattern | str] = [mpass.Dense(), "a_shape(64, 128)", *PATTERNS]
+        layer: Tensor = mpass.attend(
+            query, key, value, patterns=heads, query_offset=64, softcap=30.0, layer=3
         )
+        layer = mpass.attend(query, key, layer, patterns="union", sinks=share[0], key_mask=None)
+        cells: Tensor = mpass.computed_mask(query, key, pattern=PATTERNS[0])
+        layer = layer + mpass.sparse_attention(query, key, value, pattern="union")
+        return layer * share.mean() + cells.sum()
     except (mpass.MpassError, mpass.errors.ShapeError) as error:
         raise SystemExit(str(error)) from error
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch._library.custom_ops import OPDEFS
 
-import mpass.transformers_attention  # noqa: F401  (its op is among those that are walked)
+import mpass
+import mpass.transformers_attention  # its op is among those that are walked
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.estimators import ESTIMATORS
 from mpass.lowering.index import (
@@ -128,6 +129,18 @@ def test_no_op_reads_the_device(name, mask, device):
     for given in arguments:
         with record(), Watched(), dry_run():
             implementation(*given)
+
+
+@pytest.mark.parametrize("queries", [1, QUERIES])
+@pytest.mark.parametrize("patterns", ["union", ["dense", "a_shape", "union", "vertical_slash"]])
+def test_attend_reads_no_tensor_on_the_way_to_its_ops(patterns, queries, device):
+    query, key, value = tensors(device, queries)
+    key_mask = torch.ones(2, KEYS, dtype=torch.bool, device=device)
+    given = {"sinks": torch.ones(HEADS, device=device), "softcap": 2.0, "key_mask": key_mask}
+    with Watched():
+        for words in ({}, given):
+            out = mpass.attend(query, key, value, patterns=patterns, query_offset=9, **words)
+    assert out.shape == (2, HEADS, queries, 64)
 
 
 def test_a_mask_that_only_running_tells_is_not_read_there(device):
