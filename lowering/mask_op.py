@@ -36,8 +36,8 @@ def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
         if device_lowering(mask.device).decides_by_cost:
             read = read_mask(cells)
-            tensors = (read.key_mask, read.first, read.last)
-            return read.form.tensor(), *(tensor.clone() for tensor in tensors)
+            key_mask, first, last = (t.clone() for t in (read.key_mask, read.first, read.last))
+            return read.form.tensor(), key_mask, first, last
     except Exception as error:
         contain(error, "reading a mask")
     batch, _, num_queries, num_keys = cells.shape
