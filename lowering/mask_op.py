@@ -21,11 +21,11 @@ def as_four(mask: Tensor) -> Tensor:
 @torch.library.custom_op(
     "minference::read_mask",
     mutates_args=(),
-    schema="(Tensor mask) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor mask) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
-def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The form of a mask, as numbers int64 [5] on the CPU, key_mask [B, Nk] and first [B, Nq].
+def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The form of a mask: numbers int64 [5] on the CPU, key_mask [B, Nk], first, last [B, Nq].
 
     mask: [.., Nq, Nk] of two to four dimensions, bool or additive. B is its own batch, 1 or more.
     Never fails: what cannot be read is of an unknown form, and dense attention runs under it. So it
@@ -36,20 +36,22 @@ def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         if device_lowering(mask.device).decides_by_cost:
             read = read_mask(cells)
-            return read.form.tensor(), read.key_mask.clone(), read.first.clone()
+            key_mask, first, last = (t.clone() for t in (read.key_mask, read.first, read.last))
+            return read.form.tensor(), key_mask, first, last
     except Exception as error:
         contain(error, "reading a mask")
     batch, _, num_queries, num_keys = cells.shape
     key_mask = torch.ones(batch, num_keys, dtype=torch.bool, device=mask.device)
     first = torch.zeros(batch, num_queries, dtype=torch.int64, device=mask.device)
-    return MaskForm().tensor(), key_mask, first
+    return MaskForm().tensor(), key_mask, first, first.clone()
 
 
 @read_mask_op.register_fake
-def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, num_queries, num_keys = as_four(mask).shape
     return (
         torch.empty(5, dtype=torch.int64, device="cpu"),
         mask.new_empty(batch, num_keys, dtype=torch.bool),
+        mask.new_empty(batch, num_queries, dtype=torch.int64),
         mask.new_empty(batch, num_queries, dtype=torch.int64),
     )

@@ -198,7 +198,7 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
         if read is None:
             read = graph.call_function(read_mask, (mask,))
             copy_meta(site.output, read)
-        form = [graph.call_function(operator.getitem, (read, i)) for i in range(3)]
+        form = [graph.call_function(operator.getitem, (read, i)) for i in range(4)]
         output = graph.call_function(
             torch.ops.minference.masked_attention.default,
             (

@@ -8,7 +8,8 @@ site that stays dense with the reason; a softmax without them (a router's) is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from sympy.core.function import AppliedUndef
@@ -20,7 +21,13 @@ from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
 from mpass.masks.expressions import axis
 from mpass.masks.prover import MaskProof, MaskProver
-from mpass.match.common import gradient_reason, make_site, readable_mask, shape_reason
+from mpass.match.common import (
+    constant_number,
+    gradient_reason,
+    make_site,
+    readable_mask,
+    shape_reason,
+)
 from mpass.match.eager_scores import (
     CASTS,
     FOLDS,
@@ -43,6 +50,9 @@ from mpass.match.folds import (
 from mpass.match.products import Product, bind_scores, bind_value, operands
 from mpass.match.repeat_kv import made_from, original, original_pair
 from mpass.match.spelling import Spelling
+
+ABSORBING = -1e30
+"""A number this low plus a score is the number itself, in fp32 and bf16."""
 
 NO_PRODUCTS = (
     "the products are not of [B, H, N, D] tensors, nor of [B*H, N, D]: expand or reshape them"
@@ -105,7 +115,7 @@ def build_site(
         sinks=sinks,
         mask=proof.meaning,
         unproven=proof.reason,
-        mask_tensor=None if reason else added_mask(scores.masks, query, key, prover),
+        mask_tensor=None if reason else added_mask(scores.masks, query, key, chain.softmax, prover),
         output_transposed=second.output_transposed,
         output_folded=len(shape_of(output)) == 3,
         dtype=example(product).dtype,
@@ -151,19 +161,69 @@ def bound_operands(
 
 
 def added_mask(
-    steps: Sequence[tuple[fx.Node, fx.Node]], query: fx.Node, key: fx.Node, prover: MaskProver
+    steps: Sequence[tuple[fx.Node, fx.Node]],
+    query: fx.Node,
+    key: fx.Node,
+    before: fx.Node,
+    prover: MaskProver,
 ) -> fx.Node | None:
-    """The tensor that is added to the scores, if this is all that is done to them but casts."""
+    """The tensor that is added to the scores, if this is all that is done to them but casts.
+
+    One that chooses which scores are replaced becomes such a tensor by a new node at `before`.
+    """
     others = [(op, carried) for op, carried in steps if op_name(op) not in CASTS | FOLDS]
-    if len(others) != 1 or op_name(others[0][0]) != "add":
+    if len(others) != 1:
         return None
     op, carried = others[0]
+    if op_name(op) in ("masked_fill", "where") and len(shape_of(op)) == 4:
+        return as_added(op, carried, query, key, before, prover)
+    if op_name(op) != "add":
+        return None
     mask = next((node for node in tensor_arguments(op) if node is not carried), None)
     if mask is None or example(mask).dtype == torch.bool:
         return None
     if not readable(mask, len(shape_of(op)) == 3):
         return None
     return readable_mask(mask, query, key, prover.writes)
+
+
+def as_added(
+    op: fx.Node,
+    carried: fx.Node,
+    query: fx.Node,
+    key: fx.Node,
+    before: fx.Node,
+    prover: MaskProver,
+) -> fx.Node | None:
+    """A new node with the mask that masked_fill or where mean, as one that is added to scores.
+
+    None where the number that replaces scores is not so low that adding it gives that very number:
+    then a row without keys would have other weights.
+    """
+    given = bind(op)
+    filled = op_name(op) == "masked_fill"
+    condition = given.get("mask" if filled else "condition")
+    lowest = constant_number(given.get("value" if filled else "other"))
+    mask = readable_mask(condition, query, key, prover.writes)
+    if given.get("input") is not carried or lowest is None or lowest > ABSORBING:
+        return None
+    dtype = example(op).dtype
+    if mask is None or example(mask).dtype != torch.bool or dtype == torch.float16:
+        return None
+    aten = torch.ops.aten
+    hidden = mask if filled else new_node(before, aten.logical_not.default, mask)
+    zeros = new_node(before, aten.zeros_like.default, mask, dtype=torch.float32)
+    return new_node(before, aten.masked_fill.Scalar, zeros, hidden, lowest)
+
+
+def new_node(before: fx.Node, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call of an op, dead until a rewrite reads it."""
+    with before.graph.inserting_before(before):
+        result = before.graph.call_function(op, args, kwargs)
+    values = [example(arg) if isinstance(arg, fx.Node) else arg for arg in args]
+    result.meta["example_value"] = op(*values, **kwargs)
+    result.meta[MADE_HERE] = True
+    return result
 
 
 def rounding(chain: Chain, weights: Weights) -> str:
@@ -218,11 +278,7 @@ def sink_logits(sinks: fx.Node, softmax: fx.Node, prover: MaskProver) -> fx.Node
 
 def repeated(node: fx.Node, heads: int, before: fx.Node) -> fx.Node:
     """A new node with a [1] tensor repeated for each head; dead until a rewrite reads it."""
-    with node.graph.inserting_before(before):
-        result = node.graph.call_function(torch.ops.aten.repeat.default, (node, [heads]))
-    result.meta["example_value"] = example(node).repeat(heads)
-    result.meta[MADE_HERE] = True
-    return result
+    return new_node(before, torch.ops.aten.repeat.default, node, [heads])
 
 
 def other_readers(chain: Chain) -> str:

@@ -21,7 +21,15 @@ from torch.nn import functional as F
 
 from mpass.lowering import recorder
 from mpass.lowering.index import AttentionMask
-from mpass.lowering.mask_forms import EVERY, SEGMENTS, UNKNOWN, MaskForm
+from mpass.lowering.mask_forms import (
+    EVERY,
+    SEGMENTS,
+    SPANS,
+    UNKNOWN,
+    MaskForm,
+    ReadMask,
+    outside_spans,
+)
 from mpass.lowering.mask_op import as_four
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.patterns.base.layer import attend_heads, groups_of
@@ -31,8 +39,12 @@ from mpass.patterns.base.registry import find_pattern
 CHUNK = 256
 """Rows that are computed at a time where scores are written out."""
 
+FEWEST_QUERIES = 128
+"""A span of fewer queries is dense: to estimate what it sees would cost as much as it saves."""
+
 NO_FORM = "its mask, read at run time, has no form that the kernels know"
 NOT_CAUSAL = "its mask, read at run time, is not causal, and a pattern is defined for causal only"
+IN_A_SPAN = "queries of a span that sees itself (an image, a prefix) attend densely"
 
 
 def patterns_as_text(patterns: Sequence[Pattern]) -> str:
@@ -68,8 +80,8 @@ class Request:
     "minference::masked_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
-    "Tensor first, Tensor? sinks, str patterns, float scale, float softcap, bool written_out, "
-    "float dense_above, SymInt min_seq_len, int layer) -> Tensor",
+    "Tensor first, Tensor last, Tensor? sinks, str patterns, float scale, float softcap, "
+    "bool written_out, float dense_above, SymInt min_seq_len, int layer) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def masked_attention(
@@ -80,6 +92,7 @@ def masked_attention(
     form: Tensor,
     key_mask: Tensor,
     first: Tensor,
+    last: Tensor,
     sinks: Tensor | None,
     patterns: str,
     scale: float,
@@ -92,10 +105,10 @@ def masked_attention(
     """Attention under `mask`, sparse where its form allows it.
 
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
-    [B, Nq, H, Dv]. mask: [.., Nq, Nk], bool or added to the scores. form, key_mask, first: of
-    minference::read_mask. patterns: of `patterns_as_text`. written_out: whether the program spells
-    its softmax out, so that a row of minus infinities is NaN, as there. The others are those of
-    minference::sparse_attention.
+    [B, Nq, H, Dv]. mask: [.., Nq, Nk], bool or added to the scores. form, key_mask, first,
+    last: of minference::read_mask. patterns: of `patterns_as_text`. written_out: whether the
+    program spells its softmax out, so that a row of minus infinities is NaN, as there. The others
+    are those of minference::sparse_attention.
     """
     own = patterns_from_text(patterns)
     request = Request(own, sinks, scale, softcap, written_out, dense_above, min_seq_len, layer)
@@ -106,7 +119,7 @@ def masked_attention(
     if read.kind == EVERY and not all(pattern.bidirectional for pattern in own):
         return attend_densely(query, key, value, cells, request, NOT_CAUSAL)
     batch, num_queries = query.shape[0], query.shape[2]
-    key_mask, first = key_mask.expand(batch, -1), first.expand(batch, -1)
+    key_mask, first, last = (each.expand(batch, -1) for each in (key_mask, first, last))
     padding = key_mask if read.padded else None
     if read.kind == EVERY:
         out = attend(query, key, value, AttentionMask(False, 0, 0, padding), request)
@@ -123,13 +136,16 @@ def masked_attention(
             queries = query[rows, :, start:stop]
             keys, values = key[rows, :, begin:end], value[rows, :, begin:end]
             out[rows, :, start:stop] = attend(queries, keys, values, part, request)
+    elif read.kind == SPANS:
+        out = attend_spans(query, key, value, cells, ReadMask(read, key_mask, first, last), request)
     else:
         end = read.offset + num_queries
         padding = None if padding is None else padding[:, :end]
         seen = AttentionMask(True, read.offset, read.window, padding)
         out = attend(query, key[:, :, :end], value[:, :, :end], seen, request)
     if read.empty and mask.dtype != torch.bool:
-        fill_empty_rows(out, query, key, value, cells, key_mask, first, read, request)
+        read_tensors = ReadMask(read, key_mask, first, last)
+        fill_empty_rows(out, query, key, value, cells, read_tensors, request)
     return out
 
 
@@ -151,6 +167,48 @@ def segments(first: Tensor) -> Iterator[tuple[slice, int, int, int]]:
         for begin, count in zip(values.tolist(), counts.tolist(), strict=True):
             yield rows, start, start + count, begin
             start += count
+
+
+def attend_spans(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, read: ReadMask, request: Request
+) -> Tensor:
+    """Attention that is causal but within spans, whose queries see all of their span.
+
+    One sparse causal attention serves what stands outside of the spans (and between them, which
+    is cheaper than a call for each stretch). Then each span replaces its rows: by sparse attention
+    that is not causal where the patterns are defined for that and no window cuts it, else densely.
+    """
+    out = empty_output(query, value)
+    offset, window = read.form.offset, read.form.window
+    positions = torch.arange(query.shape[2], device=query.device) + offset
+    bidirectional = window == 0 and all(p.bidirectional for p in request.patterns)
+    for rows in [slice(b, b + 1) for b in range(query.shape[0])]:
+        own = (query[rows], key[rows], value[rows])
+        cells = mask[rows] if mask.shape[0] > 1 else mask
+        last = read.last[rows.start]
+        alone = outside_spans(last, positions).nonzero()[:, 0]
+        if len(alone):
+            start, stop = int(alone[0]), int(alone[-1]) + 1
+            end = offset + stop
+            hidden = read.key_mask[rows, :end] if read.form.padded else None
+            seen = AttentionMask(True, offset + start, window, hidden)
+            queries, keys, values = own[0][:, :, start:stop], own[1][:, :, :end], own[2][:, :, :end]
+            out[rows, :, start:stop] = attend(queries, keys, values, seen, request)
+        ends, counts = last.unique_consecutive(return_counts=True)
+        start = 0
+        for end, count in zip((ends + 1).tolist(), counts.tolist(), strict=True):
+            stop = start + count
+            if count > 1 or end > offset + stop:
+                begin = int(read.first[rows.start, start])
+                part = (own[0][:, :, start:stop], own[1][:, :, begin:end], own[2][:, :, begin:end])
+                if bidirectional and count >= FEWEST_QUERIES:
+                    seen = AttentionMask(False, 0, 0, read.key_mask[rows, begin:end])
+                    out[rows, :, start:stop] = attend(*part, seen, request)
+                else:
+                    strip = cells[:, :, start:stop, begin:end]
+                    out[rows, :, start:stop] = attend_densely(*part, strip, request, IN_A_SPAN)
+            start = stop
+    return out
 
 
 def attend(
@@ -231,9 +289,7 @@ def fill_empty_rows(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    key_mask: Tensor,
-    first: Tensor,
-    form: MaskForm,
+    read: ReadMask,
     request: Request,
 ) -> None:
     """Compute the rows that see no key, which sparse attention leaves 0, as the program does.
@@ -241,12 +297,9 @@ def fill_empty_rows(
     Where keys are hidden by a finite number such a row is a mean of values, and what follows may
     read it.
     """
-    batch, _, num_queries, _ = query.shape
-    before = F.pad(key_mask.long().cumsum(-1), (1, 0))
-    stop = torch.arange(num_queries, device=out.device) + form.offset + 1
-    if form.kind == EVERY:
-        stop = torch.full_like(stop, key_mask.shape[1])
-    empty = before[:, stop] == before.gather(1, first)
+    batch = query.shape[0]
+    before = F.pad(read.key_mask.long().cumsum(-1), (1, 0))
+    empty = before.gather(1, read.last + 1) == before.gather(1, read.first)
     mask = mask.expand(batch, *mask.shape[1:])
     for b in range(batch):
         for rows in empty[b].nonzero()[:, 0].split(CHUNK):

@@ -12,6 +12,7 @@ from mpass.lowering.mask_forms import (
     CAUSAL,
     EVERY,
     SEGMENTS,
+    SPANS,
     UNKNOWN,
     MaskForm,
     ReadMask,
@@ -41,6 +42,22 @@ def packed(offset: int, *ends: int) -> Tensor:
     bounds = torch.tensor(ends)
     documents = [torch.bucketize(each, bounds, right=True) for each in (position, key)]
     return causal(offset) & (documents[0] == documents[1])
+
+
+def spans(offset: int, *ends: tuple[int, int]) -> Tensor:
+    """Causal, but the queries from one position to another see all of these positions."""
+    position, key = grid(offset)
+    seen = causal(offset)
+    for start, stop in ends:
+        inside = [(each >= start) & (each < stop) for each in (position, key)]
+        seen = seen | inside[0] & inside[1]
+    return seen
+
+
+def cell(row: int, key: int) -> Tensor:
+    mask = torch.zeros(1, 1, N, K, dtype=torch.bool)
+    mask[..., row, key] = True
+    return mask
 
 
 def padding(*hidden: slice) -> Tensor:
@@ -88,16 +105,37 @@ MASKS = {
     "not their own position": (causal(-1), MaskForm()),
     "anti-causal": (~causal(), MaskForm()),
     "per head": (torch.cat([causal(), causal(50)], 1), MaskForm()),
-    "prefix that sees itself": (causal() | (torch.arange(K) < 40), MaskForm()),
+    "prefix that sees itself": (spans(0, (0, 40)), MaskForm(SPANS)),
+    "images": (spans(0, (20, 50), (90, 120)), MaskForm(SPANS)),
+    "images side by side, a cached prefix before them": (
+        spans(50, (60, 90), (90, 121), (198, 200)),
+        MaskForm(SPANS, 50),
+    ),
+    "images in a static cache": (spans(17, (30, 80)), MaskForm(SPANS, 17)),
+    "images under a window": (
+        spans(0, (20, 50), (90, 120)) & (grid(0)[0] - grid(0)[1] < 40),
+        MaskForm(SPANS, window=40),
+    ),
+    "images, differently per row, padded": (
+        torch.cat([spans(0, (40, 70)), spans(0, (0, 60))]) & padding(LEFT, RIGHT),
+        MaskForm(SPANS, padded=True, empty=True),
+    ),
+    "padding within a span": (
+        spans(0, (0, 60)) & padding(slice(0, 30)),
+        MaskForm(SPANS, padded=True),
+    ),
+    "a span without its last key": (spans(0, (20, 50), (50, 51)) & ~cell(30, 49), MaskForm()),
+    "images without a window of their own": (
+        window(0, 20) | spans(0, (30, 80)) & (grid(0)[1] >= 30) & (grid(0)[0] < 80),
+        MaskForm(),
+    ),
 }
 
 
 def meant(read: ReadMask) -> Tensor:
     """The cells [B, 1, Nq, Nk] that are seen by what was read."""
     key = torch.arange(read.key_mask.shape[1])
-    position = torch.arange(read.first.shape[1])[:, None] + read.form.offset
-    seen = (key >= read.first[..., None]) & (key <= position)
-    seen = torch.ones_like(seen) if read.form.kind == EVERY else seen
+    seen = (key >= read.first[..., None]) & (key <= read.last[..., None])
     return (seen & read.key_mask[:, None])[:, None]
 
 
@@ -107,6 +145,9 @@ def check(read: ReadMask, mask: Tensor) -> None:
         return
     assert torch.equal(meant(read), mask)
     assert read.form.empty == (not mask.any(-1).all())
+    if read.form.kind not in (EVERY, SPANS):
+        assert torch.equal(read.last, (torch.arange(N) + read.form.offset).expand_as(read.last))
+    assert all(bool((each.diff() >= 0).all()) for each in (read.first, read.last))
     if read.form.kind == CAUSAL:
         inside = torch.arange(N)[:, None] + read.form.offset - torch.arange(K)
         width = read.form.window
@@ -149,4 +190,4 @@ def test_batch_rows_of_one_memory_are_read_once():
     read = read_mask(mask)
     assert read.form == MaskForm(CAUSAL)
     assert read.key_mask.shape == (3, K)
-    assert read.first.shape == (3, N)
+    assert read.first.shape == read.last.shape == (3, N)

@@ -209,6 +209,69 @@ def test_no_mask_is_read_where_the_host_would_wait_for_it(monkeypatch):
     assert "values are unknown when compiling" in mpass.last_report().summary()
 
 
+def masked_fill(query, key, value, seen, hidden):
+    key, value = (tensor.repeat_interleave(2, 1) for tensor in (key, value))
+    return (query @ key.mT * 0.25).masked_fill(seen == 0, hidden).softmax(-1) @ value
+
+
+def where(query, key, value, seen, hidden):
+    key, value = (tensor.repeat_interleave(2, 1) for tensor in (key, value))
+    return torch.where(seen.bool(), query @ key.mT * 0.25, hidden).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, SMALLEST])
+@pytest.mark.parametrize("program", [masked_fill, where])
+def test_a_buffer_that_says_which_scores_are_replaced(program, hidden):
+    """As nanoGPT keeps its triangle; rows without keys are as the program leaves them."""
+    backend = RecordingBackend(**OPTIONS, validate="full")
+    run = torch.compile(program, backend=backend)
+    for name, seen in masks().items():
+        with torch.no_grad(), record() as log:
+            out = run(*tensors(), seen.float(), hidden)
+        expected = program(*tensors(), seen.float(), hidden)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4, equal_nan=True)
+        assert lowerings(log) == (["cpu"] if name in KNOWN else ["dense"])
+    assert len(backend.after) == 1
+
+
+@pytest.mark.parametrize("program", [masked_fill, where])
+def test_scores_replaced_by_a_number_that_may_count_stay_dense(program):
+    backend = RecordingBackend(**OPTIONS)
+    mask = masks()["nothing"].float()
+    with torch.no_grad():
+        out = torch.compile(program, backend=backend)(*tensors(), mask, -1e4)
+    torch.testing.assert_close(out, program(*tensors(), mask, -1e4))
+    assert backend.count("masked_attention") == 0
+
+
+TRIANGLE = torch.ones(2 * N, 2 * N, dtype=torch.bool).tril()[None, None]
+
+
+def rows_of_a_triangle(query, key, value, triangle, positions):
+    """As litgpt takes the mask of a cache; torchtune indexes by positions of each batch row."""
+    mask = triangle.index_select(2, positions)[..., : key.shape[2]]
+    return with_sdpa(query, key, value, mask)
+
+
+def rows_per_batch_row(query, key, value, triangle, positions):
+    mask = triangle[0, 0][positions.expand(query.shape[0], -1), None, :].movedim(2, 1)
+    return with_sdpa(query, key, value, mask[..., : key.shape[2]])
+
+
+@pytest.mark.parametrize("program", [rows_of_a_triangle, rows_per_batch_row])
+def test_rows_of_a_triangle_at_positions_that_are_an_input(program):
+    """Every prefill with a cache: the positions in order are sparse, others dense and right."""
+    backend = RecordingBackend(**OPTIONS)
+    run = torch.compile(program, backend=backend)
+    for positions, lowering in ((torch.arange(N), "cpu"), (torch.arange(N).flip(0), "dense")):
+        with torch.no_grad(), record() as log:
+            out = run(*tensors(), TRIANGLE, positions)
+        expected = program(*tensors(), TRIANGLE, positions)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+        assert lowerings(log) == [lowering]
+    assert len(backend.after) == 1
+
+
 # -- validation ---------------------------------------------------------------------------------
 
 

@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mpass import BlockTopP
+from mpass import BlockSparse, BlockTopP
+from mpass.lowering.mask_forms import SPANS
 from mpass.lowering.recorder import record
 from mpass.patterns.base import patterns_as_text
-from mpass.patterns.base.masked_attention import patterns_from_text
+from mpass.patterns.base.masked_attention import IN_A_SPAN, patterns_from_text
 from tests.helpers.toys import EVERY_KEY
-from tests.lowering.test_mask_forms import MASKS, K, N
+from tests.lowering.test_mask_forms import LEFT, MASKS, NONE, K, N, causal, padding, spans, window
 
 SPARSE = {"cpu", "reference"}
 ALL_BLOCKS = BlockTopP(1.0)
+PER_ROW = "images, differently per row, padded"
 
 
 def tensors(batch: int):
@@ -59,13 +61,16 @@ def test_bool_masks(name):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     ran = {call.lowering for call in calls}
     known = name not in ("every key", "padding alone") and form.kind
-    assert ran <= SPARSE if known else ran == {"dense"}
+    if form.kind == SPANS:
+        assert ran & SPARSE and "dense" in ran
+    else:
+        assert ran <= SPARSE if known else ran == {"dense"}
     assert all(call.layer == 3 for call in calls)
     assert all(call.reason for call in calls if call.lowering == "dense")
 
 
 @pytest.mark.parametrize("hidden", [-1e4, torch.finfo(torch.float32).min])
-@pytest.mark.parametrize("name", ["left and right padding", "packed", "every key", "anti-causal"])
+@pytest.mark.parametrize("name", ["left and right padding", "packed", "every key", PER_ROW])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_finite_masks_keep_the_means_of_rows_that_see_nothing(name, hidden, softcap):
     mask = torch.where(MASKS[name][0], 0.0, hidden)
@@ -96,6 +101,24 @@ def test_no_index_crosses_a_segment():
     mask = MASKS["packed"][0]
     _, calls = run(mask, [EVERY_KEY] * 4)
     assert [(call.num_queries, call.num_keys) for call in calls] == [(60, 60), (40, 40), (50, 50)]
+
+
+@pytest.mark.parametrize("hidden", [NONE, LEFT])
+def test_a_long_prefix_that_sees_itself_is_sparse_where_the_pattern_allows_it(hidden):
+    mask = spans(0, (0, 140)) & padding(hidden)
+    out, calls = run(mask, [BlockSparse(1 << 20)] * 4)
+    query, key, value = tensors(1)
+    expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    assert [(call.num_queries, call.num_keys) for call in calls] == [(10, 150), (140, 140)]
+    assert all(call.lowering in SPARSE for call in calls)
+
+
+def test_a_span_under_a_window_reads_no_key_before_it():
+    mask = spans(0, (100, 130)) & window(0, 40).logical_or(spans(0, (100, 130)) & ~causal())
+    _, calls = run(mask, [EVERY_KEY] * 4)
+    assert [(call.num_queries, call.num_keys) for call in calls] == [(150, 150), (30, 69)]
+    assert calls[1].reason == IN_A_SPAN
 
 
 def test_patterns_go_through_text():
