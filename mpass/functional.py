@@ -81,7 +81,7 @@ def attend(
     or more. The caller decides from which lengths on sparse attention is asked for at all.
 
     Nothing makes the host wait for a GPU. Under torch.compile the call is traced into the ops that
-    it runs.
+    it runs; torch 2.11 takes patterns as text alone there.
 
     Raises ShapeError, DtypeError, DeviceError, TensorTypeError, GradientError, ArgumentError,
     OptionValueError, PatternValueError and UnknownPatternError before anything is computed.

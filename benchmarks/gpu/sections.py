@@ -29,7 +29,7 @@ from mpass.lowering.reference.block_sparse import BlockSparseRule
 from mpass.lowering.reference.vertical_slash import VerticalSlashRule
 from mpass.lowering.triton import LOWERING as lowering
 from mpass.lowering.triton.interpret import interpreted_language
-from mpass.lowering.triton.union import vertical_block_index
+from mpass.lowering.triton.union import vertical_block_index_by
 from mpass.patterns.base import find_pattern
 from mpass.patterns.base.scored import ListPattern, shared_index
 from mpass.patterns.sample_attention import SampleAttention
@@ -265,7 +265,7 @@ def union(query: torch.Tensor, key: torch.Tensor, *, int8: bool, lines: int) -> 
         query, key, AttentionMask(), range(query.shape[1]), query.shape[-1] ** -0.5
     )
     rules = [pattern.rule()] * query.shape[1]
-    return vertical_block_index(inputs, rules, int8=int8, lines=lines)
+    return vertical_block_index_by(inputs, rules, int8=int8, lines=lines)
 
 
 ESTIMATORS: dict[str, Estimator] = {

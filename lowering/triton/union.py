@@ -29,14 +29,19 @@ from mpass.lowering.triton.spec import INT8_TARGETS, SCORE_STAGES, score_lines, 
 from mpass.lowering.triton.vertical_slash import last_query_sums, list_columns
 
 
-def vertical_block_index(
+def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRule]) -> SparseIndex:
+    """As mpass.lowering.reference.union."""
+    return vertical_block_index_by(inputs, rules)
+
+
+def vertical_block_index_by(
     inputs: EstimateInputs,
     rules: Sequence[VerticalBlockRule],
     *,
     int8: bool | None = None,
     lines: int | None = None,
 ) -> SparseIndex:
-    """As mpass.lowering.reference.union.
+    """`vertical_block_index` by one form of its kernels.
 
     Heads that sample the same query rows and pool the same number of keys are taken together.
     int8, lines: what measurements try instead of the usual, see TritonKernelSpec.

@@ -31,7 +31,8 @@ def heads_of(
     Raises ShapeError for another number of patterns than of heads, and the errors of `as_pattern`.
     """
     if isinstance(patterns, Pattern | str):
-        own: tuple[PatternLike, ...] = (patterns,) * num_heads
+        # Not `(patterns,) * num_heads`: a number of heads may be symbolic while Dynamo traces.
+        own: tuple[PatternLike, ...] = tuple([patterns for _ in range(num_heads)])
     elif isinstance(patterns, Sequence):
         own = tuple(patterns)
     else:
@@ -43,7 +44,8 @@ def heads_of(
             "give one per query head, or one pattern for all"
         )
     if torch.compiler.is_compiling():
-        return constant_groups(kv_group, *(as_text(pattern) for pattern in own))
+        group = len((None,) * kv_group)  # a number where Dynamo traces the sizes as symbols
+        return constant_groups(group, *(as_text(pattern) for pattern in own))
     for pattern in own:
         if not isinstance(pattern, Pattern | str):
             as_pattern(pattern)  # says what is wrong

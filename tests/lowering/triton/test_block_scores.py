@@ -26,7 +26,7 @@ from mpass.lowering.triton import pooled_keys as pooled
 from mpass.lowering.triton.block_scores import block_scores_index
 from mpass.lowering.triton.block_sparse import block_sparse_index
 from mpass.lowering.triton.launch import device_ints
-from mpass.lowering.triton.union import vertical_block_index
+from mpass.lowering.triton.union import vertical_block_index, vertical_block_index_by
 from mpass.lowering.triton.vertical_slash import vertical_slash_index
 from mpass.lowering.triton.x_attention import x_attention_index
 from mpass.patterns.base import find_pattern
@@ -176,8 +176,8 @@ def test_union_in_8_bits_selects_nearly_what_the_reference_selects(mask, lines):
     query, key = tensors(mask, head_dim=80)
     arguments = (EstimateInputs(query, key, mask, HEADS, 0.1), UNION)
     with poisoned_memory():
-        index = vertical_block_index(*arguments, int8=True, lines=lines)
-        again = vertical_block_index(*arguments, int8=True, lines=lines)
+        index = vertical_block_index_by(*arguments, int8=True, lines=lines)
+        again = vertical_block_index_by(*arguments, int8=True, lines=lines)
     assert_same(index, again)
     assert agreement(index, reference_union.vertical_block_index(*arguments)) >= 0.97
 
@@ -186,7 +186,7 @@ def test_more_rows_per_program_select_the_same():
     mask = MASKS["all"]
     query, key = tensors(mask)
     arguments = (EstimateInputs(query, key, mask, HEADS, SCALE), UNION)
-    index = vertical_block_index(*arguments, lines=128)
+    index = vertical_block_index_by(*arguments, lines=128)
     assert_same(index, reference_union.vertical_block_index(*arguments))
 
 
@@ -196,7 +196,7 @@ def test_a_key_that_is_not_finite_changes_nothing_in_8_bits_for_rows_before_it(b
     broken = key.clone()
     broken[:, :, 256] = bad
     lists = [
-        vertical_block_index(
+        vertical_block_index_by(
             EstimateInputs(query, k, AttentionMask(), [1], SCALE),
             [dataclasses.replace(UNION[0], columns=0)],
             int8=True,
