@@ -44,7 +44,8 @@ def heads_of(
             "give one per query head, or one pattern for all"
         )
     if torch.compiler.is_compiling():
-        group = len((None,) * kv_group)  # a number where Dynamo traces the sizes as symbols
+        # A number where Dynamo traces the sizes as symbols; torch 2.11 repeats no tuple by one.
+        group = len([None for _ in range(kv_group)])
         return constant_groups(group, *(as_text(pattern) for pattern in own))
     for pattern in own:
         if not isinstance(pattern, Pattern | str):
