@@ -12,7 +12,6 @@ Needs no network. Writes every row to a JSON file as it is measured and prints a
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import sys
 import time
@@ -22,9 +21,10 @@ import torch
 
 from benchmarks.gpu import first, sanitize
 from benchmarks.gpu.clock import Results
+from benchmarks.gpu.run_work import run_work
 from benchmarks.gpu.sections import all_work
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.summary import short, table
+from benchmarks.gpu.summary import table
 
 LENGTHS = tuple(1024 * 2**i for i in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10))
 RESULTS = Path(__file__).parent / "results"
@@ -58,35 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     lengths = (130,) if options.smoke else tuple(options.lengths)
     out = options.out or RESULTS / ("smoke.json" if options.smoke else "gpu.json")
     results = Results(out, device, smoke=options.smoke)
-    left = run(Setting(device, options.smoke, lengths), results, options.only, options.minutes)
+    work = (
+        piece
+        for piece in all_work(Setting(device, options.smoke, lengths))
+        if options.only in piece[0]
+    )
+    left = run_work(work, results, time.monotonic() + 60 * options.minutes, seconds_needed)
     print(table(results.rows, options.only))
     print(f"{results.about}\n{out}" + (f"\n{left} left: call again to go on" if left else ""))
     failed = [name for name, row in results.rows.items() if "error" in row and not row.get("ok")]
     return 1 if any(name.startswith("check/") for name in failed) else 0
-
-
-def run(setting: Setting, results: Results, only: str, minutes: float) -> int:
-    """Do what is not in the results yet, until the time is over; returns how much is left."""
-    stop = time.monotonic() + 60 * minutes
-    left = 0
-    for name, work in all_work(setting):
-        if name in results.rows or only not in name:
-            continue
-        if time.monotonic() + seconds_needed(name) > stop:
-            left += 1
-            continue
-        try:
-            row = work()
-        except Exception as error:
-            # A rival that a build lacks, or a size that does not fit, must not end the run.
-            lines = str(error).strip().splitlines()
-            row = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
-        results.add(name, row)
-        print(f"{name}: {short(row)}", file=sys.stderr, flush=True)
-        if setting.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-    return left
 
 
 def seconds_needed(name: str) -> float:

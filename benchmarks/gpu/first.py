@@ -3,15 +3,14 @@
     python -m benchmarks.gpu first --out rows.json --seconds 440             # checks, then timings
     python -m benchmarks.gpu first --out rows.json --seconds 200 --model     # a model of 8 layers
 
-A GPU that is lent for a quarter of an hour should not be spent on an order that suits nobody. Rows
-are written one by one and a call goes on from the file; `PLAN` is the order. Inputs are planted
-(inputs.planted_tensors): of random ones nothing is sparse. Clocks and power are logged beside.
+A GPU that can be had for a quarter of an hour should not be spent on an order that suits nobody.
+Rows are written one by one and a call goes on from the file; `PLAN` is the order. Inputs are
+planted (inputs.planted_tensors): of random ones nothing is sparse. Clocks and power are logged.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import re
@@ -28,9 +27,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.clock import Results
+from benchmarks.gpu.run_work import run_work
 from benchmarks.gpu.sections import ESTIMATORS, all_work
 from benchmarks.gpu.setting import Setting, Work
-from benchmarks.gpu.summary import short, table
+from benchmarks.gpu.summary import table
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.triton import LOWERING as lowering
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         plan = options.plan if options.plan is not None else MODEL if options.model else PLAN
         if options.model:
             setting = replace(setting, layers=LAYERS)
-        run(chosen(setting, plan), results, stop)
+        run_work(chosen(setting, plan), results, stop)
     finally:
         if clocks is not None:
             clocks.terminate()
@@ -131,23 +131,6 @@ def chosen(setting: Setting, plan: Iterable[str]) -> list[Work]:
         plan = [re.sub(r"/(\d|\()[\d|)]*$", "/130", pattern) for pattern in plan]
     names = [name for pattern in plan for name in work if re.fullmatch(pattern, name)]
     return [(name, work[name]) for name in dict.fromkeys(names)]
-
-
-def run(work: Iterable[Work], results: Results, stop: float) -> None:
-    """Do what is not in the results yet until the time is over; an error is a row."""
-    for name, measure in work:
-        if name in results.rows or time.monotonic() > stop:
-            continue
-        begun = time.monotonic()
-        try:
-            row = measure()
-        except Exception as error:
-            row = {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
-        results.add(name, row | {"took_s": round(time.monotonic() - begun, 1)})
-        print(f"{name}: {short(results.rows[name])}", flush=True)
-        gc.collect()
-        if results.on_gpu:
-            torch.cuda.empty_cache()
 
 
 def run_checks(results: Results, workers: int, smoke: bool) -> None:
@@ -187,7 +170,7 @@ def work_on_share(setting: Setting, out: Path, share: str) -> None:
     place, count = (int(part) for part in share.split("/"))
     results = Results(out, setting.device, smoke=setting.smoke)
     checks = ("check/long block top k/.*",) if setting.smoke else CHECKS
-    run(chosen(setting, checks)[place::count], results, float("inf"))
+    run_work(chosen(setting, checks)[place::count], results, float("inf"))
     lengths = [length for length in setting.lengths if length <= 131072]
     pairs = [] if setting.smoke else [(length, name) for length in lengths for name in ESTIMATORS]
     for length, name in pairs[place::count]:

@@ -3,7 +3,8 @@
 `JITFunction.run` binds, specialises and looks up some forty arguments and reads its settings from
 the environment at every launch, which costs several times what the driver does. All that decides
 which code a launch takes is whether pointers and strides are multiples of ALIGNMENT, so that a
-second launch in the usual case, where all are, needs no more than the handle of the first.
+second launch in the usual case, where all are, needs no more than the handle of the first. On AMD
+GPUs the size of a tensor decides, too (offsets of 32 bits), and Triton launches every time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, dtype
 
 from mpass.lowering.triton.dry_run import ALIGNMENT
@@ -25,7 +27,7 @@ class Handle:
     """A compiled kernel and how its arguments are passed.
 
     parameters: name, and dtype of a tensor, True for an integer that Triton specialises on, or None
-    for one that it does not; device: index of the GPU that the kernel is loaded on.
+    for what it does not.
     """
 
     compiled: Any
@@ -52,6 +54,11 @@ class Handle:
         return None if bits % ALIGNMENT else found
 
 
+def launch_options(spec: TritonKernelSpec) -> dict[str, int]:
+    """Triton's own arguments of a launch."""
+    return {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+
+
 _handles: dict[tuple[TritonKernelSpec, str, int], Handle] = {}
 
 
@@ -75,9 +82,8 @@ def run_kernel(
     handle = _handles.get((spec, kernel, device))
     values = None if handle is None or listened_to(knobs.runtime) else handle.values(arguments)
     if handle is None or values is None:
-        options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-        compiled = function.run(grid=grid, warmup=False, **arguments, **options)
-        if handle is None and hasattr(compiled, "packed_metadata"):
+        compiled = function.run(grid=grid, warmup=False, **arguments, **launch_options(spec))
+        if handle is None and torch.version.hip is None and hasattr(compiled, "packed_metadata"):
             made = Handle(compiled, parameters_of(function, arguments))
             if made.values(arguments) is not None:
                 _handles[spec, kernel, device] = made

@@ -49,11 +49,6 @@ def launch(spec: TritonKernelSpec, kernel: str, grid: tuple[int, ...], /, **argu
         on_device(device, lambda: run_kernel(function, spec, kernel, grid, arguments))
 
 
-def launch_options(spec: TritonKernelSpec) -> dict[str, int]:
-    """Triton's own arguments of a launch."""
-    return {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-
-
 def on_device(device: torch.device, act: Callable[[], object]) -> None:
     """Do something with a GPU as the current device; it mostly is, and asking costs less."""
     if device.index is None or torch.cuda.current_device() == device.index:

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mpass.lowering.device import Build
 from mpass.lowering.triton.building import compiling
+from mpass.lowering.triton.direct import launch_options
 from mpass.lowering.triton.dry_run import Launch, dry_run, keep_constants
-from mpass.lowering.triton.launch import launch_options, on_device
+from mpass.lowering.triton.launch import on_device
 from mpass.lowering.triton.source import load
 
 _at_once = threading.BoundedSemaphore(os.cpu_count() or 1)

@@ -7,6 +7,7 @@ Letters: B batch, h heads asked for, I query blocks, J key blocks, S pooled keys
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -55,13 +56,8 @@ def vertical_block_index_by(
     width = vertical_block_width(rules)
     index = empty_lists(inputs, width)
     num_blocks = num_key_blocks(inputs.num_keys)
-    for (sampled, pool), places in group_by_kind([(rule.rows, rule.pool) for rule in rules]):
-        count = len(places)
-        lists = [vertical_block_list_rule(i, rules[i]) for i in places]
-        shares = [float_bits(rules[i].row_share) for i in places]
-        ints = device_ints(
-            [*(inputs.heads[i] for i in places), *shares, *numbers_of(lists)], query.device
-        )
+    for (sampled, pool), count, numbers in groups_of(tuple(rules), tuple(inputs.heads)):
+        ints = device_ints(numbers, query.device)
         head_of, row_shares, rule_ints = ints.split([count, count, 8 * count])
         spec, common = score_arguments(
             "row_scores",
@@ -101,6 +97,24 @@ def vertical_block_index_by(
         sums = last_query_sums(inputs, [rule.last_queries for rule in rules])
         list_columns(index, sums[0], [rule.columns for rule in rules], least=0.0)
     return index
+
+
+@functools.lru_cache(maxsize=1024)
+def groups_of(
+    rules: tuple[VerticalBlockRule, ...], heads: tuple[int, ...]
+) -> list[tuple[tuple[int, int], int, tuple[int, ...]]]:
+    """Heads that are taken together: their kind, how many they are, and what the kernels read.
+
+    That is each head's number, its row share as bits, and its rule, one list after the other. Kept,
+    because the same layers ask in each call, while a GPU waits for its host.
+    """
+    groups = []
+    for kind, places in group_by_kind([(rule.rows, rule.pool) for rule in rules]):
+        lists = [vertical_block_list_rule(i, rules[i]) for i in places]
+        shares = [float_bits(rules[i].row_share) for i in places]
+        numbers = (*(heads[i] for i in places), *shares, *numbers_of(lists))
+        groups.append((kind, len(places), numbers))
+    return groups
 
 
 def vertical_block_list_rule(slot: int, rule: VerticalBlockRule) -> ListRule:

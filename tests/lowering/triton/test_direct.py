@@ -90,6 +90,16 @@ def test_strides_beyond_32_bits_or_no_multiples_of_16_go_through_triton():
     assert handle.values({"stride": 1, "count": 3}) is None
 
 
+def test_on_amd_triton_launches_every_time(log, monkeypatch):
+    """There the size of a tensor decides on the kernel as well."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    _, asked = log
+    out = torch.empty(64, dtype=torch.int32)
+    write(out)
+    write(out)
+    assert len(asked) == 2 and direct._handles == {}
+
+
 def test_a_profiler_hears_of_every_launch(log, monkeypatch):
     from triton import knobs
 

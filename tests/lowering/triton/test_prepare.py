@@ -23,10 +23,12 @@ from mpass.lowering.triton import (
     LOWERING,
     attention,
     building,
+    direct,
     dry_run,
     launch,
     prepare,
     source,
+    union,
 )
 from mpass.lowering.triton.spec import TritonKernelSpec
 from mpass.patterns.base import registered_patterns
@@ -141,7 +143,7 @@ def test_triton_finds_what_it_has_compiled_ahead(monkeypatch):
 
     def launched(spec, kernel, grid, **arguments):
         if kernel == "plan_rows":
-            arguments |= launch.launch_options(spec)
+            arguments |= direct.launch_options(spec)
             assert function.run(grid=grid, warmup=True, **arguments) is made
             assert list(kernels.values()) == [made]
 
@@ -166,6 +168,21 @@ def test_nothing_is_made_while_a_graph_is_captured(compiled, monkeypatch):
     monkeypatch.setattr(prepare, "capturing", lambda: True)
     foresee(mpass.VerticalSlash, AttentionMask())
     assert dry_run._constants == {}
+
+
+def test_a_second_call_lists_no_rules_again(compiled, monkeypatch):
+    """A GPU waits for a host that works out what it has worked out before."""
+    listed = []
+    old = union.vertical_block_list_rule
+    monkeypatch.setattr(
+        union, "vertical_block_list_rule", lambda *of: listed.append(of) or old(*of)
+    )
+    union.groups_of.cache_clear()
+    tensors_of_call = tensors(300, 300)
+    run_layer(mpass.Union, *tensors_of_call, AttentionMask())
+    assert len(listed) == 8
+    run_layer(mpass.Union, *tensors_of_call, AttentionMask())
+    assert len(listed) == 8
 
 
 def test_calls_make_nothing_that_outlives_them(compiled):
