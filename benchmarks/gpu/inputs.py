@@ -149,7 +149,8 @@ def computed_flops(index: SparseIndex, length: int, head_dim: int) -> float:
     rows = num_query_blocks(length, 0)
     row_numbers = torch.arange(rows, device=index.block_count.device)
     listed = torch.where(index.block_count == ALL_BLOCKS, row_numbers + 1, index.block_count)
-    blocks = float(listed.sum())
+    lists = listed.sum((0, 2)).tolist()
+    blocks = float(sum(lists[slot] for slot in index.head_slots if slot >= 0))
     for slot in (s for s in index.head_slots if s < 0):
         count = int(index.diagonal_count[0, -1 - slot])
         if count == ALL_DIAGONALS:

@@ -1,9 +1,10 @@
 """The GPUs that costs are predicted for: rates, and what a launch takes; and which one is here.
 
 Peak figures are the makers' data sheets. What attention reaches of them was measured on an H200
-(benchmarks/results/gpu_h200_first.json: torch 2.11, CUDA 13.0, Triton 3.6). For other chips it is
-assumed: what such kernels reach on a chip of that kind, chosen low for ours and high for dense
-attention, because a prediction decides whether sparse attention runs at all.
+(torch 2.11, CUDA 13.0, Triton 3.6; dense attention: benchmarks/results/gpu_h200_1.json, our
+kernels: gpu_h200_3.json). For other chips it is assumed: what such kernels reach on a chip of that
+kind, chosen low for ours and high for dense attention, because a prediction decides whether sparse
+attention runs at all.
 """
 
 from __future__ import annotations
@@ -90,9 +91,11 @@ def on_curve(length: float) -> float:
 ON_H200 = "NVIDIA H200, torch 2.11.0, CUDA 13.0, Triton 3.6.0"
 
 H200 = Chip(
-    "h200", ("H200",), "sm_90", 132, 1.755, 4.8, 989, DENSE_RATE, 395.0, 40.0, measured=ON_H200
+    "h200", ("H200",), "sm_90", 132, 1.755, 4.8, 989, DENSE_RATE, 422.0, 40.0, measured=ON_H200
 )
-H100 = dataclasses.replace(H200, name="h100", marks=("H100",), terabytes=3.35, measured="")
+H100 = dataclasses.replace(
+    H200, name="h100", marks=("H100",), terabytes=3.35, sparse=395.0, measured=""
+)
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip

@@ -1,7 +1,7 @@
 """What the estimators cost on a GPU, step by step: bytes, products, issue slots and launches.
 
 Cycles, slots and serial seconds are fitted to the times of single kernels on an H200 (head_dim 128,
-bf16, benchmarks/results/gpu_h200_first.json), bytes and launches are read off the launchers beside
+bf16, benchmarks/results/gpu_h200_3.json), bytes and launches are read off the launchers beside
 this file. One function per estimator, by its record's name. Letters: H
 query heads that the estimator works for, Hk their kv heads, Nq queries, Nk keys, I query blocks,
 J key blocks, D head_dim.
@@ -36,7 +36,7 @@ SERIAL = 1e-6
 """Seconds per 1024 keys of a program that walks all keys of a head alone, times these factors."""
 LIST_COLUMNS, MARK_DISTANCES, LIST_DIAGONALS = 1.45, 2.6, 2.9
 
-LIST_SLOTS = ((128, 1.1e3), (512, 3.6e3), (2048, 2.36e4), (16384, 2.18e5))
+LIST_SLOTS = ((128, 1.1e3), (512, 2.0e3), (2048, 5.8e3), (16384, 8.0e4))
 """Issue slots that listing the best blocks of one query block takes, by the blocks it chooses from
 (templates/blocks.py.jinja)."""
 
@@ -182,7 +182,7 @@ def vertical_block(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     turns = chunks(scores)
     tiles = heads * shape.blocks * (rule.rows / BLOCK) / rule.pool
     yield run(
-        chip, "score_rows", moved=scores / 2, cycles=tiles * by_dim(1900, dim), turns=turns, ops=1
+        chip, "score_rows", moved=scores / 2, cycles=tiles * by_dim(1180, dim), turns=turns, ops=1
     )
     yield list_step(chip, shape, shape.key_blocks, rule.max_blocks, turns)
     if rule.columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -138,7 +139,9 @@ def test_goals_are_held_against_the_rows_that_are_there():
 def test_flops_count_the_tiles_that_are_computed():
     query = torch.empty(1, 2, 256, 8)
     sizes = {"batch": 1, "num_queries": 256, "num_keys": 256}
-    for index in (dense_index(query), list_index(query, 0.5)):
+    lists = list_index(query, 0.5)
+    shared = dataclasses.replace(lists, head_slots=(1, 1))
+    for index in (dense_index(query), lists, shared):
         cells = reference.computed_mask(index, AttentionMask(causal=False), **sizes)
         assert computed_flops(index, 256, 8) == 4 * 8 * int(cells.sum())
 

@@ -53,7 +53,11 @@ def work(name: str = "union", heads: int = 32, kv_heads: int = 8, dim: int = 128
     )
 
 
-MEASURED = json.loads((RESULTS / "gpu_h200_first.json").read_text())
+DENSE_MEASURED, MEASURED = (
+    json.loads((RESULTS / name).read_text()) for name in ("gpu_h200_1.json", "gpu_h200_3.json")
+)
+"""Of the runs that dense attention's rates and our kernels' were fitted to."""
+
 LAYERS = {
     "vertical slash": "vertical_slash",
     "block top k": "block_sparse",
@@ -69,7 +73,9 @@ LAYERS = {
 CASES = [
     name
     for name in MEASURED["rows"]
-    if name.startswith("layer/") and int(name.rsplit("/", 1)[1]) >= 8192
+    if name.startswith("layer/")
+    and name.split("/")[1] in LAYERS
+    and int(name.rsplit("/", 1)[1]) >= 8192
 ]
 
 
@@ -85,7 +91,7 @@ def test_the_model_is_near_what_an_h200_took(name):
 
 
 def test_dense_attention_is_as_fast_as_on_an_h200():
-    for name, row in MEASURED["rows"].items():
+    for name, row in DENSE_MEASURED["rows"].items():
         if name.startswith("attention/cudnn/"):
             found = predict(H200, work(), keys=int(name.rsplit("/", 1)[1]))
             assert found.dense * 1e3 == pytest.approx(row["ms"], rel=0.02)

@@ -20,6 +20,7 @@ from mpass.lowering.recorder import record
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.triton import decisions, policy
 from mpass.lowering.triton.chips import H100, H200
+from mpass.lowering.triton.cost_model import breakeven_share, predict
 from mpass.lowering.triton.work_memory import CALLS_PER_READING, Limits, WorkMemory
 from mpass.match import find_attention
 from mpass.options import parse_options
@@ -325,8 +326,12 @@ def union_layer(**changes):
 
 
 def test_limits_are_what_the_cost_model_says_of_the_chip():
-    found = policy.limits_of(H200, union_layer(replayed=True), 32768, 1, 0.9, 1.0)
-    assert 0.4 < found.most < 0.6 and found.sparse > 1.5 * found.dense
+    layer = union_layer(replayed=True)
+    found = policy.limits_of(H200, layer, 32768, 1, 0.9, 1.0)
+    predicted = predict(H200, layer, keys=32768, density=0.9)
+    assert found.most == breakeven_share(H200, layer, queries=32768, keys=32768, batch=1)
+    assert (found.dense, found.sparse) == (predicted.dense, predicted.sparse)
+    assert found.sparse > found.dense and found.most < 0.9
     assert found.interval(found.sparse) > found.interval(1.1 * found.dense) >= 4
     assert policy.limits_of(H200, union_layer(), 32768, 1, 0.9, 0.2).most == 0.2
 
