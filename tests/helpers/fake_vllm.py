@@ -332,7 +332,7 @@ class Engine:
         """Put the modules where imports find them, and forget ours that were imported before."""
         for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
             monkeypatch.delitem(sys.modules, name)
-        for name in ("engine", "cpu", "cuda"):
+        for name in ("registration", "engine", "cpu", "cuda"):
             monkeypatch.delitem(sys.modules, f"mpass.serving.vllm.{name}", raising=False)
         for name, entries in self.modules().items():
             module = ModuleType(name)
