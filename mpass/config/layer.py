@@ -66,10 +66,12 @@ class LayerConfig:
             fits = end <= self.num_heads if head_offset is not None else end == self.num_heads
         if not fits:
             owned = f"{num_heads} query heads" + (f" from {head_offset} on" if head_offset else "")
-            owned += f", a slice of {total}" if total is not None else ""
+            advice = ", or head_offset= if the module owns a slice of the heads"
+            if total is not None:
+                owned, advice = f"{total} query heads, and here {owned}", ""
             raise ConfigMismatchError(
                 f"{where} has {owned}, the config names {self.num_heads or named}; use a config "
-                "made for this model, or head_offset= if the module owns a slice of the heads"
+                f"made for this model{advice}"
             )
 
 

@@ -153,11 +153,9 @@ def decide(shards: list[Shard], num_heads: int, head_dim: int, value_dim: int) -
     if any(shard.size == read for shard in inputs):
         return None
     found = [shard for shard in inputs if shard.own == read]
-    if not inputs:
-        outputs = [shard for shard in shards if shard.of_outputs]
-        if any(shard.size == made for shard in outputs):
-            return None
-        found = [shard for shard in outputs if shard.own == made]
+    if not inputs:  # the queries' projection is the largest
+        largest = max(shards, key=lambda shard: shard.size)
+        found = [largest] if largest.own == made else []
     return found[0].place if found else None
 
 
