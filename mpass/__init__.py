@@ -45,7 +45,7 @@ _EXPORTS = {
     "rewrite_exported": "mpass.exported",
     "sparse_attention": "mpass.functional",
     "record": "mpass.lowering.recorder",
-    "register_attention": "mpass.transformers_attention",
+    "register_attention": "mpass.serving.transformers_attention",
     "last_report": "mpass.story.merge",
     "reports": "mpass.report",
 }

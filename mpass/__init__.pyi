@@ -33,7 +33,7 @@ from mpass.patterns.vertical_slash import VerticalSlash as VerticalSlash
 from mpass.patterns.x_attention import XAttention as XAttention
 from mpass.report import Report as Report
 from mpass.report import reports as reports
+from mpass.serving.transformers_attention import register_attention as register_attention
 from mpass.story.merge import last_report as last_report
-from mpass.transformers_attention import register_attention as register_attention
 
 __version__: str
