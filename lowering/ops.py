@@ -242,7 +242,7 @@ def attention(
 ) -> Tensor:
     """Dense attention whose mask is given in words instead of cells; see lowering.dense.
 
-    What mpass.transformers_attention puts into graphs: the pass finds it and makes it sparse.
+    What mpass.serving.transformers_attention puts into graphs; the pass makes it sparse.
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv].
     """
     mask = AttentionMask(causal, query_offset, window, key_mask)
