@@ -19,7 +19,7 @@ from mpass.lowering.crossover import EstimatedWork, LayerWork, LeastLengths, Pat
 from mpass.lowering.estimators import EstimateFunction, Estimator
 from mpass.lowering.index import SparseIndex
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.reference import attention, dense
+from mpass.lowering.reference import attention, dense, linear
 
 SHORTEST_PROMPT = 2048
 """Keys from which attention becomes sparse where neither an option, a config nor a device says."""
@@ -57,6 +57,11 @@ def keeps_nothing(*arguments: Any) -> str:
     return ""
 
 
+def no_linear(dtype: torch.dtype) -> str:
+    """Of a lowering without linear layers of its own."""
+    return "linear layers in 8 bits run on CPUs only"
+
+
 def no_wait(device: torch.device) -> None:
     """Nothing runs behind the caller's back on such a device."""
 
@@ -88,6 +93,8 @@ class Lowering:
     the layer's calls look up is made by then. None where nothing can be foreseen so.
     breakeven_density: the share of the dense work up to which sparse attention is no slower.
     estimation_worthwhile: whether estimating an index and using it can be faster than dense.
+    linear_reason: why linear layers of a dtype do not run in 8 bits here; "" if they do.
+    quantize_rows, multiply_rows: as in mpass.lowering.reference.linear.
     language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
     dtype, a head_dim and a softcap or none.
     synchronize: waits until a device has done its work.
@@ -119,6 +126,9 @@ class Lowering:
     prepare: Callable[[Callable[[], object]], Sequence[Build]] | None = None
     breakeven_density: Callable[[AttentionInputs], float] = dense.breakeven_density
     estimation_worthwhile: Callable[[EstimatedWork], bool] = dense.estimation_worthwhile
+    linear_reason: Callable[[torch.dtype], str] = no_linear
+    quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]] = linear.quantize_rows
+    multiply_rows: Callable[[Tensor, Tensor], Tensor] = linear.multiply_rows
     language: str = ""
     made_for: Callable[[Any, torch.dtype, int, bool], bool] = lambda *_: False
     synchronize: Callable[[torch.device], None] = no_wait

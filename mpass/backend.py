@@ -23,6 +23,7 @@ from mpass.graph.site import AttentionSite
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.lowering.recorder import tell_watcher
 from mpass.match import find_attention, inline_subgraphs, open_calls
+from mpass.match.linear_layers import narrow_linear_layers
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
 from mpass.report import Report, make_report
@@ -102,6 +103,7 @@ def apply_passes(
     """
     original = copy_graph(gm.graph)
     sites: list[AttentionSite] = []
+    notes: tuple[str, ...] = ()
     try:
         with shared_observations():
             inline_subgraphs(gm)
@@ -114,13 +116,14 @@ def apply_passes(
             trace.mark("validate")
             start_kernels([plan for plan in decisions if isinstance(plan, AttentionPlan)])
             decisions = rewrite_attention(gm, decisions, opened)
+            notes = narrow_linear_layers(gm) if options.linear else ()
             trace.mark("rewrite")
     except Exception as error:
         reason = contain(error, "rewriting a graph", count_ops(gm))
         decisions = [Skip(site, site.dense_reason or reason) for site in sites]
         gm.graph = original
         gm.recompile()
-    report = make_report(decisions, options.shortest)
+    report = dataclasses.replace(make_report(decisions, options.shortest), notes=notes)
     close_trace(trace, gm, decisions, report, options)
     return report
 

@@ -21,7 +21,8 @@ DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
 VALIDATIONS = ("off", "sample", "full")
 """How much of a proven mask is held against the mask that the model computes."""
 
-INNER_BACKENDS = ("inductor", "aot_eager", "eager")
+LINEAR = (None, "int8")
+"""What linear layers can multiply in."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class Options:
     min_seq_len: prompts shorter than this stay dense; tokens. None for the config's value, else
     what the lowering of the device says, which is DEFAULT_MIN_SEQ_LEN on CPUs.
     dense_above: share of the dense work above which the op runs dense attention instead.
-    inner_backend: what compiles the rewritten graph.
+    inner_backend: what compiles the rewritten graph: any backend that Dynamo knows by name.
     validate: how much of every proof is held against what the graph computes, while compiling:
     "sample" looks at some rows of a mask, "full" at every cell, "off" at nothing.
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
+    linear: "int8" multiplies in 8 bits in linear layers too, on CPUs; None leaves them as they are.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
     config_source: where pattern or config come from, in words for the report.
@@ -51,6 +53,7 @@ class Options:
     inner_backend: str = "inductor"
     validate: str = "sample"
     read_masks: bool = True
+    linear: str | None = None
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
     config_source: str = ""
@@ -142,7 +145,22 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     read_masks = values.get("read_masks", True)
     if not isinstance(read_masks, bool):
         raise OptionValueError("read_masks", read_masks, "True or False")
+    linear = values.get("linear")
+    if linear not in LINEAR:
+        raise OptionValueError("linear", linear, "'int8' or None")
     inner = values.get("inner_backend", "inductor")
-    if inner not in INNER_BACKENDS:
-        raise OptionValueError("inner_backend", inner, ", ".join(INNER_BACKENDS))
+    check_inner_backend(inner)
     return values
+
+
+def check_inner_backend(name: object) -> None:
+    """Raises OptionValueError unless Dynamo knows a backend of that name other than this one.
+
+    Packages register theirs as entry points or when they are imported (`import zentorch`).
+    """
+    from torch._dynamo.backends.registry import list_backends
+
+    allowed = [known for known in list_backends() if known != "minference"]
+    if (name not in allowed and name not in list_backends(exclude_tags=())) or name == "minference":
+        # Without the tags that are left out: backends for debugging.
+        raise OptionValueError("inner_backend", name, f"{', '.join(allowed)}, eager or aot_eager")

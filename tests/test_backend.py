@@ -8,6 +8,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import mpass
+from mpass.errors import OptionValueError
+from mpass.options import parse_options
 from tests.helpers.toys import EVERY_KEY, Attention, Decoder, RecordingBackend, compile_toy
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -140,7 +142,7 @@ def test_dtype_without_kernels_stays_dense():
         ({"min_seq_len": -1}, "option 'min_seq_len' is -1"),
         ({"min_seq_len": True}, "option 'min_seq_len' is True"),
         ({"dense_above": "half"}, "option 'dense_above' is 'half'"),
-        ({"inner_backend": "tvm"}, "option 'inner_backend' is 'tvm'.*inductor"),
+        ({"inner_backend": "gcc"}, "option 'inner_backend' is 'gcc'.*inductor"),
         ({"max_autotune": "yes", "inner_backend": "inductor"}, "option 'max_autotune' is 'yes'"),
         ({"max_autotune": True}, "'inductor' when Inductor's options are given"),
         ({"config": mpass.SparseConfig(layers={0: ["dense"] * 3})}, "4 query heads.*names 3"),
@@ -203,3 +205,35 @@ def test_dense_attention_fixes_no_size_that_the_user_marked_as_dynamic(dim):
     other = inputs(size=6)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.allclose(compiled(*other), attend(*other), atol=1e-5)
+
+
+@torch.no_grad()
+def test_any_registered_backend_compiles_the_rest():
+    """As packages register theirs: its graph holds our ops, its result is what runs."""
+    from torch._dynamo.backends.registry import _BACKENDS, register_backend
+
+    seen = []
+
+    def inner_of_the_tests(gm, example_inputs):
+        seen.append([str(node.target) for node in gm.graph.nodes])
+        return gm.forward
+
+    register_backend(inner_of_the_tests)
+    try:
+        torch._dynamo.reset()
+        options = {"inner_backend": "inner_of_the_tests", "pattern": EVERY_KEY, "min_seq_len": 64}
+        query = torch.randn(1, 2, 128, 16)
+        run = torch.compile(causal_attention, backend="minference", options=options)
+        assert torch.allclose(run(query), causal_attention(query), atol=1e-5)
+        assert any("minference.sparse_attention" in target for target in seen[0])
+    finally:
+        del _BACKENDS["inner_of_the_tests"]
+
+
+def causal_attention(query):
+    return torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+
+def test_the_backend_is_not_its_own_inner_backend():
+    with pytest.raises(OptionValueError, match="inner_backend"):
+        parse_options(None, {"inner_backend": "minference"})

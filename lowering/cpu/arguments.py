@@ -23,6 +23,9 @@ POINTER_TYPES = {
     **dict.fromkeys(CONST_VOID, "const void*"),
     "out": "void*",
     "lse": "float*",
+    "rows": "const void*",
+    "levels": "uint8_t*",
+    "steps": "float*",
     "key_mask": "const uint8_t*",
     "sinks": "const float*",
     **dict.fromkeys(("first_count", "first_index", "second_count", "second_index"), "int32_t*"),
@@ -58,6 +61,15 @@ class AttentionArguments(ctypes.Structure):
         *fields(ctypes.c_int64, "num_lists max_blocks num_diagonals max_diagonals max_columns"),
         *fields(ctypes.c_int64, "longest_columns query_offset window causal threads"),
         *fields(ctypes.c_float, "scale softcap"),
+    ]
+
+
+class QuantizeArguments(ctypes.Structure):
+    """A call of `quantize_rows`: num_rows rows of `groups` groups of channels."""
+
+    _fields_: ClassVar = [
+        *fields(ctypes.c_void_p, "rows levels steps"),
+        *fields(ctypes.c_int64, "num_rows groups stride threads"),
     ]
 
 

@@ -15,6 +15,7 @@ from mpass.lowering.cpu.arguments import (
     LIST_KERNELS,
     AttentionArguments,
     EstimateArguments,
+    QuantizeArguments,
     c_fields,
     list_c_fields,
 )
@@ -32,6 +33,12 @@ OWN_INCLUDE = re.compile(r'#include (?:"([^"]+)"|([A-Z0-9_]+_HEADER))')
 
 Fields = list[tuple[str, str]]
 
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "attention": AttentionArguments,
+    "quantize_rows": QuantizeArguments,
+}
+"""What a kernel is called with that is no estimator."""
+
 
 def generate_source(spec: KernelSpec) -> str:
     """The C++ translation unit of a spec; its text keys the cache of compiled libraries."""
@@ -40,10 +47,8 @@ def generate_source(spec: KernelSpec) -> str:
 
 def generate_spec_header(spec: KernelSpec) -> str:
     """The text of `spec.h`: all that the headers in kernels/ know of a spec."""
-    if spec.kernel == "attention":
-        structures = {"AttentionArguments": argument_fields(spec.kernel)}
-    else:
-        structures = {"EstimateArguments": argument_fields(spec.kernel)}
+    structure = STRUCTURES.get(spec.kernel, EstimateArguments).__name__
+    structures = {structure: argument_fields(spec.kernel)}
     return spec_header_text(spec, f"Generated for: {spec}.", structures)
 
 
@@ -56,6 +61,7 @@ def generate_example_header() -> str:
                 raise TypeError(f"{name} is {estimators[name]} and {kind}")
     structures = {
         "AttentionArguments": argument_fields("attention"),
+        "QuantizeArguments": argument_fields("quantize_rows"),
         "EstimateArguments": list(estimators.items()),
     }
     title = "An example for language servers: the real one is generated (lowering/cpu/source.py)."
@@ -66,10 +72,7 @@ def argument_fields(kernel: str) -> Fields:
     """Name and C++ type of every field of the structure that a kernel is called with."""
     if kernel in LIST_KERNELS:
         return list_c_fields(kernel)
-    structure: type[ctypes.Structure] = (
-        AttentionArguments if kernel == "attention" else EstimateArguments
-    )
-    return c_fields(structure)
+    return c_fields(STRUCTURES.get(kernel, EstimateArguments))
 
 
 def spec_header_text(spec: KernelSpec, title: str, structures: dict[str, Fields]) -> str:

@@ -26,7 +26,7 @@ class KernelSpec:
     """One library of generated kernels.
 
     kernel: "attention"; for estimators (value_dim is then head_dim) "fixed_budget" or one of
-    LIST_KERNELS. kernels/<kernel>.h is its source.
+    LIST_KERNELS; "quantize_rows" for linear layers. kernels/<kernel>.h is its source.
     input: dtype of q, k, v and out, without `torch.`.
     """
 

@@ -34,7 +34,7 @@ from mpass.models.prefill import (
     timed_prefill,
 )
 from mpass.models.texts import TEXTS, find_text, load_tokens
-from mpass.options import INNER_BACKENDS
+from mpass.options import check_inner_backend
 from mpass.report import Report, reports
 
 
@@ -127,9 +127,7 @@ def check_settings(settings: DemoSettings) -> None:
     settings.options()
     if settings.pattern is not None and settings.config is not None:
         raise OptionValueError("pattern", settings.pattern, "not together with 'config'")
-    if settings.inner_backend not in INNER_BACKENDS:
-        allowed = ", ".join(INNER_BACKENDS)
-        raise OptionValueError("inner_backend", settings.inner_backend, allowed)
+    check_inner_backend(settings.inner_backend)
     for name, lowest in (("length", 2), ("repeats", 1), ("new_tokens", 0), ("min_seq_len", 0)):
         value = getattr(settings, name)
         if value is not None and value < lowest:

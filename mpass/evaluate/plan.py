@@ -14,7 +14,7 @@ from mpass.errors import OptionValueError, nearest
 from mpass.evaluate.tasks import TASKS
 from mpass.models.load import check_device, parse_dtype
 from mpass.models.texts import find_text
-from mpass.options import INNER_BACKENDS
+from mpass.options import check_inner_backend
 
 PERPLEXITY = "perplexity"
 SLIDING = "perplexity_sliding"
@@ -80,8 +80,7 @@ def check_plan(plan: Plan) -> None:
     parse_dtype(plan.dtype)
     check_device(plan.device)
     find_text(plan.text)
-    if plan.inner_backend not in INNER_BACKENDS:
-        raise OptionValueError("inner_backend", plan.inner_backend, ", ".join(INNER_BACKENDS))
+    check_inner_backend(plan.inner_backend)
     for length in plan.lengths:
         if length < 256:
             raise OptionValueError("lengths", length, "256 tokens and more")

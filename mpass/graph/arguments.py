@@ -21,6 +21,7 @@ from mpass.graph.nodes import is_tensor, op_name
 
 PARAMETERS: dict[str, str] = {
     "softmax": "input dim dtype",
+    "linear": "input weight bias",
     "matmul": "input other",
     "bmm": "input mat2",
     "baddbmm": "input batch1 batch2",

@@ -42,6 +42,7 @@ def last_report() -> Report:
     sites = merge_sites([graph.report for graph in graphs])
     rows = (*named_by_model(sites, graphs), *never_compiled(sites, graphs))
     notes = (
+        *notes_of_graphs([graph.report for graph in graphs]),
         *decoding_notes(sites, [graph.report for graph in graphs]),
         *dense_elsewhere(sites, [graph.report for graph in graphs]),
         *limit_notes(graphs),
@@ -79,6 +80,12 @@ def merge_sites(reports: Iterable[Report]) -> tuple[SiteReport, ...]:
             if key not in best or rank(site) > rank(best[key]):
                 best[key] = site
     return tuple(best.values())
+
+
+def notes_of_graphs(reports: Sequence[Report]) -> list[str]:
+    """What graphs say of their linear layers, each once; of decoding only where nothing else."""
+    notes = list(dict.fromkeys(note for report in reports for note in report.notes))
+    return [note for note in notes if not note.startswith("0 of ")] or notes[:1]
 
 
 def decoding_notes(sites: Sequence[SiteReport], reports: Sequence[Report]) -> list[str]:

@@ -54,7 +54,7 @@ BY_HAND = [
     ["demo", "--new-tokens=-1"],
     ["demo", "--pattern=nonsense"],
     ["demo", "--pattern=a_shape", "--config=/nowhere.json"],
-    ["demo", "--inner-backend=tvm"],
+    ["demo", "--inner-backend=gcc"],
     ["demo", "--dtype=int4"],
     ["demo", "--device=tpu"],
     ["demo", "--text=/nowhere.txt"],

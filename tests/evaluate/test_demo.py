@@ -205,7 +205,7 @@ def test_continuation_runs_the_given_forward_and_leaves_the_model_as_it_was(smol
         ({"repeats": 0}, OptionValueError),
         ({"new_tokens": -1}, OptionValueError),
         ({"min_seq_len": -1}, OptionValueError),
-        ({"inner_backend": "tvm"}, OptionValueError),
+        ({"inner_backend": "gcc"}, OptionValueError),
         ({"text": "no/such/file"}, UnknownTextError),
     ],
 )

@@ -122,7 +122,7 @@ def test_scored_positions_are_spread_evenly_and_stand_for_all():
         ({"patterns": ("slash",)}, UnknownPatternError),
         ({"lengths": (16,)}, OptionValueError),
         ({"samples": 0}, OptionValueError),
-        ({"inner_backend": "tvm"}, OptionValueError),
+        ({"inner_backend": "gcc"}, OptionValueError),
     ],
 )
 def test_a_bad_plan_is_refused(change, error, tmp_path):

@@ -86,6 +86,17 @@ struct AttentionArguments {
 };
 
 // The numbers of a call: field by field the ctypes structure of the caller.
+struct QuantizeArguments {
+  const void* rows;
+  uint8_t* levels;
+  float* steps;
+  int64_t num_rows;
+  int64_t groups;
+  int64_t stride;
+  int64_t threads;
+};
+
+// The numbers of a call: field by field the ctypes structure of the caller.
 struct EstimateArguments {
   const void* query;
   const void* key;

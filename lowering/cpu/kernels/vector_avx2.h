@@ -81,6 +81,16 @@ inline vec sum_neighbours(vec x, int64_t count) {
   return x;
 }
 
+// Multiplies the lanes by the Hadamard matrix of 1 and -1.
+inline vec rotate_lanes(vec x) {
+  vec y = _mm256_permute_ps(x, 0xb1);
+  x = _mm256_blend_ps(add(y, x), sub(y, x), 0xaa);
+  y = _mm256_permute_ps(x, 0x4e);
+  x = _mm256_blend_ps(add(y, x), sub(y, x), 0xcc);
+  y = _mm256_permute2f128_ps(x, x, 0x01);
+  return _mm256_blend_ps(add(y, x), sub(y, x), 0xf0);
+}
+
 // Transposes [8, in_stride] words to [8, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m256 x[8], y[8];

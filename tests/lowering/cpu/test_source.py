@@ -130,7 +130,7 @@ def test_header_for_language_servers_is_the_generated_one() -> None:
     assert_golden(source.generate_example_header(), KERNELS / "spec.h")
 
 
-@pytest.mark.parametrize("kernel", ["attention", "fixed_budget", *LIST_KERNELS])
+@pytest.mark.parametrize("kernel", ["attention", "fixed_budget", "quantize_rows", *LIST_KERNELS])
 def test_headers_are_joined_once_each_behind_the_standard_ones(kernel: str) -> None:
     text = generate_source(KernelSpec("bfloat16", 64, 64, "amx", kernel=kernel))
     parts = re.findall(r"^// ---- (\S+)$", text, re.MULTILINE)
@@ -145,7 +145,7 @@ def test_headers_are_joined_once_each_behind_the_standard_ones(kernel: str) -> N
 
 def test_every_header_is_part_of_a_kernel() -> None:
     used = {"spec.h"}
-    for kernel in ("attention", "fixed_budget", *LIST_KERNELS):
+    for kernel in ("attention", "fixed_budget", "quantize_rows", *LIST_KERNELS):
         for instructions in ("amx", "avx512_bf16", "avx512", "avx2"):
             text = generate_source(KernelSpec("bfloat16", 64, 64, instructions, kernel=kernel))
             used |= set(re.findall(r"^// ---- (\S+)$", text, re.MULTILINE))

@@ -186,6 +186,18 @@ inline vec sum_neighbours(vec x, int64_t count) {
   return x;
 }
 
+// Multiplies the lanes by the Hadamard matrix of 1 and -1.
+inline vec rotate_lanes(vec x) {
+  vec y = _mm512_permute_ps(x, 0xb1);
+  x = _mm512_mask_sub_ps(add(y, x), 0xaaaa, y, x);
+  y = _mm512_permute_ps(x, 0x4e);
+  x = _mm512_mask_sub_ps(add(y, x), 0xcccc, y, x);
+  y = _mm512_shuffle_f32x4(x, x, 0xb1);
+  x = _mm512_mask_sub_ps(add(y, x), 0xf0f0, y, x);
+  y = _mm512_shuffle_f32x4(x, x, 0x4e);
+  return _mm512_mask_sub_ps(add(y, x), 0xff00, y, x);
+}
+
 // Transposes [16, in_stride] words to [16, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m512i x[16], y[16];

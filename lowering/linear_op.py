@@ -1,0 +1,53 @@
+"""The ops of linear layers in 8 bits: `minference::quantize_rows` and `minference::multiply_rows`.
+
+What they mean: lowering/reference/linear.py. Layers that read one tensor share its levels. The
+weight is an argument as it is in the model, so that the graph stays right when it changes; its form
+in 8 bits is made when it is first used, and kept beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpass.failures import contain
+from mpass.lowering.dispatch import device_lowering
+from mpass.lowering.reference import linear
+
+
+@torch.library.custom_op(
+    "minference::quantize_rows", mutates_args=(), schema="(Tensor rows) -> (Tensor, Tensor)"
+)
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [.., K] of an input as levels, uint8 [.., K], and steps, fp32 [.., 1]."""
+    try:
+        return device_lowering(rows.device).quantize_rows(rows)
+    except Exception as error:
+        contain(error, "rounding the input of a linear layer to 8 bits")
+        return linear.quantize_rows(rows)
+
+
+@quantize_rows.register_fake
+def _(rows: Tensor) -> tuple[Tensor, Tensor]:
+    levels = rows.new_empty(rows.shape, dtype=torch.uint8)
+    return levels, rows.new_empty((*rows.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "minference::multiply_rows", mutates_args=(), schema="(Tensor levels, Tensor weight) -> Tensor"
+)
+def multiply_rows(levels: Tensor, weight: Tensor) -> Tensor:
+    """Levels [.., K] times a weight [M, K] in 8 bits -> [.., M] in the weight's dtype.
+
+    The steps of the rows are still to be multiplied with.
+    """
+    try:
+        return device_lowering(levels.device).multiply_rows(levels, weight)
+    except Exception as error:
+        contain(error, "a product of a linear layer in 8 bits")
+        return linear.multiply_rows(levels, weight)
+
+
+@multiply_rows.register_fake
+def _(levels: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty((*levels.shape[:-1], weight.shape[0]))

@@ -1,0 +1,125 @@
+"""Linear layers in 8 bits, where `options={"linear": "int8"}` asks for them.
+
+A layer whose weight is a parameter reads levels of its rotated input
+(lowering/reference/linear.py), which the layers that read the same tensor share. The rest of the
+graph sees a tensor of the same dtype. What is not served keeps its products, and the report counts
+why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mpass.graph.arguments import bind
+from mpass.graph.new_nodes import copy_meta, propagate
+from mpass.graph.nodes import example, number_now, op_name, value_of
+from mpass.graph.writes import StorageWrites
+from mpass.lowering import linear_op
+from mpass.lowering.dispatch import device_lowering
+from mpass.lowering.reference.linear import GROUP
+
+FEWEST_ROWS = 128
+"""Rows of the input from which 8 bits pay: decoding reads a weight once for each row."""
+
+VOCABULARY = 8
+"""A layer with that many times more outputs than inputs makes logits, which 8 bits would blur."""
+
+Pair = tuple[Any, ...]
+
+
+def narrow_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Put products of 8-bit numbers in place of the linear layers of a graph.
+
+    Returns a sentence for the report: how many there are and why others keep their products.
+    """
+    layers = [node for node in gm.graph.nodes if is_linear(node)]
+    if not layers:
+        return ()
+    writes = StorageWrites(gm.graph)
+    kept: Counter[str] = Counter()
+    levels: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    for node in layers:
+        reason = reason_against(node, writes)
+        if reason:
+            kept[reason] += 1
+        else:
+            replace_layer(node, levels, share=not writes.ever_written(bind(node)["input"]))
+    gm.recompile()
+    done = len(layers) - kept.total()
+    why = "; ".join(f"{count} not: {reason}" for reason, count in kept.most_common())
+    return (f"{done} of {len(layers)} linear layers in 8 bits" + (f" ({why})" if why else ""),)
+
+
+def is_linear(node: fx.Node) -> bool:
+    """Whether a node is a linear layer of tensors whose values are known."""
+    if node.op != "call_function" or op_name(node) != "linear":
+        return False
+    found = bind(node)
+    tensors = (found.get("input"), found.get("weight"), node)
+    return all(isinstance(n, fx.Node) and isinstance(value_of(n), Tensor) for n in tensors)
+
+
+def reason_against(node: fx.Node, writes: StorageWrites) -> str:
+    """Why a linear layer keeps its products; "" where 8 bits serve it."""
+    found = bind(node)
+    rows, weight, out = example(found["input"]), example(found["weight"]), example(node)
+    outputs, inputs = (number_now(size) for size in weight.shape[-2:])
+    if out.requires_grad:
+        return "gradients are recorded"
+    if found["weight"].op not in ("placeholder", "get_attr") or not isinstance(
+        weight, torch.nn.Parameter
+    ):
+        return "the weight is no parameter"
+    if is_traceable_wrapper_subclass(weight) or is_traceable_wrapper_subclass(rows):
+        return "a tensor of another class multiplies in its own way"
+    if writes.ever_written(found["weight"]):
+        return "the weight is written to"
+    if not rows.dtype == weight.dtype == out.dtype:
+        return "autocast chooses the dtype"
+    if outputs > VOCABULARY * inputs:
+        return "makes logits"
+    if inputs % GROUP or not all(isinstance(size, int) for size in weight.shape):
+        return f"the number of inputs is no multiple of {GROUP}"
+    count = 1
+    for size in rows.shape[:-1]:
+        count *= max(number_now(size), 0)
+    if count < FEWEST_ROWS:
+        return f"fewer than {FEWEST_ROWS} rows"
+    return device_lowering(weight.device).linear_reason(weight.dtype)
+
+
+def replace_layer(
+    node: fx.Node, levels: dict[fx.Node, tuple[fx.Node, fx.Node]], *, share: bool
+) -> None:
+    """Put the ops of 8 bits in place of one linear layer; `levels` are those of inputs so far."""
+    found, graph = bind(node), node.graph
+    rows, weight, bias = found["input"], found["weight"], found.get("bias")
+
+    def add(target: Any, *args: Any) -> fx.Node:
+        new = graph.call_function(target, args)
+        copy_meta(node, new)
+        propagate(new, node)
+        return new
+
+    with graph.inserting_before(node):
+        ready = levels.get(rows) if share else None
+        if ready is None:
+            pair = add(torch.ops.minference.quantize_rows.default, rows)
+            ready = add(operator.getitem, pair, 0), add(operator.getitem, pair, 1)
+            levels[rows] = ready
+        product = add(torch.ops.minference.multiply_rows.default, ready[0], weight)
+        result = add(torch.ops.aten.mul.Tensor, product, ready[1])
+        if bias is not None:
+            result = add(torch.ops.aten.add.Tensor, result, bias)
+        result = add(torch.ops.prims.convert_element_type.default, result, example(node).dtype)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+__all__ = ["linear_op", "narrow_linear_layers"]

@@ -1,0 +1,172 @@
+"""`options={"linear": "int8"}`: which linear layers of a graph multiply in 8 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
+
+import mpass
+from mpass.backend import minference
+from mpass.errors import OptionValueError
+from mpass.lowering.cpu.linear import linear_reason
+
+pytestmark = pytest.mark.skipif(
+    bool(linear_reason(torch.float32)), reason=linear_reason(torch.float32) or "there are products"
+)
+
+
+def compiled(program, **options):
+    """The program with linear layers in 8 bits, and what its report says of them."""
+    torch._dynamo.reset()
+    chosen = {"linear": "int8", "inner_backend": "eager", **options}
+    run = torch.compile(program, backend="minference", options=chosen)
+
+    def call(*args, **kwargs):
+        out = run(*args, **kwargs)
+        return out, mpass.reports()[-1].notes
+
+    return call
+
+
+class Layer(nn.Module):
+    """Two layers that read x [B, N, 64], one that reads their product."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(64, 128, dtype=dtype)
+        self.up = nn.Linear(64, 128, bias=False, dtype=dtype)
+        self.down = nn.Linear(128, 64, dtype=dtype)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@torch.no_grad()
+def test_layers_multiply_in_8_bits(dtype, inner):
+    layer, x = Layer(dtype), torch.randn(2, 100, 64).to(dtype)
+    out, notes = compiled(layer, inner_backend=inner)(x)
+    assert notes == ("3 of 3 linear layers in 8 bits",)
+    wanted = layer(x)
+    assert out.dtype == dtype
+    error = (out - wanted).float().norm() / wanted.float().norm()
+    assert 1e-4 < error < 0.03
+
+
+@torch.no_grad()
+def test_layers_of_one_input_share_its_levels_unless_it_is_written_to():
+    weight = nn.Parameter(torch.randn(64, 64))
+
+    class Program(nn.Module):
+        def __init__(self, writes):
+            super().__init__()
+            self.weight, self.writes = weight, writes
+
+        def forward(self, x):
+            x = x * 1
+            first = F.linear(x, self.weight)
+            if self.writes:
+                x.mul_(-2)
+            return first, F.linear(input=x, weight=self.weight)
+
+    graphs = []
+
+    def keep(gm, inputs, **options):
+        run = minference(gm, inputs, options={"linear": "int8", "inner_backend": "eager"})
+        graphs.append(gm)
+        return run
+
+    x = torch.randn(1, 200, 64)
+    for writes, rounded in ((False, 1), (True, 2)):
+        torch._dynamo.reset()
+        first, second = torch.compile(Program(writes), backend=keep)(x)
+        targets = [node.target for node in graphs[-1].graph.nodes]
+        assert targets.count(torch.ops.minference.quantize_rows.default) == rounded
+        assert torch.allclose(second, first * (-2 if writes else 1), atol=0.3)
+
+
+class Odd(nn.Module):
+    """Layers that keep their products, one kind each."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        inputs, outputs = {"width": (65, 64), "logits": (64, 64 * 9)}.get(kind, (64, 64))
+        weight = torch.randn(outputs, inputs)
+        if kind == "subclass":  # as weights are that torchao has quantised
+            weight = TwoTensor(weight, weight.clone())
+        self.weight = nn.Parameter(weight, requires_grad=kind == "gradients")
+
+    def forward(self, x):
+        weight = self.weight
+        if self.kind == "computed":
+            weight = weight + 1
+        if self.kind == "written":
+            weight.data.mul_(1.5)
+        if self.kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return F.linear(x, weight).float()
+        return F.linear(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("width", "the number of inputs is no multiple of 64"),
+        ("logits", "makes logits"),
+        ("computed", "the weight is no parameter"),
+        ("autocast", "autocast chooses the dtype"),
+        ("gradients", "gradients are recorded"),
+        ("subclass", "a tensor of another class multiplies in its own way"),
+        ("short", "fewer than 128 rows"),
+        ("float64", "linear layers in 8 bits are for float32, bfloat16, float16, not float64"),
+    ],
+)
+def test_other_layers_keep_their_products(kind, reason):
+    program = Odd(kind)
+    x = torch.randn(1, 5 if kind == "short" else 200, 65 if kind == "width" else 64)
+    if kind == "float64":
+        program, x = program.double(), x.double()
+    with torch.set_grad_enabled(kind == "gradients"):
+        out, notes = compiled(program)(x)
+        assert torch.equal(out, program(x))
+    assert notes == (f"0 of 1 linear layers in 8 bits (1 not: {reason})",)
+
+
+@torch.no_grad()
+def test_a_weight_that_the_program_writes_to_keeps_its_products():
+    program, x = Odd("written"), torch.randn(1, 200, 64)
+    wanted = F.linear(x, program.weight * 1.5)
+    out, _ = compiled(program)(x)
+    assert torch.allclose(out, wanted, atol=1e-4)
+
+
+@torch.no_grad()
+def test_new_weights_are_used_without_compiling_again():
+    layer, x = Layer(), torch.randn(1, 200, 64)
+    run = compiled(layer)
+    run(x)
+    layer.load_state_dict({name: value * 0.5 for name, value in layer.state_dict().items()})
+    out, _ = run(x)
+    assert (out - layer(x)).norm() < 0.03 * layer(x).norm()
+
+
+@torch.no_grad()
+def test_a_model_says_once_what_its_linear_layers_do():
+    torch._dynamo.reset()
+    layer = Layer()
+    mpass.compile(layer, linear="int8", inner_backend="eager")
+    layer(torch.randn(1, 200, 64))
+    layer(torch.randn(1, 1, 64))
+    assert "3 of 3 linear layers in 8 bits" in str(mpass.last_report())
+    assert "0 of 3" not in str(mpass.last_report())
+
+
+def test_another_word_is_refused():
+    with pytest.raises(OptionValueError, match="'int8' or None"):
+        mpass.compile(Layer(), linear="int4")
