@@ -78,7 +78,8 @@ def words_of(site: SiteReport, cost: SiteCost) -> str:
 def render_profile(profile: ProfileFields) -> str:
     """A row per layer; below, what ran dense, and what to do about the heads that lost most."""
     table = Table()
-    for column in ("layer", "ran", "density", "recall", "worst head", "index ms", "attention ms"):
+    columns = ("layer", "ran", "density", "recall", "output error", "worst head")
+    for column in (*columns, "index ms", "attention ms", "dense ms"):
         table.add_column(column)
     for layer in profile.layers:
         density = span([head.density for head in layer.heads])
@@ -88,9 +89,11 @@ def render_profile(profile: ProfileFields) -> str:
             layer.lowering,
             f"100.0%{plan(density)}" if layer.dense_reason else density,
             f"100.0%{plan(recall)}" if layer.dense_reason else recall,
+            error_in_words(layer),
             worst_head(layer),
             f"{layer.index_seconds * 1e3:.1f}",
             f"{layer.attention_seconds * 1e3:.1f}",
+            f"{layer.dense_seconds * 1e3:.1f}" if layer.dense_seconds else "-",
         )
     sites = profile.explanation.sites
     planned, dense = len(profile.layers), len(profile.dense_layers)
@@ -106,6 +109,12 @@ def render_profile(profile: ProfileFields) -> str:
         if head.advice
     ]
     return render(table) + "\n".join(lines)
+
+
+def error_in_words(layer: LayerProfile) -> str:
+    """How far outputs are from exact ones; of the plan where dense attention ran."""
+    errors = [head.output_error for head in layer.heads if head.output_error is not None]
+    return f"0.0%{plan(span(errors))}" if layer.dense_reason and errors else span(errors)
 
 
 def layer_name(layer: LayerProfile) -> str:
