@@ -14,6 +14,10 @@ from mpass.inspection.text_table import patterns_of_heads, render
 from mpass.report import SiteReport
 
 
+PROFILE_WIDTH = 136
+"""Columns of a profile's table: what was planned stands beside what ran."""
+
+
 def render_explanation(explanation: ExplanationFields) -> str:
     """A row per attention; below, the graphs, the breaks and the memory."""
     table = Table()
@@ -78,8 +82,8 @@ def words_of(site: SiteReport, cost: SiteCost) -> str:
 def render_profile(profile: ProfileFields) -> str:
     """A row per layer; below, what ran dense, and what to do about the heads that lost most."""
     table = Table()
-    columns = ("layer", "ran", "density", "recall", "output error", "worst head")
-    for column in (*columns, "index ms", "attention ms", "dense ms"):
+    columns = ("layer", "ran", "density", "recall", "error", "worst head")
+    for column in (*columns, "ms: index + attention", "dense ms"):
         table.add_column(column)
     for layer in profile.layers:
         density = span([head.density for head in layer.heads])
@@ -91,8 +95,7 @@ def render_profile(profile: ProfileFields) -> str:
             f"100.0%{plan(recall)}" if layer.dense_reason else recall,
             error_in_words(layer),
             worst_head(layer),
-            f"{layer.index_seconds * 1e3:.1f}",
-            f"{layer.attention_seconds * 1e3:.1f}",
+            f"{layer.index_seconds * 1e3:.1f} + {layer.attention_seconds * 1e3:.1f}",
             f"{layer.dense_seconds * 1e3:.1f}" if layer.dense_seconds else "-",
         )
     sites = profile.explanation.sites
@@ -108,13 +111,14 @@ def render_profile(profile: ProfileFields) -> str:
         for layer, head in profile.worst_heads(8)
         if head.advice
     ]
-    return render(table) + "\n".join(lines)
+    return render(table, PROFILE_WIDTH) + "\n".join(lines)
 
 
 def error_in_words(layer: LayerProfile) -> str:
-    """How far outputs are from exact ones; of the plan where dense attention ran."""
-    errors = [head.output_error for head in layer.heads if head.output_error is not None]
-    return f"0.0%{plan(span(errors))}" if layer.dense_reason and errors else span(errors)
+    """How far outputs are from exact ones, mean over heads; none where dense attention ran."""
+    if layer.output_error is None:
+        return "-"
+    return "0.0%" if layer.dense_reason else f"{layer.output_error:.1%}"
 
 
 def layer_name(layer: LayerProfile) -> str:
