@@ -13,7 +13,6 @@ from mpass.inspection.results import ExplanationFields, LayerProfile, ProfileFie
 from mpass.inspection.text_table import patterns_of_heads, render
 from mpass.report import SiteReport
 
-
 PROFILE_WIDTH = 136
 """Columns of a profile's table: what was planned stands beside what ran."""
 
