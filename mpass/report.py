@@ -6,6 +6,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -13,6 +14,9 @@ from mpass.config.spans import in_spans
 from mpass.graph.guards import live_stack
 from mpass.plan import AttentionPlan, Skip
 from mpass.story.remedies import remedy_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +97,11 @@ class Report:
 
     def __str__(self) -> str:
         return render_report(self)
+
+    def _repr_html_(self) -> str:
+        from mpass.inspection.text_table import as_html
+
+        return as_html(report_table(self), report_lines(self))
 
 
 _reports: deque[Report] = deque(maxlen=KEPT_REPORTS)
@@ -175,7 +184,15 @@ def reports() -> tuple[Report, ...]:
 def render_report(report: Report) -> str:
     """A table of the sites, a row for those alike; below it the summary, the notes, what to do."""
     # rich is imported only when a report is printed.
-    from mpass.inspection.text_table import Table, patterns_of_heads, render
+    from mpass.inspection.text_table import render
+
+    shown = render(report_table(report)) if report.sites else ""
+    return shown + "\n".join(report_lines(report))
+
+
+def report_table(report: Report) -> Table:
+    """A row for the sites that are alike."""
+    from mpass.inspection.text_table import Table, patterns_of_heads
 
     table = Table(title=None)
     for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason", "from"):
@@ -192,10 +209,15 @@ def render_report(report: Report) -> str:
             site.reason or patterns_of_heads(site.patterns),
             site.config_source or "-",
         )
+    return table
+
+
+def report_lines(report: Report) -> list[str]:
+    """The summary, the notes, and what to do about each reason."""
     lines = [report.summary(), *report.notes]
     for reason in dict.fromkeys(site.reason for site in report.sites if site.reason):
         lines.append(f"{reason}: {remedy_of(reason)}")
-    return (render(table) if report.sites else "") + "\n".join(lines)
+    return lines
 
 
 def runs_of_sites(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:

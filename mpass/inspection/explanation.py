@@ -27,7 +27,8 @@ from mpass.inspection.decisions import decision_as_dict
 from mpass.inspection.outline import outline
 from mpass.inspection.provenance import Provenance, describe
 from mpass.inspection.results import ExplanationFields, GraphBreak, GraphExplanation, SiteCost
-from mpass.inspection.tables import render_explanation
+from mpass.inspection.tables import explanation_lines, explanation_table, render_explanation
+from mpass.inspection.text_table import as_html
 from mpass.lowering.recorder import Log, record
 from mpass.options import Options, parse_options
 from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, find_pattern
@@ -50,6 +51,9 @@ class Explanation(ExplanationFields):
 
     def __str__(self) -> str:
         return render_explanation(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(explanation_table(self), explanation_lines(self))
 
 
 @dataclass(slots=True)

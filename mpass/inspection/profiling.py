@@ -26,7 +26,8 @@ from mpass.inspection.looks import QueryLooks, choose_queries, measure_looks
 from mpass.inspection.provenance import describe
 from mpass.inspection.recall import Recall, measure_recall
 from mpass.inspection.results import HeadProfile, LayerProfile, ProfileFields
-from mpass.inspection.tables import render_profile
+from mpass.inspection.tables import profile_lines, profile_table, render_profile
+from mpass.inspection.text_table import as_html
 from mpass.lowering.density import density as count_density
 from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.inputs import AttentionInputs
@@ -74,6 +75,9 @@ class Profile(ProfileFields):
 
     def __str__(self) -> str:
         return render_profile(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(profile_table(self), profile_lines(self))
 
 
 @dataclass(frozen=True)
