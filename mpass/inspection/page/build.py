@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from mpass.config.pattern_text import short_form
 from mpass.graph.printing import op_changes
 from mpass.inspection.kernels import kernel_details
 from mpass.inspection.outline import Outline
@@ -203,6 +204,7 @@ def head_row(
     heads: list[dict[str, Any]] = [
         {
             "pattern": site.patterns[head] if site.patterns else "",
+            "shown": short_form(site.patterns[head]) if site.patterns else "",
             "density": cost.density[head] if head < len(cost.density) else None,
             "predicted": cost.predicted[head] if head < len(cost.predicted) else None,
             "recall": None,

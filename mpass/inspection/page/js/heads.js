@@ -115,7 +115,7 @@ function headTip(at) {
   if (!at) return "";
   const row = data.rows[at.row];
   const head = row.heads[at.head];
-  const title = `layer ${row.label}, head ${at.head}: ${head.pattern || "dense"}`;
+  const title = `layer ${row.label}, head ${at.head}: ${head.shown || "dense"}`;
   if (!row.measured) return `${title}\n${row.reason}`;
   const plan = row.ran_because ? "ran dense; planned " : "";
   return `${title}\n${plan}recall ${percent(head.recall)}, lost mass ${percent(head.lost)}, output error ${percent(head.error)}, density ${percent(head.density)}`;
@@ -126,7 +126,7 @@ function factsOf(layer, facts) {
   const looked = layer.all_queries ? "" : ` of ${layer.looked} query blocks`;
   return describe([
     ["module", layer.path],
-    ["pattern", facts.pattern || "dense"],
+    ["pattern", facts.shown || "dense"],
     ["reason", layer.reason],
     ["source", layer.source],
     ["ran", layer.ran_because ? `${layer.lowering}: ${layer.ran_because}` : layer.lowering],
