@@ -20,6 +20,7 @@ from mpass.lowering.device import REFERENCE, Lowering
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.meter import measure_call
 from mpass.lowering.recorder import AttentionCall, CallInputs, active_log, tell_watcher
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
@@ -39,7 +40,7 @@ IndexTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_INDEX}, Tensor? key_mask, Tensor? sinks, "
     "SymInt query_offset, int window, bool causal, float scale, float softcap, "
-    "float dense_above, SymInt min_seq_len, int layer, int site=0) -> Tensor",
+    "float dense_above, SymInt min_seq_len, int layer, int site=0, int measured=0) -> Tensor",
 )
 def sparse_attention(
     query: Tensor,
@@ -63,6 +64,7 @@ def sparse_attention(
     min_seq_len: int,
     layer: int,
     site: int = 0,
+    measured: int = 0,
 ) -> Tensor:
     """Attention over the keys that the index selects; see lowering.reference for the meaning.
 
@@ -71,7 +73,8 @@ def sparse_attention(
     selected, or where dense is faster as measured; 1.0 or more for never. On a CPU that is this
     very index; elsewhere the host would wait for it, and what an earlier call of the `site`
     selected counts (0: of no call). min_seq_len: run dense below this number of keys (where no
-    guard could decide it). layer: for records only.
+    guard could decide it). layer: for records only. measured: the number by which
+    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured.
     """
     index = SparseIndex(
         block_count,
@@ -88,6 +91,8 @@ def sparse_attention(
         inputs, index, dense_above=dense_above, min_seq_len=min_seq_len, site=site
     )
     record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    if measured:
+        measure_call(inputs, index, out, measured, dense=bool(reason))
     return out
 
 

@@ -6,6 +6,7 @@ Nothing here edits a graph. A guard on the prompt's length may be installed, see
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,7 @@ class AttentionPlan:
     min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
     config_source: which decorator, option or file named the patterns.
     shortest: the keys from which on it is sparse, whoever compares.
+    measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
     """
 
     site: AttentionSite
@@ -59,6 +61,7 @@ class AttentionPlan:
     min_seq_len: int
     config_source: str = ""
     shortest: int | None = None
+    measured: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,15 @@ def decide_length(
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     least = least_lengths(site, resolved, options)
     shortest = least.keys
-    plan = AttentionPlan(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest)
+    plan = AttentionPlan(
+        site,
+        resolved.patterns,
+        options.dense_above,
+        0,
+        resolved.source,
+        shortest,
+        meter_number(site) if options.measure else 0,
+    )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
         reason = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"
@@ -237,6 +248,12 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def meter_number(site: AttentionSite) -> int:
+    """What the meter knows an attention by, the same in every process; never 0."""
+    name = f"{site.layer} {site.path} {site.output.name} {site.source}"
+    return 1 + zlib.crc32(name.encode())
 
 
 def queries_needed(num_queries: Length, num_keys: Length, least: LeastLengths) -> int:

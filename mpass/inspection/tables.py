@@ -78,7 +78,16 @@ def words_of(site: SiteReport, cost: SiteCost) -> str:
 def render_profile(profile: ProfileFields) -> str:
     """A row per layer; below, what ran dense, and what to do about the heads that lost most."""
     table = Table()
-    for column in ("layer", "ran", "density", "recall", "worst head", "index ms", "attention ms"):
+    for column in (
+        "layer",
+        "ran",
+        "density",
+        "recall",
+        "error",
+        "worst head",
+        "index ms",
+        "attention ms",
+    ):
         table.add_column(column)
     for layer in profile.layers:
         density = span([head.density for head in layer.heads])
@@ -88,6 +97,7 @@ def render_profile(profile: ProfileFields) -> str:
             layer.lowering,
             f"100.0%{plan(density)}" if layer.dense_reason else density,
             f"100.0%{plan(recall)}" if layer.dense_reason else recall,
+            span([head.error for head in layer.heads]),
             worst_head(layer),
             f"{layer.index_seconds * 1e3:.1f}",
             f"{layer.attention_seconds * 1e3:.1f}",

@@ -97,6 +97,7 @@ def attend_heads(
     min_seq_len: int = 0,
     layer: int = -1,
     site: int = 0,
+    measured: int = 0,
 ) -> Tensor:
     """Estimate the index of a layer and attend over it, now: [B, H, Nq, Dv].
 
@@ -113,6 +114,6 @@ def attend_heads(
         parts = list(torch.ops.minference.join_indexes.default(parts, *order))
     out: Tensor = torch.ops.minference.sparse_attention.default(
         *(query, key, value, *parts, heads.slots, mask.key_mask, sinks),
-        *(*visible, scale, softcap, *limits, layer, site),
+        *(*visible, scale, softcap, *limits, layer, site, measured),
     )
     return out
