@@ -142,7 +142,7 @@ class ShapeError(MpassError):
 
 
 class MaskShapeError(ShapeError):
-    """A mask in words (mpass.transformers_attention) that is about another number of keys."""
+    """A mask in words (mpass.serving.transformers_attention) about another number of keys."""
 
     def __init__(self, layer: int, shape: tuple[int, ...], num_keys: int) -> None:
         super().__init__(

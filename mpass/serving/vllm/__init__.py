@@ -1,0 +1,1 @@
+"""A plugin for vLLM: long prefills are sparse, everything else is vLLM's own attention."""
