@@ -165,5 +165,5 @@ def attention_arguments(
         parts = list(torch.ops.minference.join_indexes.default(parts, *order))
     return (
         *(query, key, value, *parts, heads.slots, mask.key_mask, sinks),
-        *(*visible, scale, softcap, *limits, layer, site, measured),
+        *(*visible, scale, softcap, *limits, layer, site),
     )
