@@ -23,11 +23,11 @@ from torch.utils._sympy.functions import Max, Min
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
 from mpass.graph.layouts import difference, is_rearranged, layout_order, same_layout
-from mpass.graph.new_nodes import copy_meta, propagate, value_key
+from mpass.graph.new_nodes import copy_meta, nodes_between, propagate, value_key
 from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
-from mpass.match import OpenedCall, erase_added, settle_calls
+from mpass.match import OpenedCall, settle_calls
 from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
 
@@ -83,33 +83,31 @@ def replace_planned(
     """
     if not isinstance(decision, AttentionPlan):
         return decision
-    before = set(gm.graph.nodes)
+    output = decision.site.output
+    last = output.prev
     try:
         plan = dataclasses.replace(decision, site=reading(decision.site, taken_over))
-        reason = replace_site(gm.graph, plan, before, taken_over)
+        reason = replace_site(gm.graph, plan, taken_over)
     except Exception as error:
         reason = contain(error, "rewriting attention", count_ops(gm))
     if not reason:
         return decision
-    erase_added(gm.graph, before)
+    for node in reversed(nodes_between(last, output)):
+        if not node.users:
+            gm.graph.erase_node(node)
     return Skip(decision.site, reason, decision.config_source)
 
 
-def replace_site(
-    graph: fx.Graph,
-    plan: AttentionPlan,
-    before: set[fx.Node],
-    taken_over: dict[fx.Node, fx.Node],
-) -> str:
-    """Insert the ops of one plan at the site's output and hand its uses over.
+def replace_site(graph: fx.Graph, plan: AttentionPlan, taken_over: dict[fx.Node, fx.Node]) -> str:
+    """Insert the ops of one plan just before the site's output and hand its uses over.
 
-    before: the nodes of the graph. Returns why the ops are no replacement; "" if all is done.
+    Returns why the ops are no replacement; "" if all is done.
     """
     site = plan.site
+    last = site.output.prev
     output = insert_site(graph, plan)
-    for node in graph.nodes:
-        if node not in before:
-            propagate(node, site.output)
+    for node in nodes_between(last, site.output):
+        propagate(node, site.output)
     old, new = example(site.output), value_of(output)
     if not isinstance(old, FakeTensor):
         taken_over[site.output] = output
