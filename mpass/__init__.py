@@ -37,6 +37,7 @@ _EXPORTS = {
     "compile": "mpass.backend",
     "configure": "mpass.config.decorators",
     "MpassError": "mpass.errors",
+    "diagnose": "mpass.inspection.doctor",
     "explain": "mpass.inspection.explanation",
     "profile": "mpass.inspection.profiling",
     "computed_mask": "mpass.functional",
@@ -44,7 +45,7 @@ _EXPORTS = {
     "rewrite_exported": "mpass.exported",
     "sparse_attention": "mpass.functional",
     "record": "mpass.lowering.recorder",
-    "register_attention": "mpass.transformers_attention",
+    "register_attention": "mpass.serving.transformers_attention",
     "last_report": "mpass.story.merge",
     "reports": "mpass.report",
 }

@@ -13,6 +13,7 @@ from mpass.functional import attend as attend
 from mpass.functional import computed_mask as computed_mask
 from mpass.functional import density as density
 from mpass.functional import sparse_attention as sparse_attention
+from mpass.inspection.doctor import diagnose as diagnose
 from mpass.inspection.explanation import explain as explain
 from mpass.inspection.profiling import profile as profile
 from mpass.lowering.recorder import record as record
@@ -32,7 +33,7 @@ from mpass.patterns.vertical_slash import VerticalSlash as VerticalSlash
 from mpass.patterns.x_attention import XAttention as XAttention
 from mpass.report import Report as Report
 from mpass.report import reports as reports
+from mpass.serving.transformers_attention import register_attention as register_attention
 from mpass.story.merge import last_report as last_report
-from mpass.transformers_attention import register_attention as register_attention
 
 __version__: str

@@ -24,7 +24,8 @@ from mpass.config.spans import in_spans
 from mpass.config.sparse_config import SparseConfig, builtin_default
 from mpass.errors import UnknownLayerError
 from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_stack, root_module
-from mpass.graph.nodes import example
+from mpass.graph.nodes import example, number_now, shape_of
+from mpass.graph.shards import OwnedHeads, owned_heads
 from mpass.graph.site import AttentionSite
 from mpass.options import Options
 from mpass.patterns.base import Pattern
@@ -66,15 +67,21 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
         layer = guarded_layer(site.output)
     if layer < 0:
         refuse_layers(site, overrides, options, shipped)
-    offset = next((o.head_offset for o in overrides if o.head_offset is not None), None)
+    heads = owned_by(site, overrides)
+    offset, total = heads.offset, heads.total
     for config in configs:
-        config.check_site(layer, site.num_heads, site.num_kv_heads, head_offset=offset)
+        config.check_site(
+            *(layer, site.num_heads, site.num_kv_heads), head_offset=offset, total_heads=total
+        )
         if config.num_layers is not None and (count := count_layers(site.output)) is not None:
             config.check_num_layers(count)
 
     levels = [(o.label, o.layer) for o in overrides if o.applies_to(layer)]
     for label, own in levels:
-        own.check_heads(site.num_heads, offset, f"the attention under {label}")
+        own.check_heads(site.num_heads, offset, f"the attention under {label}", total)
+    named = [own.heads for _, own in levels] + [config.layer(layer).heads for config in configs]
+    if any(named):
+        heads.check_known(site.num_heads, layer)
     levels.append(("options['min_seq_len']", LayerConfig(min_seq_len=options.min_seq_len)))
     levels.append((options.config_source or "options", given.effective(layer)))
     if shipped is not None:
@@ -83,6 +90,14 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     default = builtin_default(example(site.query).device.type, window)
     levels.append(("built-in default", LayerConfig(default)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
+
+
+def owned_by(site: AttentionSite, overrides: list[Override]) -> OwnedHeads:
+    """The heads of its layer that a site owns: what `head_offset=` says, else what weights say."""
+    given = next((o.head_offset for o in overrides if o.head_offset is not None), None)
+    modules = [live.module for live in reversed(live_stack(site.output))]
+    value_dim = number_now(shape_of(site.value)[-1])
+    return owned_heads(modules, site.num_heads, site.head_dim, value_dim, given)
 
 
 def refuse_layers(

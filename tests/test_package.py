@@ -45,7 +45,7 @@ LAYERS = [
     "backend",
     "exported",
     "functional",
-    "transformers_attention",
+    "serving",
     "models",
     "inspection",
     "calibration",

@@ -47,22 +47,31 @@ class LayerConfig:
         """The pattern of a query head, or None where the layer leaves it open."""
         return dict(self.heads).get(head, self.default)
 
-    def check_heads(self, num_heads: int, head_offset: int | None, where: str) -> None:
+    def check_heads(
+        self, num_heads: int, head_offset: int | None, where: str, total: int | None = None
+    ) -> None:
         """Raise ConfigMismatchError unless a site with these heads can belong to this layer.
 
         head_offset: first head of the slice that the site owns, or None if it owns all heads.
+        total: the number of heads of the whole layer, where a slice knows it. What is refused is
+        then the same for all slices: a rank that refused alone would leave the others waiting.
         """
         end = (head_offset or 0) + num_heads
         named = max((head + 1 for head, _ in self.heads), default=0)
-        if self.num_heads is None:
+        if total is not None:
+            fits = named <= total and self.num_heads in (None, total) and end <= total
+        elif self.num_heads is None:
             fits = head_offset is not None or named <= end
         else:
             fits = end <= self.num_heads if head_offset is not None else end == self.num_heads
         if not fits:
             owned = f"{num_heads} query heads" + (f" from {head_offset} on" if head_offset else "")
+            advice = ", or head_offset= if the module owns a slice of the heads"
+            if total is not None:
+                owned, advice = f"{total} query heads, and here {owned}", ""
             raise ConfigMismatchError(
                 f"{where} has {owned}, the config names {self.num_heads or named}; use a config "
-                "made for this model, or head_offset= if the module owns a slice of the heads"
+                f"made for this model{advice}"
             )
 
 

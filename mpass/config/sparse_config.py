@@ -113,16 +113,22 @@ class SparseConfig(ConfigFields):
         num_kv_heads: int | None = None,
         *,
         head_offset: int | None = None,
+        total_heads: int | None = None,
     ) -> None:
-        """Raise ConfigMismatchError if an attention of that layer and heads is of another model."""
+        """Raise ConfigMismatchError if an attention of that layer and heads is of another model.
+
+        num_heads, num_kv_heads: those of the attention, which may own a slice of the layer's.
+        head_offset: the first head of the slice; None for all heads.
+        total_heads: how many query heads the layer has, where a slice knows it.
+        """
         if self.num_layers is not None and layer >= self.num_layers:
             raise ConfigMismatchError(
                 f"the model has a layer {layer}, the config is for {self.num_layers} layers; "
                 "use a config made for this model"
             )
         where = f"layer {layer}" if layer >= 0 else "an attention of unknown layer"
-        LayerConfig(num_heads=self.num_heads).check_heads(num_heads, head_offset, where)
-        self.layer(layer).check_heads(num_heads, head_offset, where)
+        for own in (LayerConfig(num_heads=self.num_heads), self.layer(layer)):
+            own.check_heads(num_heads, head_offset, where, total_heads)
         expected = self.num_kv_heads
         known = None not in (expected, num_kv_heads) and head_offset is None
         if known and expected != num_kv_heads:

@@ -1,6 +1,6 @@
 """`minference::attention`: an attention whose mask was never built: its caller said what it is.
 
-It comes from mpass.transformers_attention.
+It comes from mpass.serving.transformers_attention.
 """
 
 from __future__ import annotations

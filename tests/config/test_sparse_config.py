@@ -250,3 +250,26 @@ def test_a_config_shipped_in_a_transformers_folder_is_used(tmp_path, regional):
     found = [site for report in mpass.reports()[before:] for site in report.sites]
     assert [site.patterns[0] for site in found] == ["a_shape(1, 9)", "a_shape(2, 9)"]
     assert {site.config_source for site in found} == {str(tmp_path / "minference.json")}
+
+
+@pytest.mark.parametrize(
+    ("config", "number"),
+    [
+        (mpass.SparseConfig(num_heads=16), 16),
+        (mpass.SparseConfig(layers={0: ["dense"] * 4}), 4),
+        (mpass.SparseConfig(layers={0: ["dense"] * 6}), 6),
+        (mpass.SparseConfig(layers={0: {8: "dense"}}), 9),
+    ],
+)
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_slice_of_known_heads_is_held_against_all_of_them(config, number, offset):
+    """Whatever the slice: a rank that refused alone would leave the others waiting."""
+    with pytest.raises(ConfigMismatchError, match=f"8 query heads, and here 4.*names {number};"):
+        config.check_site(0, 4, 2, head_offset=offset, total_heads=8)
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_slice_takes_a_config_of_all_heads_or_of_some(offset):
+    for layer in (["dense"] * 8, {0: "dense"}, {"3-5": "dense"}):
+        config = mpass.SparseConfig(layers={0: layer})
+        config.check_site(0, 4, 2, head_offset=offset, total_heads=8)

@@ -18,7 +18,7 @@ from mpass.match import eager, sdpa
 from mpass.validation import ValidationWarning
 from tests.helpers.rotation import part_of_today
 from tests.helpers.toys import EVERY_KEY, RecordingBackend
-from tests.match.test_prompts_in_parts import answer, build, compiled, tokens
+from tests.whole_models.test_prompts_in_parts import answer, build, compiled, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

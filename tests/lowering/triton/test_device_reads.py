@@ -11,7 +11,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 
 import mpass
-import mpass.transformers_attention  # its op is among those that are walked
+import mpass.serving.transformers_attention  # its op is among those that are walked
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.estimators import ESTIMATORS
 from mpass.lowering.index import (

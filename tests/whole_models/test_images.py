@@ -12,7 +12,7 @@ import torch
 import mpass
 from mpass.lowering.recorder import record
 from tests.helpers.toys import EVERY_KEY
-from tests.match.test_prompts_in_parts import OPTIONS, SIZES, tokens
+from tests.whole_models.test_prompts_in_parts import OPTIONS, SIZES, tokens
 
 transformers = pytest.importorskip("transformers", reason="builds models of transformers")
 

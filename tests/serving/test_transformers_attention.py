@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from mpass.errors import MaskShapeError
-from mpass.transformers_attention import attention_forward, describe_mask, register_attention
+from mpass.serving.transformers_attention import (
+    attention_forward,
+    describe_mask,
+    register_attention,
+)
 from tests.helpers.toys import EVERY_KEY, RecordingBackend
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
