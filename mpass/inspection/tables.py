@@ -83,7 +83,6 @@ def render_profile(profile: ProfileFields) -> str:
         "ran",
         "density",
         "recall",
-        "error",
         "worst head",
         "index ms",
         "attention ms",
