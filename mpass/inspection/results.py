@@ -136,8 +136,10 @@ class HeadProfile:
     density: share of the mask's cells that the index selects; recall: share of the exact attention
     on them, mean over queries; both are of the plan: see `LayerProfile.dense_reason`; worst: query
     block, key block and the share of that query block's attention that was lost between them;
-    advice: what to do about it, "" for nothing; output_error: how far its output is from the exact
-    one as a share of the exact one's norm, of the plan, None where it was not measured.
+    advice: what to do about it, "" for nothing; error: how far the output is off, relative to the
+    exact one, on the rows that mpass.lowering.meter read of what ran (Loss.error), 0 where dense
+    attention ran; output_error: the same of the plan, over the queries that recall is of, in fp32,
+    None where it was not measured.
     """
 
     head: int
@@ -146,6 +148,7 @@ class HeadProfile:
     recall: float
     worst: tuple[int, int, float]
     advice: str
+    error: float = 0.0
     output_error: float | None = None
 
     @property

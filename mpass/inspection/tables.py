@@ -123,6 +123,7 @@ def profile_lines(profile: ProfileFields) -> list[str]:
         f"{planned} of {len(sites)} attentions planned sparse: {planned - dense} ran sparse on "
         f"this prompt, {dense} dense",
         *dense_in_words(profile.dense_layers),
+        *errors_in_words(profile.layers),
         ", ".join(f"{name}: {value:.2f} s" for name, value in profile.seconds.items()),
     ]
     lines += [
@@ -138,6 +139,19 @@ def error_in_words(layer: LayerProfile) -> str:
     if layer.output_error is None:
         return "-"
     return "0.0%" if layer.dense_reason else f"{layer.output_error:.1%}"
+
+
+def errors_in_words(layers: Sequence[LayerProfile]) -> list[str]:
+    """How far outputs are off, as the meter measured it, in a line if any are."""
+    heads = [(head.error, layer, head.head) for layer in layers for head in layer.heads]
+    worst = max(heads, key=lambda each: each[0], default=None)
+    if worst is None or worst[0] == 0.0:
+        return []
+    mean = sum(error for error, _, _ in heads) / len(heads)
+    return [
+        f"outputs are off by {mean:.1%} of their size, mean over heads; most: "
+        f"layer {layer_name(worst[1])} head {worst[2]} by {worst[0]:.1%}"
+    ]
 
 
 def layer_name(layer: LayerProfile) -> str:

@@ -234,6 +234,7 @@ def head_row(
             "density": round(head.density, 6),
             "recall": round(head.recall, 6),
             "lost": round(head.lost_mass, 6),
+            "ran_error": round(head.error, 6),
             "error": None if head.output_error is None else round(head.output_error, 6),
             "worst": [head.worst[0], head.worst[1], round(head.worst[2], 4)],
             "advice": head.advice,

@@ -133,6 +133,7 @@ function factsOf(layer, facts) {
     [`recall${planned}`, layer.measured ? percent(facts.recall) + looked : ""],
     [`lost mass${planned}`, layer.measured ? percent(facts.lost) : ""],
     [`output error${planned}`, layer.measured && facts.error !== null ? percent(facts.error) : ""],
+    ["output error as run", layer.measured ? percent(facts.ran_error) : ""],
     [`density${planned}`, layer.measured ? percent(facts.density) : ""],
     ["predicted cost", facts.predicted === null ? "" : `at most ${percent(facts.predicted)} of dense`],
     ["worst loss", layer.measured && facts.worst[2] > 0 ? `${percent(facts.worst[2])} of query block ${facts.worst[0]} lies on key block ${facts.worst[1]}` : ""],
