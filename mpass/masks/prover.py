@@ -64,6 +64,7 @@ class MaskProver:
         self.writes = StorageWrites(graph)
         self.reader = GraphReader(self.writes, RULES)
         self._memo: dict[tuple[object, ...], MaskProof] = {}
+        self.rearrangements: dict[object, bool] = {}
 
     def prove_mask(
         self,
