@@ -158,11 +158,16 @@ def cover_class(entry: ModelClass, model: nn.Module, scenario: Scenario) -> Clas
         **record,
         sites=len(run.sites),
         sparse=sum(site.status == "sparse" for site in run.sites),
-        dense=dict(Counter(site.reason for site in run.sites if site.status != "sparse")),
+        dense=dict(Counter(here(site.reason) for site in run.sites if site.status != "sparse")),
         breaks=run.breaks,
         difference=difference,
         seconds=round(time.perf_counter() - started, 2),
     )
+
+
+def here(reason: str) -> str:
+    """A reason whose places are named from the installed packages on, alike on all machines."""
+    return re.sub(r"/\S*site-packages/", "", reason)
 
 
 def without_pass(model: nn.Module, call: dict[str, Any]) -> Tensor:
