@@ -115,7 +115,8 @@ def build_site(
         or written_late((query, key, value), product, output, prover)
         or gradient_reason(output)
     )
-    proof, bias, steps = MaskProof(None, "not read: the site stays dense"), scores.bias, []
+    proof, bias = MaskProof(None, "not read: the site stays dense"), scores.bias
+    steps: Sequence[tuple[fx.Node, fx.Node]] = ()
     if not reason:
         proof, bias, steps = prove_masks(chain, scores, query, key, prover)
     return make_site(

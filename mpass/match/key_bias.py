@@ -85,7 +85,8 @@ def split_bias(
     steps: Sequence[tuple[fx.Node, fx.Node]], prover: MaskProver
 ) -> tuple[list[tuple[fx.Node, fx.Node]], list[tuple[fx.Node, fx.Node]]]:
     """Steps that put masks on scores, and those that may add a bias per key."""
-    masks, biases = [], []
+    masks: list[tuple[fx.Node, fx.Node]] = []
+    biases: list[tuple[fx.Node, fx.Node]] = []
     for op, carried in steps:
         own = is_key_bias(added(op, carried), shape_of(op), prover)
         (biases if own else masks).append((op, carried))

@@ -86,7 +86,7 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     bias = None
     if not reason and mask is None and leading is None and call.is_causal is False:
         scores = (*shape_of(call.query)[:3], shape_of(key)[2])
-        if is_key_bias(call.attn_mask, scores, prover):
+        if call.attn_mask is not None and is_key_bias(call.attn_mask, scores, prover):
             bias = first_row(call.attn_mask, node)
             seen = MaskMeaning(causal=False, proof=("no mask: every key is seen",))
             mask, unproven = with_words(seen), ""
