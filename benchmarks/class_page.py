@@ -106,8 +106,8 @@ def main() -> None:
         "## Sums\n",
         *counts(records),
         "\n`attentions` counts those over the whole prompt that ran eagerly, or what the pass "
-        "found, whichever is more. `sparse` counts those under a mask that is read at run time as well, which "
-        "run sparse or dense by what it is.\n",
+        "found, whichever is more. `sparse` counts those under a mask that is read at run time as "
+        "well, which run sparse or dense by what it is.\n",
         "## Why attention stays dense\n",
         *reasons(records),
         f"\nOf {len(missed)} classes the pass saw fewer attentions than ran: {', '.join(missed)}. "
