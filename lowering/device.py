@@ -68,7 +68,8 @@ class Lowering:
     name: as in records and reports; device: the type of the tensors that it serves.
     serves: why it cannot serve an attention, in words, or None; reads dtypes, devices and static
     shapes only, so that fake tensors will do.
-    sparse_attention, dense_attention: as their references in mpass.lowering.reference.
+    sparse_attention, sparse_attention_lse, dense_attention: as their references in
+    mpass.lowering.reference.
     correct_as_listed: as in mpass.lowering.block_mask; asked for where costs do not decide.
     estimators: its own implementations; the reference serves where there is none.
     default_pattern: what a head gets that nothing configures: of the patterns with an own estimator
@@ -96,6 +97,9 @@ class Lowering:
     device: str
     serves: Callable[[AttentionInputs], str | None]
     sparse_attention: Callable[[AttentionInputs, SparseIndex], Tensor]
+    sparse_attention_lse: Callable[[AttentionInputs, SparseIndex], tuple[Tensor, Tensor]] = (
+        attention.sparse_attention_lse
+    )
     dense_attention: Callable[[AttentionInputs], Tensor] = dense.dense_attention
     correct_as_listed: Callable[[Tensor, AttentionInputs, BlockLists], None] = (
         block_mask.correct_as_listed

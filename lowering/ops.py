@@ -7,8 +7,9 @@ heads, Hk kv heads, Nq queries, Nk keys, D head_dim, Dv value dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,10 +27,20 @@ from mpass.lowering.reference.dense import dense_attention
 
 NAMESPACE = "minference"
 
-_INDEX = (
+INDEX_SCHEMA = (
     "Tensor block_count, Tensor block_index, Tensor diagonal_count, Tensor diagonal_index, "
     "Tensor column_count, Tensor column_index, int[] head_slots"
 )
+"""The arguments of ops that are an index."""
+
+ATTENTION_SCHEMA = (
+    f"Tensor query, Tensor key, Tensor value, {INDEX_SCHEMA}, Tensor? key_mask, Tensor? sinks, "
+    "SymInt query_offset, int window, bool causal, float scale, float softcap, "
+    "float dense_above, SymInt min_seq_len, int layer, int site=0"
+)
+"""The arguments of attention over an index."""
+
+Result = TypeVar("Result")
 
 IndexTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -37,9 +48,7 @@ IndexTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 @torch.library.custom_op(
     f"{NAMESPACE}::sparse_attention",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_INDEX}, Tensor? key_mask, Tensor? sinks, "
-    "SymInt query_offset, int window, bool causal, float scale, float softcap, "
-    "float dense_above, SymInt min_seq_len, int layer, int site=0) -> Tensor",
+    schema=f"({ATTENTION_SCHEMA}) -> Tensor",
 )
 def sparse_attention(
     query: Tensor,
@@ -85,20 +94,40 @@ def sparse_attention(
     mask = AttentionMask(causal, query_offset, window, key_mask)
     inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
     lowering, out, reason = attend(
-        inputs, index, dense_above=dense_above, min_seq_len=min_seq_len, site=site
+        inputs, index, ATTENTION, dense_above=dense_above, min_seq_len=min_seq_len, site=site
     )
     record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
     return out
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Computation(Generic[Result]):
+    """What an op computes: the attention alone, or what else an op returns with it.
+
+    sparse, dense: by a lowering; plain: dense, by plain torch.
+    """
+
+    sparse: Callable[[Lowering, AttentionInputs, SparseIndex], Result]
+    dense: Callable[[Lowering, AttentionInputs], Result]
+    plain: Callable[[AttentionInputs], Result]
+
+
+ATTENTION: Computation[Tensor] = Computation(
+    lambda lowering, inputs, index: lowering.sparse_attention(inputs, index),
+    lambda lowering, inputs: lowering.dense_attention(inputs),
+    dense_attention,
+)
+
+
 def attend(
     inputs: AttentionInputs,
     index: SparseIndex,
+    computation: Computation[Result],
     *,
     dense_above: float,
     min_seq_len: int,
     site: int = 0,
-) -> tuple[Lowering, Tensor, str]:
+) -> tuple[Lowering, Result, str]:
     """Sparse or dense attention; the lowering that was asked, and why dense attention ran, or "".
 
     Where a kernel of ours fails, whether it cannot be built or raises, plain torch computes dense
@@ -112,15 +141,15 @@ def attend(
         )
         doing = f"a kernel of {'dense' if reason else 'sparse'} attention ({lowering.name})"
         if reason:
-            out = lowering.dense_attention(inputs)
+            out = computation.dense(lowering, inputs)
         else:
-            out = lowering.sparse_attention(inputs, index)
+            out = computation.sparse(lowering, inputs, index)
         if dense_above < 1.0:
             lowering.end_call(inputs, index, site)
         return lowering, out, reason
     except Exception as error:
         reason = contain(error, doing)
-    return lowering, dense_attention(inputs), reason
+    return lowering, computation.plain(inputs), reason
 
 
 def decide_dense(

@@ -37,6 +37,7 @@ _EXPORTS = {
     "compile": "mpass.backend",
     "configure": "mpass.config.decorators",
     "MpassError": "mpass.errors",
+    "diagnose": "mpass.inspection.doctor",
     "explain": "mpass.inspection.explanation",
     "profile": "mpass.inspection.profiling",
     "computed_mask": "mpass.functional",

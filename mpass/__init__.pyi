@@ -13,6 +13,7 @@ from mpass.functional import attend as attend
 from mpass.functional import computed_mask as computed_mask
 from mpass.functional import density as density
 from mpass.functional import sparse_attention as sparse_attention
+from mpass.inspection.doctor import diagnose as diagnose
 from mpass.inspection.explanation import explain as explain
 from mpass.inspection.profiling import profile as profile
 from mpass.lowering.recorder import record as record

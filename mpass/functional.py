@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from mpass.lowering import density as densities
 from mpass.lowering.index import AttentionMask, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
-from mpass.patterns.base import Pattern, attend_heads, shared_slots
+from mpass.patterns.base import Pattern, attend_heads, attend_heads_lse, shared_slots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the ops compute in; the accumulator is fp32."""
@@ -34,6 +35,44 @@ MAX_MASK_BYTES = 2 << 30
 
 DENSE_ABOVE = 0.6
 """Share of the dense work above which `attend` runs dense attention, as the backend does."""
+
+
+@overload
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    patterns: PatternLike | Sequence[PatternLike],
+    query_offset: int | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    window: int = 0,
+    dense_above: float = DENSE_ABOVE,
+    layer: int = -1,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    patterns: PatternLike | Sequence[PatternLike],
+    query_offset: int | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    window: int = 0,
+    dense_above: float = DENSE_ABOVE,
+    layer: int = -1,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attend(
@@ -50,7 +89,8 @@ def attend(
     window: int = 0,
     dense_above: float = DENSE_ABOVE,
     layer: int = -1,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute causal attention now, as the backend does in a graph, with a pattern per head.
 
     It is the call for engines that run a layer's attention themselves. B is the batch, H the number
@@ -75,6 +115,9 @@ def attend(
         what an earlier call of the same layer selected decides.
     layer: its number, for records, messages and what is remembered; -1 is an unknown one, of which
         nothing is remembered.
+    return_lse: return the log-sum-exps as well, fp32 [B, H, Nq]: the natural logarithm of the sum
+        of e^score over the keys that were computed, sinks included, with scores scaled and capped;
+        minus infinity for a row without any. Attentions over parts of the keys are joined by them.
 
     As in a compiled model, attention of a single query and of a layer whose heads are all dense is
     dense without an estimation. So is what a GPU's kernels do not serve, unless `dense_above` is 1
@@ -99,14 +142,17 @@ def attend(
         if key_mask is not None:
             mask = dataclasses.replace(mask, key_mask=key_mask[:, :end])
     if query.shape[2] == 1 or (heads.all_dense and window == 0):
-        dense: Tensor = torch.ops.minference.attention.default(
+        ops = torch.ops.minference
+        dense = ops.attention_lse.default if return_lse else ops.attention.default
+        result: Tensor | tuple[Tensor, Tensor] = dense(
             *(query, key, value, mask.key_mask, sinks, mask.query_offset, window, True),
             *(scale, float(softcap)),
         )
-        return dense
+        return result
     # As in graphs: dense attention with a softcap or sinks is slower than lowerings take it to be.
     remembered = layer >= 0 and softcap == 0 and sinks is None
-    return attend_heads(
+    run = attend_heads_lse if return_lse else attend_heads
+    return run(
         *(query, key, value, heads, mask),
         scale=scale,
         softcap=float(softcap),
@@ -115,6 +161,40 @@ def attend(
         layer=layer,
         site=1 + layer if remembered else 0,
     )
+
+
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: Pattern | str,
+    scale: float | None = None,
+    is_causal: bool = True,
+    enable_gqa: bool = False,
+    query_offset: int | None = None,
+    window: int = 0,
+    key_mask: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: Pattern | str,
+    scale: float | None = None,
+    is_causal: bool = True,
+    enable_gqa: bool = False,
+    query_offset: int | None = None,
+    window: int = 0,
+    key_mask: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def sparse_attention(
@@ -129,7 +209,8 @@ def sparse_attention(
     query_offset: int | None = None,
     window: int = 0,
     key_mask: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention over the keys that `pattern` selects for every head: [B, H, Nq, Dv].
 
     B is the batch, H the number of query heads, Hk that of key and value heads, Nq and Nk are the
@@ -145,6 +226,7 @@ def sparse_attention(
     query_offset: the number of keys before the first query; needed where Nq is not Nk.
     window: the sliding window in tokens, a query's own included; 0 for none.
     key_mask: bool [B, Nk], False for padding.
+    return_lse: return the log-sum-exps [B, H, Nq] as well, as `attend` does.
 
     Raises ShapeError, DtypeError, TensorTypeError, GradientError, OptionValueError,
     PatternValueError and UnknownPatternError before anything is computed.
@@ -154,7 +236,8 @@ def sparse_attention(
     chosen = causal_or_defined(as_pattern(pattern), mask)
     kv_group = query.shape[1] // key.shape[1]
     heads = heads_of(chosen, query.shape[1], kv_group=kv_group)
-    return attend_heads(query, key, value, heads, mask, scale=scale, dense_above=1.0)
+    run = attend_heads_lse if return_lse else attend_heads
+    return run(query, key, value, heads, mask, scale=scale, dense_above=1.0)
 
 
 def computed_mask(

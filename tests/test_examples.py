@@ -15,9 +15,8 @@ EXAMPLES = ROOT / "examples"
 WORDS = [f"w{i}" for i in range(61)]
 
 
-@pytest.fixture
-def llama_folder(tmp_path):
-    """A tiny Llama with random weights and a tokenizer of one token per word."""
+def save_tiny_llama(folder):
+    """A tiny Llama with random weights and a tokenizer of one token per word, in a folder."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -27,10 +26,15 @@ def llama_folder(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
     )
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"vocab_size": len(vocabulary), "max_position_embeddings": 4096}
-    tiny_llama(**sizes, eos_token_id=None).save_pretrained(tmp_path)
+    tiny_llama(**sizes, eos_token_id=None).save_pretrained(folder)
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+    save_tiny_llama(tmp_path)
     return tmp_path
 
 

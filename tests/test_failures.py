@@ -16,7 +16,7 @@ from mpass import failures
 from mpass.lowering.dispatch import find_lowering
 from mpass.lowering.index import AttentionMask, IndexWidth, diagonal_slots, whole_index
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.ops import attend
+from mpass.lowering.ops import ATTENTION, attend
 from mpass.lowering.recorder import record
 from mpass.lowering.reference.attention import allowed_cells
 from mpass.match import eager, sdpa
@@ -184,7 +184,7 @@ def test_dense_attention_that_fails_is_computed_by_torch(users, monkeypatch):
     broken = dataclasses.replace(find_lowering("cpu"), dense_attention=breaks)
     monkeypatch.setattr("mpass.lowering.ops.choose_lowering", lambda _inputs: broken)
     with pytest.warns(failures.InternalErrorWarning, match="a kernel of dense attention"):
-        _, out, reason = attend(given, index, dense_above=2.0, min_seq_len=1000)
+        _, out, reason = attend(given, index, ATTENTION, dense_above=2.0, min_seq_len=1000)
     assert reason.startswith("mpass failed in a kernel of dense attention")
     cells = allowed_cells(given.mask, torch.arange(300), 300)
     assert torch.allclose(out.double(), dense_attention(query, key, value, cells, 0.2), atol=1e-5)

@@ -22,6 +22,7 @@ CONST_VOID = ("query", "key", "value")
 POINTER_TYPES = {
     **dict.fromkeys(CONST_VOID, "const void*"),
     "out": "void*",
+    "lse": "float*",
     "key_mask": "const uint8_t*",
     "sinks": "const float*",
     **dict.fromkeys(("first_count", "first_index", "second_count", "second_index"), "int32_t*"),
@@ -49,7 +50,7 @@ class AttentionArguments(ctypes.Structure):
     """A call of `sparse_attention`; the index's tensors as in SparseIndex."""
 
     _fields_: ClassVar = [
-        *fields(ctypes.c_void_p, "query key value out key_mask sinks block_count block_index"),
+        *fields(ctypes.c_void_p, "query key value out lse key_mask sinks block_count block_index"),
         *fields(ctypes.c_void_p, "diagonal_count diagonal_index column_count column_index"),
         *fields(ctypes.c_void_p, "head_slots"),
         *fields(ctypes.c_int64, "batch heads kv_heads num_queries num_keys num_blocks"),

@@ -13,7 +13,7 @@ from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import kernel_spec
 from mpass.lowering.index import SparseIndex, num_query_blocks
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.reference.attention import empty_output
+from mpass.lowering.reference.attention import empty_lse, empty_output
 
 
 def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
@@ -25,12 +25,26 @@ def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
     return run_attention(kernel_spec(inputs), inputs, index)
 
 
-def run_attention(spec: KernelSpec, inputs: AttentionInputs, index: SparseIndex) -> Tensor:
-    """`sparse_attention` with a chosen specialisation."""
+def sparse_attention_lse(inputs: AttentionInputs, index: SparseIndex) -> tuple[Tensor, Tensor]:
+    """`sparse_attention` and its log-sum-exps, fp32 [B, H, Nq]; as the reference's, which see."""
+    lse = empty_lse(inputs.query)
+    return run_attention(kernel_spec(inputs), inputs, index, lse), lse
+
+
+def run_attention(
+    spec: KernelSpec, inputs: AttentionInputs, index: SparseIndex, lse: Tensor | None = None
+) -> Tensor:
+    """`sparse_attention` with a chosen specialisation.
+
+    lse: fp32 [B, H, Nq], contiguous, into which log-sum-exps are written; None for none.
+    """
     query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
     sink_logits = inputs.sink_logits
     out = empty_output(query, value)
     if out.numel() == 0 or key.shape[2] == 0:
+        if lse is not None:
+            sinks = None if sink_logits is None else sink_logits.float().view(1, -1, 1)
+            lse.copy_(sinks) if sinks is not None else lse.fill_(-torch.inf)
         return out.zero_()
     query, key, value = (rows_contiguous(tensor) for tensor in (query, key, value))
     key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
@@ -43,6 +57,7 @@ def run_attention(spec: KernelSpec, inputs: AttentionInputs, index: SparseIndex)
         key=pointer(key),
         value=pointer(value),
         out=pointer(out),
+        lse=pointer(lse),
         key_mask=pointer(key_mask),
         sinks=pointer(logits),
         block_count=pointer(block_count),

@@ -32,6 +32,22 @@ def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
     The result is [B, H, Nq, Dv] in the query's dtype. A row with nothing to see gives zeros. It is
     computed in fp32, of fp64 inputs in fp64.
     """
+    return attend_rows(inputs, index, None)
+
+
+def sparse_attention_lse(inputs: AttentionInputs, index: SparseIndex) -> tuple[Tensor, Tensor]:
+    """`sparse_attention`, and the log-sum-exp of each row's scores.
+
+    The latter is [B, H, Nq] in fp32 (of fp64 inputs in fp64), the natural logarithm of the sum over
+    the keys that the row sees of e^score, scaled and capped, and of e^sink where there are sinks. A
+    row with nothing to see has minus infinity, or its sink.
+    """
+    lse = empty_lse(inputs.query)
+    return attend_rows(inputs, index, lse), lse
+
+
+def attend_rows(inputs: AttentionInputs, index: SparseIndex, lse: Tensor | None) -> Tensor:
+    """`sparse_attention`, which also fills `lse` [B, H, Nq] if there is one."""
     query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
@@ -46,6 +62,8 @@ def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
         weights = masked_softmax(scores, visible, inputs.sink_logits)
         out[:, :, rows] = (weights @ values).to(out.dtype)
+        if lse is not None:
+            lse[:, :, rows] = masked_lse(scores, visible, inputs.sink_logits)
     return out
 
 
@@ -57,6 +75,14 @@ def masked_softmax(scores: Tensor, visible: Tensor, sink_logits: Tensor | None =
         return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
     weights = torch.softmax(scores, dim=-1)
     return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
+def masked_lse(scores: Tensor, visible: Tensor, sink_logits: Tensor | None = None) -> Tensor:
+    """Log-sum-exp over the visible keys and the sink; minus infinity where there is neither."""
+    lse = torch.logsumexp(scores.masked_fill(~visible, -torch.inf), dim=-1)
+    if sink_logits is None:
+        return lse
+    return torch.logaddexp(lse, sink_logits.to(lse.dtype).view(1, -1, 1))
 
 
 def estimated_softmax(scores: Tensor, visible: Tensor) -> Tensor:
@@ -195,6 +221,12 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, num_queries, heads, value.shape[-1]).transpose(1, 2)
 
 
+def empty_lse(query: Tensor) -> Tensor:
+    """[B, H, Nq] in fp32, of an fp64 query in fp64: where log-sum-exps go."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape[:3], dtype=wide)
+
+
 def repeat_kv(tensor: Tensor, heads: int) -> Tensor:
     """[B, Hk, N, D] -> [B, H, N, D], each kv head repeated for its group of query heads."""
     return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
@@ -204,13 +236,16 @@ __all__ = [
     "allowed_cells",
     "computed_mask",
     "density",
+    "empty_lse",
     "empty_output",
     "estimated_softmax",
+    "masked_lse",
     "masked_softmax",
     "query_chunks",
     "repeat_kv",
     "selected_blocks",
     "selected_columns",
     "sparse_attention",
+    "sparse_attention_lse",
     "visible_rows",
 ]

@@ -22,7 +22,7 @@ from mpass.lowering.index import (
     num_query_blocks,
 )
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.reference.attention import empty_output
+from mpass.lowering.reference.attention import empty_lse, empty_output
 from mpass.lowering.triton.interpret import interpreted, upcast
 from mpass.lowering.triton.launch import (
     DTYPES,
@@ -52,17 +52,31 @@ def sparse_attention(inputs: AttentionInputs, index: SparseIndex) -> Tensor:
     The result is [B, H, Nq, Dv], laid out as [B, Nq, H, Dv]. On CPU tensors the kernels are
     interpreted, for tests.
     """
+    return run_attention(inputs, index, None)
+
+
+def sparse_attention_lse(inputs: AttentionInputs, index: SparseIndex) -> tuple[Tensor, Tensor]:
+    """`sparse_attention` and its log-sum-exps, fp32 [B, H, Nq]; as the reference's, which see."""
+    lse = empty_lse(inputs.query)
+    return run_attention(inputs, index, lse), lse
+
+
+def run_attention(inputs: AttentionInputs, index: SparseIndex, lse: Tensor | None) -> Tensor:
+    """`sparse_attention`, which also fills `lse` [B, H, Nq] if there is one."""
     out = empty_output(inputs.query, inputs.value)
     if out.numel() == 0:
         return out
     if inputs.key.shape[2] == 0:
+        if lse is not None:
+            sinks = inputs.sink_logits
+            lse.fill_(-torch.inf) if sinks is None else lse.copy_(sinks.view(1, -1, 1))
         return out.zero_()
     inputs = kernel_operands(inputs)
     computed = out if inputs.query.dtype == out.dtype else empty_output(inputs.query, inputs.value)
-    spec = attention_spec(inputs, index)
+    spec = attention_spec(inputs, index, lse=lse is not None)
     spans, bits = plan_rows(spec, inputs, index)
     columns = gather_columns(spec, inputs, index)
-    attend(spec, inputs, index, computed, spans, bits, columns)
+    attend(spec, inputs, index, computed, spans, bits, columns, lse)
     return computed if computed is out else out.copy_(computed)
 
 
@@ -77,8 +91,13 @@ def kernel_operands(inputs: AttentionInputs) -> AttentionInputs:
     return replace(inputs, query=query, key=key, value=value, scale=scale)
 
 
-def attention_spec(inputs: AttentionInputs, index: SparseIndex) -> TritonKernelSpec:
-    """The kernel that serves a call; reads shapes, dtypes and static arguments only."""
+def attention_spec(
+    inputs: AttentionInputs, index: SparseIndex, *, lse: bool = False
+) -> TritonKernelSpec:
+    """The kernel that serves a call; reads shapes, dtypes and static arguments only.
+
+    lse: whether it writes the log-sum-exps, too.
+    """
     query, mask = inputs.query, inputs.mask
     head_dim, value_dim = query.shape[-1], inputs.value.shape[-1]
     target = target_for(query.device)
@@ -103,6 +122,7 @@ def attention_spec(inputs: AttentionInputs, index: SparseIndex) -> TritonKernelS
         padding=padding,
         softcap=softcap,
         sinks=inputs.sink_logits is not None,
+        lse=lse,
         num_warps=pack_warps(tile, pack),
         num_stages=tile.num_stages,
         target=target,
@@ -218,10 +238,12 @@ def attend(
     spans: Tensor,
     bits: Tensor,
     columns: tuple[Tensor, Tensor, Tensor],
+    lse: Tensor | None = None,
 ) -> None:
-    """The attention itself, into `out` [B, H, Nq, Dv]: one launch.
+    """The attention itself, into `out` [B, H, Nq, Dv], and its log-sum-exps: one launch.
 
-    spans, bits: of `plan_rows`; columns: of `gather_columns`.
+    spans, bits: of `plan_rows`; columns: of `gather_columns`; lse: fp32 [B, H, Nq] or None, as the
+    spec says.
     """
     query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
     scale, softcap, sink_logits = inputs.scale, inputs.softcap, inputs.sink_logits
@@ -260,6 +282,7 @@ def attend(
         score_scale=score_scale,
         score_power=math.ldexp(0.5, math.frexp(score_scale)[1]),
         softcap=softcap * LOG2_E,
+        **({} if lse is None else {"lse": lse}),
     )
 
 

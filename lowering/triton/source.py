@@ -57,6 +57,7 @@ def render(spec: TritonKernelSpec) -> str:
             power_of_two=power_of_two,
             int8_dim=int8_dim,
             log2=math.log2,
+            ln2=math.log(2),
             last_queries=LAST_QUERIES,
             splits=SPLITS,
         )

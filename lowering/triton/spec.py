@@ -82,6 +82,7 @@ class TritonKernelSpec:
     padding: bool = False
     softcap: bool = False
     sinks: bool = False
+    lse: bool = False
     num_warps: int = 4
     num_stages: int = 1
     target: Target = "sm_90"

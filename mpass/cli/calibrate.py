@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mpass.cli.prompt import check_output
+from mpass.cli import prompt
+from mpass.cli.output import AS_JSON, STANDARD_OUTPUT, check_output
 from mpass.models.texts import find_text
 
 RETRIEVAL_TASKS = ("niah_single_2", "passkey")
@@ -21,12 +22,7 @@ SHORT_PROMPT = 1024
 
 
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(help="smollm2, gemma3, a folder in transformers' format, a GGUF file.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path(
-        "minference.json"
-    ),
+    model: prompt.MODEL,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Texts to search on, best of several kinds: names or files."),
@@ -34,13 +30,21 @@ def calibrate(
     held_out: Annotated[
         list[str] | None, typer.Option(help="Texts to check on; the rest of --text if not given.")
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of the texts, comma separated.")] = "8192",
+    lengths: Annotated[
+        str,
+        typer.Option("--length", "--lengths", help="Tokens of the texts, separated by commas."),
+    ] = "8192",
     check_lengths: Annotated[
         str | None, typer.Option(help="Tokens of the held-out texts; --lengths if not given.")
     ] = None,
     patterns: Annotated[
         list[str] | None,
-        typer.Option("--pattern", help="Candidates, as NAME or 'NAME(8, 64)'; many if not given."),
+        typer.Option(
+            "--pattern",
+            "--patterns",
+            help="Candidates, as NAME or 'NAME(8, 64)'; many if not given.",
+            autocompletion=prompt.starting(prompt.PATTERNS),
+        ),
     ] = None,
     budget: Annotated[
         float, typer.Option(help="Attention time as a share of that of dense attention.")
@@ -59,12 +63,19 @@ def calibrate(
             "1024 and the longest of --lengths if not given."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "fp32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: prompt.DTYPE = "fp32",
+    device: prompt.DEVICE = "cpu",
     state: Annotated[
         Path | None, typer.Option(help="File to resume from; OUTPUT.state if not given.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write the heatmap here (SVG).")] = None,
+    as_json: AS_JSON = False,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The config to write; - is standard output."
+        ),
+    ] = Path("minference.json"),
 ) -> None:
     """Search which pattern each head should use, under a budget; write a config.
 
@@ -73,6 +84,7 @@ def calibrate(
     """
     check_output(output)
     check_output(picture, "picture")
+    check_output(state or resume_file(output), "state")
     text_lengths = parse_lengths("lengths", lengths)
     checked_lengths = parse_lengths("check_lengths", check_lengths or lengths)
     if retrieval_lengths is None:
@@ -95,7 +107,7 @@ def calibrate(
     )
     check_settings(settings)
     candidates = [parse_pattern(pattern) for pattern in patterns] if patterns else None
-    console = Console()
+    console = Console(stderr=as_json or output == STANDARD_OUTPUT)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     searched, checked = make_inputs(
         tokenizer,
@@ -124,16 +136,26 @@ def calibrate(
             held_out=checked,
             candidates=candidates,
             settings=settings,
-            state=state or output.with_name(output.name + ".state"),
+            state=state or resume_file(output),
             on_progress=on_progress,
         )
-    outcome.config.save(output)
+    if output != STANDARD_OUTPUT:
+        outcome.config.save(output)
     if picture is not None:
         picture.write_text(heatmap(outcome), "utf-8")
     console.print(choice_table(outcome))
     if outcome.checks:
         console.print(check_table(outcome))
     console.print(f"wrote {output} after {time.perf_counter() - start:.0f} s")
+    if as_json or output == STANDARD_OUTPUT:
+        typer.echo(outcome.config.to_json(), nl=False)
+
+
+def resume_file(output: Path) -> Path:
+    """Where the measurements of a search are kept beside its config."""
+    if output == STANDARD_OUTPUT:
+        output = Path("minference.json")
+    return output.with_name(output.name + ".state")
 
 
 def parse_lengths(option: str, text: str) -> list[int]:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 from typing import Annotated
 
 import typer
 
-from mpass.cli.prompt import check_output
+from mpass.cli import prompt
+from mpass.cli.output import AS_JSON, JSON_OUTPUT, STANDARD_OUTPUT, check_output, deliver
 from mpass.errors import OptionValueError
+
+SPELLINGS = ("sdpa", "eager", "flex_attention")
 
 
 def coverage(
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Save the records here (JSON).")
-    ] = None,
     family: Annotated[
         list[str] | None, typer.Option(help="Only these families, by name; all if not given.")
     ] = None,
     spelling: Annotated[
-        list[str] | None, typer.Option(help="Only these: sdpa, eager, flex_attention.")
+        list[str] | None,
+        typer.Option(
+            metavar=f"[{'|'.join(SPELLINGS)}]",
+            help="Only these; all if not given.",
+            autocompletion=prompt.starting(SPELLINGS),
+        ),
     ] = None,
     scenario: Annotated[
         list[str] | None, typer.Option(help="Only these scenarios, by name; all if not given.")
     ] = None,
+    as_json: AS_JSON = False,
+    output: JSON_OUTPUT = None,
 ) -> None:
     """Run tiny models of every family through the pass and compare them with eager.
 
@@ -31,7 +38,7 @@ def coverage(
     difference. Ends with status 1 if any output differs by more than 1e-4 or any run fails.
     """
     check_output(output)
-    from mpass.evaluate.coverage import IMPLEMENTATIONS, CoverageRecord, save, summary
+    from mpass.evaluate.coverage import CoverageRecord, summary
     from mpass.evaluate.coverage import coverage as records_of
     from mpass.models.tiny import FAMILIES, SCENARIOS, Scenario
 
@@ -41,20 +48,24 @@ def coverage(
     for name in set(scenario or ()) - {s.name for s in SCENARIOS}:
         raise OptionValueError("scenario", name, ", ".join(s.name for s in SCENARIOS))
 
-    for name in set(spelling or ()) - set(IMPLEMENTATIONS):
-        raise OptionValueError("spelling", name, ", ".join(IMPLEMENTATIONS))
+    for name in set(spelling or ()) - set(SPELLINGS):
+        raise OptionValueError("spelling", name, ", ".join(SPELLINGS))
 
     def wanted(candidate: Scenario) -> bool:
         return scenario is None or candidate.name in scenario
 
     records: list[CoverageRecord] = []
-    for record in records_of(families, spelling or IMPLEMENTATIONS, wanted):
-        typer.echo(summary([record]))
+    for record in records_of(families, spelling or SPELLINGS, wanted):
+        typer.echo(summary([record]), err=as_json or output == STANDARD_OUTPUT)
         records.append(record)
-    if output is not None:
-        save(records, output)
     sparse, sites = sum(r.rewritten for r in records), sum(r.sites for r in records)
     wrong = [record for record in records if not record.equal]
-    typer.echo(f"{len(records)} runs, {sparse} of {sites} attentions sparse, {len(wrong)} differ")
+    told = f"{len(records)} runs, {sparse} of {sites} attentions sparse, {len(wrong)} differ"
+    deliver(
+        lambda: [dataclasses.asdict(record) for record in records],
+        lambda: told,
+        output=output,
+        as_json=as_json,
+    )
     if wrong:
         raise typer.Exit(1)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
-
-import typer
+from mpass.cli.output import AS_JSON, JSON_OUTPUT, check_output, deliver
 
 
-def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
-) -> None:
+def env(as_json: AS_JSON = False, output: JSON_OUTPUT = None) -> None:
     """Print what mpass runs on: paste it into a bug report."""
+    check_output(output)
     from mpass.inspection.environment import environment
 
     found = environment()
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
     width = max(map(len, found))
-    for name, value in found.items():
-        typer.echo(f"{name:<{width}}  {value}")
+
+    def lines() -> str:
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in found.items())
+
+    deliver(lambda: found, lines, output=output, as_json=as_json)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from mpass.cli import prompt
+from mpass.cli.output import AS_JSON, STANDARD_OUTPUT, as_json_text, check_output
 from mpass.cli.progress import steps, waiting
-from mpass.cli.prompt import check_output
 from mpass.errors import OptionValueError
-from mpass.models.texts import TEXTS
 
 ALL_TASKS = "all"
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(help="smollm2, gemma3, a folder in transformers' format, or a GGUF file."),
-    ] = "smollm2",
+    model: prompt.MODEL = "smollm2",
     tasks: Annotated[
         str,
         typer.Option(
@@ -29,35 +29,41 @@ def evaluate(
             "commas; 'all' for all of them."
         ),
     ] = "niah_single_1,niah_single_2,passkey,perplexity",
-    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "4096",
+    lengths: Annotated[
+        str, typer.Option("--length", "--lengths", help="Tokens, separated by commas.")
+    ] = "4096",
     patterns: Annotated[
         str,
         typer.Option(
+            "--pattern",
+            "--patterns",
             help="Patterns as in `mpass demo`, separated by semicolons; 'auto' is the backend's "
-            "own choice."
+            "own choice.",
         ),
     ] = "auto",
     samples: Annotated[int, typer.Option(help="Seeds of each task and length.")] = 5,
-    text: Annotated[
-        str, typer.Option(help="Haystack and text: a UTF-8 file, or " + ", ".join(TEXTS))
-    ] = next(iter(TEXTS)),
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    text: prompt.TEXT = prompt.FIRST_TEXT,
+    dtype: prompt.DTYPE = "bf16",
+    device: prompt.DEVICE = "cpu",
     min_seq_len: Annotated[int, typer.Option(help="Prompts shorter than this stay dense.")] = 0,
-    inner_backend: Annotated[
-        str,
-        typer.Option(help="What compiles the rest of the graph: inductor, aot_eager or eager."),
-    ] = "eager",
+    inner_backend: prompt.INNER_BACKEND = "eager",
     generate: Annotated[
         bool, typer.Option(help="Also score what dense decoding writes after the prefill.")
     ] = True,
-    output: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="JSON lines; what is in there is not measured again."),
-    ] = Path("eval.jsonl"),
     plots: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write pictures (SVG) there.")
     ] = None,
+    as_json: AS_JSON = False,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="JSON lines; what is in there is not measured again. - is standard output, where "
+            "nothing is.",
+        ),
+    ] = Path("eval.jsonl"),
 ) -> None:
     """Measure what sparse prefill costs in accuracy: retrieval, scored strictly, and perplexity.
 
@@ -92,13 +98,19 @@ def evaluate(
             generate=generate,
         )
         check_plan(plan)
-    with steps(len(list(list_inputs(plan)))) as on_progress:
-        lines = run_plan(plan, output, on_progress)
+    with tempfile.TemporaryDirectory() as folder, steps(len(list(list_inputs(plan)))) as tell:
+        kept = Path(folder) / "eval.jsonl" if output == STANDARD_OUTPUT else output
+        lines = run_plan(plan, kept, tell)
     summaries = summarize(lines)
-    Console().print(render_summaries(summaries))
+    if output == STANDARD_OUTPUT:
+        typer.echo("".join(json.dumps(line) + "\n" for line in lines), nl=False)
+    elif as_json:
+        typer.echo(as_json_text([dataclasses.asdict(item) for item in summaries]), nl=False)
+    else:
+        Console().print(render_summaries(summaries))
     if plots is not None:
         for path in write_plots(plots, lines, summaries):
-            typer.echo(f"Wrote {path}")
+            typer.echo(f"Wrote {path}", err=as_json or output == STANDARD_OUTPUT)
 
 
 def split_list(text: str, separator: str) -> tuple[str, ...]:

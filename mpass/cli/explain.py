@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mpass.cli import prompt
+from mpass.cli.output import AS_JSON, OUTPUT, check_output, deliver
 from mpass.errors import DeviceError, OptionValueError
+
+CHIP_NAMES = ("a100", "h100", "h200", "b200", "l40s", "mi300x", "rtx4090")
 
 LENGTH = Annotated[
     str | None,
     typer.Option(
+        "--length",
+        "--lengths",
         help="Tokens of the prompt, 2048 if not given; for a chip several: 8192,131072.",
         show_default=False,
     ),
@@ -20,7 +26,8 @@ DEVICE = Annotated[
     str,
     typer.Option(
         help="cpu or cuda; or a chip to predict times for, which need not be here: a100, h100, "
-        "h200, b200, l40s, mi300x, rtx4090."
+        "h200, b200, l40s, mi300x, rtx4090.",
+        autocompletion=prompt.starting(("cpu", "cuda", *CHIP_NAMES)),
     ),
 ]
 
@@ -36,19 +43,21 @@ def explain(
     dtype: prompt.DTYPE = "bf16",
     device: DEVICE = "cpu",
     min_seq_len: prompt.MIN_SEQ_LEN = None,
-    output: prompt.OUTPUT = None,
+    as_json: AS_JSON = False,
+    output: OUTPUT = None,
 ) -> None:
     """Tell which attentions of a model become sparse on a prompt, and why the rest does not.
 
     The model runs once without Inductor; densities are those of this prompt. For a chip nothing
     runs: times per layer are predicted, sparse and dense, for prompts of the usual density.
     """
-    prompt.check_output(output)
+    check_output(output)
     from mpass.lowering.triton.chips import CHIPS
 
     lengths = parse_lengths(length)
     if device.lower() in CHIPS:
-        predict(model, device.lower(), lengths, pattern, config, dtype, min_seq_len, output)
+        given = (pattern, config, min_seq_len)
+        predict(model, device.lower(), lengths, given, dtype, as_json, output)
         return
     if len(lengths) > 1:
         raise OptionValueError("length", length, "one number of tokens where the model runs")
@@ -58,18 +67,21 @@ def explain(
     except DeviceError as error:
         known = f"{error.allowed}; to predict times: {', '.join(CHIPS)}"
         raise DeviceError(device, known) from None
-    options = prompt.pass_options(pattern, config, min_seq_len)
+    parsed = prompt.pass_options(pattern, config, min_seq_len)
     import torch
 
     from mpass.inspection.explanation import explain as explain_model
 
     body, inputs = prompt.load_prompt(model, text, tokens, dtype, device)
     with torch.inference_mode():
-        explanation = explain_model(body, options=options, **inputs)
-    typer.echo(str(explanation))
-    if output is not None:
-        explanation.save(output)
-        typer.echo(f"Saved to {output}")
+        explanation = explain_model(body, options=parsed, **inputs)
+    deliver(
+        explanation.as_dict,
+        lambda: str(explanation),
+        output=output,
+        as_json=as_json,
+        save=explanation.save,
+    )
 
 
 def parse_lengths(text: str | None) -> tuple[int, ...]:
@@ -90,13 +102,15 @@ def predict(
     model: str,
     chip: str,
     lengths: tuple[int, ...],
-    pattern: str | None,
-    config: prompt.Path | None,
-    dtype: str,
-    min_seq_len: int | None,
-    output: prompt.Path | None,
+    given: tuple[str | None, Path | None, int | None],
+    dtype: prompt.Dtype,
+    as_json: bool,
+    output: Path | None,
 ) -> None:
-    """Print what the attention of a model is predicted to cost on a chip."""
+    """Print what the attention of a model is predicted to cost on a chip.
+
+    given: pattern, config and min_seq_len, as `prompt.pass_options` takes them.
+    """
     if output is not None and output.suffix == ".html":
         raise OptionValueError("output", str(output), "a file for JSON: a prediction has no page")
     from mpass.inspection.prediction import LENGTHS, predict_model
@@ -107,9 +121,6 @@ def predict(
     kind = parse_dtype(dtype)
     if dtype == "fp32":
         raise OptionValueError("dtype", dtype, "bf16 or fp16: GPUs serve no others")
-    options = parse_options(None, prompt.pass_options(pattern, config, min_seq_len))
+    options = parse_options(None, prompt.pass_options(*given))
     found = predict_model(model, CHIPS[chip], options, lengths=lengths or LENGTHS, dtype=kind)
-    typer.echo(str(found))
-    if output is not None:
-        found.save(output)
-        typer.echo(f"Saved to {output}")
+    deliver(found.as_dict, lambda: str(found), output=output, as_json=as_json, save=found.save)

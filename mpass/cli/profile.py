@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mpass.cli import prompt
+from mpass.cli.output import AS_JSON, OUTPUT, check_output, deliver
 from mpass.errors import OptionValueError
 
 
@@ -23,14 +24,15 @@ def profile(
         int,
         typer.Option(help="Blocks of 64 queries compared with exact attention; 0 for all."),
     ] = 64,
-    output: prompt.OUTPUT = None,
+    as_json: AS_JSON = False,
+    output: OUTPUT = None,
 ) -> None:
     """Compare a model's sparse attention with the exact one on a prompt, head by head.
 
     Prints density, recall and times per layer and what to do about the worst heads; a page for
     `--output FILE.html` shows what every head looks at.
     """
-    prompt.check_output(output)
+    check_output(output)
     if query_blocks < 0:
         raise OptionValueError("query-blocks", query_blocks, "0 for all blocks, or a number")
     prompt.check_prompt(text, length, dtype, device)
@@ -46,7 +48,4 @@ def profile(
             body, inputs, options=options, max_query_blocks=query_blocks, progress=tell
         )
     tell("")
-    typer.echo(str(done))
-    if output is not None:
-        done.save(output)
-        typer.echo(f"Saved to {output}")
+    deliver(done.as_dict, lambda: str(done), output=output, as_json=as_json, save=done.save)

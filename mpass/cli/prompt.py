@@ -4,33 +4,60 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mpass.errors import OptionValueError
-from mpass.files import check_writable
 from mpass.models.texts import TEXTS
 
-MODEL = Annotated[
-    str, typer.Argument(help="smollm2, gemma3, a folder in transformers' format, a GGUF file.")
+MODELS = ("smollm2", "gemma3")
+"""Names that a model may have beside a folder and a GGUF file."""
+
+PATTERNS = (
+    *("a_shape", "block_max", "block_sparse", "block_top_p", "dense", "flex_prefill"),
+    *("sample_attention", "strided", "tri_shape", "union", "vertical_slash", "x_attention"),
+)
+"""What a shell completes; asking the registry would import torch. A test holds it against it."""
+
+FIRST_TEXT = next(iter(TEXTS))
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+InnerBackend = Literal["inductor", "aot_eager", "eager"]
+
+
+def starting(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """A completion of an option: those words that begin as what was typed."""
+    known = tuple(words)
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in known if word.startswith(incomplete)]
+
+    return complete
+
+
+MODEL_HELP = "smollm2, gemma3, a folder in transformers' format, or a GGUF file."
+PATTERN_HELP = "Pattern of every head: NAME or 'NAME(1000, 512)'; see `mpass patterns`."
+
+MODEL = Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=starting(MODELS))]
+TEXT = Annotated[
+    str,
+    typer.Option(
+        help="Text of the prompt: a UTF-8 file, or " + ", ".join(TEXTS),
+        autocompletion=starting(TEXTS),
+    ),
 ]
-TEXT = Annotated[str, typer.Option(help="Text of the prompt: a UTF-8 file, or " + ", ".join(TEXTS))]
 LENGTH = Annotated[int, typer.Option(help="Tokens of the prompt.")]
-PATTERN = Annotated[
-    str | None, typer.Option(help="Pattern of every head: NAME or 'NAME(1000, 512)'.")
-]
+PATTERN = Annotated[str | None, typer.Option(help=PATTERN_HELP, autocompletion=starting(PATTERNS))]
 CONFIG = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A pattern per layer and head: JSON.")
 ]
-DTYPE = Annotated[str, typer.Option(help="bf16, fp16 or fp32.")]
-DEVICE = Annotated[str, typer.Option(help="cpu or cuda.")]
+DTYPE = Annotated[Dtype, typer.Option(help="Of the model.")]
+DEVICE = Annotated[str, typer.Option(help="cpu or cuda.", autocompletion=starting(("cpu", "cuda")))]
 MIN_SEQ_LEN = Annotated[int | None, typer.Option(help="Prompts shorter than this stay dense.")]
-OUTPUT = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Save here: a page for .html, else JSON.")
-]
+INNER_BACKEND = Annotated[InnerBackend, typer.Option(help="What compiles the rest of the graph.")]
 
 
 def load_prompt(
@@ -81,19 +108,6 @@ def tell_progress(every: float = 10.0) -> Callable[[str], None]:
         sys.stderr.flush()
 
     return tell
-
-
-def check_output(output: Path | None, option: str = "output") -> None:
-    """Refuse a file that cannot be written before anything runs."""
-    if output is None:
-        return
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise OptionValueError(option, str(output), "a file in a folder that exists")
-    try:
-        check_writable(output)
-    except OSError as error:
-        allowed = f"a file that can be written ({error.strerror})"
-        raise OptionValueError(option, str(output), allowed) from None
 
 
 def check_prompt(text: str, length: int, dtype: str, device: str) -> None:

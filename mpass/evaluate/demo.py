@@ -162,9 +162,13 @@ def load_prompt(settings: DemoSettings) -> Tensor:
 
 
 def run_demo(
-    settings: DemoSettings, on_progress: Callable[[str], None] = lambda step: None
+    settings: DemoSettings,
+    on_progress: Callable[[str], None] = lambda step: None,
+    on_figure: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Run the prompt dense and sparse; `on_progress` is told each of the `settings.steps` steps.
+
+    on_figure: is told in words what is known, as soon as it is known.
 
     Raises the errors of `check_settings`, `load_prompt` and `load_model`, all before a model runs.
     """
@@ -181,6 +185,7 @@ def run_demo(
     inner = settings.inner_backend
     on_progress(f"Compiling dense ({inner}) and first prefill of {settings.length} tokens")
     dense = first_run(model, tokens, settings.new_tokens, inner, None, on_progress)
+    on_figure(first_words("dense", dense))
     on_progress(f"Compiling sparse (minference) and first prefill of {settings.length} tokens")
     known = reports()
     with record() as log:
@@ -188,6 +193,7 @@ def run_demo(
             model, tokens, settings.new_tokens, "minference", settings.options(), on_progress
         )
     report = prefill_report(known)
+    on_figure(f"{first_words('sparse', sparse)}; {report.summary()}")
 
     runs: dict[str, list[float]] = {"dense": [], "sparse": []}
     for i in range(settings.repeats):
@@ -227,6 +233,14 @@ def run_demo(
         top1_agreement=float(agree.double().mean()),
         generated_dense=tokenizer.decode(dense.generated),
         generated_sparse=tokenizer.decode(sparse.generated),
+    )
+
+
+def first_words(name: str, run: FirstRun) -> str:
+    """What is known after a first prefill."""
+    return (
+        f"{name}: compiled and prefilled in {run.seconds:.1f} s, "
+        f"perplexity {run.predictions.perplexity:.3f}"
     )
 
 
@@ -281,10 +295,22 @@ def render(result: Result) -> Group:
     table.add_row("next-token predictions that agree", "", f"{result.top1_agreement:.1%}")
     dense, sparse = result.compile_seconds_dense, result.compile_seconds_sparse
     table.add_row("compile and first prefill, seconds", f"{dense:.1f}", f"{sparse:.1f}")
+    bars = Text(time_bars(result), no_wrap=True)
     if not settings["new_tokens"]:
-        return Group(table)
+        return Group(table, bars)
     return Group(
         table,
+        bars,
         Text(f"dense goes on:  {result.generated_dense!r}"),
         Text(f"sparse goes on: {result.generated_sparse!r}"),
+    )
+
+
+def time_bars(result: Result, width: int = 60) -> str:
+    """Both prefill times as bars of characters."""
+    runs = {"dense": result.prefill_seconds_dense, "sparse": result.prefill_seconds_sparse}
+    longest = max(runs.values())
+    return "\n".join(
+        f"{name:<6} {'█' * max(1, round(width * seconds / longest))} {seconds:.2f} s"
+        for name, seconds in runs.items()
     )

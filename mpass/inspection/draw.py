@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,17 @@ class Picture:
             f"{self.pattern} at {self.num_tokens} tokens: "
             f"density {self.density:.1%}, recall {self.recall:.1%}"
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, fit for JSON: maps as rows of levels."""
+        return {
+            "pattern": str(self.pattern),
+            "num_tokens": self.num_tokens,
+            "density": self.density,
+            "recall": self.recall,
+            "computed": self.computed.tolist(),
+            "exact": self.exact.tolist(),
+        }
 
 
 def draw_pattern(

@@ -8,7 +8,13 @@ op, whose arguments are the dataclass's fields.
 """
 
 from mpass.patterns.base.checks import check_positive, check_types
-from mpass.patterns.base.layer import HeadGroups, attend_heads, group_heads, groups_of
+from mpass.patterns.base.layer import (
+    HeadGroups,
+    attend_heads,
+    attend_heads_lse,
+    group_heads,
+    groups_of,
+)
 from mpass.patterns.base.masked_attention import patterns_as_text
 from mpass.patterns.base.op import head_slots, index_op, named_op, patterns_of, shared_slots
 from mpass.patterns.base.parameters import parameter_kinds, take_parameter
@@ -28,6 +34,7 @@ __all__ = [
     "Lost",
     "Pattern",
     "attend_heads",
+    "attend_heads_lse",
     "between",
     "causal_keys",
     "check_positive",

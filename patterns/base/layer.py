@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mpass.lowering.lse_ops  # noqa: F401  (defines minference::sparse_attention_lse)
 from mpass.lowering.index import AttentionMask, join_slots
 from mpass.patterns.base.op import head_slots, named_op, shared_slots
 from mpass.patterns.base.pattern import Pattern
@@ -102,6 +103,55 @@ def attend_heads(
 
     The arguments are those of `minference::sparse_attention`.
     """
+    out: Tensor = torch.ops.minference.sparse_attention.default(
+        *attention_arguments(
+            *(query, key, value, heads, mask, scale, softcap, sinks),
+            *(dense_above, min_seq_len, layer, site),
+        )
+    )
+    return out
+
+
+def attend_heads_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: HeadGroups,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dense_above: float,
+    min_seq_len: int = 0,
+    layer: int = -1,
+    site: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`attend_heads`, and the log-sum-exps [B, H, Nq]."""
+    out, lse = torch.ops.minference.sparse_attention_lse.default(
+        *attention_arguments(
+            *(query, key, value, heads, mask, scale, softcap, sinks),
+            *(dense_above, min_seq_len, layer, site),
+        )
+    )
+    return out, lse
+
+
+def attention_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: HeadGroups,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    dense_above: float,
+    min_seq_len: int,
+    layer: int,
+    site: int,
+) -> tuple[Any, ...]:
+    """The arguments of `minference::sparse_attention`, the index estimated."""
     visible = (mask.query_offset, mask.window, mask.causal)
     limits = (dense_above, min_seq_len)
     parts: list[Tensor] = []
@@ -111,8 +161,7 @@ def attend_heads(
     if len(heads.groups) > 1:
         order = (heads.flat_slots, heads.flat_heads, heads.sizes)
         parts = list(torch.ops.minference.join_indexes.default(parts, *order))
-    out: Tensor = torch.ops.minference.sparse_attention.default(
+    return (
         *(query, key, value, *parts, heads.slots, mask.key_mask, sinks),
         *(*visible, scale, softcap, *limits, layer, site),
     )
-    return out

@@ -19,7 +19,7 @@ BAD_VALUES = {
     "--min-seq-len": ["-5", "x"],
     "--output": ["/nowhere/page.html", "/", "/proc/page.html"],
 }
-COMMANDS = ["explain", "profile"]
+COMMANDS = ["explain", "doctor", "profile"]
 
 GENERATED = [
     [command, "smollm2", f"{option}={value}"]
@@ -58,8 +58,8 @@ BY_HAND = [
     ["demo", "--dtype=int4"],
     ["demo", "--device=tpu"],
     ["demo", "--text=/nowhere.txt"],
-    ["demo", "--json=/nowhere/x.json"],
-    ["demo", "--json=/proc/x.json"],
+    ["demo", "--output=/nowhere/x.json"],
+    ["demo", "-o/proc/x.json"],
     ["demo", "--min-seq-len=-1"],
     ["eval", "--tasks=nonsense"],
     ["eval", "--tasks="],
@@ -100,6 +100,11 @@ BY_HAND = [
     ["check", "/:Mine"],
     ["nonsense"],
     ["env", "--nonsense"],
+    ["env", "-o/nowhere/x.json"],
+    ["patterns", "-o/"],
+    ["check", "union", "-o/proc/x.json"],
+    ["doctor"],
+    ["calibrate", "smollm2", "--state=/nowhere/x.state"],
     ["patterns", "extra"],
 ]
 

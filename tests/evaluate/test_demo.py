@@ -290,11 +290,10 @@ def run_main(monkeypatch, capsys, *arguments):
     "arguments",
     [
         ["--pattern", "slash"],
-        ["--dtype", "int4"],
         ["--length", "-1"],
         ["--model", "/no/such/model"],
         ["--text", "/no/such/text"],
-        ["--json", "/no/such/folder/file.json"],
+        ["--output", "/no/such/folder/file.json"],
     ],
 )
 def test_the_command_refuses_bad_input_in_one_line(monkeypatch, capsys, arguments):

@@ -65,7 +65,8 @@ def inspect(model: nn.Module, tokens: Tensor) -> str:
     explanation = mpass.explain(model, input_ids=tokens)
     profiled = mpass.profile(model, {"input_ids": tokens})
     rewritten = mpass.rewrite_exported(torch.export.export(model, (tokens,)))
-    return f"{explanation} {profiled} {rewritten} {mpass.calibrate} {mpass.patterns}"
+    changes = mpass.diagnose(explanation).changes
+    return f"{changes} {explanation} {profiled} {rewritten} {mpass.calibrate} {mpass.patterns}"
 
 
 mpass.no_such_thing(1)  # type: ignore[attr-defined]

@@ -122,6 +122,11 @@ void attend(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& 
     for (int d = 0; d < VALUE_WIDTH; d += LANES) store(row + d, mul(load(row + d), factor));
     unpack_row(out + r * a.out_row, row, VALUE_DIM);
   }
+  if (a.lse) {
+    // Maxima are exponents of 2. A row that saw nothing has no sum: minus infinity.
+    float* lse = a.lse + (block.b * a.heads + block.h) * a.num_queries + n;
+    for (int r = 0; r < block.rows; ++r) lse[r] = (s.maximum[r] + std::log2(s.sum[r])) / LOG2E;
+  }
 }
 
 }  // namespace

@@ -56,6 +56,7 @@ FLAGS = {
         "softcap": True,
         "sinks": True,
     },
+    "log_sum_exps": {"form": "mixed", "columns": True, "window": True, "lse": True},
 }
 
 

@@ -57,6 +57,7 @@ struct AttentionArguments {
   const void* key;
   const void* value;
   void* out;
+  float* lse;
   const uint8_t* key_mask;
   const float* sinks;
   const int32_t* block_count;
@@ -1019,6 +1020,11 @@ void attend(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& 
     const vec factor = set1(s.sum[r] == 0.0f ? 0.0f : 1.0f / s.sum[r]);
     for (int d = 0; d < VALUE_WIDTH; d += LANES) store(row + d, mul(load(row + d), factor));
     unpack_row(out + r * a.out_row, row, VALUE_DIM);
+  }
+  if (a.lse) {
+    // Maxima are exponents of 2. A row that saw nothing has no sum: minus infinity.
+    float* lse = a.lse + (block.b * a.heads + block.h) * a.num_queries + n;
+    for (int r = 0; r < block.rows; ++r) lse[r] = (s.maximum[r] + std::log2(s.sum[r])) / LOG2E;
   }
 }
 

@@ -43,6 +43,7 @@ struct AttentionArguments {
   const void* key;
   const void* value;
   void* out;
+  float* lse;
   const uint8_t* key_mask;
   const float* sinks;
   const int32_t* block_count;

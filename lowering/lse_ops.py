@@ -1,0 +1,145 @@
+"""Attention that returns its log-sum-exp as well: ops of their own, so that others pay nothing.
+
+Log-sum-exps join attentions over parts of the keys, and a backward pass makes the weights from them
+again. Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpass.failures import contain
+from mpass.lowering.device import Lowering
+from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.index import (
+    AttentionMask,
+    IndexWidth,
+    SparseIndex,
+    list_slots,
+    num_query_blocks,
+    whole_index,
+)
+from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.ops import ATTENTION_SCHEMA, NAMESPACE, Computation, attend, record_call
+from mpass.lowering.reference import attention as reference
+from mpass.lowering.reference.attention import empty_lse, empty_output
+
+
+def every_key(inputs: AttentionInputs) -> SparseIndex:
+    """The index of all that the mask allows, causal or not."""
+    query = inputs.query
+    rows = num_query_blocks(query.shape[2], inputs.mask.query_offset)
+    return whole_index(query, rows, IndexWidth(), list_slots(query.shape[1]))
+
+
+def dense_attention_lse(lowering: Lowering, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Dense attention and its log-sum-exps: the sparse kernel over every key."""
+    out, lse = lowering.sparse_attention_lse(inputs, every_key(inputs))
+    return out, lse
+
+
+def plain_attention_lse(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Dense attention and its log-sum-exps by plain torch."""
+    return reference.sparse_attention_lse(inputs, every_key(inputs))
+
+
+ATTENTION_LSE: Computation[tuple[Tensor, Tensor]] = Computation(
+    lambda lowering, inputs, index: lowering.sparse_attention_lse(inputs, index),
+    dense_attention_lse,
+    plain_attention_lse,
+)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::sparse_attention_lse",
+    mutates_args=(),
+    schema=f"({ATTENTION_SCHEMA}) -> (Tensor, Tensor)",
+)
+def sparse_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_count: Tensor,
+    block_index: Tensor,
+    diagonal_count: Tensor,
+    diagonal_index: Tensor,
+    column_count: Tensor,
+    column_index: Tensor,
+    head_slots: Sequence[int],
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    dense_above: float,
+    min_seq_len: int,
+    layer: int,
+    site: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`minference::sparse_attention`, which see, and the log-sum-exps [B, H, Nq] in fp32.
+
+    A log-sum-exp is the natural logarithm of the sum of e^score over the keys that were computed,
+    sinks included; scores are scaled and capped. It is that of all keys where dense attention ran.
+    """
+    index = SparseIndex(
+        block_count,
+        block_index,
+        diagonal_count,
+        diagonal_index,
+        column_count,
+        column_index,
+        tuple(head_slots),
+    )
+    mask = AttentionMask(causal, query_offset, window, key_mask)
+    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
+    lowering, results, reason = attend(
+        inputs, index, ATTENTION_LSE, dense_above=dense_above, min_seq_len=min_seq_len, site=site
+    )
+    record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    return results
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::attention_lse",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? sinks, "
+    "SymInt query_offset, int window, bool causal, float scale, float softcap) -> "
+    "(Tensor, Tensor)",
+)
+def attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """`minference::attention`, which is dense, and its log-sum-exps [B, H, Nq] in fp32."""
+    mask = AttentionMask(causal, query_offset, window, key_mask)
+    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
+    lowering = choose_lowering(inputs)
+    try:
+        return dense_attention_lse(lowering, inputs)
+    except Exception as error:
+        contain(error, f"a kernel of dense attention ({lowering.name})")
+    return plain_attention_lse(inputs)
+
+
+def fake_attention_lse(
+    query: Tensor, key: Tensor, value: Tensor, *rest: object
+) -> tuple[Tensor, Tensor]:
+    """Tensors as the ops return them."""
+    return empty_output(query, value), empty_lse(query)
+
+
+sparse_attention_lse.register_fake(fake_attention_lse)
+attention_lse.register_fake(fake_attention_lse)
