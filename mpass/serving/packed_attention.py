@@ -249,3 +249,11 @@ def with_shipped(settings: Settings, folder: str) -> Settings:
     status = path.stat()
     shipped = load_shipped(path, status.st_mtime_ns, status.st_size)
     return dataclasses.replace(settings, shipped=shipped, shipped_by=str(path))
+
+
+def check_shipped(folder: str, sizes: object) -> None:
+    """Hold the config beside a model, if there is one, against the model's sizes.
+
+    sizes: its config, as transformers has it. Raises ConfigMismatchError and ConfigFileError.
+    """
+    check_settings(with_shipped(Settings(), folder), sizes)
