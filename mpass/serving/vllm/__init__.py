@@ -9,7 +9,7 @@ there is to do. docs/serving.md says how it is used; in this folder
 - `layer.py` and `builder.py` are what a backend of vLLM gets mixed in, and know no vLLM,
 - `counters.py` counts what was sparse,
 - `warm.py` builds the kernels of a layer before the first request,
-- `engine.py`, `cpu.py` and `cuda.py` import vLLM; nothing else does.
+- `registration.py`, `engine.py`, `cpu.py` and `cuda.py` import vLLM; nothing else does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def register() -> None:
     if os.environ.get("MPASS_VLLM", "1") == "0":
         return
     try:
-        from mpass.serving.vllm.engine import register_backends
+        from mpass.serving.vllm.registration import register_backends
 
         register_backends()
     except Exception as error:

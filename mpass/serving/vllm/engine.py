@@ -1,7 +1,6 @@
-"""What is asked of vLLM itself, by the backends of both kinds of devices.
+"""What is asked of vLLM itself, by the attentions of both kinds of devices.
 
-Everything here imports vLLM. Names of vLLM 0.32 are used; `register_backends` imports all of them,
-so that another version that lacks one is found out before anything is registered.
+Everything here imports vLLM, of which names of version 0.32 are used.
 """
 
 from __future__ import annotations
@@ -16,53 +15,9 @@ from vllm.distributed import (
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from mpass.serving.vllm.layer import SparseForward
 from mpass.serving.vllm.settings import LayerFacts, check_settings, read_settings
-
-PACKAGE = "mpass.serving.vllm"
-
-
-def register_backends() -> None:
-    """Register the backend of this platform; raises whatever speaks against it.
-
-    The CPU platform ignores the backend that a user names, but asks the registry for the class of
-    its own one: an override is the only way in. On CUDA the user names CUSTOM.
-    """
-    if current_platform.is_cpu():
-        from mpass.serving.vllm.cpu import SparseCPUBackend
-
-        check_backend(SparseCPUBackend)
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{PACKAGE}.cpu.SparseCPUBackend")
-    elif current_platform.is_cuda():
-        from mpass.serving.vllm.cuda import SparseFlashBackend
-
-        check_backend(SparseFlashBackend)
-        register_backend(AttentionBackendEnum.CUSTOM, f"{PACKAGE}.cuda.SparseFlashBackend")
-
-
-def check_backend(backend: Any) -> None:
-    """Raise TypeError if vLLM's classes are not called as those that this was written for."""
-    impl, builder = backend.get_impl_cls(), backend.get_builder_cls()
-    expected = {
-        impl.parent_class.forward: (
-            *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
-            *("output_scale", "output_block_scale"),
-        ),
-        builder.parent_class.build: (
-            *("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
-        ),
-        builder.parent_class.__init__: (
-            *("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
-        ),
-    }
-    for function, names in expected.items():
-        code = function.__code__
-        found = code.co_varnames[: code.co_argcount]
-        if found != names:
-            place = f"{function.__module__}.{function.__qualname__}"
-            raise TypeError(f"{place} takes {', '.join(found)}; known is {', '.join(names)}")
 
 
 class EngineLayer(SparseForward):
@@ -89,7 +44,7 @@ class EngineLayer(SparseForward):
         if not self.engine_draft:
             check_settings(self.sparse_settings, model.hf_config)
 
-    def sparse_facts(self, name: str) -> LayerFacts:  # type: ignore[override]
+    def sparse_facts(self, name: str) -> LayerFacts:
         """What is known of this layer, by its name in the model."""
         model = self.engine_model
         ranks = get_tensor_model_parallel_world_size()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mpass.config.json_format import FORMAT, VERSION
 from mpass.config.layer import LayerConfig
 from mpass.config.model_check import check_model
 from mpass.config.spans import in_spans
@@ -82,8 +83,8 @@ def read_settings(additional_config: object, model: str) -> Settings:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise OptionValueError(name, flag, "true or false")
-    if isinstance(given.get("config"), Mapping):
-        given["config"] = SparseConfig.from_json(json.dumps(given["config"]))
+    if isinstance(given.get("config"), Mapping | list):
+        given["config"] = inline_config(given["config"])
     values = check_values(given)
     path = Path(model) / SHIPPED
     shipped = None
@@ -99,6 +100,13 @@ def read_settings(additional_config: object, model: str) -> Settings:
         dense_above=values.get("dense_above", 0.6),
         **flags,
     )
+
+
+def inline_config(config: Mapping[str, Any] | list[Any]) -> SparseConfig:
+    """A config that stands in the settings, in any format of files; ours may leave out its name."""
+    if isinstance(config, Mapping):
+        config = {"format": FORMAT, "version": VERSION, **config}
+    return SparseConfig.from_json(json.dumps(config))
 
 
 def checked_mapping(own: object) -> Mapping[str, Any]:
