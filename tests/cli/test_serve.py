@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -45,7 +47,8 @@ def started(monkeypatch):
             port: int = 8000,
             cb_num_blocks: int = 0,
         ) -> None:
-            asked.update({name: value for name, value in locals().items() if name != "self"})
+            given = locals()
+            asked.update({name: given[name] for name in inspect.signature(Serve).parameters})
             asked["attention"] = transformers.AttentionInterface._global_mapping[NAME]
 
     monkeypatch.setattr(server, "Serve", Serve)

@@ -54,10 +54,10 @@ def prompts(lengths=LENGTHS):
     return [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
 
 
-def generate(model, requests, max_batch_tokens=4096, **settings):
+def generate(model, requests, max_batch_tokens=1280, **settings):
     """Tokens and their log-probabilities for each request, in order."""
     batching = transformers.ContinuousBatchingConfig(
-        num_blocks=24,
+        num_blocks=16,
         page_size=128,
         max_batch_tokens=max_batch_tokens,
         return_logprobs=True,
@@ -176,9 +176,11 @@ def test_the_config_beside_a_model_applies(tmp_path, calls):
 
 
 def test_a_config_of_another_model_is_told_to_each_request():
-    mpass.register_attention(paged=True, config=mpass.SparseConfig("a_shape", num_heads=9))
+    mpass.register_attention(
+        paged=True, config=mpass.SparseConfig("a_shape", num_heads=9), min_seq_len=128
+    )
     with pytest.raises(AssertionError, match="4 query heads, the config names 9"):
-        generate(tiny(), prompts((2300,)))
+        generate(tiny(), prompts((300,)))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_memory_stays_flat_over_many_batches():
     mpass.register_attention(paged=True, pattern=STATIC, min_seq_len=128, dense_above=1.0)
     model, requests = tiny(), prompts((300, 17, 150))
     sizes = []
-    for _ in range(4):
+    for _ in range(3):
         generate(model, requests)
         gc.collect()
         tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
