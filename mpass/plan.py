@@ -6,6 +6,7 @@ Nothing here edits a graph. A guard on the prompt's length may be installed, see
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from mpass.lowering.inputs import AttentionInputs
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.patterns.base.work import layer_work
+from mpass.patterns.dense import Dense
 from mpass.resolve import ResolvedPatterns, resolve_site
 
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
@@ -51,6 +53,7 @@ class AttentionPlan:
     min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
     config_source: which decorator, option or file named the patterns.
     shortest: the keys from which on it is sparse, whoever compares.
+    measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
     """
 
     site: AttentionSite
@@ -59,6 +62,7 @@ class AttentionPlan:
     min_seq_len: int
     config_source: str = ""
     shortest: int | None = None
+    measured: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
         # A vision tower beside the language model that the config is for, most likely.
         return Skip(site, f"not causal, and {error}")
     site = dataclasses.replace(site, layer=resolved.layer)
+    resolved = with_exact_windows(site, resolved)
     reason = pattern_reason(site, resolved.patterns)
     if reason:
         return Skip(site, reason, resolved.source)
@@ -198,6 +203,17 @@ def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
     return holds(valid >= least, *sizes) and holds(valid <= num_keys, *sizes)
 
 
+def with_exact_windows(site: AttentionSite, resolved: ResolvedPatterns) -> ResolvedPatterns:
+    """The patterns of a site, but for a window that reaches both ways: all of it is computed.
+
+    Estimators know windows of causal attention only, and there is little to leave out.
+    """
+    mask = site.mask
+    if mask is None or mask.causal or not mask.window:
+        return resolved
+    return dataclasses.replace(resolved, patterns=(Dense(),) * len(resolved.patterns))
+
+
 def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
     """Why the patterns that the site got keep it dense, or the empty string."""
     if site.mask is not None and not site.mask.causal:
@@ -225,7 +241,15 @@ def decide_length(
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     least = least_lengths(site, resolved, options)
     shortest = least.keys
-    plan = AttentionPlan(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest)
+    plan = AttentionPlan(
+        site,
+        resolved.patterns,
+        options.dense_above,
+        0,
+        resolved.source,
+        shortest,
+        meter_number(site) if options.measure else 0,
+    )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
         reason = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"
@@ -237,6 +261,12 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def meter_number(site: AttentionSite) -> int:
+    """What the meter knows an attention by, the same in every process; never 0."""
+    name = f"{site.layer} {site.path} {site.output.name} {site.source}"
+    return 1 + zlib.crc32(name.encode())
 
 
 def queries_needed(num_queries: Length, num_keys: Length, least: LeastLengths) -> int:

@@ -11,6 +11,7 @@ from torch import fx
 
 from mpass.config.spans import in_spans
 from mpass.graph.guards import live_stack
+from mpass.lowering.meter import Loss
 from mpass.plan import AttentionPlan, Skip
 from mpass.story.remedies import remedy_of
 
@@ -31,6 +32,7 @@ class SiteReport:
     is dense; patterns: one per query head, empty if dense; mask: the proof, line by line;
     source: the user's line; config_source: which decorator, option or file named the patterns.
     module: the identity of the innermost module that it was traced in, 0 if that is not known.
+    measured: the number by which the meter keeps what it loses, 0 where nothing is measured.
     """
 
     layer: int
@@ -46,6 +48,7 @@ class SiteReport:
     source: str
     config_source: str = ""
     module: int = field(default=0, repr=False, compare=False)
+    measured: int = field(default=0, repr=False, compare=False)
 
     @property
     def remedy(self) -> str:
@@ -61,12 +64,15 @@ class Report:
     min_seq_len: the number of keys from which on attention is sparse.
     graphs: how many compiled graphs it is about.
     notes: what else is to be known, as graph breaks and recompile limits, one sentence each.
+    losses: with `options={"measure": True}`, what each of `sites` lost on its last prompt; None for
+    those that were not measured. Empty otherwise, and in the report of a single graph.
     """
 
     sites: tuple[SiteReport, ...]
     min_seq_len: int
     graphs: int = 1
     notes: tuple[str, ...] = ()
+    losses: tuple[Loss | None, ...] = ()
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -89,6 +95,7 @@ class Report:
             f"{len(sparse)} of {total} {noun}, {used}, "
             f"prompts of {self.min_seq_len} tokens and more"
             + (f"; {later} decided at run time" if later else "")
+            + losses_in_words(self.losses)
         )
 
     def __str__(self) -> str:
@@ -118,6 +125,7 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         source=site.source,
         config_source=decision.config_source,
         module=innermost_module(site.output),
+        measured=decision.measured if isinstance(decision, AttentionPlan) else 0,
     )
 
 
@@ -192,10 +200,44 @@ def render_report(report: Report) -> str:
             site.reason or patterns_of_heads(site.patterns),
             site.config_source or "-",
         )
-    lines = [report.summary(), *report.notes]
+    lines = [report.summary(), *worst_losses(report), *report.notes]
     for reason in dict.fromkeys(site.reason for site in report.sites if site.reason):
         lines.append(f"{reason}: {remedy_of(reason)}")
     return (render(table) if report.sites else "") + "\n".join(lines)
+
+
+def losses_in_words(losses: Sequence[Loss | None]) -> str:
+    """What all attentions together lost on the last prompt, for the end of a line; "" if unknown.
+
+    Means over heads and layers, the layers that ran dense with what they lose: nothing.
+    """
+    known = [loss for loss in losses if loss is not None]
+    if not known:
+        return ""
+    lost = sum(sum(loss.lost) / len(loss.lost) for loss in known if loss.lost) / len(known)
+    error = sum(sum(loss.error) / len(loss.error) for loss in known if loss.error) / len(known)
+    dense = sum(not loss.lost for loss in known)
+    return f"; the last prompt lost {lost:.2%} of the attention, outputs are off by {error:.1%}" + (
+        f", {dense} of {len(known)} layers ran dense" if dense else ""
+    )
+
+
+def worst_losses(report: Report, count: int = 3) -> list[str]:
+    """The heads that lost most on the last prompt, one line for all; empty if none is known."""
+    heads = [
+        (lost, error, site.layer, head)
+        for site, loss in zip(report.sites, report.losses, strict=False)
+        if loss is not None
+        for head, (lost, error) in enumerate(zip(loss.lost, loss.error, strict=True))
+    ]
+    if not heads:
+        return []
+    worst = ", ".join(
+        f"layer {layer} head {head} {lost:.1%} (output off by {error:.0%})"
+        for lost, error, layer, head in sorted(heads, reverse=True)[:count]
+    )
+    rows = max(loss.rows for loss in report.losses if loss is not None)
+    return [f"measured on {rows} rows of each layer; heads that lost most: {worst}"]
 
 
 def runs_of_sites(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:

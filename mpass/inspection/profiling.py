@@ -24,6 +24,7 @@ from mpass.inspection.explanation import Explanation, finish_explanation, make_c
 from mpass.inspection.recall import Recall, measure_recall
 from mpass.inspection.results import HeadProfile, LayerProfile, ProfileFields
 from mpass.inspection.tables import render_profile
+from mpass.lowering import meter
 from mpass.lowering.density import density as count_density
 from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.kernel_sources import KernelSource, generated_sources
@@ -109,7 +110,7 @@ def profile(
     args, kwargs = split_inputs(inputs)
     measured: list[Measured] = []
     queries: set[Queries] = set()
-    capture = make_capture(options)
+    capture = make_capture({**(options or {}), "measure": True})
     tell = progress or (lambda text: None)
 
     def inspect(call: AttentionCall, operands: CallInputs) -> None:
@@ -131,11 +132,14 @@ def profile(
     explanation = finish_explanation(model, capture, log)
     compiled = torch.compile(getattr(model, "_orig_mod", model), backend=capture, dynamic=dynamic)
     ran_dense = [bool(item.call.reason) for item in measured]
-    steps, seconds = time_ops(lambda: compiled(*args, **kwargs), ran_dense)
+    losses = measured_losses(explanation)
+    with meter.paused():
+        steps, seconds = time_ops(lambda: compiled(*args, **kwargs), ran_dense)
     if len(steps) != len(measured):
         steps = [(0.0, 0.0)] * len(measured)
     layers = tuple(
-        describe_layer(item, explanation, step) for item, step in zip(measured, steps, strict=True)
+        describe_layer(item, explanation, step, losses.get(item.call.layer))
+        for item, step in zip(measured, steps, strict=True)
     )
     kernels = tuple(kernel for kernel in generated_sources() if serves(kernel, queries))
     return Profile(explanation, layers, seconds, kernels)
@@ -156,6 +160,12 @@ def serves(kernel: KernelSource, queries: Collection[Queries]) -> bool:
     return False
 
 
+def measured_losses(explanation: Explanation) -> dict[int, meter.Loss]:
+    """What the meter kept of each layer that was compiled to be sparse."""
+    known = {site.layer: meter.loss_of(site.measured) for site in explanation.sites}
+    return {layer: loss for layer, loss in known.items() if loss is not None}
+
+
 def split_inputs(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a call."""
     if isinstance(inputs, Mapping):
@@ -166,7 +176,10 @@ def split_inputs(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def describe_layer(
-    item: Measured, explanation: Explanation, seconds: tuple[float, float]
+    item: Measured,
+    explanation: Explanation,
+    seconds: tuple[float, float],
+    loss: meter.Loss | None = None,
 ) -> LayerProfile:
     """Put what was measured of one call into words and numbers."""
     call, recall = item.call, item.recall
@@ -180,6 +193,7 @@ def describe_layer(
             pattern=names[head],
             density=float(item.density[head]),
             recall=float(recall.recall[head]),
+            error=loss.error[head] if loss and loss.error else 0.0,
             worst=recall.worst[head],
             advice=advise(
                 names[head],

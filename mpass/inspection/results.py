@@ -130,7 +130,8 @@ class HeadProfile:
     density: share of the mask's cells that the index selects; recall: share of the exact attention
     on them, mean over queries; both are of the plan: see `LayerProfile.dense_reason`; worst: query
     block, key block and the share of that query block's attention that was lost between them;
-    advice: what to do about it, "" for nothing.
+    advice: what to do about it, "" for nothing; error: how far the output is off, relative to the
+    exact one (mpass.lowering.meter.Loss.error), 0 where dense attention ran.
     """
 
     head: int
@@ -139,6 +140,7 @@ class HeadProfile:
     recall: float
     worst: tuple[int, int, float]
     advice: str
+    error: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,7 +78,15 @@ def words_of(site: SiteReport, cost: SiteCost) -> str:
 def render_profile(profile: ProfileFields) -> str:
     """A row per layer; below, what ran dense, and what to do about the heads that lost most."""
     table = Table()
-    for column in ("layer", "ran", "density", "recall", "worst head", "index ms", "attention ms"):
+    for column in (
+        "layer",
+        "ran",
+        "density",
+        "recall",
+        "worst head",
+        "index ms",
+        "attention ms",
+    ):
         table.add_column(column)
     for layer in profile.layers:
         density = span([head.density for head in layer.heads])
@@ -98,6 +106,7 @@ def render_profile(profile: ProfileFields) -> str:
         f"{planned} of {len(sites)} attentions planned sparse: {planned - dense} ran sparse on "
         f"this prompt, {dense} dense",
         *dense_in_words(profile.dense_layers),
+        *errors_in_words(profile.layers),
         ", ".join(f"{name}: {value:.2f} s" for name, value in profile.seconds.items()),
     ]
     lines += [
@@ -106,6 +115,19 @@ def render_profile(profile: ProfileFields) -> str:
         if head.advice
     ]
     return render(table) + "\n".join(lines)
+
+
+def errors_in_words(layers: Sequence[LayerProfile]) -> list[str]:
+    """How far outputs are off, as the meter measured it, in a line if any are."""
+    heads = [(head.error, layer, head.head) for layer in layers for head in layer.heads]
+    worst = max(heads, key=lambda each: each[0], default=None)
+    if worst is None or worst[0] == 0.0:
+        return []
+    mean = sum(error for error, _, _ in heads) / len(heads)
+    return [
+        f"outputs are off by {mean:.1%} of their size, mean over heads; most: "
+        f"layer {layer_name(worst[1])} head {worst[2]} by {worst[0]:.1%}"
+    ]
 
 
 def layer_name(layer: LayerProfile) -> str:
