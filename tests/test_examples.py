@@ -75,7 +75,7 @@ def test_continuous_batching_example_answers_each_prompt(llama_folder, tmp_path,
 
 def test_tensor_parallel_example_is_sparse_on_two_ranks(llama_folder, tmp_path):
     prompt = write_prompt(tmp_path / "prompt.txt", 2100)
-    config = tmp_path / "config.json"
+    config = tmp_path / "heads.json"
     mpass.SparseConfig(layers={"0-1": [f"a_shape({n}, 64)" for n in range(4)]}).save(config)
     done = run_python(
         *("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
