@@ -34,6 +34,13 @@ ATTENTION = [0.0]
 """CPU seconds inside of attention since it was last set to 0."""
 
 
+def processor() -> str:
+    """The processor's name, as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def time_attention() -> None:
     """Add the CPU time of every attention to ATTENTION."""
     from mpass.serving.vllm.cpu import SparseCPUImpl
@@ -141,6 +148,7 @@ def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
+    import torch
     from transformers import AutoTokenizer
     from vllm import LLM
     from vllm import __version__ as version
@@ -167,8 +175,9 @@ def main() -> None:
     time_attention()
     found = {
         "vllm": version,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "length": arguments.length,
         "chunk": arguments.chunk,

@@ -219,7 +219,7 @@ def record_call(
     log.calls.append(call)
     if log.inspect is not None:
         read = (inputs.query, inputs.key, index, inputs.mask, inputs.scale, inputs.softcap)
-        log.inspect(call, CallInputs(*read, inputs.sink_logits))
+        log.inspect(call, CallInputs(*read, inputs.sink_logits, inputs.value))
 
 
 @sparse_attention.register_fake

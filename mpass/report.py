@@ -6,6 +6,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -14,6 +15,9 @@ from mpass.graph.guards import live_stack
 from mpass.lowering.meter import Loss
 from mpass.plan import AttentionPlan, Skip
 from mpass.story.remedies import remedy_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +105,11 @@ class Report:
     def __str__(self) -> str:
         return render_report(self)
 
+    def _repr_html_(self) -> str:
+        from mpass.inspection.text_table import as_html
+
+        return as_html(report_table(self), report_lines(self))
+
 
 _reports: deque[Report] = deque(maxlen=KEPT_REPORTS)
 
@@ -183,7 +192,15 @@ def reports() -> tuple[Report, ...]:
 def render_report(report: Report) -> str:
     """A table of the sites, a row for those alike; below it the summary, the notes, what to do."""
     # rich is imported only when a report is printed.
-    from mpass.inspection.text_table import Table, patterns_of_heads, render
+    from mpass.inspection.text_table import render
+
+    shown = render(report_table(report)) if report.sites else ""
+    return shown + "\n".join(report_lines(report))
+
+
+def report_table(report: Report) -> Table:
+    """A row for the sites that are alike."""
+    from mpass.inspection.text_table import Table, patterns_of_heads
 
     table = Table(title=None)
     for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason", "from"):
@@ -200,10 +217,15 @@ def render_report(report: Report) -> str:
             site.reason or patterns_of_heads(site.patterns),
             site.config_source or "-",
         )
+    return table
+
+
+def report_lines(report: Report) -> list[str]:
+    """The summary, the notes, and what to do about each reason."""
     lines = [report.summary(), *worst_losses(report), *report.notes]
     for reason in dict.fromkeys(site.reason for site in report.sites if site.reason):
         lines.append(f"{reason}: {remedy_of(reason)}")
-    return (render(table) if report.sites else "") + "\n".join(lines)
+    return lines
 
 
 def losses_in_words(losses: Sequence[Loss | None]) -> str:

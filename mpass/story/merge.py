@@ -23,7 +23,8 @@ NOTHING_COMPILED = (
     'nothing was compiled by backend="minference" in this process: a model compiles when it first '
     'runs. torch.compile(model, backend="minference").generate() never does, because generate '
     "belongs to the module inside the wrapper and calls that one: use "
-    'model.compile(backend="minference"), which works in place'
+    'model.compile(backend="minference"), which works in place. A module of torch.nn itself, as '
+    "nn.TransformerEncoder, is compiled only as a part of a module of yours"
 )
 
 Key = tuple[int, int, str, str, int]
