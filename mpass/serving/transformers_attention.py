@@ -75,7 +75,7 @@ def register_attention(
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, describe_mask)
-    given = {
+    given: dict[str, Any] = {
         "pattern": pattern,
         "config": config,
         "min_seq_len": min_seq_len,
