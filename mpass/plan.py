@@ -44,6 +44,9 @@ UNKNOWN_SIZE = "a size is known at run time only ({}, as Tensor.item() gives it)
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""The largest scale of scores that is a number in fp32, which the kernels compute in."""
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -118,6 +121,8 @@ def reason_to_skip(site: AttentionSite) -> str:
     """Why this site cannot be sparse whatever its length, or the empty string."""
     if site.dense_reason:
         return site.dense_reason
+    if not abs(site.scale) <= LARGEST:
+        return f"scale is {site.scale:g}: scores are no numbers"
     query, key, value = (example(node) for node in (site.query, site.key, site.value))
     reason = dtype_reason(site)
     if reason:
