@@ -2,9 +2,10 @@
 
     .venv-vllm/bin/python benchmarks/vllm_cpu.py --model FOLDER [--chunk 2048] [--json FILE]
 
-`make vllm` sets up the Python and prints the folder. Dense is vLLM's own attention: the same engine
-with no request split off. CPU seconds are those of the process, on one thread; on a machine that
-does other work they are the figure to trust, and seconds of wall time are not.
+`make vllm` sets up the Python; the folder may be what mpass.models.load.model_folder gives for a
+packaged model. Dense is vLLM's own attention: the same engine with no request split off. CPU
+seconds are those of the process, on one thread; on a machine that does other work they are the
+figure to trust, and seconds of wall time are not.
 """
 
 from __future__ import annotations

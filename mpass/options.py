@@ -40,7 +40,7 @@ class Options:
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
-    lost (mpass.lowering.meter); it costs about 2% of dense attention at 8192 tokens.
+    lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
     config_source: where pattern or config come from, in words for the report.

@@ -2,9 +2,9 @@
 
     python engine_program.py '{"model": FOLDER, "engine": {...}, "batches": [...]}'
 
-Each batch is {"prompts": [[token ids]], "tokens": n}. The last line that it prints is a list of
-what came of each: the greedy tokens of every prompt, how many of a prompt were cached, and the
-plugin's counts so far in every worker.
+Each batch is {"prompts": [[token ids]], "tokens": n}. The line that begins with RESULT is a list
+of what came of each: the greedy tokens of every prompt, how many of a prompt were cached, and the
+plugin's counts so far in every worker. Other lines are vLLM's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+
+RESULT = "RESULT "
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -49,7 +51,7 @@ def main(job):
                 "counts": llm.collective_rpc(counts),
             }
         )
-    print(json.dumps(found), flush=True)
+    print(f"\n{RESULT}{json.dumps(found)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from mpass.config import SparseConfig
 from mpass.models.load import load_model, load_tokenizer, model_folder
 from mpass.models.texts import find_text, load_tokens
 from tests.helpers.paths import ROOT
-from tests.serving.vllm.engine_program import ENVIRONMENT
+from tests.serving.vllm.engine_program import ENVIRONMENT, RESULT
 
 PYTHON = Path(os.environ.get("MPASS_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 
@@ -102,7 +102,8 @@ def run_engine(folder, batches, settings=SETTINGS, check=True, **engine):
     if not check:
         return done
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
+    return json.loads(line.removeprefix(RESULT))
 
 
 def batch(*prompts, tokens=TOKENS):
