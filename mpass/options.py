@@ -43,7 +43,7 @@ class Options:
     summaries: in attention that is not causal, each run of this many keys that is left out counts
     as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
-    lost (mpass.lowering.meter); it costs about 2% of dense attention at 8192 tokens.
+    lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
     config_source: where pattern or config come from, in words for the report.
