@@ -152,9 +152,13 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         index, slots = insert_index(graph, plan, key, visible)
         sinks = insert_sinks(graph, site)
         arguments = (site.query, key, value, *index, slots, key_mask, sinks)
+        summaries = plan.summaries
         output = graph.call_function(
-            torch.ops.minference.sparse_attention.default,
+            torch.ops.minference.sparse_attention_summaries.default
+            if summaries
+            else torch.ops.minference.sparse_attention.default,
             (
+                *([summaries] if summaries else []),
                 *arguments,
                 *visible[1:],
                 site.scale,
