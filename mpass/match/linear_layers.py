@@ -30,7 +30,11 @@ FEWEST_ROWS = 128
 VOCABULARY = 8
 """A layer with that many times more outputs than inputs makes logits, which 8 bits would blur."""
 
-Pair = tuple[Any, ...]
+CUSTOM_PASSES = (
+    *("joint_custom_pre_pass", "joint_custom_post_pass"),
+    *("post_grad_custom_pre_pass", "post_grad_custom_post_pass"),
+)
+"""Options of Inductor that hold passes of other packages."""
 
 
 def narrow_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
@@ -41,6 +45,8 @@ def narrow_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
     layers = [node for node in gm.graph.nodes if is_linear(node)]
     if not layers:
         return ()
+    if foreign_pass():
+        return (f"0 of {len(layers)} linear layers in 8 bits: another package edits graphs later",)
     writes = StorageWrites(gm.graph)
     kept: Counter[str] = Counter()
     levels: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
@@ -54,6 +60,17 @@ def narrow_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
     done = len(layers) - kept.total()
     why = "; ".join(f"{count} not: {reason}" for reason, count in kept.most_common())
     return (f"{done} of {len(layers)} linear layers in 8 bits" + (f" ({why})" if why else ""),)
+
+
+def foreign_pass() -> bool:
+    """Whether another package has a pass of Inductor's edit graphs after this one.
+
+    zentorch sets such a pass for the whole process when it is first used, and with it the results
+    of 8-bit layers were wrong.
+    """
+    from torch._inductor import config
+
+    return any(getattr(config, name, None) is not None for name in CUSTOM_PASSES)
 
 
 def is_linear(node: fx.Node) -> bool:

@@ -167,6 +167,22 @@ def test_a_model_says_once_what_its_linear_layers_do():
     assert "0 of 3" not in str(mpass.last_report())
 
 
+@torch.no_grad()
+def test_passes_of_other_packages_keep_every_product(monkeypatch):
+    from torch._inductor import config
+
+    layer, x = Layer(), torch.randn(1, 200, 64)
+    monkeypatch.setattr(config, "joint_custom_post_pass", lambda graph: None)
+    out, notes = compiled(layer)(x)
+    assert torch.equal(out, layer(x))
+    assert notes == ("0 of 3 linear layers in 8 bits: another package edits graphs later",)
+
+
+def test_backends_of_other_packages_are_refused():
+    with pytest.raises(OptionValueError, match="None with another package's inner_backend"):
+        mpass.compile(Layer(), linear="int8", inner_backend="cudagraphs")
+
+
 def test_another_word_is_refused():
     with pytest.raises(OptionValueError, match="'int8' or None"):
         mpass.compile(Layer(), linear="int4")
