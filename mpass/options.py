@@ -41,12 +41,9 @@ class Options:
     "sample" looks at some rows of a mask, "full" at every cell, "off" at nothing.
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
-<<<<<<< HEAD
     linear: "int8" multiplies in 8 bits in linear layers too, on CPUs; None leaves them as they are.
-=======
     summaries: in attention that is not causal, each run of this many keys that is left out counts
     as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
->>>>>>> main
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
@@ -61,11 +58,8 @@ class Options:
     inner_backend: str = "inductor"
     validate: str = "sample"
     read_masks: bool = True
-<<<<<<< HEAD
     linear: str | None = None
-=======
     summaries: int = 0
->>>>>>> main
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -161,15 +155,12 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     read_masks = values.get("read_masks", True)
     if not isinstance(read_masks, bool):
         raise OptionValueError("read_masks", read_masks, "True or False")
-<<<<<<< HEAD
     linear = values.get("linear")
     if linear not in LINEAR:
         raise OptionValueError("linear", linear, "'int8' or None")
-=======
     summaries = values.get("summaries", 0)
     if isinstance(summaries, bool) or summaries not in (0, *RUNS):
         raise OptionValueError("summaries", summaries, f"0, {', '.join(map(str, RUNS))}")
->>>>>>> main
     measure = values.get("measure", False)
     if not isinstance(measure, bool):
         raise OptionValueError("measure", measure, "True or False")

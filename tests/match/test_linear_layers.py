@@ -168,12 +168,12 @@ def test_a_model_says_once_what_its_linear_layers_do():
 
 
 @torch.no_grad()
-def test_passes_of_other_packages_keep_every_product(monkeypatch):
+def test_passes_of_other_packages_keep_every_product():
     from torch._inductor import config
 
     layer, x = Layer(), torch.randn(1, 200, 64)
-    monkeypatch.setattr(config, "joint_custom_post_pass", lambda graph: None)
-    out, notes = compiled(layer)(x)
+    with config.patch(joint_custom_post_pass=lambda graph: None):
+        out, notes = compiled(layer)(x)
     assert torch.equal(out, layer(x))
     assert notes == ("0 of 3 linear layers in 8 bits: another package edits graphs later",)
 
