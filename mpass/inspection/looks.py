@@ -54,14 +54,15 @@ class QueryLooks:
         """The looks of some of the queries, by their places in `queries`."""
         place = torch.tensor(list(chosen), dtype=torch.int64)
         return QueryLooks(
-            tuple(self.queries[i] for i in chosen),
-            *(
-                part[:, place]
-                for part in (self.keys, self.weights, self.taken, self.kept, self.count)
-            ),
-            self.seen[place],
-            self.strip_taken[:, place],
-            self.strip_exact[:, place],
+            queries=tuple(self.queries[i] for i in chosen),
+            keys=self.keys[:, place],
+            weights=self.weights[:, place],
+            taken=self.taken[:, place],
+            kept=self.kept[:, place],
+            count=self.count[:, place],
+            seen=self.seen[place],
+            strip_taken=self.strip_taken[:, place],
+            strip_exact=self.strip_exact[:, place],
         )
 
 
@@ -115,9 +116,17 @@ def measure_looks(operands: CallInputs, queries: Sequence[int]) -> QueryLooks:
         )
     parts = [[each.cpu() for each in part] for part in zip(*found, strict=True)]
     keys_, heavy, taken_, kept, count, seen, share, exact = parts
-    stacked = [torch.stack(part, 1) for part in (keys_, heavy, taken_, kept, count)]
-    strips = [torch.stack(part, 1) for part in (share, exact)]
-    return QueryLooks(tuple(queries), *stacked, torch.stack(seen), *strips)
+    return QueryLooks(
+        queries=tuple(queries),
+        keys=torch.stack(keys_, 1),
+        weights=torch.stack(heavy, 1),
+        taken=torch.stack(taken_, 1),
+        kept=torch.stack(kept, 1),
+        count=torch.stack(count, 1),
+        seen=torch.stack(seen),
+        strip_taken=torch.stack(share, 1),
+        strip_exact=torch.stack(exact, 1),
+    )
 
 
 def bins_of(num_keys: int, device: torch.device) -> Tensor:
