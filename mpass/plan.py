@@ -25,6 +25,7 @@ from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import device_lowering, reason_against
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.key_bias import bias_channels
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.patterns.base.work import layer_work
@@ -56,6 +57,7 @@ class AttentionPlan:
     min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
     config_source: which decorator, option or file named the patterns.
     shortest: the keys from which on it is sparse, whoever compares.
+    summaries: keys per mean of what is left out; 0 for none.
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
     """
 
@@ -65,6 +67,7 @@ class AttentionPlan:
     min_seq_len: int
     config_source: str = ""
     shortest: int | None = None
+    summaries: int = 0
     measured: int = 0
 
 
@@ -133,8 +136,12 @@ def reason_to_skip(site: AttentionSite) -> str:
         return "the numbers of heads and head_dim must be known when compiling"
     if site.num_heads % site.num_kv_heads:
         return f"{site.num_heads} query heads do not divide over {site.num_kv_heads} kv heads"
-    if max(site.head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
-        return f"head_dim {max(site.head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
+    head_dim = site.head_dim
+    if site.key_bias is not None:
+        heads = (site.num_heads, site.num_kv_heads, site.num_heads)
+        head_dim += bias_channels(site.compute_dtype, *heads)
+    if max(head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
+        return f"head_dim {max(head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
     inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
     reason = reason_against(inputs)
     if reason:
@@ -246,14 +253,13 @@ def decide_length(
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     least = least_lengths(site, resolved, options)
     shortest = least.keys
+    summaries = options.summaries if takes_summaries(site) else 0
+    # The meter knows what a selection loses, and not what means give back.
+    measured = meter_number(site) if options.measure and not summaries else 0
     plan = AttentionPlan(
-        site,
-        resolved.patterns,
-        options.dense_above,
-        0,
-        resolved.source,
-        shortest,
-        meter_number(site) if options.measure else 0,
+        *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
+        summaries=summaries,
+        measured=measured,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
@@ -266,6 +272,12 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def takes_summaries(site: AttentionSite) -> bool:
+    """Whether keys that are left out may count by their means: see mpass.lowering.summaries."""
+    mask = site.mask
+    return mask is not None and not mask.causal and not mask.window and site.softcap == 0
 
 
 def meter_number(site: AttentionSite) -> int:

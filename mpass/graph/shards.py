@@ -171,7 +171,8 @@ def read_shard(weight: torch.Tensor) -> Shard | None:
     for number, placement in enumerate(placements):
         if not placement.is_shard() or (TP in names and names[number] != TP):
             continue
-        dim = placement.dim % weight.dim()
+        shard: Any = placement
+        dim = shard.dim % weight.dim()
         ranks = mesh.size(number)
         if ranks == 1 or weight.shape[dim] % ranks:
             continue
