@@ -21,6 +21,9 @@ DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
 VALIDATIONS = ("off", "sample", "full")
 """How much of a proven mask is held against the mask that the model computes."""
 
+TRAININGS = ("dense", "sparse")
+"""What attention is where gradients are recorded."""
+
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
 
@@ -39,6 +42,8 @@ class Options:
     "sample" looks at some rows of a mask, "full" at every cell, "off" at nothing.
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
+    training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
+    over the keys that were chosen and none through the choice; "dense" leaves it as it is.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
     config_source: where pattern or config come from, in words for the report.
@@ -51,6 +56,7 @@ class Options:
     inner_backend: str = "inductor"
     validate: str = "sample"
     read_masks: bool = True
+    training: str = "dense"
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
     config_source: str = ""
@@ -142,6 +148,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     read_masks = values.get("read_masks", True)
     if not isinstance(read_masks, bool):
         raise OptionValueError("read_masks", read_masks, "True or False")
+    training = values.get("training", "dense")
+    if training not in TRAININGS:
+        raise OptionValueError("training", training, ", ".join(TRAININGS))
     inner = values.get("inner_backend", "inductor")
     if inner not in INNER_BACKENDS:
         raise OptionValueError("inner_backend", inner, ", ".join(INNER_BACKENDS))

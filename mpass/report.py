@@ -31,6 +31,7 @@ class SiteReport:
     is dense; patterns: one per query head, empty if dense; mask: the proof, line by line;
     source: the user's line; config_source: which decorator, option or file named the patterns.
     module: the identity of the innermost module that it was traced in, 0 if that is not known.
+    training: whether its sparse attention has gradients.
     """
 
     layer: int
@@ -46,6 +47,7 @@ class SiteReport:
     source: str
     config_source: str = ""
     module: int = field(default=0, repr=False, compare=False)
+    training: bool = False
 
     @property
     def remedy(self) -> str:
@@ -89,6 +91,7 @@ class Report:
             f"{len(sparse)} of {total} {noun}, {used}, "
             f"prompts of {self.min_seq_len} tokens and more"
             + (f"; {later} decided at run time" if later else "")
+            + ("; training" if any(site.training for site in sparse) else "")
         )
 
     def __str__(self) -> str:
@@ -118,6 +121,7 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         source=site.source,
         config_source=decision.config_source,
         module=innermost_module(site.output),
+        training=isinstance(decision, AttentionPlan) and decision.training,
     )
 
 
@@ -188,7 +192,7 @@ def render_report(report: Report) -> str:
             str(site.num_heads),
             str(site.num_kv_heads),
             str(site.head_dim),
-            site.status,
+            f"{site.status}, training" if site.training else site.status,
             site.reason or patterns_of_heads(site.patterns),
             site.config_source or "-",
         )

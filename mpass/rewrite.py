@@ -117,6 +117,8 @@ def replace_site(
         return ""
     if not isinstance(new, torch.Tensor):
         return "the result of sparse attention is not known when compiling"
+    if plan.training:  # new nodes are propagated without gradients
+        new.requires_grad_()
     reason = difference(old, new)
     if reason:
         return reason
@@ -128,7 +130,8 @@ def replace_site(
         new = example(output)
     # A view of the old value: what aliases it keeps doing so for those who look at storages.
     with torch.no_grad(), without_guards(output):
-        output.meta[value_key(site.output)] = old.as_strided(new.shape, new.stride())
+        value = old.as_strided(new.shape, new.stride()).requires_grad_(old.requires_grad)
+        output.meta[value_key(site.output)] = value
     taken_over[site.output] = output
     site.output.replace_all_uses_with(output)
     return ""
@@ -150,8 +153,9 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         index, slots = insert_index(graph, plan, key, visible)
         sinks = insert_sinks(graph, site)
         arguments = (site.query, key, value, *index, slots, key_mask, sinks)
+        ops = torch.ops.minference
         output = graph.call_function(
-            torch.ops.minference.sparse_attention.default,
+            (ops.sparse_attention_train if plan.training else ops.sparse_attention).default,
             (
                 *arguments,
                 *visible[1:],
@@ -163,6 +167,9 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
                 site_number(plan),
             ),
         )
+        if plan.training:
+            results, output = output, graph.call_function(operator.getitem, (output, 0))
+            copy_meta(site.output, results)
         created = [output, *insert_check(graph, site, output, visible)]
         if mask.mean_of_hidden and sinks is None:  # a sink takes the whole weight of such a row
             fill = torch.ops.minference.fill_rows_without_keys.default
