@@ -178,7 +178,7 @@ def training_reason(site: AttentionSite) -> str:
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
     if site.listed is not None:
-        return "trained under lists of blocks that each call checks: that op has no backward"
+        return "trained under lists of blocks: that op has no backward"
     if site.mask is not None and site.mask.mean_of_hidden:
         return "trained where rows without a key get a mean: that op has no backward"
     return ""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mpass
 from mpass.errors import OptionValueError
+from mpass.lowering import dispatch
 
 OPTIONS = {"min_seq_len": 1, "dense_above": 1.0, "training": "sparse"}
 EVERY_KEY = {**OPTIONS, "pattern": "block_sparse(99)"}
@@ -20,7 +23,7 @@ EVERY_KEY = {**OPTIONS, "pattern": "block_sparse(99)"}
 class Block(nn.Module):
     """Causal attention with grouped heads, and a residual."""
 
-    def __init__(self, dim: int = 32, heads: int = 4, kv_heads: int = 2, p: float = 0.0) -> None:
+    def __init__(self, dim: int = 128, heads: int = 2, kv_heads: int = 1, p: float = 0.0) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.p = heads, kv_heads, p
         self.q = nn.Linear(dim, dim, bias=False)
@@ -76,7 +79,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float =
 @pytest.mark.parametrize("inner_backend", ["eager", "aot_eager", "inductor"])
 def test_a_model_that_selects_every_key_has_the_gradients_of_dense_attention(inner_backend):
     torch.manual_seed(0)
-    model, x = Model(), torch.randn(2, 150, 32)
+    model, x = Model(), torch.randn(2, 150, 128)
     expected = gradients(model.double(), x.double())
     model.float()
     found = gradients(compiled(model, **EVERY_KEY, inner_backend=inner_backend), x)
@@ -88,7 +91,7 @@ def test_a_model_that_selects_every_key_has_the_gradients_of_dense_attention(inn
 
 
 def test_without_gradients_the_op_has_no_backward():
-    model, x = Model(), torch.randn(1, 150, 32)
+    model, x = Model(), torch.randn(1, 150, 128)
     with torch.no_grad():
         compiled(model, **EVERY_KEY, inner_backend="eager")(x)
     assert not any(site.training for site in mpass.last_report().sparse_sites)
@@ -100,7 +103,7 @@ def test_a_checkpoint_recomputes_the_very_same_keys(inner_backend, monkeypatch):
     from mpass.lowering import training_ops
 
     torch.manual_seed(0)
-    x = torch.randn(1, 400, 32)
+    x = torch.randn(1, 400, 128)
     seen = []
     attend = training_ops.attend
 
@@ -128,7 +131,7 @@ def test_a_checkpoint_recomputes_the_very_same_keys(inner_backend, monkeypatch):
 
 def test_a_padding_mask_a_chunk_of_keys_and_autocast_have_gradients():
     torch.manual_seed(0)
-    model, x = Model(), torch.randn(2, 150, 32)
+    model, x = Model(), torch.randn(2, 150, 128)
     real = torch.ones(2, 150, dtype=torch.bool)
     real[1, 100:] = False
 
@@ -164,9 +167,9 @@ def test_two_steps_of_training_equal_dense_steps(accumulated):
         losses.append([])
         for _ in range(2):
             for _ in range(accumulated):
-                loss = net(torch.randn(1, 130, 32)).square().mean() / accumulated
+                loss = net(torch.randn(1, 130, 128)).square().mean() / accumulated
                 loss.backward()
-                losses[-1].append(float(loss))
+                losses[-1].append(float(loss.detach()))
             optimiser.step()
             optimiser.zero_grad()
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -177,7 +180,7 @@ def test_lengths_may_be_symbols():
     model = Model()
     sparse = compiled(model, **EVERY_KEY, inner_backend="aot_eager")
     for length in (130, 190, 260):
-        x = torch.randn(1, length, 32)
+        x = torch.randn(1, length, 128)
         assert_close(gradients(sparse, x), gradients(model, x))
     assert len(mpass.reports()) and mpass.last_report().sites[0].training
 
@@ -190,23 +193,23 @@ def dense_reason(model: nn.Module, *inputs: Tensor, **options: object) -> str:
 
 
 def test_training_is_dense_unless_it_is_asked_for():
-    reason = dense_reason(Model(), torch.randn(1, 150, 32), training="dense")
+    reason = dense_reason(Model(), torch.randn(1, 150, 128), training="dense")
     assert reason.startswith("gradients are recorded")
 
 
 def test_what_has_no_backward_stays_dense():
-    x = torch.randn(1, 150, 32)
+    x = torch.randn(1, 150, 128)
     assert "read at run time" in dense_reason(Model(), x, torch.ones(150, 150).tril().bool())
 
 
 def test_dropout_stays_dense():
     torch._dynamo.reset()
-    compiled(Model(p=0.1), **EVERY_KEY, inner_backend="eager")(torch.randn(1, 150, 32))
+    compiled(Model(p=0.1), **EVERY_KEY, inner_backend="eager")(torch.randn(1, 150, 128))
     assert "dropout p=0.1" in mpass.last_report().sites[0].reason
 
 
 def test_a_gradient_by_torch_func_stays_dense():
-    block, x = Block(), torch.randn(1, 150, 32)
+    block, x = Block(), torch.randn(1, 150, 128)
 
     def gradient(x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: block(x).square().sum())(x)
@@ -221,3 +224,48 @@ def test_a_gradient_by_torch_func_stays_dense():
 def test_training_is_checked():
     with pytest.raises(OptionValueError, match="training"):
         mpass.compile(Model(), training="both")
+
+
+class Checkpointed(nn.Module):
+    """A block in a checkpoint that chooses itself what it recomputes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+        return checkpoint(self.block, x, use_reentrant=False, context_fn=kept)
+
+
+def test_a_checkpoint_that_chooses_what_it_recomputes_stays_dense():
+    model, x = Checkpointed(), torch.randn(1, 150, 128)
+    expected = gradients(model, x)
+    options = {**EVERY_KEY, "inner_backend": "aot_eager"}
+    assert_close(gradients(compiled(model, **options), x), expected)
+    assert "context_fn" in mpass.last_report().sites[0].reason
+
+
+def test_a_device_without_backward_kernels_stays_dense(monkeypatch):
+    lowering = dataclasses.replace(dispatch.device_lowering("cpu"), attention_backward=None)
+    monkeypatch.setattr(dispatch, "_added", {"cpu": lowering})
+    assert "no backward kernels" in dense_reason(Model(), torch.randn(1, 150, 128))
+
+
+class Rows(nn.Module):
+    """Attention without causality, where a batch row may have no key at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        heads = self.project(x)[:, None]
+        scores = (heads @ heads.mT / 8).masked_fill(~real[:, None, None, :], -1e9)
+        return scores.softmax(-1) @ heads
+
+
+def test_rows_without_a_key_keep_a_mean_dense():
+    x, real = torch.randn(2, 150, 64), torch.ones(2, 150, dtype=torch.bool)
+    real[1] = False
+    assert "get a mean" in dense_reason(Rows(), x, real)
