@@ -94,6 +94,9 @@ def visible_blocks(
     if mask.window > 0:
         low = torch.maximum(low, first - mask.window + 1)
         every &= start > last - mask.window
+        if not mask.causal:
+            high = torch.minimum(high, last + mask.window)
+            every &= stop - 1 < first + mask.window
     some = low < high
     if mask.key_mask is None:
         return some[None, None], every[None, None]

@@ -119,17 +119,21 @@ def work_share(
 ) -> float:
     """Tiles that a kernel walks over tiles of dense causal attention, all heads together.
 
-    An upper estimate in O(index size): columns inside of selected blocks count too. enough: no more
-    is counted once the share is above it.
+    An upper estimate in O(index size): columns inside of selected blocks count too, and where
+    attention is not causal all blocks of a window and of a diagonal. enough: no more is counted
+    once the share is above it.
     """
     first = first_query_block(mask.query_offset)
     rows = num_query_blocks(num_queries, mask.query_offset)
     blocks = num_key_blocks(num_keys)
     heads = len(index.head_slots) * index.column_count.shape[0]
     if not mask.causal:
-        dense = float(rows * blocks)
+        reach = blocks if mask.window == 0 else min(blocks, 2 * ((mask.window + 62) // BLOCK) + 1)
+        dense = float(rows * reach)
         in_lists = index.block_count
-        tiles = float(over_heads(index, in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks)))
+        counts = in_lists.masked_fill(in_lists == ALL_BLOCKS, blocks).clamp(max=reach)
+        diagonals = index.diagonal_count.masked_fill(index.diagonal_count == ALL_DIAGONALS, reach)
+        tiles = float(over_heads(index, counts)) + float(diagonals.clamp(max=reach).sum()) * rows
         columns = float(index.column_count.sum()) / BLOCK * rows
         return (tiles + columns) / (dense * heads)
     last = first + rows  # query blocks first .. last - 1, block i has i + 1 causal tiles

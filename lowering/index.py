@@ -9,7 +9,8 @@ A head selects whole key blocks in one of two forms, and vertical columns (singl
 - *lists*: per query block, a count and up to `max_blocks` key blocks (block-sparse kinds); a count
   of `ALL_BLOCKS` means every one, whatever the lists hold;
 - *diagonals*: block distances `query block - key block`, the same for all query blocks (A-shape,
-  vertical-slash: O(diagonals) per head at any length); a count of `ALL_DIAGONALS` means every one;
+  vertical-slash: O(diagonals) per head at any length); negative ones, of blocks ahead, where
+  attention is not causal; a count of `ALL_DIAGONALS` means every one;
 - *vertical columns*: single keys, seen by every query block that lies after them and does not
   already select their block. A column at or after the first position of a query block is not seen
   by it.
@@ -41,12 +42,14 @@ ALL_DIAGONALS = -1
 class AttentionMask:
     """Which keys a query may see before any sparsity.
 
-    Query at position p sees the key at position j iff all of these hold:
-    `j <= p` if `causal`; `p - j < window` if `window > 0`; `key_mask[b, j]` if there is one.
+    Query at position p sees the key at position j iff all of these hold: `j <= p` if `causal`;
+    `p - j < window` if `window > 0`, and without causality `j - p < window` as well;
+    `key_mask[b, j]` if there is one.
 
-    causal: False only for bidirectional attention (then query_offset and window are 0).
+    causal: False only for bidirectional attention (then query_offset is 0).
     query_offset: number of keys before the first query (cached prefix); an int or a SymInt.
-    window: sliding window in positions, the query's own included; 0 for none.
+    window: sliding window in positions, the query's own included; 0 for none. It reaches as far
+    ahead as back where attention is not causal.
     key_mask: bool [B, Nk], False for padding; None when all keys are real.
     """
 

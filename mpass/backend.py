@@ -20,6 +20,7 @@ from mpass.failures import contain
 from mpass.graph.observation import shared_observations
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
+from mpass.graph.snapshot import snapshot
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.lowering.recorder import tell_watcher
 from mpass.match import find_attention, inline_subgraphs, open_calls
@@ -101,7 +102,7 @@ def apply_passes(
     recorded: nodes that gradients may be asked for, though their values do not say so. A failure
     of ours keeps one attention dense, or else leaves the whole graph as it was.
     """
-    original = copy_graph(gm.graph)
+    original = snapshot(gm.graph)
     sites: list[AttentionSite] = []
     try:
         with shared_observations(), training_allowed(options.training == "sparse"):
@@ -119,7 +120,7 @@ def apply_passes(
     except Exception as error:
         reason = contain(error, "rewriting a graph", count_ops(gm))
         decisions = [Skip(site, site.dense_reason or reason) for site in sites]
-        gm.graph = original
+        gm.graph = original.restored()
         gm.recompile()
     report = make_report(decisions, options.shortest)
     close_trace(trace, gm, decisions, report, options)
@@ -140,16 +141,6 @@ def with_gradients(site: AttentionSite, recorded: Collection[fx.Node]) -> Attent
         return site
     reason = "gradients are recorded: rewrite the program under torch.no_grad()"
     return dataclasses.replace(site, dense_reason=reason)
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """The nodes of a graph in another one, to go back to."""
-    copied = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        nodes[node] = copied.node_copy(node, nodes.__getitem__)
-    copied._codegen = graph._codegen
-    return copied
 
 
 def compile_rest(

@@ -24,6 +24,17 @@ class UnknownOptionError(MpassError):
         )
 
 
+class EngineSettingError(UnknownOptionError):
+    """A key that is none of the plugin's settings in the configuration of an engine."""
+
+    def __init__(self, key: str, place: str, known: Iterable[str]) -> None:
+        names = list(known)
+        MpassError.__init__(
+            self,
+            f"unknown key {key!r} in {place}{nearest(key, names)}; keys are {', '.join(names)}",
+        )
+
+
 class OptionValueError(MpassError):
     """A known option with a value that it cannot take."""
 

@@ -27,6 +27,7 @@ from mpass.lowering.inputs import AttentionInputs
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.patterns.base.work import layer_work
+from mpass.patterns.dense import Dense
 from mpass.resolve import ResolvedPatterns, resolve_site
 
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
@@ -88,6 +89,7 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
         # A vision tower beside the language model that the config is for, most likely.
         return Skip(site, f"not causal, and {error}")
     site = dataclasses.replace(site, layer=resolved.layer)
+    resolved = with_exact_windows(site, resolved)
     reason = pattern_reason(site, resolved.patterns)
     if reason:
         return Skip(site, reason, resolved.source)
@@ -220,6 +222,17 @@ def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
     least = offset + num_queries if mask.causal else 1
     sizes = (valid, offset, num_queries, num_keys)
     return holds(valid >= least, *sizes) and holds(valid <= num_keys, *sizes)
+
+
+def with_exact_windows(site: AttentionSite, resolved: ResolvedPatterns) -> ResolvedPatterns:
+    """The patterns of a site, but for a window that reaches both ways: all of it is computed.
+
+    Estimators know windows of causal attention only, and there is little to leave out.
+    """
+    mask = site.mask
+    if mask is None or mask.causal or not mask.window:
+        return resolved
+    return dataclasses.replace(resolved, patterns=(Dense(),) * len(resolved.patterns))
 
 
 def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:

@@ -23,11 +23,11 @@ from torch.utils._sympy.functions import Max, Min
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
 from mpass.graph.layouts import difference, is_rearranged, layout_order, same_layout
-from mpass.graph.new_nodes import copy_meta, propagate, value_key
+from mpass.graph.new_nodes import Known, copy_meta, nodes_between, propagate, value_key
 from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
-from mpass.match import OpenedCall, erase_added, settle_calls
+from mpass.match import OpenedCall, settle_calls
 from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
 
@@ -58,7 +58,8 @@ def rewrite_attention(
     Returns the decisions with those plans skipped whose replacement is not what the site computes.
     """
     taken_over: dict[fx.Node, fx.Node] = {}
-    final = [replace_planned(gm, decision, taken_over) for decision in decisions]
+    known: Known = {}
+    final = [replace_planned(gm, decision, taken_over, known) for decision in decisions]
     replaced = [plan.site.output for plan in final if isinstance(plan, AttentionPlan)]
     settle_calls(gm.graph, opened, replaced)
     if replaced:
@@ -75,41 +76,41 @@ def reading(site: AttentionSite, taken_over: Mapping[fx.Node, fx.Node]) -> Atten
 
 
 def replace_planned(
-    gm: fx.GraphModule, decision: Decision, taken_over: dict[fx.Node, fx.Node]
+    gm: fx.GraphModule, decision: Decision, taken_over: dict[fx.Node, fx.Node], known: Known
 ) -> Decision:
     """Carry out one plan, if it is one; a Skip if that cannot be done. Then nothing is edited.
 
-    taken_over: what took the place of outputs; this site's is added.
+    taken_over: what took the place of outputs; this site's is added. known: fake values of calls.
     """
     if not isinstance(decision, AttentionPlan):
         return decision
-    before = set(gm.graph.nodes)
+    output = decision.site.output
+    last = output.prev
     try:
         plan = dataclasses.replace(decision, site=reading(decision.site, taken_over))
-        reason = replace_site(gm.graph, plan, before, taken_over)
+        reason = replace_site(gm.graph, plan, taken_over, known)
     except Exception as error:
         reason = contain(error, "rewriting attention", count_ops(gm))
     if not reason:
         return decision
-    erase_added(gm.graph, before)
+    for node in reversed(nodes_between(last, output)):
+        if not node.users:
+            gm.graph.erase_node(node)
     return Skip(decision.site, reason, decision.config_source)
 
 
 def replace_site(
-    graph: fx.Graph,
-    plan: AttentionPlan,
-    before: set[fx.Node],
-    taken_over: dict[fx.Node, fx.Node],
+    graph: fx.Graph, plan: AttentionPlan, taken_over: dict[fx.Node, fx.Node], known: Known
 ) -> str:
-    """Insert the ops of one plan at the site's output and hand its uses over.
+    """Insert the ops of one plan just before the site's output and hand its uses over.
 
-    before: the nodes of the graph. Returns why the ops are no replacement; "" if all is done.
+    Returns why the ops are no replacement; "" if all is done.
     """
     site = plan.site
+    last = site.output.prev
     output = insert_site(graph, plan)
-    for node in graph.nodes:
-        if node not in before:
-            propagate(node, site.output)
+    for node in nodes_between(last, site.output):
+        propagate(node, site.output, known)
     old, new = example(site.output), value_of(output)
     if not isinstance(old, FakeTensor):
         taken_over[site.output] = output

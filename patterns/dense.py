@@ -35,6 +35,7 @@ class Dense(Pattern):
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
     fixed_budget: ClassVar[bool] = True
     input_independent: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
 
     @classmethod
     def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:

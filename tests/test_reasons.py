@@ -38,6 +38,7 @@ NO_REASONS = {
     "causal: k <= q",
     "causal: k <= q + {}",
     "window of {}: q - k < {}",
+    "window of {} both ways: |q - k| < {}",
     "valid keys: k < {}",
     "padding: {}",
     "always true: {}",

@@ -31,7 +31,8 @@ def dense_attention(inputs: AttentionInputs) -> Tensor:
     query, mask = inputs.query, inputs.mask
     plain = mask.window == 0 and mask.key_mask is None
     plain = plain and inputs.softcap == 0 and inputs.sink_logits is None
-    if not mask.causal or (plain and not kernel_is_faster(*sizes(inputs))):
+    two_sided = not mask.causal and mask.window == 0
+    if two_sided or (plain and not kernel_is_faster(*sizes(inputs))):
         return dense.dense_attention(inputs)
     rows = num_query_blocks(query.shape[2], mask.query_offset)
     return sparse_attention(inputs, all_tiles(query.shape[0], query.shape[1], rows))

@@ -137,6 +137,8 @@ def allowed_cells(mask: AttentionMask, positions: Tensor, num_keys: int) -> Tens
         allowed &= distance >= 0
     if mask.window > 0:
         allowed &= distance < mask.window
+        if not mask.causal:
+            allowed &= distance > -mask.window
     allowed = allowed[None, None]
     if mask.key_mask is not None:
         allowed = allowed & mask.key_mask[:, None, None, :]
@@ -165,13 +167,15 @@ def selected_blocks(
             continue
         counts = index.diagonal_count[:, -1 - slot]
         entries = index.diagonal_index[:, -1 - slot].long()
+        # Distances -num_blocks .. size - 1, those of blocks ahead first.
         size = max(num_blocks, stop)
-        table = torch.zeros(counts.shape[0], size + 1, dtype=torch.bool, device=device)
+        table = torch.zeros(counts.shape[0], num_blocks + size + 1, dtype=torch.bool, device=device)
         live = torch.arange(entries.shape[-1], device=device) < counts[:, None]
-        table.scatter_(-1, torch.where(live & (entries < size), entries, size), True)
+        live &= (entries < size) & (entries >= -num_blocks)
+        table.scatter_(-1, torch.where(live, entries, size) + num_blocks, True)
         table |= (counts == ALL_DIAGONALS)[:, None]
         distance = blocks[:, None] - torch.arange(num_blocks, device=device)[None, :]
-        per_head.append(table[:, distance.clamp(min=0)] & (distance >= 0))
+        per_head.append(table[:, distance + num_blocks])
     return torch.stack(per_head, dim=1)
 
 

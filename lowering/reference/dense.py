@@ -67,7 +67,8 @@ def dense_attention(inputs: AttentionInputs) -> Tensor:
 
 def visible_range(mask: AttentionMask, first: int, last: int, num_keys: int) -> tuple[int, int]:
     """Keys [start, stop) that queries at positions first..last can see at most."""
-    stop = min(num_keys, last + 1) if mask.causal else num_keys
+    ahead = 1 if mask.causal else mask.window
+    stop = min(num_keys, last + ahead) if ahead else num_keys
     start = max(0, first - mask.window + 1) if mask.window > 0 else 0
     return min(start, stop), stop
 

@@ -165,7 +165,8 @@ def expected_share(work: LayerWork, keys: int, denser: float = 1.0) -> float:
     denser: how much more the prompt may want of those whose density depends on it.
     """
     whole = keys / 2 if work.causal else float(keys)
-    seen = min(work.window + BLOCK, keys) if work.window else keys
+    reach = work.window if work.causal else 2 * work.window  # a window ahead is one more
+    seen = min(reach + BLOCK, keys) if work.window else keys
     cells = seen - seen**2 / (2 * keys) if work.causal else float(seen)
     inside = sum(
         part.heads * part.density(seen) * (1.0 if part.exact else denser) for part in work.patterns

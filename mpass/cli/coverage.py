@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,19 @@ def coverage(
     scenario: Annotated[
         list[str] | None, typer.Option(help="Only these scenarios, by name; all if not given.")
     ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Run every class of transformers of these kinds instead of families: causal, "
+            "image-text, encoder-decoder."
+        ),
+    ] = None,
+    model_type: Annotated[
+        list[str] | None, typer.Option(help="With --kind: only these, by transformers' model type.")
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="With --kind: a part of the classes, as 3/10: the third of ten.")
+    ] = "1/1",
     as_json: AS_JSON = False,
     output: JSON_OUTPUT = None,
 ) -> None:
@@ -36,8 +50,12 @@ def coverage(
 
     One line each: attentions found and made sparse, reasons of the rest, graphs, breaks, largest
     difference. Ends with status 1 if any output differs by more than 1e-4 or any run fails.
+    With --kind, the file is one line of JSON per run, and classes that it has are left out.
     """
     check_output(output)
+    if kind is not None:
+        run_classes(kind, model_type, scenario, part, as_json, output)
+        return
     from mpass.evaluate.coverage import CoverageRecord, summary
     from mpass.evaluate.coverage import coverage as records_of
     from mpass.models.tiny import FAMILIES, SCENARIOS, Scenario
@@ -69,3 +87,62 @@ def coverage(
     )
     if wrong:
         raise typer.Exit(1)
+
+
+def run_classes(
+    kinds: list[str],
+    model_types: list[str] | None,
+    scenarios: list[str] | None,
+    part: str,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Run classes of transformers' mappings; go on where a file of records ends."""
+    from mpass.evaluate.classes import append, cover_classes, line, read_records, summarise
+    from mpass.models.classes import MAPPINGS, PLAIN, model_classes
+
+    for name in set(kinds) - set(MAPPINGS):
+        raise OptionValueError("kind", name, ", ".join(MAPPINGS))
+    for name in set(scenarios or ()) - set(PLAIN):
+        raise OptionValueError("scenario", name, ", ".join(PLAIN))
+    entries = model_classes(tuple(kinds))
+    known = {entry.model_type for entry in entries}
+    for name in set(model_types or ()) - known:
+        raise OptionValueError("model-type", name, ", ".join(sorted(known)))
+    first, step = part_of(part)
+    entries = [e for e in entries if not model_types or e.model_type in model_types][first::step]
+    quiet = as_json or output == STANDARD_OUTPUT
+    file = None if output == STANDARD_OUTPUT else output
+    records = read_records(file) if file is not None else []
+    done = {record.name for record in records}
+    for entry in entries:
+        if entry.name in done:
+            continue
+        own = []
+        for record in cover_classes([entry], scenarios):
+            typer.echo(line(record), err=quiet)
+            own.append(record)
+        records += own
+        if file is not None:
+            append(own, file)
+    told = [
+        f"{one.kind}: {one.run} of {one.classes} classes run, {one.sparse} of "
+        f"{one.attentions} attentions sparse, {len(one.differ)} differ"
+        for one in summarise(records)
+    ]
+    deliver(
+        lambda: [dataclasses.asdict(record) for record in records],
+        lambda: "\n".join(told),
+        output=None if file is not None else output,
+        as_json=as_json,
+    )
+    if any(one.differ for one in summarise(records)):
+        raise typer.Exit(1)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """The first class and the step of a part that is written as 3/10."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise OptionValueError("part", text, "two numbers, as 3/10 for the third of ten")
+    return int(number) - 1, int(count)

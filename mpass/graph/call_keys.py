@@ -1,8 +1,12 @@
-"""Keys under which effects of calls are known: the target, and all that is constant about it."""
+"""Keys under which calls are known: the target, and all that is constant about its arguments.
+
+`call_key` is for effects, which few things decide; `exact_key` for whatever a value while compiling
+may decide.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,9 +92,10 @@ def call_key(node: fx.Node) -> Any:
         hash(key)
     except (Unobservable, TypeError):
         return None
-    has_tensor = any(True for arg in tensor_nodes(node) for _ in tensors_in(value_of(arg)))
     result = value_of(node)
-    if has_tensor or isinstance(result, torch.Tensor):
+    if isinstance(result, torch.Tensor):
+        return key
+    if any(True for arg in tensor_nodes(node) for _ in tensors_in(value_of(arg))):
         return key
     # Arithmetic of sizes; what works on no tensor (a mode, functorch's levels) is never run.
     numbers = isinstance(result, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
@@ -140,12 +145,70 @@ def layout(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
         raise Unobservable("a tensor subclass")
     if tensor.layout != torch.strided:
         raise Unobservable("no strided tensor")
-    shape = [hint(size) for size in tensor.shape]
+    shape = hints(tensor.shape)
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return shape, []
-    strides = [hint(stride) for stride in tensor.stride()]
+    strides = hints(tensor.stride())
+    if 0 not in strides:
+        return shape, strides
     repeated = any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True))
     return shape, [] if repeated else strides
+
+
+def hints(sizes: Sequence[int | torch.SymInt]) -> list[int]:
+    """Sizes in the call that is being compiled."""
+    return [size if type(size) is int else hint(size) for size in sizes]
+
+
+def exact_key(value: Any, stands_for: Mapping[fx.Node, str] | None = None) -> Any:
+    """An argument as part of a key that tells all of its value while compiling, without numbers.
+
+    stands_for: nodes that are known by a name instead. Raises Unobservable for a value that is not
+    known, and for a tensor whose memory is not that of a plain fake one.
+    """
+    if isinstance(value, fx.Node):
+        if stands_for is not None:
+            if value in stands_for:
+                return stands_for[value]
+            if isinstance(value_of(value), torch.Tensor):
+                raise Unobservable("a tensor that is not named")
+        known = value_of(value)
+        if known is None:
+            raise Unobservable("a node without a value")
+        return exact_key(known)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *(exact_key(item, stands_for) for item in value))
+    if isinstance(value, dict):
+        return tuple((name, exact_key(item, stands_for)) for name, item in value.items())
+    if isinstance(value, slice):
+        return ("slice", exact_key((value.start, value.stop, value.step), stands_for))
+    if isinstance(value, torch.Tensor):
+        return exact_tensor(value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return (type(value), value.node.expr, id(value.node.shape_env))
+    if value is None or value is Ellipsis or isinstance(value, CONSTANTS):
+        return (type(value), value)
+    raise Unobservable(type(value).__name__)
+
+
+CONSTANTS = (
+    *(bool, int, float, complex, str),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+"""Types of arguments that are what they are."""
+
+
+def exact_tensor(tensor: torch.Tensor) -> Any:
+    """All that a plain fake tensor is, but for where its memory lies."""
+    if type(tensor) is not FakeTensor or tensor.layout != torch.strided:
+        raise Unobservable("no plain fake tensor")
+    return (
+        *(tensor.dtype, tensor.device, tensor.requires_grad),
+        exact_key(tuple(tensor.shape)),
+        exact_key(tensor.stride()),
+        exact_key(tensor.storage_offset()),
+        id(tensor.fake_mode),
+    )
 
 
 def hint(size: Any) -> int:

@@ -6,12 +6,12 @@ are none of a rewrite's business: they stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import fx
 
 from mpass.graph.nodes import MADE_HERE
-from mpass.graph.observation import observe
+from mpass.graph.observation import Effects, observe
 from mpass.graph.writes import StorageWrites
 
 MAX_UNREAD = 8
@@ -47,19 +47,22 @@ def remove_dead(graph: fx.Graph, replaced: Iterable[fx.Node] = ()) -> int:
     return len(dead)
 
 
-def is_unread(node: fx.Node, depth: int = MAX_UNREAD) -> bool:
+def is_unread(
+    node: fx.Node, effects_of: Callable[[fx.Node], Effects] = observe, depth: int = MAX_UNREAD
+) -> bool:
     """Whether nobody could notice if a call and all that is computed from it were left out."""
     if node.op not in ("call_function", "call_method") or depth == 0:
         return False
-    effects = observe(node)
+    effects = effects_of(node)
     if not effects.known or not effects.pure or effects.writes or effects.reshapes:
         return False
-    return all(is_unread(user, depth - 1) for user in node.users)
+    return all(is_unread(user, effects_of, depth - 1) for user in node.users)
 
 
 def find_candidates(graph: fx.Graph, roots: set[fx.Node], writes: StorageWrites) -> set[fx.Node]:
     """What the roots and the unused nodes that the backend made read, with what writes to it."""
     unused = [node for node in graph.nodes if MADE_HERE in node.meta and not node.users]
+    effects_of = writes.effects.__getitem__
     found: set[fx.Node] = set()
     pending = [*roots, *unused]
     while pending:
@@ -72,7 +75,9 @@ def find_candidates(graph: fx.Graph, roots: set[fx.Node], writes: StorageWrites)
         # The other results of an op that gives several.
         pending += [user for user in node.users if not user.users and user.op != "output"]
         # Copies kept for statistics that nobody reads, and what is computed from them.
-        pending += [user for user in node.users if user not in found and is_unread(user)]
+        pending += [
+            user for user in node.users if user not in found and is_unread(user, effects_of)
+        ]
     return found
 
 

@@ -20,8 +20,8 @@ class MaskMeaning:
     """What an attention's mask was proven to mean; `None` for a site's `mask` means unproven.
 
     Query row i stands at position `query_offset + i`; key j is visible iff all of these hold:
-    causal: `j <= position`; window > 0: `position - j < window`; key_mask: its entry [b, j] is
-    true; valid_keys: `j < valid_keys`.
+    causal: `j <= position`; window > 0: `position - j < window`, and `j - position < window` where
+    it is not causal; key_mask: its entry [b, j] is true; valid_keys: `j < valid_keys`.
     mean_of_hidden: a batch row whose key_mask is all false is the mean of all values, not zeros.
 
     proof: the argument in words, one line per conjunct, for the report.

@@ -29,6 +29,7 @@ class StorageWrites:
     def __init__(self, graph: fx.Graph) -> None:
         self.position = {node: index for index, node in enumerate(graph.nodes)}
         self._joined: dict[int, int] = {}
+        self._memory: dict[fx.Node, tuple[object, set[int] | None]] = {}
         self._writes: dict[int, list[fx.Node]] = {}
         self._anywhere: list[fx.Node] = []
         self._reshaped: dict[int, fx.Node] = {}
@@ -73,8 +74,15 @@ class StorageWrites:
 
     def memory_of(self, node: fx.Node) -> set[int] | None:
         """The storages of a node's tensors, none for a number; None if they are not known."""
+        value = value_of(node)
+        before, known = self._memory.get(node, (None, None))
+        if value is not None and before is value:
+            return known
         storages = memory_of(node)
-        return None if storages is None else {self._root(storage) for storage in storages}
+        if storages is not None and self._joined:
+            storages = {self._root(storage) for storage in storages}
+        self._memory[node] = value, storages
+        return storages
 
     def written_by(self, node: fx.Node) -> list[fx.Node]:
         """The arguments that a node writes to, or might."""

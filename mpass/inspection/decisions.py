@@ -63,7 +63,8 @@ def mask_formula(mask: MaskMeaning) -> sympy.Basic:
     if mask.causal:
         conditions.append(sympy.Le(key, position, evaluate=False))
     if mask.window:
-        conditions.append(sympy.Lt(position - key, mask.window, evaluate=False))
+        distance = position - key if mask.causal else sympy.Abs(position - key)
+        conditions.append(sympy.Lt(distance, mask.window, evaluate=False))
     if mask.key_mask is not None:
         conditions.append(
             sympy.Eq(sympy.Function(mask.key_mask.name)(batch, key), 1, evaluate=False)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from mpass.lowering.mask_forms import HIDDEN
+from mpass.masks.bands import as_band
 from mpass.masks.expressions import BATCH, HEAD, KEY, QUERY, Expr, Where, is_truth, negate, select
 
 
@@ -94,6 +95,11 @@ def classify_conjunct(term: Expr, sizes: MaskSizes, terms: MaskTerms) -> None:
     symbols = term.free_symbols
     if HEAD in symbols:
         terms.unknown.append(term)
+        return
+    band = as_band(term, at_most_zero)
+    if band:
+        for part in band:
+            classify_conjunct(part, sizes, terms)
         return
     difference = at_most_zero(term)
     if difference is not None and BATCH not in symbols:

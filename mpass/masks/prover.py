@@ -64,6 +64,7 @@ class MaskProver:
         self.writes = StorageWrites(graph)
         self.reader = GraphReader(self.writes, RULES)
         self._memo: dict[tuple[object, ...], MaskProof] = {}
+        self.rearrangements: dict[object, bool] = {}
 
     def prove_mask(
         self,
@@ -171,8 +172,8 @@ class MaskProver:
 def rows_without_keys(proof: MaskProof, rows: HiddenRows) -> MaskProof:
     """A proof, given up where rows that see no key are more than padding.
 
-    rows: what eager attention makes of them; sparse attention gives zeros. Causal attention always
-    shows a query its own position unless the key mask hides that, and then the query is padding
+    rows: what eager attention makes of them; sparse attention gives zeros. Causal attention, and a
+    window, show a query its own position unless the key mask hides that: the query is padding then
     itself; where no tensor of the graph says what is padding, this is no padding. Attention that
     is not causal hides all keys from real queries where a batch row has no key: such batch rows
     are looked for in each call, and get the mean of all values if that is what eager gives.
@@ -182,11 +183,12 @@ def rows_without_keys(proof: MaskProof, rows: HiddenRows) -> MaskProof:
         return proof
     if meaning.window == 0 and sees_first_key(condition):
         return proof
-    if not meaning.causal and meaning.window == 0 and rows.mean:
+    aligned = meaning.causal or meaning.window > 0  # a query sees its own position
+    if not aligned and rows.mean:
         words = "rows that see no key are the mean of all values, looked for in each call"
         told = dataclasses.replace(meaning, mean_of_hidden=True, proof=(*meaning.proof, words))
         return dataclasses.replace(proof, meaning=told)
-    if not meaning.causal or not condition.atoms(AppliedUndef):
+    if not aligned or not condition.atoms(AppliedUndef):
         reason = "rows that see no key are the mean of all values: hide keys by -inf, not a number"
         return MaskProof(None, reason, condition)
     words = "rows that see no key are padding: zeros, not the mean of all values"
@@ -229,10 +231,15 @@ def assemble(
     proof: list[str] = []
     offset: Length | fx.Node = 0
     window = 0
-    if terms.offset is not None:
+    both_ways = window_both_ways(terms, sizes)
+    if both_ways is not None:
+        window = both_ways
+        if window:
+            proof.append(f"window of {window} both ways: |q - k| < {window}")
+    elif terms.offset is not None:
         offset = query_offset(terms.offset, like, reader)
         proof.append(f"causal: k <= q + {terms.offset}" if terms.offset != 0 else "causal: k <= q")
-    if terms.width is not None:
+    if terms.width is not None and both_ways is None:
         window = window_size(terms, sizes)
         if window:
             proof.append(f"window of {window}: q - k < {terms.width}")
@@ -246,7 +253,7 @@ def assemble(
         proof.append(f"padding: {sympy.And(*terms.padding)}")
     proof += [f"always true: {term}" for term in terms.dropped]
     return MaskMeaning(
-        causal=terms.offset is not None,
+        causal=terms.offset is not None and both_ways is None,
         query_offset=offset,
         window=window,
         key_mask=key_mask,
@@ -302,6 +309,28 @@ def query_offset(expr: Expr, like: Sequence[Length], reader: GraphReader) -> Len
     if not holds(offset >= 0, offset):
         raise NotUnderstood(f"query offset {expr} might be negative")
     return offset
+
+
+def window_both_ways(terms: MaskTerms, sizes: MaskSizes) -> int | None:
+    """Size of a window that reaches as far ahead as back; 0 if it hides nothing; None if causal.
+
+    Where there are as many queries as keys, `k <= q + w` is no prefix of cached keys but the
+    window's other side.
+    """
+    back, ahead = terms.width, terms.offset
+    if ahead is None or back is None or not (ahead.is_Integer and back.is_Integer):
+        return None
+    if ahead <= 0 or back <= 0:
+        return None
+    if sympy.expand(sizes.queries - sizes.keys) != 0:
+        return None
+    if at_most(sizes.keys, back) and at_most(sizes.keys, ahead + 1):
+        return 0
+    if back != ahead + 1:
+        raise NotUnderstood(
+            f"window of {back - 1} keys back and {ahead} ahead: they must be as many"
+        )
+    return int(back)
 
 
 def window_size(terms: MaskTerms, sizes: MaskSizes) -> int:

@@ -8,6 +8,7 @@ reads is written in terms of an earlier tensor; if that is element [b, h // grou
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import sympy
 import torch
@@ -15,7 +16,9 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from mpass.graph.arguments import subject
+from mpass.graph.call_keys import Unobservable, exact_key, exact_tensor
 from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name, same_size, shape_of
+from mpass.graph.writes import StorageWrites
 from mpass.masks.elements import drop_unit_axes
 from mpass.masks.expressions import Expr, axis
 from mpass.masks.prover import RULES, MaskProver
@@ -120,7 +123,51 @@ def reads_by_head(
     prover: MaskProver,
     order: tuple[int, ...],
 ) -> bool:
-    """Whether element [b, h, n, d] of an operand is element [b, h // groups, n, d] of another."""
+    """Whether element [b, h, n, d] of an operand is element [b, h // groups, n, d] of another.
+
+    Layers mostly rearrange their keys and values in the same way: the prover keeps what was found.
+    """
+    key = rearrangement(node, candidate, reader, prover.writes)
+    if key is None:
+        return is_by_head(node, candidate, reader, prover, order)
+    if (key, order) not in prover.rearrangements:
+        found = is_by_head(node, candidate, reader, prover, order)
+        prover.rearrangements[key, order] = found
+    return prover.rearrangements[key, order]
+
+
+def rearrangement(node: fx.Node, candidate: fx.Node, reader: fx.Node, writes: StorageWrites) -> Any:
+    """A key that equal ways from one tensor to another have; None where more than it decides.
+
+    Equal: the same ops with the same numbers on tensors of the same sizes, nothing written between.
+    """
+    steps: list[Any] = []
+    step = node
+    try:
+        while step is not candidate:
+            position = writes.position[reader]
+            if writes.last_write(step, position) is not None or writes.reshaped(step) is not None:
+                return None
+            before = subject(step)
+            named = {before: "subject"}
+            given = exact_key((step.args, dict(step.kwargs)), named)
+            steps.append((step.op, step.target, given, exact_tensor(example(step))))
+            step = before
+        if writes.reshaped(candidate) is not None:
+            return None
+        return (*steps, exact_tensor(example(candidate)))
+    except Unobservable:
+        return None
+
+
+def is_by_head(
+    node: fx.Node,
+    candidate: fx.Node,
+    reader: fx.Node,
+    prover: MaskProver,
+    order: tuple[int, ...],
+) -> bool:
+    """What `reads_by_head` says, read from the ops between."""
     atom = sympy.Function("element")(*map(axis, IDENTITY))
     expr = GraphReader(prover.writes, RULES, {candidate: atom}).read(node, reader)
     if not isinstance(expr, AppliedUndef) or expr.func != atom.func:

@@ -67,7 +67,8 @@ def random_index(
     blocks = num_query_blocks(num_queries, mask.query_offset)
     first, key_blocks = first_query_block(mask.query_offset), num_key_blocks(num_keys)
     query = torch.empty(batch, len(head_slots), num_queries, 1)
-    width = IndexWidth(key_blocks, first + blocks, min(num_keys, 200))
+    ahead = 0 if mask.causal else key_blocks - 1  # blocks that lie after a query block
+    width = IndexWidth(key_blocks, first + blocks + ahead, min(num_keys, 200))
     index = empty_index(query, blocks, width, head_slots)
 
     def chance(*shape: int) -> torch.Tensor:
@@ -89,9 +90,10 @@ def random_index(
                 if chance(1).item() < 0.1:
                     index.block_count[b, row, i] = ALL_BLOCKS
         for row in range(index.diagonal_count.shape[1]):
-            chosen = chance(first + blocks) < density
-            chosen[0] = True
+            chosen = chance(first + blocks + ahead) < density
+            chosen[ahead] = True
             fill(index.diagonal_count[b, row], index.diagonal_index[b, row], chosen)
+            index.diagonal_index[b, row, : index.diagonal_count[b, row]] -= ahead
             if chance(1).item() < 0.2:
                 index.diagonal_count[b, row] = ALL_DIAGONALS
         for h in range(len(head_slots)):

@@ -246,6 +246,14 @@ MASKS: dict[str, tuple[Maker, str]] = {
         lambda x: positions() <= positions()[:, None] + x.size,
         "the position of the first query is a tensor",
     ),
+    "lopsided window": (
+        lambda x: (distance() < 90) & (distance() > -40),
+        "window of 89 keys back and 39 ahead",
+    ),
+    "window with a gap": (
+        lambda x: (distance() >= 9) & (distance() < 90) | (distance() < 0) & (distance() > -90),
+        "is neither causal, window nor padding",
+    ),
     "window alone": (lambda x: distance() < 90, "sliding window without causality"),
     "empty window": (
         lambda x: (distance() >= -5) & (distance() < -6),

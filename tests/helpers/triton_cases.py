@@ -83,11 +83,9 @@ def random_index(
             if head % 3 == 2:
                 index.diagonal_count[b, head] = ALL_DIAGONALS
                 continue
-            fill(
-                index.diagonal_count[b, head],
-                index.diagonal_index[b, head],
-                sample(first + rows, width.max_diagonals, 0),
-            )
+            ahead = 0 if mask.causal else blocks - 1
+            distances = sample(first + rows + ahead, width.max_diagonals, ahead) - ahead
+            fill(index.diagonal_count[b, head], index.diagonal_index[b, head], distances)
         shared = {slot: sample(num_keys, width.max_columns) for slot in dict.fromkeys(slots)}
         for head, slot in enumerate(slots):
             fill(index.column_count[b, head], index.column_index[b, head], shared[slot])

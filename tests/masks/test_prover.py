@@ -79,6 +79,29 @@ def window_by_triangles(n, _pad):
     return ones.tril() & ones.triu(-3)
 
 
+def window_both_ways(n, _pad):
+    position = torch.arange(n)
+    return (position[:, None] - position).abs() <= 3
+
+
+def window_both_ways_by_triangles(n, _pad):
+    ones = torch.ones(n, n, dtype=torch.bool)
+    return ones.tril(3) & ones.triu(-3)
+
+
+def window_both_ways_in_halves(n, pad):
+    """As transformers writes it for ModernBERT, with padding."""
+    position = torch.arange(n)
+    distance = position[:, None] - position
+    back, ahead = (distance >= 0) & (distance <= 3), (distance < 0) & (-distance <= 3)
+    return (back | ahead)[None, None] & pad.bool()[:, None, None, :]
+
+
+def window_both_ways_of_everything(n, _pad):
+    position = torch.arange(n)
+    return (position[:, None] - position).abs() <= 40
+
+
 def padded(n, pad):
     return torch.ones(n, n, dtype=torch.bool).tril() & pad.bool()[:, None, None, :]
 
@@ -138,6 +161,9 @@ PROVEN = {
     one_minus: {"causal": True},
     filled_where_it_is_one: {"causal": True},
     window: {"causal": True, "window": 4},
+    window_both_ways: {"causal": False, "window": 4},
+    window_both_ways_by_triangles: {"causal": False, "window": 4},
+    window_both_ways_in_halves: {"causal": False, "window": 4},
     window_by_triangles: {"causal": True, "window": 4},
     padded: {"causal": True},
     padded_by_equality: {"causal": True},
@@ -148,7 +174,14 @@ PROVEN = {
     packed_but_one_sequence: {"causal": True},
     every_key: {"causal": False},
 }
-PADDED = {padded, padded_by_equality, padded_by_gather, two_additive, only_padding}
+PADDED = {
+    padded,
+    padded_by_equality,
+    padded_by_gather,
+    two_additive,
+    only_padding,
+    window_both_ways_in_halves,
+}
 
 
 def attend(build):
@@ -173,6 +206,12 @@ def test_mask_is_proven_and_equals_the_real_one(build, dynamic):
     assert (meaning.key_mask is not None) == (build in PADDED or build is first_keys_hidden)
     assert found.wrong_cells() == 0
     assert found.error() < 1e-5
+
+
+def test_window_both_ways_that_reaches_every_key_is_no_window():
+    (found,), _ = record(attend(window_both_ways_of_everything), *tensors(), pads())
+    meaning = found.site.mask
+    assert not meaning.causal and meaning.window == 0 and found.wrong_cells() == 0
 
 
 def test_chunks_beyond_the_last_key_are_no_restriction():
@@ -234,9 +273,9 @@ def test_valid_length_without_causality_is_kept():
 
 UNPROVEN = {
     "strictly causal": (lambda n, pad: torch.ones(n, n).tril(-1).bool(), "own position"),
-    "window both sides": (
-        lambda n, pad: (torch.arange(n)[:, None] - torch.arange(n)).abs() < 3,
-        "neither causal, window nor padding",
+    "lopsided window": (
+        lambda n, pad: torch.ones(n, n).tril(2).triu(-5).bool(),
+        "window of 5 keys back and 2 ahead",
     ),
     "upper triangle": (lambda n, pad: torch.ones(n, n).triu().bool(), "window without causality"),
     "per head": (

@@ -71,10 +71,12 @@ void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
   if (kb < 0 || kb >= in.key_blocks || (a.causal && low > last)) return;
   block.selected[kb] = 1;
   const uint64_t valid = in.valid.get()[block.b * in.key_blocks + kb];
-  const bool in_window = a.window <= 0 || first - high < a.window;
+  const bool ahead = a.window > 0 && !a.causal;  // the window ends ahead of a row, too
+  const bool in_window =
+      a.window <= 0 || (first - high < a.window && (!ahead || low - last < a.window));
   if (!in_window || valid == 0) return;
   const bool full = valid == ~uint64_t(0) && (!a.causal || high <= first) &&
-      (a.window <= 0 || last - low < a.window);
+      (a.window <= 0 || last - low < a.window) && (!ahead || high - first < a.window);
   TileBounds bounds{64 - __builtin_clzll(valid)};
   if (a.causal) bounds.first = static_cast<int>(std::min<int64_t>(first - low + 1, BLOCK));
   const int64_t kv_head = block.h / (a.heads / a.kv_heads);
@@ -95,9 +97,9 @@ void list_vertical_columns(const AttentionArguments& a, const PackedKeyValues& i
     const int64_t j = columns[t];
     if (j < 0 || j >= limit || block.selected[j / BLOCK]) continue;
     if (!(valid[j / BLOCK] >> (j % BLOCK) & 1)) continue;
-    if (a.window > 0 && first - j >= a.window) continue;
+    if (a.window > 0 && (first - j >= a.window || j - last >= a.window)) continue;
     bits |= uint64_t(1) << t;
-    edge = edge || (a.window > 0 && last - j >= a.window);
+    edge = edge || (a.window > 0 && (last - j >= a.window || j - first >= a.window));
   }
   if (bits == 0) return;
   const int64_t slot = (block.b * a.heads + block.h) * in.chunks + chunk;
@@ -126,8 +128,9 @@ void list_tiles(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
   } else {
     const int64_t list = b * a.num_diagonals + (-1 - head_slot);
     const int32_t count = a.diagonal_count[list];
+    const int64_t stop = a.causal ? qb + 1 : in.key_blocks;
     if (count < 0)
-      for (int64_t kb = 0; kb <= qb; ++kb) list_block(a, in, block, kb);
+      for (int64_t kb = 0; kb < stop; ++kb) list_block(a, in, block, kb);
     for (int32_t n = 0; n < count; ++n)
       list_block(a, in, block, qb - a.diagonal_index[list * a.max_diagonals + n]);
   }
@@ -144,6 +147,7 @@ void list_tiles(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
 void fill_mask(const AttentionArguments& a, const QueryBlock& block, const Tile& tile,
                uint64_t* row_bits) {
   int behind = 0;  // columns that the row's window has left behind
+  int before = 0;  // columns that lie before the window's end
   for (int r = 0; r < block.rows; ++r) {
     const int64_t p = block.first + r;
     uint64_t bits = tile.visible;
@@ -151,9 +155,14 @@ void fill_mask(const AttentionArguments& a, const QueryBlock& block, const Tile&
       while (a.window > 0 && behind < tile.bounds.keys && p - tile.columns[behind] >= a.window)
         ++behind;
       bits &= ~low_bits(behind);
+      while (before < tile.bounds.keys &&
+             (a.window <= 0 || tile.columns[before] - p < a.window))
+        ++before;
+      bits &= low_bits(before);
     } else {
       if (a.causal) bits &= low_bits(p - tile.first + 1);
       if (a.window > 0) bits &= ~low_bits(p - a.window + 1 - tile.first);
+      if (a.window > 0 && !a.causal) bits &= low_bits(p + a.window - tile.first);
     }
     row_bits[r] = bits;
   }

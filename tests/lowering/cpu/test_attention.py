@@ -60,6 +60,9 @@ SHAPES = {
     "padding_holes": (3, (0, -1), 2, 260, 260, 0, 0, True, True),
     "padding_window_chunk": (2, (0, -1, 1, -2), 4, 200, 333, 133, 70, True, True),
     "bidirectional": (2, (0, 1), 1, 190, 333, 0, 0, True, False),
+    "bidirectional_mixed_forms": (1, (0, -1, -2, 1), 2, 300, 300, 0, 0, False, False),
+    "window_both_ways": (1, (0, -1, -2), 1, 400, 400, 0, 97, False, False),
+    "narrow_window_both_ways": (2, (-1, 0), 1, 300, 270, 0, 5, True, False),
     "longer_cache_than_needed": (1, (0, -1), 1, 100, 300, 50, 0, False, True),
 }
 

@@ -35,6 +35,8 @@ FLAGS = {
     "sinks": {"sinks": True},
     "bidirectional": {"causal": False},
     "bidirectional padding": {"causal": False, "padding": True},
+    "window both ways": {"causal": False, "window": 70},
+    "narrow window both ways": {"causal": False, "window": 9, "padding": True},
     "all": {"window": 90, "padding": True, "offset": 37, "softcap": 3.0, "sinks": True},
 }
 

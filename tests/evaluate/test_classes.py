@@ -1,0 +1,72 @@
+"""`mpass coverage --kind`: what is counted and recorded of transformers' classes, and refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers", reason="builds models of transformers from config")
+
+from mpass.cli.app import app
+from mpass.errors import OptionValueError
+from mpass.evaluate.classes import (
+    ClassRecord,
+    CountAttentions,
+    append,
+    kind_of_reason,
+    read_records,
+    summarise,
+)
+
+
+def test_attentions_over_the_whole_prompt_are_counted():
+    query = torch.randn(1, 2, 8, 4)
+    with CountAttentions(8, 8) as counted:
+        functional.scaled_dot_product_attention(query, query, query)
+        functional.scaled_dot_product_attention(query[:, :, :1], query, query)
+        (query @ query.mT).softmax(-1)
+        functional.softmax(torch.randn(8, 8), dim=-1)  # of a router: no heads
+    assert counted.count == 2
+
+
+def test_a_run_goes_on_where_its_file_ends(tmp_path):
+    output = tmp_path / "classes.jsonl"
+    options = ["coverage", "--kind", "causal", "--model-type", "gpt2", "--scenario", "no_cache"]
+    first = CliRunner().invoke(app, [*options, "--output", str(output)])
+    assert first.exit_code == 0, first.output
+    assert "causal: 1 of 1 classes run, 2 of 2 attentions sparse, 0 differ" in first.output
+    (record,) = read_records(output)
+    assert record.equal and record.sparse == record.attentions == 2
+    again = CliRunner().invoke(app, [*options, "--output", str(output)])
+    assert again.exit_code == 0 and len(read_records(output)) == 1
+
+
+def test_records_are_summed_up(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records = [
+        ClassRecord("causal", "a", "A", "no_cache", attentions=2, sites=2, sparse=1),
+        ClassRecord("causal", "b", "B", "no_cache"),
+        ClassRecord("causal", "c", "C", "no_cache", attentions=1, sites=1, difference=1.0),
+        ClassRecord("causal", "d", "D", not_run="needs audio"),
+    ]
+    append(records, path)
+    (summary,) = summarise(read_records(path))
+    assert (summary.classes, summary.run) == (4, 3)
+    assert (summary.attentions, summary.sparse) == (3, 1)
+    assert summary.differ == ("causal:c",) and summary.without == ("causal:b",)
+
+
+def test_reasons_are_counted_without_their_places():
+    reason = "exp: this op is not understood at /x/site-packages/modeling_a.py:297, in forward; z"
+    assert kind_of_reason(reason) == "exp: this op is not understood; z"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--kind", "decoder"), ("--part", "11/10"), ("--model-type", "lama"), ("--scenario", "x")],
+)
+def test_unknown_names_are_refused(option, value):
+    result = CliRunner().invoke(app, ["coverage", "--kind", "causal", option, value])
+    assert isinstance(result.exception, OptionValueError) and value in str(result.exception)
