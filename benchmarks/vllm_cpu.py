@@ -2,9 +2,10 @@
 
     .venv-vllm/bin/python benchmarks/vllm_cpu.py --model FOLDER [--chunk 2048] [--json FILE]
 
-`make vllm` sets up the Python and prints the folder. Dense is vLLM's own attention: the same engine
-with no request split off. CPU seconds are those of the process, on one thread; on a machine that
-does other work they are the figure to trust, and seconds of wall time are not.
+`make vllm` sets up the Python; the folder may be what mpass.models.load.model_folder gives for a
+packaged model. Dense is vLLM's own attention: the same engine with no request split off. CPU
+seconds are those of the process, on one thread; on a machine that does other work they are the
+figure to trust, and seconds of wall time are not.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ ENVIRONMENT = {
 
 ATTENTION = [0.0]
 """CPU seconds inside of attention since it was last set to 0."""
+
+
+def processor() -> str:
+    """The processor's name, as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def time_attention() -> None:
@@ -141,6 +149,7 @@ def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
+    import torch
     from transformers import AutoTokenizer
     from vllm import LLM
     from vllm import __version__ as version
@@ -167,8 +176,9 @@ def main() -> None:
     time_attention()
     found = {
         "vllm": version,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "length": arguments.length,
         "chunk": arguments.chunk,

@@ -21,6 +21,7 @@ from mpass.lowering.device import REFERENCE, Lowering
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.meter import measure_call
 from mpass.lowering.recorder import AttentionCall, CallInputs, active_log, tell_watcher
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
@@ -48,7 +49,7 @@ IndexTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 @torch.library.custom_op(
     f"{NAMESPACE}::sparse_attention",
     mutates_args=(),
-    schema=f"({ATTENTION_SCHEMA}) -> Tensor",
+    schema=f"({ATTENTION_SCHEMA}, int measured=0) -> Tensor",
 )
 def sparse_attention(
     query: Tensor,
@@ -72,6 +73,7 @@ def sparse_attention(
     min_seq_len: int,
     layer: int,
     site: int = 0,
+    measured: int = 0,
 ) -> Tensor:
     """Attention over the keys that the index selects; see lowering.reference for the meaning.
 
@@ -80,7 +82,8 @@ def sparse_attention(
     selected, or where dense is faster as measured; 1.0 or more for never. On a CPU that is this
     very index; elsewhere the host would wait for it, and what an earlier call of the `site`
     selected counts (0: of no call). min_seq_len: run dense below this number of keys (where no
-    guard could decide it). layer: for records only.
+    guard could decide it). layer: for records only. measured: the number by which
+    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured.
     """
     index = SparseIndex(
         block_count,
@@ -97,6 +100,8 @@ def sparse_attention(
         inputs, index, ATTENTION, dense_above=dense_above, min_seq_len=min_seq_len, site=site
     )
     record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    if measured:
+        measure_call(inputs, index, out, measured, dense=bool(reason))
     return out
 
 
@@ -214,7 +219,7 @@ def record_call(
     log.calls.append(call)
     if log.inspect is not None:
         read = (inputs.query, inputs.key, index, inputs.mask, inputs.scale, inputs.softcap)
-        log.inspect(call, CallInputs(*read, inputs.sink_logits))
+        log.inspect(call, CallInputs(*read, inputs.sink_logits, inputs.value))
 
 
 @sparse_attention.register_fake

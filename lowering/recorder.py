@@ -39,9 +39,9 @@ class AttentionCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CallInputs:
-    """What one sparse attention read, its values aside; arguments as of the op.
+    """What one sparse attention read; arguments as of the op.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D].
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv], None where outputs do not count.
     """
 
     query: Tensor
@@ -51,6 +51,7 @@ class CallInputs:
     scale: float
     softcap: float
     sinks: Tensor | None
+    value: Tensor | None = None
 
 
 @dataclass(slots=True)

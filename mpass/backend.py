@@ -31,10 +31,13 @@ from mpass.report import Report, make_report
 from mpass.rewrite import rewrite_attention
 from mpass.story.graphs import keep_graph
 from mpass.story.limits import watch_limits
+from mpass.story.nothing import watch_for_nothing
 from mpass.validation import validate_sites
 from mpass.warm_up import start_kernels
 
 M = TypeVar("M", bound=torch.nn.Module)
+
+watch_for_nothing()
 
 
 def minference(

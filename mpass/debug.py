@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from torch import fx
 from mpass.errors import in_one_line
 from mpass.files import write_whole
 from mpass.graph.printing import count_ops, op_difference, readable
+from mpass.graph.repro import INPUTS_FILE, NotWritable, Repro, make_repro
 from mpass.lowering.kernel_sources import KernelSource, watch_sources
 from mpass.options import Options
 from mpass.plan import AttentionPlan, Skip
@@ -54,7 +56,9 @@ Each numbered folder is one graph, in the order of compilation:
 |---|---|
 | captured.py | the graph as Dynamo captured it, with shapes, strides and source lines |
 | matched.txt, matched.json | every attention: shapes, patterns, proof of its mask; or why dense |
-| rewritten.py | the graph that the inner compiler gets |
+| rewritten.py | the graph that the inner compiler gets; comments name the arguments of our ops |
+| repro.py | the captured graph as a program: runs it dense and sparse, and compares |
+| inputs.pt | token numbers, positions and masks that repro.py needs; floats are generated |
 | ops_diff.txt | the calls that changed |
 | report.txt | the report of this graph; start here |
 | config.json | the options that applied |
@@ -65,7 +69,8 @@ kernels/ has the generated kernels, and beside each what it was made for and wha
 The arguments of an op of mpass in rewritten.py stand in the order of its schema:
 `import mpass.backend, torch; print(torch.ops.minference.sparse_attention.default._schema)`
 
-The files hold source lines and paths of your program: read them before you pass them on.
+The files hold source lines and paths of your program, and the token numbers of its prompt: look at
+them before you pass them on.
 """
 """What stands in `GUIDE_NAME` of a debug folder."""
 
@@ -87,7 +92,7 @@ class Trace:
     source there; captured: the graph as text before the passes,
     empty if nobody reads it; ops: its calls by name; seconds: time of each pass, in order;
     last: when the latest step ended; decisions: one per site, after the last pass; folder: this
-    graph's own folder, once written.
+    graph's own folder, once written; repro: the captured graph as a program.
     """
 
     root: Path | None
@@ -98,6 +103,7 @@ class Trace:
     last: float = field(default_factory=time.perf_counter)
     decisions: Sequence[AttentionPlan | Skip] = ()
     folder: Path | None = None
+    repro: Repro | None = None
 
     def mark(self, step: str) -> None:
         """Take the time since the last mark as that of `step`."""
@@ -127,10 +133,84 @@ def open_trace(gm: fx.GraphModule, options: Options, kernel_details: KernelDetai
         return Trace(None, kernel_details)
     # A debugging aid: whatever goes wrong in it must not take the user's compile along.
     try:
-        return Trace(root, kernel_details, readable(gm), count_ops(gm))
+        trace = Trace(root, kernel_details, readable(gm), count_ops(gm))
+        trace.repro = reproduce(gm, options)
+        return trace
     except Exception as error:
         warn_once(root, in_one_line(error))
         return Trace(None, kernel_details)
+
+
+def reproduce(gm: fx.GraphModule, options: Options) -> Repro:
+    """The program of a captured graph; where there is none, a file that says why."""
+    about, given = repro_options(options)
+    try:
+        return make_repro(gm, given, about)
+    except NotWritable as error:
+        why = str(error)
+    except Exception as error:  # a program less must not take the rest of the folder along
+        why = in_one_line(error)
+    return Repro(f"# This graph cannot be written as a program: {why}\n", {})
+
+
+def repro_options(options: Options) -> tuple[str, dict[str, object]]:
+    """What the program says of itself, and the options that it compiles with."""
+    given: dict[str, object] = {
+        "inner_backend": options.inner_backend,
+        "dense_above": options.dense_above,
+        "validate": options.validate,
+        "read_masks": options.read_masks,
+    }
+    if options.min_seq_len is not None:
+        given["min_seq_len"] = options.min_seq_len
+    config = options.sparse_config
+    if config.default is not None:
+        given["pattern"] = str(config.default)
+    about = "Floating-point inputs are generated: outputs are not those of the model."
+    if config.layers:
+        about += "\nThe config gave layers their own patterns; here all have the default."
+    return about, given
+
+
+def with_argument_names(gm: fx.GraphModule, decisions: Sequence[AttentionPlan | Skip]) -> str:
+    """The rewritten graph, the arguments of our ops by name in a comment above each."""
+    plans = iter([plan for plan in decisions if isinstance(plan, AttentionPlan)])
+    comments: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "namespace", "") != "minference":
+            continue
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = [f"{name}={value}" for name, value in zip(names, node.args, strict=False)]
+        given += [f"{name}={value}" for name, value in node.kwargs.items()]
+        about = node.target._opname
+        if about in ("sparse_attention", "masked_attention"):
+            plan = next(plans, None)
+            if plan is not None:
+                about += f" of layer {plan.site.layer} at {plan.site.path or 'an unknown place'}"
+                about += f", patterns from {plan.config_source or 'the default'}"
+        comments[node.name] = f"# {about}: {', '.join(given)}"
+    lines = []
+    for line in readable(gm).splitlines():
+        name = line.strip().partition(":")[0].partition(" =")[0]
+        if name in comments and "minference." in line:
+            indent = line[: len(line) - len(line.lstrip())]
+            lines.append(indent + comments[name])
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def repro_files(repro: Repro | None) -> dict[str, str | bytes]:
+    """The program and its inputs, as files."""
+    if repro is None:
+        return {}
+    return {"repro.py": repro.program, INPUTS_FILE: saved_bytes(repro)}
+
+
+def saved_bytes(repro: Repro) -> bytes:
+    """Inputs as torch.load reads them."""
+    buffer = io.BytesIO()
+    torch.save(repro.saved, buffer)
+    return buffer.getvalue()
 
 
 def close_trace(
@@ -158,7 +238,8 @@ def close_trace(
                 "captured.py": trace.captured,
                 "matched.txt": "\n\n".join(decision_as_text(d) for d in decisions) + "\n",
                 "matched.json": as_json([decision_as_dict(d) for d in decisions]),
-                "rewritten.py": readable(gm),
+                "rewritten.py": with_argument_names(gm, decisions),
+                **repro_files(trace.repro),
                 "ops_diff.txt": op_difference(trace.ops, count_ops(gm)),
                 "report.txt": f"{report}\n",
                 "config.json": as_json(options_as_dict(options)),
@@ -206,14 +287,17 @@ def emit(name: str, encoding: str, payload: Callable[[], str]) -> None:
     )
 
 
-def write_numbered(root: Path, files: Mapping[str, str]) -> Path:
+def write_numbered(root: Path, files: Mapping[str, str | bytes]) -> Path:
     """Write files into the next free `root/NNN`, all of them or none."""
     root.mkdir(parents=True, exist_ok=True)
     remove_abandoned(root)
     scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=root))
     try:
         for name, content in files.items():
-            (scratch / name).write_text(content, encoding="utf-8")
+            if isinstance(content, str):
+                (scratch / name).write_text(content, encoding="utf-8")
+            else:
+                (scratch / name).write_bytes(content)
         scratch.chmod(0o755)
         number = sum(path.name.isdecimal() for path in root.iterdir())
         while True:

@@ -7,6 +7,7 @@ All of them derive from `MpassError`, so that one `except` clause catches what m
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -137,10 +138,27 @@ class ConfigFileError(MpassError):
 class BudgetError(MpassError):
     """A calibration budget that no choice of patterns meets."""
 
-    def __init__(self, budget: float, least: float, what: str = "time") -> None:
+    def __init__(
+        self, budget: float, least: float, what: str = "time", dense: float | None = None
+    ) -> None:
+        """budget, least: what was allowed and what is needed, in seconds where `what` is "time".
+
+        dense: the seconds of dense attention, where they are known: then both are told as shares of
+        it, as the user gave the budget.
+        """
+        if dense is None:
+            super().__init__(
+                f"no choice of patterns meets a {what} of {budget:.4g}, the least is {least:.4g}; "
+                f"allow more, or offer other candidates"
+            )
+            return
+        share = math.ceil(100 * least / dense) / 100
         super().__init__(
-            f"no choice of patterns meets a {what} of {budget:.4g}, the least is {least:.4g}; "
-            f"allow more, or offer other candidates"
+            f"no choice of patterns keeps attention within {budget / dense:.1%} of the time of "
+            f"dense attention ({budget:.3g} of {dense:.3g} s a prompt): the cheapest takes "
+            f"{least / dense:.1%} or more ({least:.3g} s). Give --budget {share:.2f} or more "
+            f"(`budget` of Settings), or offer cheaper patterns by --pattern; what was measured is "
+            f"kept in the state file, if there is one, and is not measured again"
         )
 
 

@@ -6,6 +6,7 @@ Nothing here edits a graph. A guard on the prompt's length may be installed, see
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,9 @@ UNKNOWN_SIZE = "a size is known at run time only ({}, as Tensor.item() gives it)
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""The largest scale of scores that is a number in fp32, which the kernels compute in."""
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -53,6 +57,7 @@ class AttentionPlan:
     config_source: which decorator, option or file named the patterns.
     shortest: the keys from which on it is sparse, whoever compares.
     training: whether gradients are recorded, so that the op is one with a backward.
+    measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
     """
 
     site: AttentionSite
@@ -62,6 +67,7 @@ class AttentionPlan:
     config_source: str = ""
     shortest: int | None = None
     training: bool = False
+    measured: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ def reason_to_skip(site: AttentionSite) -> str:
     """Why this site cannot be sparse whatever its length, or the empty string."""
     if site.dense_reason:
         return site.dense_reason
+    if not abs(site.scale) <= LARGEST:
+        return f"scale is {site.scale:g}: scores are no numbers"
     query, key, value = (example(node) for node in (site.query, site.key, site.value))
     reason = dtype_reason(site)
     if reason:
@@ -262,9 +270,12 @@ def decide_length(
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     least = least_lengths(site, resolved, options)
     shortest = least.keys
+    trained = is_trained(site)
     plan = AttentionPlan(
         *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
-        training=is_trained(site),
+        training=trained,
+        # What is measured has no backward, and what is lost says little while weights change.
+        measured=meter_number(site) if options.measure and not trained else 0,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
@@ -277,6 +288,12 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def meter_number(site: AttentionSite) -> int:
+    """What the meter knows an attention by, the same in every process; never 0."""
+    name = f"{site.layer} {site.path} {site.output.name} {site.source}"
+    return 1 + zlib.crc32(name.encode())
 
 
 def queries_needed(num_queries: Length, num_keys: Length, least: LeastLengths) -> int:

@@ -6,13 +6,18 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from mpass.config.spans import in_spans
 from mpass.graph.guards import live_stack
+from mpass.lowering.meter import Loss
 from mpass.plan import AttentionPlan, Skip
 from mpass.story.remedies import remedy_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +37,7 @@ class SiteReport:
     source: the user's line; config_source: which decorator, option or file named the patterns.
     module: the identity of the innermost module that it was traced in, 0 if that is not known.
     training: whether its sparse attention has gradients.
+    measured: the number by which the meter keeps what it loses, 0 where nothing is measured.
     """
 
     layer: int
@@ -48,6 +54,7 @@ class SiteReport:
     config_source: str = ""
     module: int = field(default=0, repr=False, compare=False)
     training: bool = False
+    measured: int = field(default=0, repr=False, compare=False)
 
     @property
     def remedy(self) -> str:
@@ -63,12 +70,15 @@ class Report:
     min_seq_len: the number of keys from which on attention is sparse.
     graphs: how many compiled graphs it is about.
     notes: what else is to be known, as graph breaks and recompile limits, one sentence each.
+    losses: with `options={"measure": True}`, what each of `sites` lost on its last prompt; None for
+    those that were not measured. Empty otherwise, and in the report of a single graph.
     """
 
     sites: tuple[SiteReport, ...]
     min_seq_len: int
     graphs: int = 1
     notes: tuple[str, ...] = ()
+    losses: tuple[Loss | None, ...] = ()
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -92,10 +102,16 @@ class Report:
             f"prompts of {self.min_seq_len} tokens and more"
             + (f"; {later} decided at run time" if later else "")
             + ("; training" if any(site.training for site in sparse) else "")
+            + losses_in_words(self.losses)
         )
 
     def __str__(self) -> str:
         return render_report(self)
+
+    def _repr_html_(self) -> str:
+        from mpass.inspection.text_table import as_html
+
+        return as_html(report_table(self), report_lines(self))
 
 
 _reports: deque[Report] = deque(maxlen=KEPT_REPORTS)
@@ -122,6 +138,7 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         config_source=decision.config_source,
         module=innermost_module(site.output),
         training=isinstance(decision, AttentionPlan) and decision.training,
+        measured=decision.measured if isinstance(decision, AttentionPlan) else 0,
     )
 
 
@@ -179,7 +196,15 @@ def reports() -> tuple[Report, ...]:
 def render_report(report: Report) -> str:
     """A table of the sites, a row for those alike; below it the summary, the notes, what to do."""
     # rich is imported only when a report is printed.
-    from mpass.inspection.text_table import Table, patterns_of_heads, render
+    from mpass.inspection.text_table import render
+
+    shown = render(report_table(report)) if report.sites else ""
+    return shown + "\n".join(report_lines(report))
+
+
+def report_table(report: Report) -> Table:
+    """A row for the sites that are alike."""
+    from mpass.inspection.text_table import Table, patterns_of_heads
 
     table = Table(title=None)
     for column in ("layer", "module", "heads", "kv", "dim", "status", "patterns or reason", "from"):
@@ -196,10 +221,49 @@ def render_report(report: Report) -> str:
             site.reason or patterns_of_heads(site.patterns),
             site.config_source or "-",
         )
-    lines = [report.summary(), *report.notes]
+    return table
+
+
+def report_lines(report: Report) -> list[str]:
+    """The summary, the notes, and what to do about each reason."""
+    lines = [report.summary(), *worst_losses(report), *report.notes]
     for reason in dict.fromkeys(site.reason for site in report.sites if site.reason):
         lines.append(f"{reason}: {remedy_of(reason)}")
-    return (render(table) if report.sites else "") + "\n".join(lines)
+    return lines
+
+
+def losses_in_words(losses: Sequence[Loss | None]) -> str:
+    """What all attentions together lost on the last prompt, for the end of a line; "" if unknown.
+
+    Means over heads and layers, the layers that ran dense with what they lose: nothing.
+    """
+    known = [loss for loss in losses if loss is not None]
+    if not known:
+        return ""
+    lost = sum(sum(loss.lost) / len(loss.lost) for loss in known if loss.lost) / len(known)
+    error = sum(sum(loss.error) / len(loss.error) for loss in known if loss.error) / len(known)
+    dense = sum(not loss.lost for loss in known)
+    return f"; the last prompt lost {lost:.2%} of the attention, outputs are off by {error:.1%}" + (
+        f", {dense} of {len(known)} layers ran dense" if dense else ""
+    )
+
+
+def worst_losses(report: Report, count: int = 3) -> list[str]:
+    """The heads that lost most on the last prompt, one line for all; empty if none is known."""
+    heads = [
+        (lost, error, site.layer, head)
+        for site, loss in zip(report.sites, report.losses, strict=False)
+        if loss is not None
+        for head, (lost, error) in enumerate(zip(loss.lost, loss.error, strict=True))
+    ]
+    if not heads:
+        return []
+    worst = ", ".join(
+        f"layer {layer} head {head} {lost:.1%} (output off by {error:.0%})"
+        for lost, error, layer, head in sorted(heads, reverse=True)[:count]
+    )
+    rows = max(loss.rows for loss in report.losses if loss is not None)
+    return [f"measured on {rows} rows of each layer; heads that lost most: {worst}"]
 
 
 def runs_of_sites(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:

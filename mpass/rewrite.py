@@ -166,6 +166,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
                 plan.min_seq_len,
                 site.layer,
                 site_number(plan),
+                *measured_by(plan),
             ),
         )
         if plan.training:
@@ -195,6 +196,11 @@ def site_number(plan: AttentionPlan) -> int:
     return 1 + zlib.crc32(name.encode())
 
 
+def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
+    """The last argument of an attention that is measured; others do without."""
+    return (plan.measured,) if plan.measured else ()
+
+
 def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Node:
     """Attention under a mask that is read at run time, once for all sites of the graph."""
     site = plan.site
@@ -214,6 +220,7 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
                 *(patterns_as_text(plan.patterns), site.scale, site.softcap),
                 site.spelling == "eager",
                 *(plan.dense_above, plan.min_seq_len, site.layer),
+                *measured_by(plan),
             ),
         )
         created = [*form, output]

@@ -38,6 +38,81 @@ def llama_folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing compiled before, and Inductor left out: the examples name no inner backend."""
+    torch._dynamo.reset()
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, *_, **__: gm.forward)
+    yield
+    torch._dynamo.reset()
+
+
+def run(name, *arguments):
+    """The example's main, under a name of its own."""
+    namespace = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    namespace["main"](*map(str, arguments))
+
+
+def text_file(path, words):
+    path.write_text(" ".join(WORDS[(i * i) % len(WORDS)] for i in range(words)))
+    return path
+
+
+@pytest.mark.usefixtures("fresh")
+def test_searched_config_example_searches_and_compiles(llama_folder, tmp_path, capsys):
+    config = tmp_path / "found.json"
+    text = text_file(tmp_path / "text.txt", 1100)
+    run("searched_config", llama_folder, text, config, 512)
+    assert mpass.SparseConfig.load(config).num_layers == 2
+    assert {site.config_source for site in mpass.last_report().sites} == {"options['config']"}
+    assert "layer" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fresh")
+def test_second_turn_example_attends_to_the_cache_sparse(llama_folder, tmp_path, capsys):
+    first, second = text_file(tmp_path / "1.txt", 2100), text_file(tmp_path / "2.txt", 200)
+    run("second_turn", llama_folder, first, second)
+    printed = capsys.readouterr().out
+    assert "layer 0: 2100 queries, 2100 keys" in printed
+    assert "layer 1: 200 queries, 2300 keys" in printed
+
+
+@pytest.mark.usefixtures("fresh")
+def test_encoder_example_is_sparse_without_causality(capsys):
+    run("encoder", 1024)
+    printed = capsys.readouterr().out
+    assert "2 of 2 attention layers, block_sparse" in printed
+    assert float(printed.rsplit(" ", 1)[1]) < 0.5
+
+
+@pytest.mark.usefixtures("fresh")
+def test_own_pattern_example_computes_what_it_selects(capsys):
+    from mpass.patterns.base import registry
+
+    known = dict(registry._registry)
+    try:
+        run("own_pattern", 1024)
+        share = float(capsys.readouterr().out.rsplit(" ", 1)[1].strip("%\n")) / 100
+        assert 0.25 < share < 0.40
+        from mpass.inspection.pattern_check import check_pattern
+
+        found = list(check_pattern(registry._registry["comb"]))
+        assert found and [check.fault for check in found if check.fault] == []
+    finally:
+        registry._registry.clear()
+        registry._registry.update(known)
+
+
+def test_every_example_is_tested_and_listed():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    tested = (ROOT / "tests" / "test_examples.py").read_text()
+    listed = (ROOT / "docs" / "examples.md").read_text()
+    assert {name for name in names if name in tested} == names
+    assert {name for name in names if f"examples/{name}.py" in listed} == names
+
+
 def test_prefill_example_runs_sparse_and_generates(llama_folder, tmp_path, capsys):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(" ".join(WORDS[(i * i) % len(WORDS)] for i in range(2100)))

@@ -155,6 +155,12 @@ def test_the_pass_does_not_import_transformers():
     assert "transformers" not in {module.split(".")[0] for module in passes}
 
 
+def test_vllm_is_imported_by_those_parts_of_its_plugin_that_it_loads():
+    importers = {source for source, target in import_graph().edges if target.startswith("vllm")}
+    parts = ("registration", "engine", "cpu", "cuda")
+    assert importers == {f"mpass.serving.vllm.{part}" for part in parts}
+
+
 def test_no_module_is_imported_by_a_bare_name():
     for source, target in import_graph().edges:
         assert target.split(".")[0] not in ("lowering", "patterns"), source

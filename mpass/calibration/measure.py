@@ -6,7 +6,7 @@ Letters: C candidates, H query heads, Nk keys, Dv value dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,13 +187,18 @@ def measure_inputs(
     settings: Settings,
     kept: State,
     on_progress: OnProgress,
+    check: Callable[[dict[int, LayerMeasures], int, KernelCost], None] = lambda *_: None,
 ) -> tuple[list[dict[int, LayerMeasures]], KernelCost, tuple[int, int]]:
-    """Dense runs over all inputs; per input the measures of each layer.
+    """Dense runs over all inputs, the longest text first; per input the measures of each layer.
+
+    check: is told the layers of the longest text that are measured so far, how many come after
+    them, and the kernels' cost; what it raises ends the measuring.
 
     Also the kernels' cost at the longest text, and the numbers of query and kv heads.
     """
     longest = max((i for i in items if i.kind == "text"), key=lambda item: item.length)
-    for number, item in enumerate(items):
+    order = sorted(range(len(items)), key=lambda number: items[number] is not longest)
+    for number, item in ((number, items[number]) for number in order):
         if f"input {number}" in kept:
             continue
         done = 0
@@ -216,6 +221,14 @@ def measure_inputs(
                 ).as_lists()
             done += 1
             total = len(probe.instrument.layers)
+            if item is longest:
+                measured = {
+                    layer: LayerMeasures.from_lists(kept[f"measures {number} {layer}"])
+                    for layer in probe.instrument.layers
+                    if f"measures {number} {layer}" in kept
+                }
+                after = sum(layer > operands.layer for layer in probe.instrument.layers)
+                check(measured, after, KernelCost(**kept["kernel"]))
             on_progress(f"input {number + 1} of {len(items)}: layer {operands.layer}", done, total)
             return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,27 @@ def head_costs(
         cost[0] = kernel.dense_layer / heads
         rows.append(cost.T)
     return torch.stack(rows)
+
+
+def least_costs(measures: Mapping[int, LayerMeasures], kernel: KernelCost) -> tuple[float, float]:
+    """Seconds that no choice of patterns is below, known before all layers are measured.
+
+    measures: of the layers measured so far on one prompt. The first number is of these layers, the
+    second of each layer still to come: what finding the keys and the diagonal tiles alone cost.
+    """
+    estimation = torch.stack([m.estimation for m in measures.values()]).amin(0)
+    least, floor = 0.0, kernel.dense_layer
+    for measured in measures.values():
+        heads = measured.tiles.shape[-1]
+        cost = kernel.seconds(measured.tiles, measured.columns) + estimation[:, None] / heads
+        cost[0] = kernel.dense_layer / heads
+        least += float(cost.amin(0).sum())
+        tiles = measured.tiles[0].amin()  # dense: rows (rows + 1) / 2 tiles
+        rows = float(((8 * tiles + 1).sqrt() - 1) / 2)
+        bare = heads * rows * kernel.tile + estimation[1:]
+        if len(bare):
+            floor = min(floor, float(bare.min()))
+    return least, floor
 
 
 def weigh(items: Sequence[Input], values: Sequence[Sequence[Tensor]], settings: Settings) -> Tensor:

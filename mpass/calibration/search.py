@@ -13,24 +13,25 @@ Recall alone does not do: it treats every head's mass alike, and picks worse tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mpass.calibration.candidates import default_candidates
 from mpass.calibration.check import check_inputs
+from mpass.calibration.kernel_cost import KernelCost
 from mpass.calibration.knapsack import choose_under_budget, choose_under_loss
-from mpass.calibration.measure import measure_inputs
+from mpass.calibration.measure import LayerMeasures, measure_inputs
 from mpass.calibration.outcome import Calibration, make_config
-from mpass.calibration.predict import head_costs, predicted_losses, weigh
+from mpass.calibration.predict import head_costs, least_costs, predicted_losses, weigh
 from mpass.calibration.probe import Probe, as_input
 from mpass.calibration.provenance import describe, fingerprint
 from mpass.calibration.sensitivity import measure_slopes
 from mpass.calibration.settings import OnProgress, Settings, check_settings
 from mpass.calibration.state import State
 from mpass.config.sparse_config import SparseConfig
-from mpass.errors import CalibrationError
+from mpass.errors import BudgetError, CalibrationError
 from mpass.patterns.base import Pattern
 from mpass.patterns.dense import Dense
 
@@ -95,16 +96,26 @@ def run_calibration(
     kept = State(
         None if state is None else Path(state), fingerprint(model, items, offered, settings)
     )
-    measures, kernel, sizes = measure_inputs(probe, items, offered, settings, kept, on_progress)
+    total = number_of_layers(model)
+
+    def refuse(measured: Mapping[int, LayerMeasures], after: int, kernel: KernelCost) -> None:
+        if settings.budget is not None and len(probe.instrument.layers) == total:
+            refuse_early(measured, after, kernel, settings.budget)
+
+    measures, kernel, sizes = measure_inputs(
+        probe, items, offered, settings, kept, on_progress, refuse
+    )
     layers = sorted(measures[0])
+    costs = head_costs(items, measures, layers, kernel)
+    dense_seconds = kernel.dense_layer * len(layers)
+    if settings.budget is not None:  # before the runs with one layer sparse, which take longest
+        check_budget(settings.budget, float(costs.amin(2).sum()), dense_seconds)
     slopes = measure_slopes(probe, items, layers, settings, kept, on_progress)
 
-    costs = head_costs(items, measures, layers, kernel)
     errors = weigh(items, [[m[n].error for n in layers] for m in measures], settings)
     recalls = weigh(items, [[m[n].recall for n in layers] for m in measures], settings)
     losses = predicted_losses(items, measures, layers, slopes, errors, recalls, settings)
     flat_losses, flat_costs = losses.flatten(0, 1), costs.flatten(0, 1)
-    dense_seconds = kernel.dense_layer * len(layers)
     if settings.max_loss is not None:
         chosen = choose_under_loss(flat_losses, flat_costs, settings.max_loss)
     else:
@@ -130,3 +141,34 @@ def run_calibration(
     outcome = replace(outcome, checks=checks)
     provenance = describe(model, items, settings, outcome)
     return replace(outcome, config=make_config(chosen, layers, offered, sizes, provenance))
+
+
+def number_of_layers(model: Any) -> int | None:
+    """How many layers a model of transformers says that it has; None of others."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found: int | None = getattr(text, "num_hidden_layers", None)
+    return found
+
+
+def check_budget(budget: float, least: float, dense_seconds: float) -> None:
+    """Raise BudgetError where the cheapest choice takes longer than the budget."""
+    if least > budget * dense_seconds * (1 + 1e-9):
+        raise BudgetError(budget * dense_seconds, least, dense=dense_seconds)
+
+
+def refuse_early(
+    measured: Mapping[int, LayerMeasures], after: int, kernel: KernelCost, budget: float
+) -> None:
+    """Raise BudgetError as soon as no choice for the layers to come can make up for the cheapest
+    one of those that are measured.
+
+    after: the most layers to come; those with a window do not count, and which have one is not
+    known. What is linear in their number is too much for any of them if it is for none and for all.
+    """
+    least, floor = least_costs(measured, kernel)
+    for more in (0, after):
+        dense_seconds = kernel.dense_layer * (len(measured) + more)
+        if least + floor * more <= budget * dense_seconds * (1 + 1e-9):
+            return
+    check_budget(budget, least + floor * after, kernel.dense_layer * (len(measured) + after))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,10 @@ def calibrate(
     budget: Annotated[
         float, typer.Option(help="Attention time as a share of that of dense attention.")
     ] = 0.25,
+    speed: Annotated[
+        str | None,
+        typer.Option(help="Instead of a budget: times as fast as dense attention, such as 4x."),
+    ] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(help="Instead of a budget: most predicted divergence, nats per token."),
@@ -101,7 +106,7 @@ def calibrate(
 
     check_device(device)
     settings = Settings(
-        budget=None if max_loss is not None else budget,
+        budget=budget_of(budget, speed, max_loss),
         max_loss=max_loss,
         retrieval_weight=retrieval_weight,
     )
@@ -149,6 +154,26 @@ def calibrate(
     console.print(f"wrote {output} after {time.perf_counter() - start:.0f} s")
     if as_json or output == STANDARD_OUTPUT:
         typer.echo(outcome.config.to_json(), nl=False)
+
+
+def budget_of(budget: float, speed: str | None, max_loss: float | None) -> float | None:
+    """The share of dense attention's time that is allowed; None where a loss is named instead.
+
+    Raises OptionValueError for a speed that is none, or that is given beside a loss.
+    """
+    from mpass.errors import OptionValueError
+
+    if speed is None:
+        return None if max_loss is not None else budget
+    if max_loss is not None:
+        raise OptionValueError("speed", speed, "without --max-loss: one of them decides")
+    try:
+        times = float(speed.removesuffix("x"))
+    except ValueError:
+        times = 0.0
+    if not 1 <= times < math.inf:
+        raise OptionValueError("speed", speed, "how many times as fast, 1 or more: 4x")
+    return 1 / times
 
 
 def resume_file(output: Path) -> Path:

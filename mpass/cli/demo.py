@@ -103,5 +103,16 @@ def save_page(settings: DemoSettings, target: Path) -> None:
     options = {name: value for name, value in settings.options().items() if name != "inner_backend"}
     told = prompt.tell_progress()
     with torch.inference_mode():
-        profile(body, inputs, options=options, progress=told).save(target)
+        done = profile(
+            body,
+            inputs,
+            options=options,
+            progress=told,
+            tokens=prompt.token_texts(settings.model, inputs["input_ids"], settings.dtype),
+            about={
+                "model": settings.model,
+                "prompt": f"{settings.length} tokens of {settings.text}",
+            },
+        )
+    done.save(target)
     told("")

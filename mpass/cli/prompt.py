@@ -72,6 +72,16 @@ def load_prompt(
     return loaded.get_decoder(), {"input_ids": tokens.to(device), "use_cache": True}
 
 
+def token_texts(model: str, tokens: Any, dtype: str) -> tuple[str, ...]:
+    """The tokens of a prompt [1, N] as the texts that they stand for."""
+    from mpass.models.load import load_tokenizer, parse_dtype
+
+    tokenizer = load_tokenizer(model, dtype=parse_dtype(dtype))
+    ids = tokens[0].tolist()
+    known = {number: tokenizer.decode([number]) for number in set(ids)}
+    return tuple(known[number] for number in ids)
+
+
 def pass_options(
     pattern: str | None, config: Path | None, min_seq_len: int | None
 ) -> dict[str, Any]:

@@ -91,9 +91,14 @@ def equal_call(node: fx.Node) -> Any:
     named = zip((argument.name for argument in schema.arguments), node.args, strict=False)
     given = {**dict(named), **node.kwargs}
     try:
-        return target, exact_key({k: v for k, v in given.items() if k not in RECORDED_BY})
+        return target, exact_key({k: v for k, v in given.items() if not is_record(k, v)})
     except Unobservable:
         return None
+
+
+def is_record(name: str, value: object) -> bool:
+    """Whether an argument only names the attention; a field of a pattern is a list."""
+    return name in RECORDED_BY and isinstance(value, int)
 
 
 def is_item(node: fx.Node) -> bool:

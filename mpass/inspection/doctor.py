@@ -16,6 +16,7 @@ from typing import Any
 from mpass.config.spans import in_spans
 from mpass.files import cache_dir
 from mpass.inspection.results import ExplanationFields, SiteCost
+from mpass.inspection.text_table import as_html
 from mpass.report import SiteReport
 from mpass.story.remedies import NOTHING, remedy_of
 
@@ -69,6 +70,9 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """Everything, fit for JSON."""
         return dataclasses.asdict(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(None, str(self).splitlines())
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.sparse} of {self.attentions} attentions ran sparse here"]

@@ -25,8 +25,10 @@ from mpass.graph.nodes import shape_of, value_of
 from mpass.graph.printing import count_ops, readable
 from mpass.inspection.decisions import decision_as_dict
 from mpass.inspection.outline import outline
+from mpass.inspection.provenance import Provenance, describe
 from mpass.inspection.results import ExplanationFields, GraphBreak, GraphExplanation, SiteCost
-from mpass.inspection.tables import render_explanation
+from mpass.inspection.tables import explanation_lines, explanation_table, render_explanation
+from mpass.inspection.text_table import as_html
 from mpass.lowering.recorder import Log, record
 from mpass.options import Options, parse_options
 from mpass.patterns.base import HEAD_DIM, LENGTH, Pattern, find_pattern
@@ -49,6 +51,9 @@ class Explanation(ExplanationFields):
 
     def __str__(self) -> str:
         return render_explanation(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(explanation_table(self), explanation_lines(self))
 
 
 @dataclass(slots=True)
@@ -106,7 +111,7 @@ def explain(
     """
     capture = make_capture(options)
     log = run_captured(capture, model, args, kwargs, dynamic)
-    return finish_explanation(model, capture, log)
+    return finish_explanation(model, capture, log, describe(model, options))
 
 
 def make_capture(options: Mapping[str, Any] | None) -> Capture:
@@ -129,7 +134,9 @@ def run_captured(
     return log
 
 
-def finish_explanation(model: Callable[..., Any], capture: Capture, log: Log) -> Explanation:
+def finish_explanation(
+    model: Callable[..., Any], capture: Capture, log: Log, provenance: Provenance = ()
+) -> Explanation:
     """Join what was compiled with what ran.
 
     Sparse sites run in the order of their graphs, and each graph's in order, unless a graph runs
@@ -155,7 +162,7 @@ def finish_explanation(model: Callable[..., Any], capture: Capture, log: Log) ->
     original = getattr(model, "_orig_mod", model)
     name = getattr(original, "__name__", type(original).__name__)
     shortest = min(capture.lengths, default=capture.options.shortest)
-    return Explanation(name, tuple(graphs), tuple(capture.breaks), shortest)
+    return Explanation(name, tuple(graphs), tuple(capture.breaks), shortest, provenance)
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:

@@ -7,6 +7,7 @@ while it runs, and what it read is not kept.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -21,13 +22,19 @@ from torch import Tensor
 from mpass.files import write_whole
 from mpass.inspection.advice import advise
 from mpass.inspection.explanation import Explanation, finish_explanation, make_capture, run_captured
+from mpass.inspection.looks import QueryLooks, choose_queries, measure_looks
+from mpass.inspection.provenance import describe
 from mpass.inspection.recall import Recall, measure_recall
 from mpass.inspection.results import HeadProfile, LayerProfile, ProfileFields
-from mpass.inspection.tables import render_profile
+from mpass.inspection.tables import profile_lines, profile_table, render_profile
+from mpass.inspection.text_table import as_html
+from mpass.lowering import meter
 from mpass.lowering.density import density as count_density
 from mpass.lowering.dispatch import device_lowering
+from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.kernel_sources import KernelSource, generated_sources
 from mpass.lowering.recorder import AttentionCall, CallInputs
+from mpass.lowering.reference.dense import dense_attention
 
 DENSE_OPS = (
     "aten::scaled_dot_product_attention",
@@ -37,6 +44,12 @@ DENSE_OPS = (
     "aten::_scaled_dot_product_cudnn_attention",
 )
 """How dense attention shows in torch's profiler, outermost first."""
+
+ENOUGH_SECONDS = 0.1
+"""A call of dense attention that takes longer is timed once."""
+
+QUIET = "KINETO_LOG_LEVEL"
+"""Environment variable of torch's profiler: lines below this level are not written."""
 
 CONTAINER = "minference::masked_attention"
 """An op of ours that calls those that count."""
@@ -48,18 +61,24 @@ class Profile(ProfileFields):
 
     explanation: Explanation
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `.html` as a page, anything else as JSON."""
+    def save(self, path: str | os.PathLike[str], *, beside: Profile | None = None) -> None:
+        """Write `.html` as a page, anything else as JSON.
+
+        beside: another profile to compare this one with on the page.
+        """
         target = Path(path)
         if target.suffix == ".html":
             from mpass.inspection.page import build_page  # jinja2, compilers: only when asked
 
-            write_whole(target, build_page(self.explanation, self))
+            write_whole(target, build_page(self.explanation, self, beside=beside))
         else:
             write_whole(target, json.dumps(self.as_dict(), indent=1, default=str) + "\n")
 
     def __str__(self) -> str:
         return render_profile(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(profile_table(self), profile_lines(self))
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,8 @@ class Measured:
     call: AttentionCall
     density: Tensor
     recall: Recall
+    looks: QueryLooks
+    dense_seconds: float
 
 
 def profile(
@@ -90,6 +111,9 @@ def profile(
     max_query_blocks: int = 64,
     resolution: int = 128,
     progress: Callable[[str], object] | None = None,
+    tokens: Sequence[str] = (),
+    queries: Sequence[int] = (),
+    about: Mapping[str, str] | None = None,
 ) -> Profile:
     """Run a model on a prompt and compare its sparse attention with the exact one.
 
@@ -103,13 +127,16 @@ def profile(
         computed, evenly spaced over the prompt; 0 for all.
     resolution: the number of rows and columns of the maps.
     progress: is told in words what is done.
+    tokens: the prompt's own tokens as text, one per position, for the page to show.
+    queries: positions of tokens from which to look at single keys; 16 over the prompt by default.
+    about: names and values that say what this is of, such as "model" and "prompt".
 
     Raises what the options raise.
     """
     args, kwargs = split_inputs(inputs)
     measured: list[Measured] = []
-    queries: set[Queries] = set()
-    capture = make_capture(options)
+    kinds: set[Queries] = set()
+    capture = make_capture({**(options or {}), "measure": True})
     tell = progress or (lambda text: None)
 
     def inspect(call: AttentionCall, operands: CallInputs) -> None:
@@ -118,27 +145,32 @@ def profile(
         recall = measure_recall(
             operands, max_query_blocks=max_query_blocks or 1 << 30, resolution=resolution
         )
-        measured.append(Measured(call, share.mean(0).cpu(), recall))
-        query = operands.query
+        query, offset = operands.query, operands.mask.query_offset
+        looks = measure_looks(operands, choose_queries(call.num_queries, offset, queries))
+        measured.append(Measured(call, share.mean(0).cpu(), recall, looks, time_dense(operands)))
         softcap = operands.softcap > 0
-        queries.add(Queries(query.device.type, query.dtype, query.shape[-1], softcap))
+        kinds.add(Queries(query.device.type, query.dtype, query.shape[-1], softcap))
         total = sum(site.status == "sparse" for graph in capture.graphs for site in graph.sites)
         tell(f"measured {len(measured)} of {total} attentions")
 
     tell("capturing the model")
     log = run_captured(capture, model, args, kwargs, dynamic, inspect)
     tell("timing two runs")
-    explanation = finish_explanation(model, capture, log)
+    provenance = describe(model, options, about)
+    explanation = finish_explanation(model, capture, log, provenance)
     compiled = torch.compile(getattr(model, "_orig_mod", model), backend=capture, dynamic=dynamic)
     ran_dense = [bool(item.call.reason) for item in measured]
-    steps, seconds = time_ops(lambda: compiled(*args, **kwargs), ran_dense)
+    losses = measured_losses(explanation)
+    with meter.paused():
+        steps, seconds = time_ops(lambda: compiled(*args, **kwargs), ran_dense)
     if len(steps) != len(measured):
         steps = [(0.0, 0.0)] * len(measured)
     layers = tuple(
-        describe_layer(item, explanation, step) for item, step in zip(measured, steps, strict=True)
+        describe_layer(item, explanation, step, losses.get(item.call.layer))
+        for item, step in zip(measured, steps, strict=True)
     )
-    kernels = tuple(kernel for kernel in generated_sources() if serves(kernel, queries))
-    return Profile(explanation, layers, seconds, kernels)
+    kernels = tuple(kernel for kernel in generated_sources() if serves(kernel, kinds))
+    return Profile(explanation, layers, seconds, kernels, tuple(tokens))
 
 
 def serves(kernel: KernelSource, queries: Collection[Queries]) -> bool:
@@ -156,6 +188,12 @@ def serves(kernel: KernelSource, queries: Collection[Queries]) -> bool:
     return False
 
 
+def measured_losses(explanation: Explanation) -> dict[int, meter.Loss]:
+    """What the meter kept of each layer that was compiled to be sparse."""
+    known = {site.layer: meter.loss_of(site.measured) for site in explanation.sites}
+    return {layer: loss for layer, loss in known.items() if loss is not None}
+
+
 def split_inputs(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a call."""
     if isinstance(inputs, Mapping):
@@ -166,7 +204,10 @@ def split_inputs(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def describe_layer(
-    item: Measured, explanation: Explanation, seconds: tuple[float, float]
+    item: Measured,
+    explanation: Explanation,
+    seconds: tuple[float, float],
+    loss: meter.Loss | None = None,
 ) -> LayerProfile:
     """Put what was measured of one call into words and numbers."""
     call, recall = item.call, item.recall
@@ -180,7 +221,11 @@ def describe_layer(
             pattern=names[head],
             density=float(item.density[head]),
             recall=float(recall.recall[head]),
+            error=loss.error[head] if loss and loss.error else 0.0,
             worst=recall.worst[head],
+            output_error=(
+                None if recall.output_error is None else float(recall.output_error[head])
+            ),
             advice=advise(
                 names[head],
                 float(recall.recall[head]),
@@ -207,7 +252,30 @@ def describe_layer(
         heads=heads,
         computed=recall.computed,
         exact=recall.exact,
+        dense_seconds=item.dense_seconds,
+        looks=item.looks,
     )
+
+
+def time_dense(operands: CallInputs) -> float:
+    """Seconds of dense attention on the same inputs, as the op runs it: the least of some calls."""
+    if operands.value is None:
+        return 0.0
+    inputs = AttentionInputs(
+        *(operands.query, operands.key, operands.value, operands.mask, operands.scale),
+        softcap=operands.softcap,
+        sink_logits=operands.sinks,
+    )
+    shortest = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        dense_attention(inputs)
+        if operands.query.is_cuda:
+            torch.cuda.synchronize()
+        shortest = min(shortest, time.perf_counter() - start)
+        if shortest > ENOUGH_SECONDS:
+            break
+    return shortest
 
 
 def time_ops(
@@ -224,7 +292,7 @@ def time_ops(
     if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
+    with quiet_profiler(), torch.profiler.profile(activities=activities) as profiler:
         start = time.perf_counter()
         run()
         if cuda:
@@ -247,6 +315,19 @@ def time_ops(
         else:
             index += seconds
     return steps, parts | {"rest": max(0.0, total - sum(parts.values()))}
+
+
+@contextlib.contextmanager
+def quiet_profiler() -> Iterator[None]:
+    """Without the lines that torch's profiler writes to standard error of its own."""
+    if QUIET in os.environ:
+        yield
+        return
+    os.environ[QUIET] = "99"
+    try:
+        yield
+    finally:
+        del os.environ[QUIET]
 
 
 def outermost_ops(events: Sequence[Any], cuda: bool) -> Iterator[tuple[str, float]]:

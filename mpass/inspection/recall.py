@@ -40,7 +40,9 @@ class Recall:
     block; worst: per head the query block, the key block and the share of that query block's mass
     that was lost between them; query_blocks: the blocks (absolute grid) that were looked at, and
     `all_queries` whether that is all of them; computed, exact: uint8 [H, R, R] maps, query blocks
-    by key blocks: the share of keys that are computed, and the exact attention (log scale).
+    by key blocks: the share of keys that are computed, and the exact attention (log scale);
+    output_error: fp64 [H], how far outputs are from the exact ones, as a share of their norm (root
+    of summed squares over the queries looked at), None where values are not known.
     """
 
     recall: Tensor
@@ -51,6 +53,7 @@ class Recall:
     all_queries: bool
     computed: Tensor
     exact: Tensor
+    output_error: Tensor | None = None
 
 
 @torch.no_grad()
@@ -71,6 +74,9 @@ def measure_recall(
     blocks = num_key_blocks(num_keys)
     size = min(resolution, max(rows, blocks) if len(local) == rows else len(local))
     keys = reference.repeat_kv(key, heads).float()
+    values = operands.value
+    if values is not None:
+        values = reference.repeat_kv(values, heads).float()
     columns = reference.selected_columns(index, batch, num_keys)
 
     device = query.device
@@ -82,11 +88,13 @@ def measure_recall(
     worst_at = torch.zeros(heads, 2, dtype=torch.int64, device=device)
     computed, exact = (torch.zeros(heads, size, size, device=device) for _ in range(2))
     filled = torch.zeros(size, device=device)
+    squares = torch.zeros(2, heads, dtype=torch.float64, device=device)
 
     for row in local:
         block = row + first
         chosen = selected_keys(index, mask, columns, row, block)
-        mass, recall, valid = block_mass(operands, keys, chosen, block)
+        mass, recall, valid, off = block_mass(operands, keys, values, chosen, block)
+        squares += off
         kept += recall.sum((0, 2))
         count += valid.sum()
         queries = valid.sum().clamp(min=1)
@@ -123,7 +131,13 @@ def measure_recall(
         all_queries=len(local) == rows,
         computed=linear_levels(fill_gaps(computed / looked, filled)).cpu(),
         exact=log_levels(fill_gaps(exact / looked, filled)).cpu(),
+        output_error=None if values is None else relative_error(squares).cpu(),
     )
+
+
+def relative_error(squares: Tensor) -> Tensor:
+    """[2, H] summed squares of differences and of exact outputs -> fp64 [H]."""
+    return (squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
 
 
 def evenly_spaced(total: int, most: int) -> list[int]:
@@ -152,14 +166,14 @@ def selected_keys(
 
 
 def block_mass(
-    operands: Operands, keys: Tensor, chosen: Tensor, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    operands: Operands, keys: Tensor, values: Tensor | None, chosen: Tensor, block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact attention of one query block.
 
-    keys: fp32 [B, H, Nk, D]; chosen: bool [B, H, Nk]. Returns the mass per key summed over the
-    queries, fp64 [B, H, Nv] for the Nv keys that can be seen; the share of each query's mass on
-    chosen keys, fp64 [B, H, rows], 0 where the query does not count; and whether it counts,
-    bool [B, 1, rows].
+    keys: fp32 [B, H, Nk, D]; values: fp32 [B, H, Nk, Dv]; chosen: bool [B, H, Nk]. Returns the
+    mass per key summed over the queries, fp64 [B, H, Nv] for the Nv keys that can be seen; the
+    share of each query's mass on chosen keys, fp64 [B, H, rows], 0 where the query does not count;
+    whether it counts, bool [B, 1, rows]; and the squares of `output_squares`, zeros without values.
     """
     query, mask = operands.query, operands.mask
     start = max(0, block * BLOCK - mask.query_offset)
@@ -185,10 +199,30 @@ def block_mass(
     total, inside = sums.double().unbind(-1)
     share = torch.where(valid, inside / total.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
     if operands.sinks is not None:
-        total = total + torch.exp(operands.sinks.double()[:, None] - peak[..., 0].double())
+        sink = torch.exp(operands.sinks.double()[:, None] - peak[..., 0].double())
+        total, inside = total + sink, inside + sink
     factor = torch.where(valid, 1 / total.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
     mass = (factor.float()[:, :, None] @ weights)[:, :, 0]
-    return mass.double(), share, valid
+    if values is None:
+        off = torch.zeros(2, query.shape[1], dtype=torch.float64, device=query.device)
+    else:
+        inside = torch.where(valid, 1 / inside.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+        off = output_squares(weights, values[:, :, :seen], chosen[..., :seen], factor, inside)
+    return mass.double(), share, valid, off
+
+
+def output_squares(
+    weights: Tensor, values: Tensor, chosen: Tensor, of_all: Tensor, of_chosen: Tensor
+) -> Tensor:
+    """Squares of (output over chosen keys - exact output), and of the exact output: fp64 [2, H].
+
+    weights: fp32 [B, H, rows, Nv], not normalised, which is overwritten; values: fp32
+    [B, H, Nv, Dv]; of_all, of_chosen: fp64 [B, H, rows], what makes probabilities of weights.
+    """
+    exact = (weights @ values).double() * of_all[..., None]
+    found = (weights.masked_fill_(~chosen[:, :, None], 0.0) @ values).double()
+    difference = found * of_chosen[..., None] - exact
+    return torch.stack([part.square().sum((0, 2, 3)) for part in (difference, exact)])
 
 
 def to_blocks(per_key: Tensor, blocks: int) -> Tensor:

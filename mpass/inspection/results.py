@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mpass.inspection.looks import QueryLooks
 from mpass.inspection.outline import Outline
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.report import SiteReport
@@ -64,12 +65,16 @@ class GraphBreak:
 
 @dataclass(frozen=True)
 class ExplanationFields:
-    """What became of a model, graph by graph."""
+    """What became of a model, graph by graph.
+
+    provenance: names and values of what was run where, see mpass.inspection.provenance.
+    """
 
     model: str
     graphs: tuple[GraphExplanation, ...]
     breaks: tuple[GraphBreak, ...]
     min_seq_len: int
+    provenance: tuple[tuple[str, str], ...] = ()
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -110,6 +115,7 @@ class ExplanationFields:
         return {
             "model": self.model,
             "min_seq_len": self.min_seq_len,
+            "provenance": dict(self.provenance),
             "breaks": [dataclasses.asdict(item) for item in self.breaks],
             "graphs": [{k: v for k, v in graph.items() if k not in hidden} for graph in graphs],
         }
@@ -130,7 +136,10 @@ class HeadProfile:
     density: share of the mask's cells that the index selects; recall: share of the exact attention
     on them, mean over queries; both are of the plan: see `LayerProfile.dense_reason`; worst: query
     block, key block and the share of that query block's attention that was lost between them;
-    advice: what to do about it, "" for nothing.
+    advice: what to do about it, "" for nothing; error: how far the output is off, relative to the
+    exact one, on the rows that mpass.lowering.meter read of what ran (Loss.error), 0 where dense
+    attention ran; output_error: the same of the plan, over the queries that recall is of, in fp32,
+    None where it was not measured.
     """
 
     head: int
@@ -139,6 +148,13 @@ class HeadProfile:
     recall: float
     worst: tuple[int, int, float]
     advice: str
+    error: float = 0.0
+    output_error: float | None = None
+
+    @property
+    def lost_mass(self) -> float:
+        """The share of the exact attention on keys that are not looked at."""
+        return 1.0 - self.recall
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +164,9 @@ class LayerProfile:
     lowering: what ran it ("dense" where the op found that cheaper); dense_reason: why every key was
     looked at instead of those that the heads selected, "" where it was not; index_seconds,
     attention_seconds: of a second, unobserved run; query_blocks: those whose recall was measured;
-    computed, exact: uint8 [H, R, R], see mpass.inspection.recall.Recall.
+    computed, exact: uint8 [H, R, R], see mpass.inspection.recall.Recall; dense_seconds: of dense
+    attention on the same inputs, alone, 0.0 where it was not timed; looks: what its heads see from
+    single query tokens.
     """
 
     layer: int
@@ -165,6 +183,14 @@ class LayerProfile:
     heads: tuple[HeadProfile, ...]
     computed: Tensor
     exact: Tensor
+    dense_seconds: float = 0.0
+    looks: QueryLooks | None = None
+
+    @property
+    def output_error(self) -> float | None:
+        """Of what its heads select, mean over heads; None where it was not measured."""
+        errors = [head.output_error for head in self.heads if head.output_error is not None]
+        return sum(errors) / len(errors) if errors else None
 
     @property
     def planned(self) -> Shares:
@@ -184,13 +210,15 @@ class ProfileFields:
     """What happened on a prompt.
 
     seconds: of one run, by part ("index", "attention", "dense attention", "rest"; dense attention
-    that an op of ours ran counts as such); kernels: the generated sources in use.
+    that an op of ours ran counts as such); kernels: the generated sources in use; tokens: the
+    prompt's own tokens as text, empty where they are not known.
     """
 
     explanation: ExplanationFields
     layers: tuple[LayerProfile, ...]
     seconds: dict[str, float]
     kernels: tuple[KernelSource, ...]
+    tokens: tuple[str, ...] = ()
 
     @property
     def dense_layers(self) -> tuple[LayerProfile, ...]:
@@ -205,10 +233,13 @@ class ProfileFields:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but maps, graphs and sources, fit for JSON."""
-        hidden = ("computed", "exact", "heads")
+        hidden = ("computed", "exact", "heads", "looks")
         layers = []
         for layer in self.layers:
             names = [field.name for field in dataclasses.fields(layer) if field.name not in hidden]
             values = {name: getattr(layer, name) for name in names}
-            layers.append(values | {"heads": [dataclasses.asdict(head) for head in layer.heads]})
+            heads = [
+                dataclasses.asdict(head) | {"lost_mass": head.lost_mass} for head in layer.heads
+            ]
+            layers.append(values | {"output_error": layer.output_error, "heads": heads})
         return self.explanation.as_dict() | {"seconds": self.seconds, "layers": layers}

@@ -13,9 +13,17 @@ from mpass.inspection.results import ExplanationFields, LayerProfile, ProfileFie
 from mpass.inspection.text_table import patterns_of_heads, render
 from mpass.report import SiteReport
 
+PROFILE_WIDTH = 136
+"""Columns of a profile's table: what was planned stands beside what ran."""
+
 
 def render_explanation(explanation: ExplanationFields) -> str:
     """A row per attention; below, the graphs, the breaks and the memory."""
+    return render(explanation_table(explanation)) + "\n".join(explanation_lines(explanation))
+
+
+def explanation_table(explanation: ExplanationFields) -> Table:
+    """A row per attention."""
     table = Table()
     columns = (
         "graph",
@@ -41,6 +49,11 @@ def render_explanation(explanation: ExplanationFields) -> str:
                 span(cost.predicted),
                 words_of(site, cost),
             )
+    return table
+
+
+def explanation_lines(explanation: ExplanationFields) -> list[str]:
+    """What stands below the table."""
     sites = explanation.sites
     sparse = sum(site.status == "sparse" for site in sites)
     graphs = len(explanation.graphs)
@@ -56,7 +69,7 @@ def render_explanation(explanation: ExplanationFields) -> str:
             f"memory: index {readable_bytes(explanation.index_bytes)} per layer; "
             f"masks no longer made: {readable_bytes(explanation.mask_bytes)}"
         )
-    return render(table) + "\n".join(lines)
+    return lines
 
 
 def ran_in_words(explanation: ExplanationFields) -> list[str]:
@@ -77,8 +90,14 @@ def words_of(site: SiteReport, cost: SiteCost) -> str:
 
 def render_profile(profile: ProfileFields) -> str:
     """A row per layer; below, what ran dense, and what to do about the heads that lost most."""
+    return render(profile_table(profile), PROFILE_WIDTH) + "\n".join(profile_lines(profile))
+
+
+def profile_table(profile: ProfileFields) -> Table:
+    """A row per layer."""
     table = Table()
-    for column in ("layer", "ran", "density", "recall", "worst head", "index ms", "attention ms"):
+    columns = ("layer", "ran", "density", "recall", "error", "worst head")
+    for column in (*columns, "ms: index + attention", "dense ms"):
         table.add_column(column)
     for layer in profile.layers:
         density = span([head.density for head in layer.heads])
@@ -88,16 +107,23 @@ def render_profile(profile: ProfileFields) -> str:
             layer.lowering,
             f"100.0%{plan(density)}" if layer.dense_reason else density,
             f"100.0%{plan(recall)}" if layer.dense_reason else recall,
+            error_in_words(layer),
             worst_head(layer),
-            f"{layer.index_seconds * 1e3:.1f}",
-            f"{layer.attention_seconds * 1e3:.1f}",
+            f"{layer.index_seconds * 1e3:.1f} + {layer.attention_seconds * 1e3:.1f}",
+            f"{layer.dense_seconds * 1e3:.1f}" if layer.dense_seconds else "-",
         )
+    return table
+
+
+def profile_lines(profile: ProfileFields) -> list[str]:
+    """What stands below the table."""
     sites = profile.explanation.sites
     planned, dense = len(profile.layers), len(profile.dense_layers)
     lines = [
         f"{planned} of {len(sites)} attentions planned sparse: {planned - dense} ran sparse on "
         f"this prompt, {dense} dense",
         *dense_in_words(profile.dense_layers),
+        *errors_in_words(profile.layers),
         ", ".join(f"{name}: {value:.2f} s" for name, value in profile.seconds.items()),
     ]
     lines += [
@@ -105,7 +131,27 @@ def render_profile(profile: ProfileFields) -> str:
         for layer, head in profile.worst_heads(8)
         if head.advice
     ]
-    return render(table) + "\n".join(lines)
+    return lines
+
+
+def error_in_words(layer: LayerProfile) -> str:
+    """How far outputs are from exact ones, mean over heads; none where dense attention ran."""
+    if layer.output_error is None:
+        return "-"
+    return "0.0%" if layer.dense_reason else f"{layer.output_error:.1%}"
+
+
+def errors_in_words(layers: Sequence[LayerProfile]) -> list[str]:
+    """How far outputs are off, as the meter measured it, in a line if any are."""
+    heads = [(head.error, layer, head.head) for layer in layers for head in layer.heads]
+    worst = max(heads, key=lambda each: each[0], default=None)
+    if worst is None or worst[0] == 0.0:
+        return []
+    mean = sum(error for error, _, _ in heads) / len(heads)
+    return [
+        f"outputs are off by {mean:.1%} of their size, mean over heads; most: "
+        f"layer {layer_name(worst[1])} head {worst[2]} by {worst[0]:.1%}"
+    ]
 
 
 def layer_name(layer: LayerProfile) -> str:

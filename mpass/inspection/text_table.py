@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,30 @@ def patterns_of_heads(patterns: Sequence[str]) -> str:
         f"{short_form(pattern)} head{'s' * (len(own) > 1)} {in_spans(own)}"
         for pattern, own in heads.items()
     )
+
+
+def as_html(table: Table | None, lines: Sequence[str]) -> str:
+    """A table and the lines below it for a notebook; all text is escaped.
+
+    table: None for lines alone.
+    """
+    parts = []
+    if table is not None and table.row_count:
+        columns = table.columns
+        parts.append("<table><thead><tr>")
+        parts += [f"<th>{html.escape(str(column.header))}</th>" for column in columns]
+        parts.append("</tr></thead><tbody>")
+        for cells in zip(*(list(column.cells) for column in columns), strict=True):
+            inner = "".join(f"<td>{in_cell(str(cell))}</td>" for cell in cells)
+            parts.append(f"<tr>{inner}</tr>")
+        parts.append("</tbody></table>")
+    parts += [f"<p>{html.escape(line)}</p>" for line in lines]
+    return "".join(parts)
+
+
+def in_cell(text: str) -> str:
+    """Text with its line breaks."""
+    return html.escape(text).replace("\n", "<br>")
 
 
 def open_console() -> Console:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from mpass.graph.nodes import layer_index
+from mpass.lowering.meter import loss_of
 from mpass.options import Options
 from mpass.plan import ONE_QUERY
 from mpass.report import Report, SiteReport
@@ -22,7 +23,8 @@ NOTHING_COMPILED = (
     'nothing was compiled by backend="minference" in this process: a model compiles when it first '
     'runs. torch.compile(model, backend="minference").generate() never does, because generate '
     "belongs to the module inside the wrapper and calls that one: use "
-    'model.compile(backend="minference"), which works in place'
+    'model.compile(backend="minference"), which works in place. A module of torch.nn itself, as '
+    "nn.TransformerEncoder, is compiled only as a part of a module of yours"
 )
 
 Key = tuple[int, int, str, str, int]
@@ -34,6 +36,7 @@ def last_report() -> Report:
     Each attention has one row: sparse if it is sparse in any graph of the model, else with the
     reason of its longest prompt rather than that of its decoding step. The notes tell what else
     there is: graphs where it is dense, graph breaks, recompile limits, layers never compiled.
+    With `options={"measure": True}` it tells what the last prompt lost; a GPU is waited for then.
     `mpass.reports()` has the report of each graph.
     """
     graphs = graphs_of_last_model()
@@ -50,7 +53,10 @@ def last_report() -> Report:
     )
     lengths = [graph.report.min_seq_len for graph in graphs if graph.report.sites]
     least = lengths[0] if lengths else graphs[-1].report.min_seq_len
-    return Report(in_order(rows), least, len(graphs), notes)
+    ordered = in_order(rows)
+    losses = tuple(loss_of(site.measured) if site.measured else None for site in ordered)
+    measured = losses if any(loss is not None for loss in losses) else ()
+    return Report(ordered, least, len(graphs), notes, measured)
 
 
 def keyed(report: Report) -> dict[Key, SiteReport]:

@@ -36,7 +36,10 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"dropout p=", "call model.eval()"),
     (r"^dtype ", "cast the model to a dtype that is served"),
     (r"Triton kernels take bfloat16", "cast the model, or use torch.autocast"),
-    (r"triton is not installed|Triton kernels need", "install Triton, or use a newer GPU"),
+    (
+        r"triton is not installed|Triton kernels need",
+        "pip install 'mpass[gpu]' brings Triton; or use a newer GPU",
+    ),
     (r"^no kernels are generated for device", "run on a CPU or a CUDA GPU"),
     (r"dynamic$|must be known when compiling", "do not mark heads or head_dim as dynamic"),
     (

@@ -99,6 +99,7 @@ def attend_heads(
     min_seq_len: int = 0,
     layer: int = -1,
     site: int = 0,
+    measured: int = 0,
 ) -> Tensor:
     """Estimate the index of a layer and attend over it, now: [B, H, Nq, Dv].
 
@@ -108,7 +109,8 @@ def attend_heads(
         *attention_arguments(
             *(query, key, value, heads, mask, scale, softcap, sinks),
             *(dense_above, min_seq_len, layer, site),
-        )
+        ),
+        measured,
     )
     return out
 

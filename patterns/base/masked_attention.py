@@ -31,6 +31,7 @@ from mpass.lowering.mask_forms import (
     outside_spans,
 )
 from mpass.lowering.mask_op import as_four
+from mpass.lowering.meter import start_prompt
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.patterns.base.layer import attend_heads, groups_of
 from mpass.patterns.base.pattern import Pattern
@@ -74,6 +75,7 @@ class Request:
     dense_above: float
     min_seq_len: int
     layer: int
+    measured: int
 
 
 @torch.library.custom_op(
@@ -81,7 +83,7 @@ class Request:
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
     "Tensor first, Tensor last, Tensor? sinks, str patterns, float scale, float softcap, "
-    "bool written_out, float dense_above, SymInt min_seq_len, int layer) -> Tensor",
+    "bool written_out, float dense_above, SymInt min_seq_len, int layer, int measured=0) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def masked_attention(
@@ -101,6 +103,7 @@ def masked_attention(
     dense_above: float,
     min_seq_len: int,
     layer: int,
+    measured: int = 0,
 ) -> Tensor:
     """Attention under `mask`, sparse where its form allows it.
 
@@ -111,8 +114,11 @@ def masked_attention(
     are those of minference::sparse_attention.
     """
     own = patterns_from_text(patterns)
-    request = Request(own, sinks, scale, softcap, written_out, dense_above, min_seq_len, layer)
     read = MaskForm.from_tensor(form)
+    limits = (dense_above, min_seq_len, layer, -measured)
+    request = Request(own, sinks, scale, softcap, written_out, *limits)
+    if measured and read.offset == 0:
+        start_prompt(measured)
     cells = as_four(mask)
     if read.kind == UNKNOWN:
         return attend_densely(query, key, value, cells, request, NO_FORM)
@@ -223,6 +229,7 @@ def attend(
         dense_above=request.dense_above,
         min_seq_len=request.min_seq_len,
         layer=request.layer,
+        measured=request.measured,
     )
 
 

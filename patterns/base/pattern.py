@@ -7,6 +7,7 @@ head_dim.
 from __future__ import annotations
 
 import dataclasses
+import html
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -56,6 +57,15 @@ class Pattern:
         super().__init_subclass__(**options)
         keep_old_names(cls)
         keep_old_calls(cls)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the name, what it keeps, and its parameters."""
+        fields = "".join(
+            f"<tr><td>{field.name}</td><td>{html.escape(repr(getattr(self, field.name)))}</td></tr>"
+            for field in dataclasses.fields(self)
+        )
+        kept = html.escape((type(self).__doc__ or "").strip().split("\n")[0])
+        return f"<p><b>{html.escape(self.name)}</b>: {kept}</p><table>{fields}</table>"
 
     @classmethod
     def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:

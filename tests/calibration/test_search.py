@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import mpass
 from mpass.calibration.check import attend_with
 from mpass.calibration.probe import Probe
 from mpass.calibration.report import check_table, choice_table, heatmap
-from mpass.calibration.search import run_calibration
+from mpass.calibration.search import Calibration, run_calibration
 from mpass.calibration.settings import Settings
-from mpass.errors import CalibrationError, OptionValueError
+from mpass.calibration.state import State
+from mpass.cli.calibrate import budget_of
+from mpass.errors import BudgetError, CalibrationError, OptionValueError
 from tests.helpers.calibration_cases import CANDIDATES, ToyLanguageModel, inputs
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.xdist_group("search")]
@@ -112,8 +115,64 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
     third: list[str] = []
     assert search(lambda step, done, total: third.append(step)) == config
     assert third == []
-    with pytest.raises(CalibrationError, match="another calibration"):
-        mpass.calibrate(model, inputs(5), candidates=CANDIDATES, settings=settings, state=state)
+
+
+def test_the_state_of_another_calibration_is_put_aside_and_a_file_of_something_else_refused(
+    tmp_path,
+):
+    path = tmp_path / "state"
+    State(path, "one")["layer 0"] = [1.0]
+    with pytest.warns(RuntimeWarning, match=r"another calibration.*state\.old now"):
+        other = State(path, "two")
+    assert other.values == {} and path.read_text() == '["fingerprint", "two"]\n'
+    assert State(tmp_path / "state.old", "one")["layer 0"] == [1.0]
+    for text in ("# A page\n", '["layer 0", [1.0]]\n'):
+        path.write_text(text)
+        with pytest.raises(CalibrationError, match="holds no calibration"):
+            State(path, "one")
+        assert path.read_text() == text
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["early", "when all is measured"])
+def test_a_budget_that_nothing_meets_is_refused_before_layers_are_run_one_by_one(known, tmp_path):
+    torch._dynamo.reset()
+    model = ToyLanguageModel(depth=3).eval()
+    if known:
+        model.config = SimpleNamespace(num_hidden_layers=3)
+    steps: list[str] = []
+
+    def search(budget: float) -> Calibration:
+        settings = Settings(budget=budget, query_blocks=1, sensitivity_length=300)
+        return run_calibration(
+            model,
+            [inputs(1, 300)[0], inputs(1)[0]],  # the longest second
+            candidates=CANDIDATES,
+            settings=settings,
+            state=tmp_path / "state",
+            on_progress=lambda step, done, total: steps.append(step),
+        )
+
+    with pytest.raises(
+        BudgetError, match=r"within 0\.0%.*Give --budget \d+\.\d\d or more"
+    ) as error:
+        search(1e-7)
+    assert not any(step.startswith("sensitivity") for step in steps)
+    assert len(steps) == (0 if known else 6)
+    share = float(str(error.value).split("--budget ")[1].split()[0])
+    outcome = search(max(50.0, share))  # what was measured serves the next search
+    assert bool((outcome.chosen >= 0).all())
+
+
+@pytest.mark.parametrize(("speed", "budget"), [("4x", 0.25), ("2", 0.5), (None, 0.3)])
+def test_a_speed_stands_for_a_budget(speed, budget):
+    assert budget_of(0.3, speed, None) == budget
+    assert budget_of(0.3, None, 0.01) is None
+
+
+@pytest.mark.parametrize(("speed", "loss"), [("fast", None), ("0.5x", None), ("4x", 0.01)])
+def test_a_speed_is_a_number_and_alone(speed, loss):
+    with pytest.raises(OptionValueError, match="speed"):
+        budget_of(0.3, speed, loss)
 
 
 def test_the_cheapest_choice_under_a_loss_is_taken():

@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mpass.lowering.ops  # noqa: F401  (defines the ops)
-from mpass.graph.new_nodes import Known, propagate
+from mpass.graph.new_nodes import Known, is_record, propagate
 from mpass.graph.nodes import value_of
 
 ATTENTION = torch.ops.minference.attention.default
@@ -55,6 +55,12 @@ def test_equal_calls_share_a_value_and_others_do_not(graph):
     assert attend(graph, longer, longer).shape == (1, 2, 9, 4)
     assert attend(graph, half, half).dtype == torch.bfloat16
     assert len(graph.known) == 3
+
+
+def test_only_the_number_of_a_layer_is_left_out():
+    """A field of a pattern may be called layer as well: that is a list."""
+    assert is_record("layer", 3) and is_record("site", 12345)
+    assert not is_record("layer", [3]) and not is_record("window", 3)
 
 
 def test_a_view_is_never_shared(graph):

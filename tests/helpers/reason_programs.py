@@ -104,6 +104,19 @@ def scaled_by_zero(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0)  # here
 
 
+def scaled_by_infinity(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, scale=float("inf"))  # here
+
+
+def scores_divided_by_nan(q, k, v):
+    return (q @ k.mT / float("nan")).masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
+def softcap_of_infinity(q, k, v):
+    scores = float("inf") * torch.tanh(q @ k.mT / float("inf"))
+    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
 def dropped_by_length(q, k, v):
     p = 1.0 / q.shape[2]
     return F.scaled_dot_product_attention(q, q, q, is_causal=True, dropout_p=p)  # here
@@ -340,6 +353,9 @@ PROGRAMS: dict[str, Case] = {
         checkpointed_after_a_write, "an argument of the sub-graph is written in place"
     ),
     "scale of zero": Case(scaled_by_zero, "scale is 0"),
+    "scale of infinity": Case(scaled_by_infinity, "scale is inf: scores are no numbers"),
+    "scale of NaN": Case(scores_divided_by_nan, "scale is nan: scores are no numbers"),
+    "softcap of infinity": Case(softcap_of_infinity, "scale is nan: scores are no numbers"),
     "scale": Case(scaled_by_length, "scale is not a constant", dynamic=((0, 2),)),
     "queries past keys": Case(plain, "after the last key", {"keys": N - 40}),
     "short": Case(plain, "100 keys, sparse from 128 on", {"queries": 100, "keys": 100}),

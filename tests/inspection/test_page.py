@@ -28,8 +28,10 @@ from tests.helpers.toys import Decoder
 
 LAYERS, HEADS = 30, 9
 SMOLLM2_TOKENS = 2048
-LARGEST_PAGE = 20e6
-"""Bytes of a page of 80 layers x 64 heads (14.3e6 now); nearly all of it are their maps."""
+LARGEST_PAGE = 5e6
+"""Bytes of a page, whatever the size of its model."""
+
+TOKENS = tuple("\n" if i % 17 == 0 else f" w{i}" for i in range(512))
 
 ARTIFACTS = os.environ.get("MPASS_ARTIFACTS")
 """Folder that screenshots are kept in, for CI."""
@@ -52,8 +54,10 @@ def smol() -> Profile:
     layers = {3: [mpass.AShape(8, 64 * (1 + h)) for h in range(HEADS)], LAYERS - 1: "dense"}
     config = mpass.SparseConfig(mpass.AShape(16, 100), layers=layers)
     options = {"min_seq_len": 128, "dense_above": 2.0, "config": config}
+    about = {"model": "a toy <b>", "prompt": "512 tokens of noise"}
     with torch.no_grad():
-        done = profile(model, torch.randn(1, 512, HEADS * 8), options=options)
+        prompt = torch.randn(1, 512, HEADS * 8)
+        done = profile(model, prompt, options=options, tokens=TOKENS, about=about)
     torch._dynamo.reset()
     return dataclasses.replace(done, kernels=(KERNEL,))
 
@@ -169,7 +173,7 @@ def use_page(browser: Browser, path: Path, done: Profile, sparse: int, picture: 
     assert f"{100 * done.layers[layer].heads[head].recall:.1f}%" in facts
     for kind in ("computed", "exact"):
         width, first, corner = browser.run(CORNERS, kind)
-        assert width == done.layers[layer].computed.shape[-1]
+        assert width == browser.run("return data.rows[arguments[0]].side", layer)
         # The first block sees itself, and nothing sees the last key first.
         assert first < corner
 
@@ -267,6 +271,13 @@ def enlarged(smol: Profile, layers: int, heads: int, side: int, tokens: int) -> 
         return torch.where(torch.rand(values.shape, generator=generator) < 0.1, noise, values)
 
     layer = smol.layers[0]
+    looks, every = layer.looks, torch.zeros(heads, dtype=torch.int64)
+    shown = {
+        field.name: getattr(looks, field.name)[every]
+        for field in dataclasses.fields(looks)
+        if field.name not in ("queries", "seen")
+    }
+    looks = dataclasses.replace(looks, **shown)
     many = tuple(
         dataclasses.replace(layer.heads[0], head=head, recall=head / heads) for head in range(heads)
     )
@@ -276,8 +287,8 @@ def enlarged(smol: Profile, layers: int, heads: int, side: int, tokens: int) -> 
     )
     boxes = graph.outline_after.boxes
     attention = next(box for box in boxes if box.kind == "attention")
-    shown = [dataclasses.replace(attention, layer=i) for i in range(layers)]
-    drawing = Outline(tuple(shown), tuple((i, i + 1) for i in range(layers - 1)))
+    boxes = [dataclasses.replace(attention, layer=i) for i in range(layers)]
+    drawing = Outline(tuple(boxes), tuple((i, i + 1) for i in range(layers - 1)))
     graph = dataclasses.replace(
         graph,
         sites=tuple(dataclasses.replace(site, layer=i) for i in range(layers)),
@@ -293,6 +304,7 @@ def enlarged(smol: Profile, layers: int, heads: int, side: int, tokens: int) -> 
             dataclasses.replace(
                 layer,
                 layer=i,
+                looks=looks,
                 heads=many,
                 num_queries=tokens,
                 num_keys=tokens,
@@ -305,14 +317,15 @@ def enlarged(smol: Profile, layers: int, heads: int, side: int, tokens: int) -> 
 
 
 @needs_browser
-def test_page_of_8k_tokens_is_small_and_loads_fast(smol, browser, tmp_path):
+def test_page_of_64_layers_and_32_heads_is_small_and_opens_fast(smol, browser, tmp_path):
     path = tmp_path / "page.html"
-    enlarged(smol, LAYERS, HEADS, 64, 8192).save(path)
-    assert path.stat().st_size < 5e6
+    enlarged(smol, 64, 32, 128, 131072).save(path)
+    assert path.stat().st_size < LARGEST_PAGE
     assert fastest_load(browser, path, below=2.0) < 2.0
 
 
 @needs_browser
+@pytest.mark.slow
 def test_page_of_80_layers_64_heads_and_128k_tokens_works(smol, browser, tmp_path):
     path = tmp_path / "page.html"
     large = enlarged(smol, 80, 64, 64, 131072)
@@ -321,7 +334,7 @@ def test_page_of_80_layers_64_heads_and_128k_tokens_works(smol, browser, tmp_pat
     use_page(browser, path, large, 80, "large")
     assert fastest_load(browser, path, below=5.0) < 5.0
     drawn = browser.run("const t = performance.now(); drawMap(); return performance.now() - t")
-    assert drawn < 200
+    assert drawn < 400
     begin = "window.since = performance.now(); chooseHead(79, 63).then(() => window.took = "
     browser.run(f"{begin}performance.now() - window.since)")
     assert browser.wait("return window.took") < 500

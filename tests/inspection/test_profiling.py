@@ -374,3 +374,13 @@ def test_checks_of_block_lists_are_no_estimation_of_the_next_layer(monkeypatch):
     steps, parts = time_ops(lambda: None)
     assert steps == [(1.0, 1.0), (1.0, 1.0)]
     assert (parts["index"], parts["attention"]) == (2.0, 3.0)
+
+
+@torch.no_grad()
+def test_a_profile_tells_how_far_outputs_are_off():
+    options = {"pattern": mpass.AShape(4, 40), "min_seq_len": 128, "dense_above": 2.0}
+    done = mpass.profile(Decoder(depth=2).eval(), torch.randn(1, 300, 32), options=options)
+    errors = [head.error for layer in done.layers for head in layer.heads]
+    assert all(0.01 < error < 2 for error in errors)
+    assert f"by {max(errors):.1%}" in str(done)
+    assert done.as_dict()["layers"][1]["heads"][3]["error"] == errors[7]

@@ -5,22 +5,28 @@ The drawing library is D3 (see vendor/); pictures are drawn by the browser from 
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
 import json
 import statistics
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
 import jinja2
-from torch import Tensor
 
+from mpass.config.pattern_text import short_form
 from mpass.graph.printing import op_changes
 from mpass.inspection.kernels import kernel_details
 from mpass.inspection.outline import Outline
+from mpass.inspection.page.pack import (
+    kept_queries,
+    map_step,
+    pack_looks,
+    pack_maps,
+    pack_tokens,
+    shrink,
+)
 from mpass.inspection.results import (
     ExplanationFields,
     GraphExplanation,
@@ -33,18 +39,29 @@ from mpass.inspection.text_table import patterns_of_heads
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.report import SiteReport
 
-SCRIPTS = ("base.js", "heads.js", "graph.js", "tables.js")
+SCRIPTS = (
+    *("base.js", "state.js", "maps.js", "heads.js", "looks.js", "pins.js", "export.js"),
+    *("graph.js", "tables.js", "compare.js", "start.js"),
+)
 """In the order in which they are run."""
 
 
-def build_page(explanation: ExplanationFields, profile: ProfileFields | None = None) -> str:
-    """The page of an explanation, with the maps and times of a profile if there is one."""
+def build_page(
+    explanation: ExplanationFields,
+    profile: ProfileFields | None = None,
+    *,
+    beside: ProfileFields | None = None,
+) -> str:
+    """The page of an explanation, with the maps and times of a profile if there is one.
+
+    beside: another profile, of other options or another prompt, to compare the first with.
+    """
     folder = files("mpass.inspection.page")
     jinja_env = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
     template = jinja_env.from_string((folder / "page.html.jinja").read_text("utf-8"))
-    payload = json.dumps(page_data(explanation, profile), separators=(",", ":"))
+    payload = json.dumps(payload_of(explanation, profile, beside), separators=(",", ":"))
     return template.render(
-        title=html.escape(f"{explanation.model} through mpass"),
+        title=html.escape(f"{title_of(explanation)} through mpass"),
         style=(folder / "style.css").read_text("utf-8"),
         highlight_style=highlight_style(),
         library=(folder / "vendor" / "d3.min.js").read_text("utf-8"),
@@ -54,23 +71,55 @@ def build_page(explanation: ExplanationFields, profile: ProfileFields | None = N
     )
 
 
-def page_data(
-    explanation: ExplanationFields, profile: ProfileFields | None = None
+def title_of(explanation: ExplanationFields) -> str:
+    """The model by the name that it was given."""
+    return dict(explanation.provenance).get("model", explanation.model)
+
+
+def payload_of(
+    explanation: ExplanationFields,
+    profile: ProfileFields | None = None,
+    beside: ProfileFields | None = None,
 ) -> dict[str, Any]:
-    """What the page's scripts read."""
-    rows = head_rows(explanation, profile)
+    """What the page's scripts read: one run, or two beside each other."""
+    profiles = [each for each in (profile, beside) if each is not None]
+    step, chosen = map_step(profiles), kept_queries(profiles)
+    runs = [page_data(explanation, profile, step=step, chosen=chosen)]
+    if beside is not None:
+        runs.append(page_data(beside.explanation, beside, step=step, chosen=chosen))
+    kernels = {kernel.name: kernel for each in profiles for kernel in each.kernels}
+    return {"runs": runs, "kernels": [kernel_data(kernel) for kernel in kernels.values()]}
+
+
+def page_data(
+    explanation: ExplanationFields,
+    profile: ProfileFields | None = None,
+    *,
+    step: int = 1,
+    chosen: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """One run. step: as of `map_step`; chosen: as of `kept_queries`, None for all queries."""
+    rows = head_rows(explanation, profile, step, chosen)
     names = {head["pattern"].split("(")[0] for row in rows for head in row["heads"]}
     return {
+        "name": run_name(explanation),
+        "provenance": explanation.provenance,
         "tiles": tiles(explanation, profile),
         "summary": summary(explanation),
         "patterns": sorted(names - {""}),
         "profiled": profile is not None and bool(profile.layers),
+        "tokens": pack_tokens(profile.tokens) if profile and profile.tokens else "",
         "rows": rows,
         "graphs": [graph_data(graph) for graph in explanation.graphs if graph.sites],
         "breaks": [dataclasses.asdict(item) for item in explanation.breaks],
         "seconds": profile.seconds if profile else {},
-        "kernels": [kernel_data(kernel) for kernel in (profile.kernels if profile else ())],
     }
+
+
+def run_name(explanation: ExplanationFields) -> str:
+    """A run in a word or two, to tell it from the one beside it."""
+    known = dict(explanation.provenance)
+    return ", ".join(known[name] for name in ("prompt", "options") if name in known)
 
 
 def tiles(explanation: ExplanationFields, profile: ProfileFields | None) -> list[tuple[str, str]]:
@@ -100,6 +149,14 @@ def tiles(explanation: ExplanationFields, profile: ProfileFields | None) -> list
         shown.append((f"{ours / total:.0%}", "of time in sparse attention"))
         dense = profile.seconds["dense attention"]
         shown.append((f"{dense / total:.0%}", "of time in dense attention"))
+    alone = sum(layer.dense_seconds for layer in layers)
+    if profile and alone and not any(layer.dense_reason for layer in layers):
+        ours = profile.seconds["index"] + profile.seconds["attention"]
+        if ours:
+            shown.append((f"{alone / ours:.2f}x", "attention, dense time over sparse time"))
+    errors = [layer.output_error for layer in layers if layer.output_error is not None]
+    if errors:
+        shown.append((mean(errors), "output error as planned, mean over heads"))
     if explanation.index_bytes:
         shown.append((readable_bytes(explanation.index_bytes), "index of one layer"))
     if explanation.mask_bytes:
@@ -121,7 +178,10 @@ def summary(explanation: ExplanationFields) -> str:
 
 
 def head_rows(
-    explanation: ExplanationFields, profile: ProfileFields | None
+    explanation: ExplanationFields,
+    profile: ProfileFields | None,
+    step: int = 1,
+    chosen: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """A row of the layer x head map per attention, measured or not."""
     measured = {layer.layer: layer for layer in profile.layers} if profile else {}
@@ -129,24 +189,35 @@ def head_rows(
     for graph in explanation.graphs:
         for site, cost in zip(graph.sites, graph.costs, strict=True):
             layer = measured.pop(site.layer, None) if site.status == "sparse" else None
-            rows.append(head_row(site, cost, layer))
+            rows.append(head_row(site, cost, layer, step, chosen))
     return rows
 
 
-def head_row(site: SiteReport, cost: SiteCost, layer: LayerProfile | None) -> dict[str, Any]:
+def head_row(
+    site: SiteReport,
+    cost: SiteCost,
+    layer: LayerProfile | None,
+    step: int = 1,
+    chosen: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """One attention of the map; heads without a measurement have nulls."""
     heads: list[dict[str, Any]] = [
         {
             "pattern": site.patterns[head] if site.patterns else "",
+            "shown": short_form(site.patterns[head]) if site.patterns else "",
             "density": cost.density[head] if head < len(cost.density) else None,
             "predicted": cost.predicted[head] if head < len(cost.predicted) else None,
             "recall": None,
+            "lost": None,
+            "error": None,
             "worst": [0, 0, 0],
             "advice": "",
         }
         for head in range(site.num_heads)
     ]
     row: dict[str, Any] = {
+        "layer": site.layer,
+        "status": site.status,
         "label": str(site.layer) if site.layer >= 0 else site.path or "-",
         "path": site.path,
         "reason": site.reason,
@@ -162,10 +233,22 @@ def head_row(site: SiteReport, cost: SiteCost, layer: LayerProfile | None) -> di
         values |= {
             "density": round(head.density, 6),
             "recall": round(head.recall, 6),
+            "lost": round(head.lost_mass, 6),
+            "ran_error": round(head.error, 6),
+            "error": None if head.output_error is None else round(head.output_error, 6),
             "worst": [head.worst[0], head.worst[1], round(head.worst[2], 4)],
             "advice": head.advice,
         }
+    computed, exact = shrink(layer.computed, layer.exact, step)
+    looks = layer.looks
+    if looks is not None and chosen is None:
+        chosen = range(len(looks.queries))
     return row | {
+        "looks": None if looks is None else pack_looks(looks, chosen or ()),
+        "planned": dataclasses.asdict(layer.planned),
+        "ran": dataclasses.asdict(layer.ran),
+        "error": layer.output_error,
+        "dense_seconds": layer.dense_seconds,
         "lowering": layer.lowering,
         "num_queries": layer.num_queries,
         "num_keys": layer.num_keys,
@@ -174,15 +257,9 @@ def head_row(site: SiteReport, cost: SiteCost, layer: LayerProfile | None) -> di
         "attention_seconds": layer.attention_seconds,
         "all_queries": layer.all_queries,
         "looked": len(layer.query_blocks),
-        "side": layer.computed.shape[-1],
-        "maps": pack_maps(layer.computed, layer.exact),
+        "side": computed.shape[-1],
+        "maps": pack_maps(computed, exact),
     }
-
-
-def pack_maps(computed: Tensor, exact: Tensor) -> str:
-    """Two maps uint8 [H, R, R] of levels 0..15 as one byte per cell, deflated, in base64."""
-    cells = (computed << 4 | exact).contiguous().numpy().tobytes()
-    return base64.b64encode(zlib.compress(cells, 9)).decode("ascii")
 
 
 def graph_data(graph: GraphExplanation) -> dict[str, Any]:

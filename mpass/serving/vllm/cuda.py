@@ -55,6 +55,11 @@ class SparseFlashBackend(FlashAttentionBackend):
         """An estimated pattern depends on where a prompt is cut into chunks."""
         return False
 
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Batches are split by the host's numbers, so that the GPU must not have others."""
+        return False
+
 
 class SparseFlashBuilder(SparseBuilder, FlashAttentionMetadataBuilder):
     """vLLM's builder, which notes long prefills."""

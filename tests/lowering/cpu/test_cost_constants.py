@@ -71,6 +71,18 @@ def test_measuring_uses_one_thread_and_gives_the_others_back(cache: Path) -> Non
     assert torch.get_num_threads() == threads
 
 
+def test_measuring_uses_one_thread_where_an_engine_forbids_to_set_them(monkeypatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    torch._C.set_num_threads(2)
+    try:
+        with constants.one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch._C.set_num_threads(before)
+
+
 def test_time_of_other_threads_does_not_count() -> None:
     (seconds,) = constants.least_seconds([lambda: time.sleep(0.02)], repeats=1)
     assert seconds < 0.01

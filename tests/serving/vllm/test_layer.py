@@ -10,6 +10,7 @@ import torch
 
 import mpass
 from mpass.errors import ConfigMismatchError
+from mpass.lowering.recorder import record
 from mpass.serving.vllm import builder as builders
 from mpass.serving.vllm import layer as layers
 from mpass.serving.vllm.builder import SparseBuilder
@@ -274,3 +275,18 @@ def test_kernels_are_built_once_for_layers_that_are_alike(monkeypatch):
     assert warm.warm_layers(alike, "cpu")
     assert ran == [(alike[0], 0), (alike[0], 128), (alike[2], 0), (alike[2], 128)]
     assert not warm.warm_layers(alike, "cpu") and len(ran) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=str)
+def test_warming_runs_the_attention_that_a_request_will_run(device, caplog, counters):
+    from mpass.serving.vllm.warm import warm_layers
+
+    layer = Layer()
+    layer.plan_for(NAME)
+    before = torch.random.get_rng_state()
+    with caplog.at_level("DEBUG", "vllm.mpass"), record() as calls:
+        assert warm_layers([layer], device)
+    assert caplog.text == "", "nothing failed"
+    assert [(call.num_queries, call.num_keys) for call in calls.calls] == [(256, 256), (128, 256)]
+    assert counters.sparse == 0
+    assert torch.equal(before, torch.random.get_rng_state()), "the engine's seed is untouched"

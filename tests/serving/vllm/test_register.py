@@ -51,6 +51,7 @@ def test_cuda_gets_our_backend_under_the_name_custom(engine, caplog):
     assert engine.registered == CUSTOM and not warnings_of(caplog)
     assert flash(engine).get_name() == "CUSTOM"
     assert not flash(engine).supports_batch_invariance()
+    assert not flash(engine).supports_device_cpu_query_lens_mismatch()
 
 
 def test_the_environment_switches_the_plugin_off(engine, monkeypatch):

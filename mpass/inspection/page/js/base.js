@@ -1,7 +1,29 @@
 // What every part uses: the data, the theme's colors, text helpers, the tooltip.
 
-const data = JSON.parse(document.getElementById("data").textContent);
+const page = JSON.parse(document.getElementById("data").textContent);
+let data = page.runs[0]; // the run that is shown
 const redrawers = [];
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+// The width that a part may take, so that the page never scrolls sideways.
+function roomFor(wanted, taken = 0) {
+  return Math.max(160, Math.min(wanted, document.documentElement.clientWidth - 34 - taken));
+}
+
+// A sentence for those who listen to the page.
+function announce(text) {
+  byId("live").textContent = text;
+}
+
+// Text that was packed by zlib and base64.
+async function unpack(text) {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).arrayBuffer();
+}
 
 function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -65,12 +87,22 @@ function scaleBar(low, high) {
   return bar;
 }
 
+function button(text, action, attributes = {}) {
+  const made = element("button", text, { type: "button", ...attributes });
+  made.addEventListener("click", action);
+  return made;
+}
+
 function fillTable(table, heads, rows) {
   table.replaceChildren();
   const numeric = heads.map((_, i) => rows.some((row) => typeof row[i] === "number"));
   const line = (cells, tag) => {
     const row = element("tr");
-    cells.forEach((cell, i) => row.append(element(tag, cell, numeric[i] ? { class: "number" } : {})));
+    cells.forEach((cell, i) => {
+      const made = element(tag, cell, numeric[i] ? { class: "number" } : {});
+      if (tag === "th") made.setAttribute("scope", "col");
+      row.append(made);
+    });
     table.append(row);
   };
   line(heads, "th");
@@ -97,17 +129,4 @@ function showTip(event, text) {
   const box = tip.getBoundingClientRect();
   tip.style.left = `${Math.min(event.clientX + 12, innerWidth - box.width - 8)}px`;
   tip.style.top = `${Math.min(event.clientY + 12, innerHeight - box.height - 8)}px`;
-}
-
-function setTheme(name) {
-  document.documentElement.dataset.theme = name;
-  for (const redraw of redrawers) redraw();
-}
-
-function startTheme() {
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  setTheme(system.matches ? "dark" : "light");
-  document.getElementById("theme").addEventListener("click", () => {
-    setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
-  });
 }

@@ -3,14 +3,18 @@
 const BOX = { width: 240, height: 36, gap: 14 };
 
 function startGraphs() {
-  const choice = document.getElementById("graph-choice");
-  data.graphs.forEach((graph, i) => {
+  byId("graph-choice").addEventListener("change", drawGraphs);
+  startGraphChoice();
+}
+
+function startGraphChoice() {
+  const choice = byId("graph-choice");
+  choice.replaceChildren(...data.graphs.map((graph, i) => {
     const count = graph.sites.length;
-    choice.append(element("option", `${i}: ${count} attention${count === 1 ? "" : "s"}`, { value: i }));
-  });
-  choice.addEventListener("change", drawGraphs);
-  if (!data.graphs.length) document.getElementById("graphs").hidden = true;
-  else drawGraphs();
+    return element("option", `${i}: ${count} attention${count === 1 ? "" : "s"}`, { value: i });
+  }));
+  byId("graphs").hidden = !data.graphs.length;
+  if (data.graphs.length) drawGraphs();
 }
 
 function drawGraphs() {
@@ -45,7 +49,14 @@ function drawGraph(selector, outline, graph, after) {
     .on("mouseleave", (event) => showTip(event, ""))
     .on("click", (event, box) => {
       if (box.site >= 0) showSite(graph, box.site);
+    })
+    .on("keydown", (event, box) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      if (box.site >= 0) showSite(graph, box.site);
     });
+  groups.filter((box) => box.site >= 0).attr("tabindex", 0).attr("role", "button")
+    .attr("aria-label", (box) => `${boxTitle(box)}: show its source and proof`);
   groups.append("rect").attr("width", BOX.width).attr("height", BOX.height).attr("rx", 5);
   groups.append("text").attr("x", 8).attr("y", 15).text((box) => shorten(boxTitle(box), 36));
   groups.append("text").attr("class", "small").attr("x", 8).attr("y", 28).text((box) => shorten(box.text, 44));

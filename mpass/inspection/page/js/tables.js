@@ -1,36 +1,43 @@
 // Time bars, the table of attentions, graph breaks, kernel sources; then everything starts.
 
 function drawBars() {
-  const place = document.getElementById("bars");
+  const place = byId("bars");
   place.replaceChildren();
   const parts = Object.entries(data.seconds);
-  if (parts.length) place.append(element("h3", "One run"), barChart(parts.filter(([, value]) => value > 0).map(([name, value]) => [name, [value]]), ["--pattern-1"]));
+  if (parts.length) place.append(element("h3", "One run"), barChart(parts.filter(([, value]) => value > 0).map(([name, value]) => [name, [value]]), ["--pattern-1"], "Seconds of one run by part"));
   const layers = data.rows.filter((row) => row.measured && row.index_seconds + row.attention_seconds > 0);
   if (layers.length) {
     place.append(element("h3", "Per layer"), element("span", "■ index estimation", { class: "key", style: "color:var(--pattern-3)" }),
       element("span", "■ attention", { class: "key", style: "color:var(--pattern-1)" }),
-      barChart(layers.map((row) => [row.label, [row.index_seconds, row.attention_seconds]]), ["--pattern-3", "--pattern-1"]));
+      element("span", "| dense attention on the same inputs, alone", { class: "key", style: "color:var(--mark)" }),
+      barChart(layers.map((row) => [row.label, [row.index_seconds, row.attention_seconds], row.dense_seconds]), ["--pattern-3", "--pattern-1"], "Seconds per layer, sparse and dense"));
   }
   const passes = data.graphs.flatMap((graph, i) => Object.entries(graph.seconds).map(([name, value]) => [`graph ${i}: ${name}`, [value]]));
-  if (passes.length) place.append(element("h3", "Compiler passes"), barChart(passes.slice(0, 40), ["--pattern-6"]));
+  if (passes.length) place.append(element("h3", "Compiler passes"), barChart(passes.slice(0, 40), ["--pattern-6"], "Seconds of compiler passes"));
+  byId("times").hidden = !place.childElementCount;
 }
 
-function barChart(rows, colors) {
-  const left = 150, width = 620, height = 15;
-  const longest = Math.max(...rows.map(([, values]) => values.reduce((a, b) => a + b, 0)), 1e-9);
+// rows: name, values that stand after each other, and a mark to compare them with.
+function barChart(rows, colors, label) {
+  const whole = roomFor(860), narrow = whole < 600;
+  const left = narrow ? 84 : 150, width = whole - left - 70, height = 15;
+  const total = (values) => values.reduce((a, b) => a + b, 0);
+  const longest = Math.max(...rows.map(([, values, mark]) => Math.max(total(values), mark ?? 0)), 1e-9);
   const x = d3.scaleLinear([0, longest], [0, width]);
-  const svg = d3.create ? d3.create("svg") : d3.select(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
-  svg.attr("width", left + width + 90).attr("height", rows.length * height + 24);
-  rows.forEach(([name, values], i) => {
+  const svg = d3.select(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
+  const said = rows.slice(0, 40).map(([name, values]) => `${name} ${duration(total(values))}`).join(", ");
+  svg.attr("width", whole).attr("height", rows.length * height + 24).attr("role", "img").attr("aria-label", `${label}: ${said}`);
+  rows.forEach(([name, values, mark], i) => {
     let start = 0;
-    svg.append("text").attr("x", left - 6).attr("y", i * height + 11).attr("text-anchor", "end").attr("font-size", 11).attr("fill", color("--ink")).text(name);
+    svg.append("text").attr("x", left - 6).attr("y", i * height + 11).attr("text-anchor", "end").attr("font-size", 11).attr("fill", color("--ink")).text(narrow ? shorten(name, 13) : name);
     values.forEach((value, part) => {
       svg.append("rect").attr("x", left + x(start)).attr("y", i * height + 2).attr("width", x(value)).attr("height", height - 4).attr("fill", color(colors[part]));
       start += value;
     });
-    svg.append("text").attr("x", left + x(start) + 5).attr("y", i * height + 11).attr("font-size", 11).attr("fill", color("--soft")).text(duration(start));
+    if (mark) svg.append("rect").attr("class", "dense-mark").attr("x", left + x(mark) - 1).attr("y", i * height).attr("width", 2).attr("height", height).attr("fill", color("--mark"));
+    svg.append("text").attr("x", left + x(Math.max(start, mark ?? 0)) + 5).attr("y", i * height + 11).attr("font-size", 11).attr("fill", color("--soft")).text(mark ? `${duration(start)}, ${(mark / start).toFixed(1)}x` : duration(start));
   });
-  svg.append("g").attr("transform", `translate(${left} ${rows.length * height + 2})`).call(d3.axisBottom(x).ticks(6).tickFormat(duration));
+  svg.append("g").attr("transform", `translate(${left} ${rows.length * height + 2})`).call(d3.axisBottom(x).ticks(narrow ? 3 : 6).tickFormat(duration));
   return svg.node();
 }
 
@@ -39,35 +46,37 @@ function duration(seconds) {
 }
 
 function startTables() {
-  fillTable(
-    document.getElementById("site-table"),
-    ["graph", "layer", "planned", "ran", "heads", "kv", "dim", "patterns or reason", "source"],
-    data.graphs.flatMap((graph, i) => graph.sites.map((site) => [i, site.layer, site.status, site.ran || "-", site.num_heads, site.num_kv_heads, site.head_dim, site.reason || site.patterns, site.source])),
-  );
-  const breaks = document.getElementById("breaks");
-  for (const item of data.breaks) breaks.append(element("p", `graph break: ${item.reason} (${item.source})`, { class: "bad" }));
-  const choice = document.getElementById("kernel-choice");
-  data.kernels.forEach((kernel, i) => choice.append(element("option", kernel.name, { value: i })));
-  if (!data.kernels.length) document.getElementById("kernels").hidden = true;
-  else {
-    const show = () => {
-      const kernel = data.kernels[choice.value || 0];
-      document.getElementById("kernel-details").textContent = kernel.details.map(([name, value]) => `${name}: ${value}`).join(", ");
-      document.getElementById("kernel").innerHTML = kernel.html; // highlighted and escaped when the page was built
-    };
-    choice.addEventListener("change", show);
-    show();
-  }
+  byId("kernel-choice").addEventListener("change", showKernel);
+  fillTables();
 }
 
-for (const [value, label] of data.tiles) {
-  const tile = element("div", undefined, { class: "tile" });
-  tile.append(element("b", value), element("span", label));
-  document.getElementById("tiles").append(tile);
+function fillTables() {
+  const heading = ["layer", "planned", "ran", "density", "lost mass", "output error", "sparse time", "dense time", "times dense"];
+  fillTable(byId("layer-table"), heading, data.rows.map((row) => {
+    if (!row.measured) return [row.label, row.status, row.lowering || "-", "-", "-", "-", "-", "-", "-"];
+    const ours = row.index_seconds + row.attention_seconds;
+    const timed = row.dense_seconds > 0 && ours > 0;
+    const plan = (planned, ran) => (row.ran_because ? `${percent(ran)}, planned ${percent(planned)}` : percent(planned));
+    return [row.label, row.status, row.ran_because ? `dense: ${row.ran_because}` : row.lowering, plan(row.planned.density, row.ran.density),
+      plan(1 - row.planned.recall, 1 - row.ran.recall), row.error === null ? "-" : plan(row.error, 0),
+      ours ? duration(ours) : "-", row.dense_seconds ? duration(row.dense_seconds) : "-", timed ? `${(row.dense_seconds / ours).toFixed(2)}x` : "-"];
+  }));
+  fillTable(
+    byId("site-table"),
+    ["graph", "layer", "planned", "ran", "heads", "kv", "dim", "patterns or reason", "source"],
+    data.graphs.flatMap((graph, i) => graph.sites.map((site) => [i, site.layer, site.status, site.ran || "-", site.num_heads, site.num_kv_heads, site.head_dim, site.reason || site.patterns, shortPath(site.source)])),
+  );
+  byId("breaks").replaceChildren(...data.breaks.map((item) => element("p", `graph break: ${item.reason} (${item.source})`, { class: "bad" })));
+  byId("sites").hidden = !data.graphs.length && !data.breaks.length;
+  byId("layers").hidden = !data.profiled;
+  byId("kernel-choice").replaceChildren(...page.kernels.map((kernel, i) => element("option", kernel.name, { value: i })));
+  byId("kernels").hidden = !page.kernels.length;
+  showKernel();
 }
-document.getElementById("summary").textContent = data.summary;
-startHeads();
-startGraphs();
-startTables();
-redrawers.push(drawBars);
-startTheme();
+
+function showKernel() {
+  const kernel = page.kernels[byId("kernel-choice").value || 0];
+  if (!kernel) return;
+  byId("kernel-details").textContent = kernel.details.map(([name, value]) => `${name}: ${value}`).join(", ");
+  byId("kernel").innerHTML = kernel.html; // highlighted and escaped when the page was built
+}

@@ -1,0 +1,141 @@
+"""What sparse attention lost while a model ran: measured on some rows of each call, as it runs.
+
+`options={"measure": True}` gives the attention op a number by which its losses are kept here; the
+rows are those of mpass.lowering.exact_rows. Nothing is read back: numbers stay on the device until
+somebody asks (`losses_of`). While a CUDA graph is captured nothing is measured, since a replay runs
+no Python. Letters: B batch, H query heads, Nq queries, R rows looked at.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpass.lowering.exact_rows import exact_rows, kept_mass
+from mpass.lowering.index import SparseIndex
+from mpass.lowering.inputs import AttentionInputs
+
+MOST_KEPT = 4096
+"""Attentions whose losses are kept; the one measured least recently is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What one attention of a model lost on its last prompt, one number per query head.
+
+    error: root of the squared distance of its output to the exact one over the exact one's square,
+    both summed over the rows looked at; lost: the share of softmax mass on keys that were not
+    computed, mean over rows; worst: of the row that lost most; rows: how many were looked at (batch
+    rows and chunks of the prompt together); dense: how many of the calls ran dense, of `calls`.
+    """
+
+    error: tuple[float, ...]
+    lost: tuple[float, ...]
+    worst: tuple[float, ...]
+    rows: int
+    calls: int
+    dense: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums of one attention since its prompt began: fp64 [4, H], and of rows [H].
+
+    sums: squared error, square of the exact output, lost mass; worst: greatest lost mass.
+    """
+
+    sums: Tensor | None = None
+    worst: Tensor | None = None
+    calls: int = 0
+    dense: int = 0
+
+
+@dataclass(slots=True)
+class Meter:
+    """What was measured, by the numbers of attentions."""
+
+    known: OrderedDict[int, Tally] = field(default_factory=OrderedDict)
+
+    def tally(self, number: int, fresh: bool) -> Tally:
+        """The sums of an attention; empty ones where a prompt begins."""
+        found = None if fresh else self.known.get(number)
+        found = found or Tally()
+        self.known.pop(number, None)
+        self.known[number] = found
+        if len(self.known) > MOST_KEPT:
+            self.known.popitem(last=False)
+        return found
+
+
+_meter = Meter()
+
+_paused: ContextVar[bool] = ContextVar("mpass_meter_paused", default=False)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Measure nothing inside, so that it can be timed without."""
+    token = _paused.set(True)
+    try:
+        yield
+    finally:
+        _paused.reset(token)
+
+
+def start_prompt(number: int) -> None:
+    """Forget what was measured of an attention: a prompt begins."""
+    if not _paused.get():
+        _meter.tally(number, fresh=True)
+
+
+def measure_call(
+    inputs: AttentionInputs, index: SparseIndex, out: Tensor, number: int, *, dense: bool
+) -> None:
+    """Add to what is known of an attention what one call of it lost.
+
+    out: [B, H, Nq, Dv], what was computed; number: of the attention, negative where the call is a
+    part of one whose `start_prompt` the caller has told; else a call without a prefix begins a
+    prompt. dense: whether the call computed every key, and so lost nothing.
+    """
+    if _paused.get() or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    tally = _meter.tally(abs(number), fresh=number > 0 and inputs.mask.query_offset == 0)
+    tally.calls += 1
+    if dense:
+        tally.dense += 1
+        return
+    for exact in exact_rows(inputs):
+        real = exact.counted[:, None]
+        gap = (out[:, :, exact.rows].to(exact.output.dtype) - exact.output).square().sum(-1)
+        square = exact.output.square().sum(-1)
+        total = exact.weights.sum(-1)
+        lost = (total - kept_mass(exact, inputs, index)).clamp(min=0.0)
+        per_row = torch.stack([gap, square, lost, torch.ones_like(lost)]) * real
+        sums = per_row.sum((1, 3), dtype=torch.float64)
+        worst = (lost * real).amax((0, 2))
+        tally.sums = sums if tally.sums is None else tally.sums + sums
+        tally.worst = worst if tally.worst is None else torch.maximum(tally.worst, worst)
+
+
+def loss_of(number: int) -> Loss | None:
+    """What an attention lost on its last prompt; None if it was not measured. Reads the device."""
+    tally = _meter.known.get(number)
+    if tally is None or tally.calls == 0:
+        return None
+    if tally.sums is None or tally.worst is None:
+        return Loss((), (), (), 0, tally.calls, tally.dense)
+    gap, square, lost, rows = tally.sums.cpu()
+    return Loss(
+        error=tuple((gap / square.clamp(min=1e-30)).sqrt().tolist()),
+        lost=tuple((lost / rows.clamp(min=1)).tolist()),
+        worst=tuple(tally.worst.tolist()),
+        rows=int(rows.max()),
+        calls=tally.calls,
+        dense=tally.dense,
+    )
