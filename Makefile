@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 ARGS ?=
@@ -35,6 +36,7 @@ help:
 	@echo "  make lint     check the style and the format of the code"
 	@echo "  make format   repair the style and the format of the code"
 	@echo "  make types    check the types"
+	@echo "  make docs     write the documentation as a site to build/site, links checked"
 	@echo "  make venv     set up $(VENV) and nothing else"
 	@echo "  make clean    remove $(VENV), build outputs and caches"
 
@@ -97,6 +99,18 @@ types: venv
 	ln -s $(CURDIR)/mpass/* $(CURDIR)/lowering $(CURDIR)/patterns build/types/mpass/
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
 	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --strict --follow-imports=silent $(CURDIR)/tests/typing
+
+# The site's own environment: it needs nothing of mpass but the sources.
+$(DOCS_VENV)/.installed: docs/site/requirements.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -r docs/site/requirements.txt
+	touch $@
+
+docs: $(DOCS_VENV)/.installed
+	rm -rf build/types && mkdir -p build/types/mpass
+	for part in $(CURDIR)/mpass/* $(CURDIR)/lowering $(CURDIR)/patterns; do \
+	  ln -sfn $$part build/types/mpass/; done
+	$(DOCS_VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

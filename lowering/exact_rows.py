@@ -36,14 +36,16 @@ HASH = 2654435761
 class ExactRows:
     """Some rows of an attention, exactly.
 
-    rows: which of the queries, int64 [R]; counted: bool [B, R], False for padding and for rows that
-    see nothing; weights: softmax weights, fp32 [B, H, R, J * BLOCK], 0 where a row sees no key;
-    output: fp32 [B, H, R, Dv]; stop: the position after the last row that may be among them.
+    rows: which of the queries, int64 [R]; counted: bool [B, R], False for padding and for rows
+    that see nothing; weights: softmax weights, fp32 [B, H, R, J * BLOCK], 0 where a row sees no
+    key; mass: their sums per key block, [B, H, R, J]; output: fp32 [B, H, R, Dv]; stop: the
+    position after the last row that may be among them.
     """
 
     rows: Tensor
     counted: Tensor
     weights: Tensor
+    mass: Tensor
     output: Tensor
     stop: int
 
@@ -68,12 +70,13 @@ def exact_rows(inputs: AttentionInputs, count: int = ROWS) -> Iterator[ExactRows
     few = FEW_ROWS if device_lowering(query.device).decides_by_cost else count
     at_once = max(1, min(few, CHUNK_BYTES // (4 * batch * heads * max(1, num_keys))))
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = key.to(wide)
+    keys, values = key.to(wide), value.to(wide)
     for first in range(0, count, at_once):
         last = min(count, first + at_once)
         rows = sampled_rows(num_queries, first, last, count, query.device)
         stop = mask.query_offset + last * num_queries // count
-        seen = min(num_keys, stop) if mask.causal else num_keys
+        # Whole blocks, so that their sums need no copy.
+        seen = min(num_keys, -(-stop // BLOCK) * BLOCK) if mask.causal else num_keys
         positions = rows + mask.query_offset
         allowed = allowed_cells(mask, positions, num_keys)[..., :seen]
         picked = query[:, :, rows].to(wide).unflatten(1, (kv_heads, -1)).flatten(2, 3)
@@ -81,28 +84,43 @@ def exact_rows(inputs: AttentionInputs, count: int = ROWS) -> Iterator[ExactRows
         scores = scores.view(batch, heads, len(rows), seen)
         if inputs.softcap > 0:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-        weights = masked_softmax(scores, allowed, inputs.sink_logits)
+        weights = row_weights(scores, allowed, inputs)
         grouped = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-        output = grouped @ value[:, :, :seen].to(wide)
+        output = grouped @ values[:, :, :seen]
         counted = allowed.any(-1)[:, 0].expand(batch, -1)
         if mask.key_mask is not None and num_keys >= mask.query_offset + num_queries:
             counted = counted & mask.key_mask[:, positions]
+        if seen % BLOCK:
+            weights = torch.nn.functional.pad(weights, (0, -seen % BLOCK))
         yield ExactRows(
             rows,
             counted,
-            torch.nn.functional.pad(weights, (0, -seen % BLOCK)),
+            weights,
+            weights.unflatten(-1, (-1, BLOCK)).sum(-1),
             output.view(batch, heads, len(rows), -1),
             stop,
         )
+
+
+def row_weights(scores: Tensor, allowed: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Softmax weights of scores [B, H, R, Nv], which are overwritten.
+
+    Where causality alone hides keys every row sees one, and the rest is one pass less.
+    """
+    mask = inputs.mask
+    if inputs.sink_logits is not None or mask.key_mask is not None or mask.window > 0:
+        return masked_softmax(scores, allowed, inputs.sink_logits)
+    if mask.causal:
+        scores.masked_fill_(~allowed, -torch.inf)
+    return torch.softmax(scores, -1)
 
 
 def kept_mass(exact: ExactRows, inputs: AttentionInputs, index: SparseIndex) -> Tensor:
     """The softmax mass of each row on keys that an index selects: [B, H, R]."""
     mask, weights = inputs.mask, exact.weights
     blocks = (exact.rows + mask.query_offset) // BLOCK
-    per_block = weights.unflatten(-1, (-1, BLOCK)).sum(-1)
-    chosen = chosen_blocks(exact, inputs, index, per_block.shape[-1])
-    kept = (per_block * chosen).sum(-1)
+    chosen = chosen_blocks(exact, inputs, index, exact.mass.shape[-1])
+    kept = (exact.mass * chosen).sum(-1)
     if index.column_index.shape[-1] == 0:
         return kept
     columns = index.column_index.long().clamp(max=weights.shape[-1] - 1)

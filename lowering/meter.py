@@ -114,7 +114,7 @@ def measure_call(
         real = exact.counted[:, None]
         gap = (out[:, :, exact.rows].to(exact.output.dtype) - exact.output).square().sum(-1)
         square = exact.output.square().sum(-1)
-        total = exact.weights.sum(-1)
+        total = exact.mass.sum(-1)
         lost = (total - kept_mass(exact, inputs, index)).clamp(min=0.0)
         per_row = torch.stack([gap, square, lost, torch.ones_like(lost)]) * real
         sums = per_row.sum((1, 3), dtype=torch.float64)

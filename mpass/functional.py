@@ -49,6 +49,7 @@ def attend(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     window: int = 0,
     dense_above: float = DENSE_ABOVE,
     layer: int = -1,
@@ -68,6 +69,7 @@ def attend(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     window: int = 0,
     dense_above: float = DENSE_ABOVE,
     layer: int = -1,
@@ -86,6 +88,7 @@ def attend(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     window: int = 0,
     dense_above: float = DENSE_ABOVE,
     layer: int = -1,
@@ -109,6 +112,8 @@ def attend(
     softcap: scores become softcap * tanh(score / softcap) if it is above 0.
     sinks: float [H], one more logit per head, which takes part in the softmax and has no value.
     key_mask: bool [B, Nk], False for padding.
+    key_bias: float [B or 1, H or Hk or 1, Nk], added to the scaled scores of each key, before a
+        softcap. ALiBi is slope * position of the key: a row's own position changes no weight.
     window: the sliding window in tokens, a query's own included; 0 for none.
     dense_above: dense attention runs where more than this share of the dense work is selected, or
         where it is faster as measured; 1 or more for never. On GPUs, whose host reads no index,
@@ -134,6 +139,10 @@ def attend(
     if sinks is not None:
         sinks = checked_sinks(sinks, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if key_bias is not None:
+        check_bias(key_bias, query, key)
+        given = (query, key, key_bias[:, :, None], 1.0, scale, False)
+        query, key = torch.ops.minference.with_key_bias.default(*given)
     kv_group = query.shape[1] // key.shape[1]
     heads = heads_of(patterns, query.shape[1], layer, kv_group=kv_group)
     end = mask.query_offset + query.shape[2]
@@ -344,6 +353,23 @@ def checked_sinks(sinks: Tensor, query: Tensor) -> Tensor:
     if sinks.device != query.device:
         raise DeviceError(sinks.device, f"the query's, {query.device}, for sinks")
     return sinks.contiguous()
+
+
+def check_bias(bias: object, query: Tensor, key: Tensor) -> None:
+    """Raise unless a bias per key is one: a float for each key, of a head or of all."""
+    if not isinstance(bias, Tensor):
+        raise TensorTypeError("key_bias", bias)
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise GradientError("key_bias")
+    (batch, heads), (kv_heads, num_keys) = query.shape[:2], key.shape[1:3]
+    fits = bias.dim() == 3 and bias.shape[0] in (1, batch) and bias.shape[2] == num_keys
+    if not fits or bias.shape[1] not in (1, kv_heads, heads) or not bias.is_floating_point():
+        raise ShapeError(
+            f"key_bias is {bias.dtype} {list(bias.shape)}; expected a float of [B or 1, H or Hk "
+            f"or 1, Nk], here {[batch, heads, num_keys]}"
+        )
+    if bias.device != query.device:
+        raise DeviceError(bias.device, f"the query's, {query.device}, for key_bias")
 
 
 def attention_mask(

@@ -45,7 +45,7 @@ class Options:
     training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
     over the keys that were chosen and none through the choice; "dense" leaves it as it is.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
-    lost (mpass.lowering.meter); it costs about 2% of dense attention at 8192 tokens.
+    lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
     inductor: options passed on to Inductor.
     config_source: where pattern or config come from, in words for the report.

@@ -25,6 +25,7 @@ from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.key_bias import bias_channels
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.patterns.base.work import layer_work
@@ -135,8 +136,12 @@ def reason_to_skip(site: AttentionSite) -> str:
         return "the numbers of heads and head_dim must be known when compiling"
     if site.num_heads % site.num_kv_heads:
         return f"{site.num_heads} query heads do not divide over {site.num_kv_heads} kv heads"
-    if max(site.head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
-        return f"head_dim {max(site.head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
+    head_dim = site.head_dim
+    if site.key_bias is not None:
+        heads = (site.num_heads, site.num_kv_heads, site.num_heads)
+        head_dim += bias_channels(site.compute_dtype, *heads)
+    if max(head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
+        return f"head_dim {max(head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
     inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
     reason = reason_against(inputs)
     if reason:

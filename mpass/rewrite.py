@@ -72,7 +72,8 @@ def rewrite_attention(
 def reading(site: AttentionSite, taken_over: Mapping[fx.Node, fx.Node]) -> AttentionSite:
     """A site that reads what took the place of attentions before it, writes to that included."""
     query, key, value = (taken_over.get(n, n) for n in (site.query, site.key, site.value))
-    return dataclasses.replace(site, query=query, key=key, value=value)
+    bias = None if site.key_bias is None else taken_over.get(site.key_bias, site.key_bias)
+    return dataclasses.replace(site, query=query, key=key, value=value, key_bias=bias)
 
 
 def replace_planned(
@@ -146,7 +147,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     if mask is None:
         raise AssertionError(f"site {site.path or site.output.name} was planned without a mask")
     with graph.inserting_before(site.output):
-        site = insert_casts(graph, site)
+        site = insert_bias(graph, insert_casts(graph, site))
         plan = dataclasses.replace(plan, site=site)
         key, value, key_mask = insert_keys(graph, site, mask)
         offset = as_argument(graph, mask.query_offset)
@@ -206,7 +207,7 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
     site = plan.site
     read_mask = torch.ops.minference.read_mask.default
     with graph.inserting_before(site.output):
-        site = insert_casts(graph, site)
+        site = insert_bias(graph, insert_casts(graph, site))
         known = graph.find_nodes(op="call_function", target=read_mask)
         read = next((node for node in known if node.args[0] is mask), None)
         if read is None:
@@ -257,6 +258,20 @@ def insert_casts(graph: fx.Graph, site: AttentionSite) -> AttentionSite:
 
     query, key, value = map(cast, (site.query, site.key, site.value))
     return dataclasses.replace(site, query=query, key=key, value=value)
+
+
+def insert_bias(graph: fx.Graph, site: AttentionSite) -> AttentionSite:
+    """The site with its bias per key in more channels of query and key, as kernels read it."""
+    if site.key_bias is None:
+        return site
+    numbers = (site.bias_factor, site.scale, site.sinks is None)
+    arguments = (site.query, site.key, site.key_bias, *numbers)
+    wider = graph.call_function(torch.ops.minference.with_key_bias.default, arguments)
+    pair = [graph.call_function(operator.getitem, (wider, place)) for place in range(2)]
+    for node in (wider, *pair):
+        copy_meta(site.output, node)
+        propagate(node, site.output)
+    return dataclasses.replace(site, query=pair[0], key=pair[1], key_bias=None)
 
 
 def insert_sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:

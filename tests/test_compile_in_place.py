@@ -81,3 +81,19 @@ def test_a_function_is_told_where_to_go():
 def test_a_module_without_sizes_is_compiled():
     model = mpass.compile(nn.Linear(4, 4), inner_backend="eager", mode=None)
     assert model(torch.zeros(1, 4)).shape == (1, 4)
+
+
+def test_a_model_compiled_in_place_is_explained_and_profiled_and_stays_compiled():
+    torch._dynamo.reset()
+    model = tiny_llama()
+    tokens = torch.randint(0, 64, (1, 128))
+    options = {"min_seq_len": 64, "pattern": "a_shape(8, 64)", "dense_above": 2.0}
+    mpass.compile(model.model, **options, inner_backend="eager")
+    kept = model.model._compiled_call_impl
+    with torch.no_grad():
+        model(tokens)
+        explained = mpass.explain(model, tokens, options=options)
+        profiled = mpass.profile(model, tokens, options=options)
+    assert [site.status for site in explained.sites] == ["sparse", "sparse"]
+    assert len(profiled.layers) == 2 and profiled.layers[0].attention_seconds > 0
+    assert model.model._compiled_call_impl is kept

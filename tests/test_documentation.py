@@ -51,6 +51,34 @@ def test_names_of_mpass_in_a_code_block_exist(block):
     assert [name for name in used if not hasattr(mpass, name)] == []
 
 
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG"))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_links_of_a_page_lead_to_files(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    places = {target.partition("#")[0] for target in LINK.findall(text) if "://" not in target}
+    missing = [place for place in places if place and not (page.parent / place).exists()]
+    assert missing == []
+
+
+def test_every_page_is_in_the_index_or_linked_from_a_page_that_is():
+    docs = ROOT / "docs"
+    seen, waiting = set(), [docs / "index.md", ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in seen or page.suffix != ".md" or not page.is_file():
+            continue
+        seen.add(page)
+        targets = LINK.findall(page.read_text(encoding="utf-8"))
+        waiting += [(page.parent / target.partition("#")[0]).resolve() for target in targets]
+    assert {page for page in docs.rglob("*.md")} <= seen
+
+
 def test_citation_names_this_version_and_the_authors_of_the_licence():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {mpass.__version__}\n" in citation

@@ -32,6 +32,7 @@ SOURCES = sorted([*FOLDER.glob("match/*.py"), *FOLDER.glob("masks/**/*.py"), FOL
 """Where reasons come from."""
 
 NO_REASONS = {
+    "a bias per key is added to the scores",  # of a proof
     "is_causal=True: k <= q",
     "no mask: every key is seen",
     "every key is seen",

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import mpass
 from mpass.story.graphs import kept_graphs
-from tests.helpers.toys import OPTIONS, Attention, Decoder, compile_toy, tiny_llama
+from tests.helpers.toys import EVERY_KEY, OPTIONS, Attention, Decoder, compile_toy, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -119,6 +119,35 @@ def test_graph_breaks_are_named_and_hide_no_layer():
     assert [site.layer for site in report.sites] == [0, 1]
     assert len(report.sparse_sites) == 2
     assert any(n.startswith("graph break: ") and "test_story.py" in n for n in report.notes)
+
+
+@pytest.mark.parametrize("how", ["read at run time", "not read", "no mask"])
+@torch.no_grad()
+def test_offload_hooks_break_a_model_into_graphs_of_one_story(how):
+    """Hooks are not compiled: a layer gets its mask as an input. A report says what helps."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    mpass.register_attention()
+    model = tiny_llama()
+    model.set_attn_implementation("minference" if how == "no mask" else "sdpa")
+    ids = torch.randint(3, 32, (1, 300))
+    expected = model(ids, use_cache=False).logits
+    accelerate.cpu_offload(model, execution_device="cpu")
+    config = mpass.SparseConfig(layers={0: EVERY_KEY, 1: EVERY_KEY})
+    options = OPTIONS | {"config": config, "read_masks": how != "not read"}
+    model.forward = torch.compile(model.forward, backend="minference", options=options)
+    out = model(ids, use_cache=False).logits
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    report = mpass.last_report()
+    dense = how == "not read"
+    if dense:  # no pattern was looked for, so that one graph serves both layers
+        assert [(s.layer, s.status) for s in report.sites] == [(0, "dense")]
+        assert any("1 other module of type LlamaAttention" in note for note in report.notes)
+    else:
+        assert [(s.layer, s.status) for s in report.sites] == [(0, "sparse"), (1, "sparse")]
+        assert not any("other module" in note for note in report.notes)
+    assert report.graphs > 2
+    assert any(n.startswith("graph break: ") and "hooks.py" in n for n in report.notes)
+    assert ('attn_implementation="minference"' in str(report).replace("\n", " ")) == dense
 
 
 @torch.no_grad()

@@ -325,9 +325,9 @@ def one_thread() -> Iterator[None]:
     public name, since it has bound the threads to cores. That binding stays as it is.
     """
     before = torch.get_num_threads()
-    torch._C.set_num_threads(1)  # type: ignore[attr-defined]
+    torch._C.set_num_threads(1)
     try:
         with torch.no_grad():
             yield
     finally:
-        torch._C.set_num_threads(before)  # type: ignore[attr-defined]
+        torch._C.set_num_threads(before)

@@ -145,7 +145,7 @@ def run_calibration(
 
 def number_of_layers(model: Any) -> int | None:
     """How many layers a model of transformers says that it has; None of others."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found: int | None = getattr(text, "num_hidden_layers", None)
     return found

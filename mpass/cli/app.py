@@ -20,6 +20,7 @@ from mpass.cli.evaluate import evaluate
 from mpass.cli.explain import explain
 from mpass.cli.patterns import patterns
 from mpass.cli.profile import profile
+from mpass.cli.serve import PASSED_ON, serve
 from mpass.errors import MpassError
 
 app = typer.Typer(
@@ -63,6 +64,7 @@ def options(
 COMMANDS = (demo, explain, doctor, profile, calibrate, coverage, patterns, draw, check, env)
 
 app.command("eval")(evaluate)
+app.command(context_settings=PASSED_ON)(serve)
 for command in COMMANDS:
     app.command()(command)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from rich.console import RenderableType
 
@@ -17,7 +18,7 @@ def patterns(as_json: AS_JSON = False, output: JSON_OUTPUT = None) -> None:
 
     from mpass.patterns.base import registered_patterns
 
-    listed = [
+    listed: list[dict[str, Any]] = [
         {
             "pattern": name,
             "parameters": {field.name: field.default for field in dataclasses.fields(cls)},

@@ -162,7 +162,7 @@ def import_line(word: str, value: object) -> str:
     if isinstance(value, types.ModuleType):
         return f"import {value.__name__}" if word == value.__name__ else imported_as(value, word)
     module = getattr(value, "__module__", None) or "torch"
-    own = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")
+    own: Any = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")
     try:
         if own.isidentifier() and getattr(importlib.import_module(module), own) is value:
             return f"from {module} import {own} as {word}"

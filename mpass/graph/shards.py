@@ -167,10 +167,12 @@ def read_shard(weight: torch.Tensor) -> Shard | None:
         return None
     mesh: Any = weight.device_mesh
     names = mesh.mesh_dim_names or ()
-    for number, placement in enumerate(weight.placements):
+    placements: tuple[Any, ...] = weight.placements
+    for number, placement in enumerate(placements):
         if not placement.is_shard() or (TP in names and names[number] != TP):
             continue
-        dim = placement.dim % weight.dim()
+        shard: Any = placement
+        dim = shard.dim % weight.dim()
         ranks = mesh.size(number)
         if ranks == 1 or weight.shape[dim] % ranks:
             continue

@@ -66,6 +66,9 @@ class AttentionSite:
     mask_tensor: the node of an unproven mask [.., Nq, Nk] that can be read at run time: bool, or
     added to the scores last. Nothing is claimed of it.
     dtype: what the products are computed in where autocast narrows them; None: the query's.
+    key_bias: the node of numbers that are added to the scores of each key, the same in every row:
+    [B or 1, H or 1, 1, Nk], or with fewer dimensions as lowering/key_bias.py reads them; times
+    bias_factor. None for none.
     """
 
     output: fx.Node
@@ -87,6 +90,8 @@ class AttentionSite:
     listed: ListedBlocks | None = None
     mask_tensor: fx.Node | None = None
     dtype: torch.dtype | None = None
+    key_bias: fx.Node | None = None
+    bias_factor: float = 1.0
 
     @property
     def read_mask(self) -> fx.Node | None:

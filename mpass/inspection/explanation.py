@@ -6,11 +6,12 @@ those of this very input.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,23 @@ def run_captured(
 ) -> Log:
     """Compile a model by a capture and run it once; `inspect` sees every sparse attention."""
     original = getattr(model, "_orig_mod", model)
-    with record(inspect) as log:
+    with uncompiled(original), record(inspect) as log:
         torch.compile(original, backend=capture, dynamic=dynamic)(*args, **kwargs)
     return log
+
+
+@contextlib.contextmanager
+def uncompiled(model: object) -> Iterator[None]:
+    """A model without what `compile` made of its modules in place: it would run that instead."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    held = [(each, each._compiled_call_impl) for each in modules if each._compiled_call_impl]
+    for module, _ in held:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, compiled in held:
+            module._compiled_call_impl = compiled
 
 
 def finish_explanation(

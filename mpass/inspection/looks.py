@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,14 +55,15 @@ class QueryLooks:
         """The looks of some of the queries, by their places in `queries`."""
         place = torch.tensor(list(chosen), dtype=torch.int64)
         return QueryLooks(
-            tuple(self.queries[i] for i in chosen),
-            *(
-                part[:, place]
-                for part in (self.keys, self.weights, self.taken, self.kept, self.count)
-            ),
-            self.seen[place],
-            self.strip_taken[:, place],
-            self.strip_exact[:, place],
+            queries=tuple(self.queries[i] for i in chosen),
+            keys=self.keys[:, place],
+            weights=self.weights[:, place],
+            taken=self.taken[:, place],
+            kept=self.kept[:, place],
+            count=self.count[:, place],
+            seen=self.seen[place],
+            strip_taken=self.strip_taken[:, place],
+            strip_exact=self.strip_exact[:, place],
         )
 
 
@@ -117,7 +119,8 @@ def measure_looks(operands: CallInputs, queries: Sequence[int]) -> QueryLooks:
     keys_, heavy, taken_, kept, count, seen, share, exact = parts
     stacked = [torch.stack(part, 1) for part in (keys_, heavy, taken_, kept, count)]
     strips = [torch.stack(part, 1) for part in (share, exact)]
-    return QueryLooks(tuple(queries), *stacked, torch.stack(seen), *strips)
+    fields: list[Any] = [tuple(queries), *stacked, torch.stack(seen), *strips]
+    return QueryLooks(*fields)
 
 
 def bins_of(num_keys: int, device: torch.device) -> Tensor:

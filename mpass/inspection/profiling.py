@@ -21,7 +21,13 @@ from torch import Tensor
 
 from mpass.files import write_whole
 from mpass.inspection.advice import advise
-from mpass.inspection.explanation import Explanation, finish_explanation, make_capture, run_captured
+from mpass.inspection.explanation import (
+    Explanation,
+    finish_explanation,
+    make_capture,
+    run_captured,
+    uncompiled,
+)
 from mpass.inspection.looks import QueryLooks, choose_queries, measure_looks
 from mpass.inspection.provenance import describe
 from mpass.inspection.recall import Recall, measure_recall
@@ -158,10 +164,11 @@ def profile(
     tell("timing two runs")
     provenance = describe(model, options, about)
     explanation = finish_explanation(model, capture, log, provenance)
-    compiled = torch.compile(getattr(model, "_orig_mod", model), backend=capture, dynamic=dynamic)
+    original = getattr(model, "_orig_mod", model)
+    compiled = torch.compile(original, backend=capture, dynamic=dynamic)
     ran_dense = [bool(item.call.reason) for item in measured]
     losses = measured_losses(explanation)
-    with meter.paused():
+    with meter.paused(), uncompiled(original):
         steps, seconds = time_ops(lambda: compiled(*args, **kwargs), ran_dense)
     if len(steps) != len(measured):
         steps = [(0.0, 0.0)] * len(measured)

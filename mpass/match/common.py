@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from mpass.graph.nodes import (
+    MADE_HERE,
     example,
     is_tensor,
     layer_index,
@@ -148,3 +149,13 @@ def make_site(output: fx.Node, **fields: Any) -> AttentionSite:
     fields.setdefault("path", path)
     fields.setdefault("layer", layer_index(fields["path"]))
     return AttentionSite(output=output, source=source_line(output), **fields)
+
+
+def new_node(before: fx.Node, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call of an op, dead until a rewrite reads it."""
+    with before.graph.inserting_before(before):
+        result = before.graph.call_function(op, args, kwargs)
+    values = [example(arg) if isinstance(arg, fx.Node) else arg for arg in args]
+    result.meta["example_value"] = op(*values, **kwargs)
+    result.meta[MADE_HERE] = True
+    return result

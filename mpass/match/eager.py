@@ -8,8 +8,8 @@ site that stays dense with the reason; a softmax without them (a router's) is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from sympy.core.function import AppliedUndef
@@ -17,7 +17,7 @@ from torch import fx
 
 from mpass.graph.arguments import bind, tensor_arguments
 from mpass.graph.dead_code import is_unread
-from mpass.graph.nodes import MADE_HERE, example, is_tensor, op_name, shape_of
+from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
 from mpass.masks.expressions import axis
 from mpass.masks.prover import MaskProof, MaskProver
@@ -25,6 +25,7 @@ from mpass.match.common import (
     constant_number,
     gradient_reason,
     make_site,
+    new_node,
     readable_mask,
     shape_reason,
 )
@@ -32,6 +33,7 @@ from mpass.match.eager_scores import (
     CASTS,
     FOLDS,
     Chain,
+    Scores,
     fold_of,
     precision_problem,
     read_scores,
@@ -47,6 +49,15 @@ from mpass.match.folds import (
     unfolded,
     without_heads,
 )
+from mpass.match.key_bias import (
+    CAPPED_BIAS,
+    TWO_BIASES,
+    KeyBias,
+    added,
+    first_row,
+    split_bias,
+    with_words,
+)
 from mpass.match.products import Product, bind_scores, bind_value, operands
 from mpass.match.repeat_kv import made_from, original, original_pair
 from mpass.match.spelling import Spelling
@@ -57,6 +68,9 @@ ABSORBING = -1e30
 NO_PRODUCTS = (
     "the products are not of [B, H, N, D] tensors, nor of [B*H, N, D]: expand or reshape them"
 )
+
+
+NO_KEYS = "rows that see no key have a bias per key: hide keys by -inf, not a number"
 
 
 def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
@@ -89,7 +103,7 @@ def build_site(
     product, output = chain.product, weights.output
     query, key, value = bound_operands(chain, weights, first, second, prover)
     folded = len(shape_of(chain.softmax)) == 3
-    scores = read_scores(chain)
+    scores = read_scores(chain, prover)
     sinks = (
         None if chain.sinks is None or folded else sink_logits(chain.sinks, chain.softmax, prover)
     )
@@ -101,10 +115,10 @@ def build_site(
         or written_late((query, key, value), product, output, prover)
         or gradient_reason(output)
     )
-    proof = MaskProof(None, "not read: the site stays dense")
+    proof, bias = MaskProof(None, "not read: the site stays dense"), scores.bias
+    steps: Sequence[tuple[fx.Node, fx.Node]] = ()
     if not reason:
-        leading = leading_sizes(chain.softmax)
-        proof = prover.prove_steps(scores.masks, query, key, chain.softmax, leading)
+        proof, bias, steps = prove_masks(chain, scores, query, key, prover)
     return make_site(
         output,
         query=query,
@@ -115,12 +129,46 @@ def build_site(
         sinks=sinks,
         mask=proof.meaning,
         unproven=proof.reason,
-        mask_tensor=None if reason else added_mask(scores.masks, query, key, chain.softmax, prover),
+        mask_tensor=None if reason else added_mask(steps, query, key, chain.softmax, prover),
+        key_bias=None if bias is None else first_row(bias.node, chain.softmax),
+        bias_factor=1.0 if bias is None else bias.factor,
         output_transposed=second.output_transposed,
         output_folded=len(shape_of(output)) == 3,
         dtype=example(product).dtype,
         dense_reason=reason,
     )
+
+
+def prove_masks(
+    chain: Chain, scores: Scores, query: fx.Node, key: fx.Node, prover: MaskProver
+) -> tuple[MaskProof, KeyBias | None, Sequence[tuple[fx.Node, fx.Node]]]:
+    """What the masks of a chain mean, the bias per key beside them, and the steps of the masks.
+
+    What is added to the scores is a mask where it is proven to be one, and else a bias if it has
+    one number per key.
+    """
+    leading = leading_sizes(chain.softmax)
+
+    def prove(steps: Sequence[tuple[fx.Node, fx.Node]]) -> MaskProof:
+        return prover.prove_steps(steps, query, key, chain.softmax, leading)
+
+    bias, steps = scores.bias, scores.masks
+    proof = prove(steps)
+    if proof.meaning is None:
+        others, biases = split_bias(steps, prover)
+        if biases and scores.softcap > 0:
+            return MaskProof(None, CAPPED_BIAS), None, steps
+        if len(biases) > 1 or (biases and bias is not None):
+            return MaskProof(None, TWO_BIASES), None, steps
+        if biases:
+            node = added(*biases[0])
+            assert node is not None
+            bias, steps, proof = KeyBias(node), others, prove(others)
+    if bias is not None and proof.meaning is not None:
+        if proof.meaning.mean_of_hidden:
+            return MaskProof(None, NO_KEYS), None, steps
+        proof = dataclasses.replace(proof, meaning=with_words(proof.meaning))
+    return proof, bias, steps
 
 
 def bound_operands(
@@ -214,16 +262,6 @@ def as_added(
     hidden = mask if filled else new_node(before, aten.logical_not.default, mask)
     zeros = new_node(before, aten.zeros_like.default, mask, dtype=torch.float32)
     return new_node(before, aten.masked_fill.Scalar, zeros, hidden, lowest)
-
-
-def new_node(before: fx.Node, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-    """A new call of an op, dead until a rewrite reads it."""
-    with before.graph.inserting_before(before):
-        result = before.graph.call_function(op, args, kwargs)
-    values = [example(arg) if isinstance(arg, fx.Node) else arg for arg in args]
-    result.meta["example_value"] = op(*values, **kwargs)
-    result.meta[MADE_HERE] = True
-    return result
 
 
 def rounding(chain: Chain, weights: Weights) -> str:

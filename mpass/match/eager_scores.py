@@ -21,6 +21,14 @@ from mpass.masks.elements import same_view
 from mpass.masks.expressions import number
 from mpass.masks.prover import MaskProver
 from mpass.match.common import constant_number
+from mpass.match.key_bias import (
+    CAPPED_BIAS,
+    TWO_BIASES,
+    KeyBias,
+    added,
+    bias_of_product,
+    is_key_bias,
+)
 from mpass.match.products import is_product
 
 CASTS = frozenset("to type to_copy type_as float double half bfloat16 contiguous".split())
@@ -58,12 +66,16 @@ class Chain:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a chain does to scores before they are masked; `masks` are the steps after."""
+    """What a chain does to scores before they are masked; `masks` are the steps after.
+
+    bias: what the product adds, or an op before a factor; among the masks there may be another.
+    """
 
     scale: float
     softcap: float
     masks: list[tuple[fx.Node, fx.Node]]
     problem: str = ""
+    bias: KeyBias | None = None
 
 
 def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
@@ -81,7 +93,7 @@ def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
         problem = problem or late
         path |= {found, node}
         if is_product(node):
-            return Chain(softmax, node, steps[::-1], sinks, path, alibi_reason(node) or problem)
+            return Chain(softmax, node, steps[::-1], sinks, path, problem)
         name = op_name(node)
         reader = node
         if name == "cat" and sinks is None and is_pair(node):
@@ -234,24 +246,27 @@ def own_maximum(sub: fx.Node) -> set[fx.Node]:
     return {*nodes, node} if own else set()
 
 
-def alibi_reason(product: fx.Node) -> str:
-    """Why a product that adds a bias keeps a site dense."""
-    if op_name(product) == "baddbmm" and argument(product, "beta", 1) != 0:
-        return "baddbmm adds a bias (ALiBi) to the scores: only masks can be served"
-    return ""
+def read_scores(chain: Chain, prover: MaskProver) -> Scores:
+    """Scale and softcap of a chain: factors, then `cap * tanh(x / cap)`, then masks.
 
-
-def read_scores(chain: Chain) -> Scores:
-    """Scale and softcap of a chain: factors, then `cap * tanh(x / cap)`, then masks."""
+    A bias per key may stand before a factor, which is then the bias's as well.
+    """
     masks: list[tuple[fx.Node, fx.Node]] = []
     factor = product_factor(chain.product)
-    if factor is None:
-        return Scores(1.0, 0.0, masks, "scores are scaled by what is not a constant")
+    bias, problem = bias_of_product(chain.product, prover)
+    if factor is None or problem:
+        return Scores(1.0, 0.0, masks, problem or "scores are scaled by what is not a constant")
     before, cap, capped = factor, 1.0, False
     for op, carried in chain.steps:
         name = op_name(op)
         if name in CASTS | FOLDS:
             masks.append((op, carried))
+        elif is_scaled_later(op, carried, chain, prover):
+            if bias is not None or capped:
+                return Scores(before, 0.0, masks, CAPPED_BIAS if capped else TWO_BIASES)
+            node = added(op, carried)
+            assert node is not None
+            bias = KeyBias(node)
         elif name in MASKS:
             masks.append((op, carried))
         elif any(op_name(mask) in MASKS for mask, _ in masks):
@@ -264,15 +279,27 @@ def read_scores(chain: Chain) -> Scores:
             factor = constant_factor(op, carried)
             if factor is None:
                 return Scores(before, 0.0, masks, "scores are scaled by what is not a constant")
+            if bias is not None:
+                bias = KeyBias(bias.node, bias.factor * factor)
             if capped:
                 cap *= factor
             else:
                 before *= factor
     if not capped:
-        return Scores(before, 0.0, masks)
+        return Scores(before, 0.0, masks, bias=bias)
+    if bias is not None:
+        return Scores(before, 0.0, masks, CAPPED_BIAS)
     if cap <= 0:
         return Scores(before, 0.0, masks, f"softcap of {cap}")
     return Scores(before * cap, cap, masks)
+
+
+def is_scaled_later(op: fx.Node, carried: fx.Node, chain: Chain, prover: MaskProver) -> bool:
+    """Whether an op adds a bias per key, and what comes after it scales the scores."""
+    if not is_key_bias(added(op, carried), shape_of(op), prover):
+        return False
+    place = [step for step, _ in chain.steps].index(op)
+    return any(op_name(step) in FACTORS for step, _ in chain.steps[place + 1 :])
 
 
 def product_factor(product: fx.Node) -> float | None:

@@ -24,6 +24,7 @@ from mpass.match.common import (
     shape_reason,
 )
 from mpass.match.folds import folds_to_four, four_dimensional, leading_sizes, readable
+from mpass.match.key_bias import first_row, is_key_bias, with_words
 from mpass.match.repeat_kv import original_pair
 from mpass.match.spelling import Spelling
 
@@ -82,8 +83,20 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     if not reason and leading is None:
         key, value = original_pair(key, value, node, node, prover)
     mask, unproven = mask_of(node, call, prover, leading)
+    bias = None
+    if not reason and mask is None and leading is None and call.is_causal is False:
+        scores = (*shape_of(call.query)[:3], shape_of(key)[2])
+        if call.attn_mask is not None and is_key_bias(call.attn_mask, scores, prover):
+            bias = first_row(call.attn_mask, node)
+            seen = MaskMeaning(causal=False, proof=("no mask: every key is seen",))
+            mask, unproven = with_words(seen), ""
     mask_tensor = None
-    if not reason and call.is_causal is False and readable(call.attn_mask, leading is not None):
+    if (
+        not reason
+        and bias is None
+        and call.is_causal is False
+        and readable(call.attn_mask, leading is not None)
+    ):
         mask_tensor = readable_mask(call.attn_mask, query=call.query, key=key, writes=prover.writes)
     return make_site(
         node,
@@ -94,6 +107,7 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         mask=mask,
         unproven=unproven,
         mask_tensor=mask_tensor,
+        key_bias=bias,
         dense_reason=reason,
         output_folded=leading is not None,
         dtype=example(node).dtype,

@@ -209,5 +209,9 @@ NOT_BUILT = {
     "gemma4_assistant": "drafts tokens on the keys of another model",
     "gemma4_unified_assistant": "drafts tokens on the keys of another model",
     "voxtral_realtime": "hears audio in step with its tokens",
+    "blip-2": "needs an image beside its tokens, with a token for each query of its Q-Former",
+    "instructblip": "needs an image beside its tokens, with a token for each of its Q-Former",
+    "instructblipvideo": "needs a video beside its tokens, with a token for each of its Q-Former",
+    "pi0": "needs the state of a robot",
 }
 """Classes that do not run by themselves, and why."""

@@ -26,13 +26,16 @@ without an attention mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpass.errors import MaskShapeError, MissingPackageError
+from mpass.config.sparse_config import SparseConfig
+from mpass.errors import ArgumentError, MaskShapeError, MissingPackageError
+from mpass.patterns.base import Pattern
 
 NAME = "minference"
 
@@ -42,10 +45,26 @@ JOINED = "and_masks.<locals>.and_mask"
 """transformers' mask functions that may need no cells; blocks of image tokens are an `or_mask`."""
 
 
-def register_attention() -> None:
+def register_attention(
+    *,
+    paged: bool = False,
+    pattern: Pattern | str | None = None,
+    config: SparseConfig | str | Path | None = None,
+    min_seq_len: int | None = None,
+    dense_above: float | None = None,
+) -> None:
     """Register the attention and its mask under the name "minference" with transformers.
 
-    Raises MissingPackageError if transformers is not installed.
+    paged: also serve the packed requests of continuous batching (`generate_batch`, `transformers
+        serve`) on CPUs, in models of attn_implementation="sdpa". What is registered under this name
+        hands everything else on to transformers' own function.
+    pattern, config, min_seq_len, dense_above: as the options of the backend, for paged attention.
+        What they leave open is said by the `minference.json` beside a model, then by the built-in
+        default. A later call with paged=True replaces them.
+
+    Raises MissingPackageError if transformers is not installed, and OptionValueError,
+    UnknownPatternError and ConfigFileError for what paged attention cannot take. ArgumentError is
+    raised where it is given and paged is False: the options of the compile count there.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -56,6 +75,20 @@ def register_attention() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, describe_mask)
+    given: dict[str, Any] = {
+        "pattern": pattern,
+        "config": config,
+        "min_seq_len": min_seq_len,
+        "dense_above": dense_above,
+    }
+    if paged:
+        from mpass.serving.packed_attention import register_packed_attention
+
+        register_packed_attention(**given)
+        return
+    for name, setting in given.items():
+        if setting is not None:
+            raise ArgumentError(name, setting, "None without paged=True: the compile has options")
 
 
 def describe_mask(

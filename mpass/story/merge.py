@@ -49,6 +49,7 @@ def last_report() -> Report:
         *dense_elsewhere(sites, [graph.report for graph in graphs]),
         *limit_notes(graphs),
         *break_notes(graphs),
+        *shared_notes(rows, graphs),
         *unused_layers(rows, graphs[-1].options),
     )
     lengths = [graph.report.min_seq_len for graph in graphs if graph.report.sites]
@@ -124,6 +125,30 @@ def break_notes(graphs: Sequence[CompiledGraph]) -> list[str]:
     if notes:
         notes[-1] += '. What stands between graphs is not compiled; TORCH_LOGS="graph_breaks" '
         notes[-1] += "shows every place"
+    return notes
+
+
+def shared_notes(sites: Sequence[SiteReport], graphs: Sequence[CompiledGraph]) -> list[str]:
+    """How many modules like those that have attention have no row of their own.
+
+    Between graph breaks, and where layers are compiled one by one, Dynamo takes one graph for all
+    modules that it fits; the module that it was made for has the row.
+    """
+    owner = owner_of(graphs)
+    shown = {site.module for site in sites}
+    if not isinstance(owner, nn.Module):
+        return []
+    named = [(name, module) for name, module in owner.named_modules() if id(module) in shown]
+    notes = []
+    for kind in dict.fromkeys(type(module) for _, module in named):
+        count = sum(type(m) is kind and id(m) not in shown for m in owner.modules())
+        if count:
+            first = next(name for name, module in named if type(module) is kind)
+            others = f"{count} other module{'s' * (count > 1)}"
+            notes.append(
+                f"{others} of type {kind.__name__} had no graph of their own: those that ran did "
+                f"so by a graph of this table, such as that of {first or 'the model'}"
+            )
     return notes
 
 

@@ -75,7 +75,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (r"^mpass failed", "report it; the results are right"),
     (r"mask is not proven", "build the mask from positions in int64"),
-    (r"bias", "nothing: only masks are served"),
+    (r"two biases", "add the biases to each other first"),
+    (r"bias|what differs", "add one number per key, as [.., 1, Nk]: other biases are not served"),
 )
 """Regular expressions of reasons, the first that is found decides, and what to do."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from mpass.graph.nodes import MADE_HERE, example
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.key_bias import as_rows
 from mpass.lowering.mask_forms import HIDDEN
 from mpass.lowering.reference.attention import allowed_cells, repeat_kv
 from mpass.match.repeat_kv import made_from
@@ -27,7 +28,7 @@ def claim_key(site: AttentionSite) -> tuple[Any, ...]:
     inputs = (*map(shape_now, (site.query, site.key, site.value)), site.compute_dtype)
     numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed)
     meaning = (site.read_mask, mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
-    return (*inputs, *numbers, *meaning, str(mask.valid_keys))
+    return (*inputs, *numbers, *meaning, str(mask.valid_keys), site.key_bias, site.bias_factor)
 
 
 def claimed_cells(mask: MaskMeaning | None, run: Run, site: AttentionSite, rows: Tensor) -> Tensor:
@@ -71,6 +72,9 @@ def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
     key = repeat_kv(key, query.shape[1]).double()
     scores = query @ key.transpose(-1, -2) * site.scale
     scores = site.softcap * torch.tanh(scores / site.softcap) if site.softcap > 0 else scores
+    if site.key_bias is not None:
+        bias = as_rows(run.whole(site.key_bias).double(), *query.shape[:2])
+        scores = scores + bias[:, :, None] * site.bias_factor
     added = site.read_mask
     if added is None or example(added).dtype == torch.bool:
         return scores
@@ -86,10 +90,11 @@ def tolerance(site: AttentionSite) -> float:
 
 
 def mask_inputs(site: AttentionSite) -> list[fx.Node]:
-    """The tensors that a claim about a mask reads: the key mask, or the mask itself."""
+    """The tensors that a claim about a mask reads: the key mask, or the mask itself; a bias."""
+    bias = [] if site.key_bias is None else [site.key_bias]
     if site.read_mask is not None:
-        return [site.read_mask]
-    return [site.mask.key_mask] if site.mask is not None and site.mask.key_mask else []
+        return [site.read_mask, *bias]
+    return [*bias, site.mask.key_mask] if site.mask is not None and site.mask.key_mask else bias
 
 
 def operands(site: AttentionSite) -> list[fx.Node]:

@@ -255,9 +255,25 @@ def written_in_part(q, k, v):
 
 
 def alibi(q, k, v):
-    bias = torch.arange(N).float().expand(4, N, N)
+    bias = (torch.arange(N)[:, None] * torch.arange(N) % 7).float().expand(4, N, N)
     scores = torch.baddbmm(bias, q[0], k[0].mT).view(1, 4, N, N)
     return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
+def two_biases(q, k, v):
+    one, other = torch.arange(N) / N, torch.arange(N) % 3 / 2
+    return (q @ k.mT + one + other).masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
+def bias_after_cap(q, k, v):
+    scores = 5 * (q @ k.mT).tanh() + torch.arange(N) / N
+    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
+
+
+def bias_of_no_keys(q, k, v):
+    keep = torch.arange(N) > k[:, 0, 0, :1]
+    scores = q @ k.mT + torch.arange(N) / N
+    return scores.masked_fill(~keep[:, None, None], -1e30).softmax(-1) @ v  # here
 
 
 def scaled_after_mask(q, k, v):
@@ -389,7 +405,10 @@ PROGRAMS: dict[str, Case] = {
     "vmap": Case(in_vmap, "inside of torch.vmap or torch.func"),
     "broadcast": Case(broadcast_scores, "scores are broadcast by masked_fill"),
     "written in part": Case(written_in_part, "scores are written in place"),
-    "baddbmm": Case(alibi, "baddbmm adds a bias (ALiBi)"),
+    "baddbmm": Case(alibi, "baddbmm adds to the scores what differs"),
+    "two biases": Case(two_biases, "two biases are added to the scores"),
+    "bias after a cap": Case(bias_after_cap, "a bias is added to scores that have a softcap"),
+    "bias of rows without keys": Case(bias_of_no_keys, "rows that see no key have a bias per key"),
     "scaled after the mask": Case(scaled_after_mask, "scores are changed by mul after the mask"),
     "capped twice": Case(capped_twice, "two tanh on the scores"),
     "scaled by a tensor": Case(scaled_by_tensor, "scores are scaled by what is not a constant"),

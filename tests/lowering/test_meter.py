@@ -130,7 +130,7 @@ def test_selecting_every_key_loses_nothing_and_a_dense_call_counts_as_one():
 
 
 def test_chunks_of_a_prompt_are_added_up_and_a_new_prompt_starts_anew():
-    query, key, value = random_attention(num_queries=256)
+    query, key, value = random_attention(num_queries=512)
     pattern = mpass.AShape(1, 64)
 
     def run(start, stop):
@@ -141,13 +141,13 @@ def test_chunks_of_a_prompt_are_added_up_and_a_new_prompt_starts_anew():
         out = reference.sparse_attention(inputs, index)
         meter.measure_call(inputs, index, out, 11, dense=False)
 
-    run(0, 128)
+    run(0, 256)
     first = meter.loss_of(11)
-    run(128, 256)
+    run(256, 512)
     both = meter.loss_of(11)
     assert (first.rows, both.rows, both.calls) == (64, 128, 2)
     assert both.lost[0] > first.lost[0] > 0
-    run(0, 128)
+    run(0, 256)
     assert meter.loss_of(11) == first
 
 

@@ -92,11 +92,6 @@ def given_to_sdpa(q, k, v, keep):
     return F.scaled_dot_product_attention(q, k, v, bias.expand(-1, -1, N, -1))
 
 
-def added_small(q, k, v, keep):
-    bias = torch.zeros(keep.shape).masked_fill(~keep, -1e4)[:, None, None]
-    return (q @ k.mT * 0.2 + bias).softmax(-1) @ v
-
-
 def hidden_unlike(q, k, v, keep):
     scores = (q @ k.mT * 0.2).masked_fill(~keep[:, None, None], -1e9)
     return scores.masked_fill(torch.arange(N) >= N - 10, -1e12).softmax(-1) @ v
@@ -118,7 +113,6 @@ WITHOUT_KEYS = {
         (chosen, "sparse"),
         (added, "sparse"),
         (given_to_sdpa, "sparse"),
-        (added_small, "dense"),  # softmax of the scores themselves, rounded
         (hidden_unlike, "dense"),  # the mean of the first values
     ],
 )

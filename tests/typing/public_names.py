@@ -70,4 +70,4 @@ def inspect(model: nn.Module, tokens: Tensor) -> str:
 
 
 mpass.no_such_thing(1)  # type: ignore[attr-defined]
-mpass.sparse_attention(1, 2, 3)  # type: ignore[call-arg, arg-type]
+mpass.sparse_attention(1, 2, 3)  # type: ignore[call-overload]

@@ -117,8 +117,8 @@ def test_wrong_mask_mod_is_found(wrong_proofs, monkeypatch):
 def test_wrong_scale_is_found(monkeypatch):
     from mpass.match import eager
 
-    def wrong(chain):
-        scores = original(chain)
+    def wrong(*arguments):
+        scores = original(*arguments)
         return replace(scores, scale=scores.scale * 1.01)
 
     original = eager.read_scores

@@ -236,8 +236,11 @@ def least_lengths(
     return LeastLengths(keys, min(FEWEST_QUERIES, keys))
 
 
-def describe(plans: Sequence[LayerPlan]) -> str:
-    """What becomes of the layers, for the log: `28 layers sparse from 2048 keys on (union) ...`."""
+def describe(plans: Sequence[LayerPlan], engine: str = "vLLM's") -> str:
+    """What becomes of the layers, for the log: `layers 0-27 are sparse from 2048 keys on: ...`.
+
+    engine: whose the others are.
+    """
     sparse: dict[tuple[str, int, str], list[int]] = {}
     dense: dict[str, list[int]] = {}
     for plan in plans:
@@ -251,7 +254,7 @@ def describe(plans: Sequence[LayerPlan]) -> str:
         for (names, keys, source), layers in sparse.items()
     ]
     lines += [
-        f"layers {in_spans(sorted(set(layers)))} are vLLM's own: {reason}"
+        f"layers {in_spans(sorted(set(layers)))} are {engine} own: {reason}"
         for reason, layers in dense.items()
     ]
     return "; ".join(lines) or "no layers"

@@ -1,0 +1,128 @@
+"""A bias per key, carried by more channels of query and key: every kernel and estimator sees it.
+
+Attention that adds b[h, j] to the score of key j is attention over longer vectors: the key gets b /
+scale as a channel more and the query the number 1, so that scale * (q, 1) . (k, b / scale) = scale
+* q . k + b. No kernel and no estimator has to know. ALiBi is such a bias: slope * (j - i) differs
+from slope * j by one number for a whole row, which softmax does not see. The slope of each query
+head reads a channel of its own where several share a kv head.
+
+Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PARTS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 3, torch.float16: 3}
+"""Channels that hold one bias: what one number of the dtype cannot say, the next ones do."""
+
+CHANNELS = 8
+"""Head dims are widened by a multiple of this."""
+
+LARGEST = {torch.float16: 3e4}
+"""The largest number that a channel may hold, where infinity is near."""
+
+
+def bias_channels(dtype: torch.dtype, heads: int, kv_heads: int, bias_heads: int) -> int:
+    """How many channels query and key get.
+
+    bias_heads: heads that have a bias of their own: 1, the kv heads, or the query heads.
+    """
+    own = heads // kv_heads if bias_heads == heads else 1
+    needed = PARTS[dtype] * own
+    return -(-needed // CHANNELS) * CHANNELS
+
+
+def with_key_bias(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Query [B, H, Nq, D + C] and key [B, Hk, Nk, D + C] whose scores have the bias in them.
+
+    query: [B, H, Nq, D]. key: [B, Hk, Nk, D]. scale: factor of the scores, not 0.
+    bias: float [B or 1, H or Hk or 1, Nk], added to the scaled scores.
+    """
+    batch, heads, num_queries, _ = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    own = heads // kv_heads if bias.shape[1] == heads else 1
+    rows = bias.to(wide) / scale
+    if bias.shape[1] == heads:
+        rows = rows.reshape(rows.shape[0], kv_heads, own, num_keys)
+    else:
+        rows = rows[:, :, None]
+    rows = rows.expand(batch, kv_heads, own, num_keys).transpose(2, 3)
+    factor = 1.0
+    limit = LARGEST.get(query.dtype, 1e30)
+    if query.dtype == torch.float16:  # the query has a larger number, the key a smaller one
+        factor = 2.0**6
+        rows = rows / factor
+    rows = rows.clamp(-limit, limit)  # zero times infinity is no number in the heads beside it
+    parts = []
+    for _ in range(PARTS[query.dtype]):
+        part = rows.to(query.dtype)
+        parts.append(part)
+        rows = rows - part.to(wide)
+    count = len(parts) * own
+    channels = -(-count // CHANNELS) * CHANNELS
+    more_keys = key.new_zeros(batch, kv_heads, num_keys, channels)
+    more_keys[..., :count] = torch.cat(parts, dim=-1)
+    more_queries = query.new_zeros(batch, heads, num_queries, channels)
+    reads = torch.arange(heads, device=query.device) % own
+    picked = torch.nn.functional.one_hot(reads, own).repeat(1, len(parts)).to(query.dtype)
+    more_queries[..., :count] = picked[None, :, None, :] * factor
+    return torch.cat([query, more_queries], -1), torch.cat([key, more_keys], -1)
+
+
+def as_rows(bias: Tensor, batch: int, heads: int) -> Tensor:
+    """A bias of any number of dimensions, with one query row, as [B or 1, H' or 1, Nk].
+
+    bias: [B or 1, H' or 1, 1, Nk]; [B * H, 1, Nk], [H, 1, Nk] or [1, 1, Nk]; [1, Nk]; or [Nk].
+    """
+    if bias.dim() == 4:
+        return bias[:, :, 0]
+    if bias.dim() < 3:
+        return bias.reshape(1, 1, bias.shape[-1])
+    rows = bias[:, 0]
+    return rows.reshape(batch, heads, -1) if rows.shape[0] == batch * heads else rows[None]
+
+
+@torch.library.custom_op(
+    "minference::with_key_bias",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor bias, float factor, float scale, bool shifted) -> "
+    "(Tensor, Tensor)",
+)
+def with_key_bias_op(
+    query: Tensor, key: Tensor, bias: Tensor, factor: float, scale: float, shifted: bool
+) -> tuple[Tensor, Tensor]:
+    """`with_key_bias` of a bias in the dimensions that a program has it in, times a factor.
+
+    shifted: take the largest of all keys from each, so that small numbers are rounded and not large
+    ones. No weight changes by it, but sinks and log-sum-exps would.
+    """
+    rows = as_rows(bias, query.shape[0], query.shape[1])
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) * factor
+    if shifted:
+        rows = rows - rows.amax(-1, keepdim=True)
+    return with_key_bias(query, key, rows.expand(*rows.shape[:2], key.shape[2]), scale)
+
+
+@with_key_bias_op.register_fake
+def _(
+    query: Tensor, key: Tensor, bias: Tensor, factor: float, scale: float, shifted: bool
+) -> tuple[Tensor, Tensor]:
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if bias.dim() == 4:
+        own = bias.shape[1]
+    else:
+        own = heads if bias.dim() == 3 and not statically_one(bias.shape[0]) else 1
+    channels = bias_channels(query.dtype, heads, kv_heads, heads if own == heads else 1)
+
+    def wider(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(*tensor.shape[:3], tensor.shape[3] + channels)
+
+    return wider(query), wider(key)
+
+
+def statically_one(size: int) -> bool:
+    """Whether a size is the number 1 and no symbol."""
+    return isinstance(size, int) and size == 1

@@ -1,0 +1,112 @@
+"""Biases on the scores that are the same in every row: one number per key, as ALiBi has them.
+
+What is added has one row, [.., 1, Nk], whatever its values are: that is all there is to prove. A
+mask of padding that is made of a number such as -10000 may be one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from mpass.graph.arguments import argument, tensor_arguments
+from mpass.graph.nodes import example, is_tensor, op_name, shape_of
+from mpass.graph.site import Length, MaskMeaning
+from mpass.graph.sizes import agree
+from mpass.masks.expressions import NotUnderstood, axis
+from mpass.masks.prover import MaskProver
+from mpass.match.common import FLOATS, constant_number, new_node
+
+TWO_BIASES = "two biases are added to the scores: add them to each other first"
+CAPPED_BIAS = "a bias is added to scores that have a softcap"
+
+
+@dataclass(frozen=True)
+class KeyBias:
+    """A bias per key: its node, and the number that it is multiplied by."""
+
+    node: fx.Node
+    factor: float = 1.0
+
+
+def is_key_bias(bias: object, scores: Sequence[Length], prover: MaskProver) -> bool:
+    """Whether a tensor that is added to scores of a shape [.., Nq, Nk] has one number per key.
+
+    Nothing may write to it, since it is read at the attention's output.
+    """
+    if not isinstance(bias, fx.Node) or not is_tensor(bias):
+        return False
+    shape, whole = shape_of(bias), scores
+    if example(bias).dtype not in FLOATS or not 1 <= len(shape) <= len(whole):
+        return False
+    if is_one(whole[-2]) or prover.writes.ever_written(bias):
+        return False
+    if not (len(shape) == 1 or is_one(shape[-2]) or has_equal_rows(bias, prover)):
+        return False
+    return is_one(shape[-1]) or agree(shape[-1], whole[-1])
+
+
+def has_equal_rows(bias: fx.Node, prover: MaskProver) -> bool:
+    """Whether a tensor [.., Nq, Nk] is read as the same in each row, as one that is expanded is."""
+    row = axis(len(shape_of(bias)) - 2)
+    try:
+        return not prover.reader.read(bias, bias.next).has(row)
+    except (NotUnderstood, LookupError, TypeError, ValueError):
+        return False
+
+
+def first_row(bias: fx.Node, before: fx.Node) -> fx.Node:
+    """The bias with one row: a view of it, made by a new node where it has more."""
+    shape = shape_of(bias)
+    if len(shape) == 1 or is_one(shape[-2]):
+        return bias
+    return new_node(before, torch.ops.aten.slice.Tensor, bias, -2, 0, 1)
+
+
+def is_one(size: object) -> bool:
+    """Whether a size is 1 whatever the lengths are."""
+    return isinstance(size, int) and size == 1
+
+
+def added(op: fx.Node, carried: fx.Node) -> fx.Node | None:
+    """The tensor that an op adds to the scores it carries; None where it does something else."""
+    if op_name(op) != "add":
+        return None
+    others = [node for node in tensor_arguments(op) if node is not carried]
+    return others[0] if len(others) == 1 else None
+
+
+def split_bias(
+    steps: Sequence[tuple[fx.Node, fx.Node]], prover: MaskProver
+) -> tuple[list[tuple[fx.Node, fx.Node]], list[tuple[fx.Node, fx.Node]]]:
+    """Steps that put masks on scores, and those that may add a bias per key."""
+    masks: list[tuple[fx.Node, fx.Node]] = []
+    biases: list[tuple[fx.Node, fx.Node]] = []
+    for op, carried in steps:
+        own = is_key_bias(added(op, carried), shape_of(op), prover)
+        (biases if own else masks).append((op, carried))
+    return masks, biases
+
+
+def bias_of_product(product: fx.Node, prover: MaskProver) -> tuple[KeyBias | None, str]:
+    """The bias per key that baddbmm adds; or why its addend keeps a site dense."""
+    if op_name(product) != "baddbmm":
+        return None, ""
+    beta = constant_number(argument(product, "beta", 1))
+    bias = argument(product, "input")
+    if beta == 0 or prover.reader.read(bias, product) == sympy.Integer(0):
+        return None, ""
+    if beta is not None and is_key_bias(bias, shape_of(product), prover):
+        return KeyBias(bias, beta), ""
+    return None, "baddbmm adds to the scores what differs from row to row: add one number per key"
+
+
+def with_words(meaning: MaskMeaning) -> MaskMeaning:
+    """A meaning that tells of the bias as well."""
+    words = "a bias per key is added to the scores"
+    return dataclasses.replace(meaning, proof=(*meaning.proof, words))
