@@ -192,6 +192,8 @@ def training_reason(site: AttentionSite) -> str:
         return f"no backward kernels are generated for device {query.device.type!r}"
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
+    if site.key_bias is not None:
+        return "trained with a bias per key: that op has no backward"
     if site.listed is not None:
         return "trained under lists of blocks: that op has no backward"
     if site.mask is not None and site.mask.mean_of_hidden:

@@ -269,3 +269,21 @@ def test_rows_without_a_key_keep_a_mean_dense():
     x, real = torch.randn(2, 150, 64), torch.ones(2, 150, dtype=torch.bool)
     real[1] = False
     assert "get a mean" in dense_reason(Rows(), x, real)
+
+
+class Biased(nn.Module):
+    """Causal attention to whose scores a number per key is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        heads = self.project(x)[:, None]
+        causal = torch.ones(150, 150, dtype=torch.bool).tril()
+        scores = (heads @ heads.mT / 8 + bias).masked_fill(~causal, -torch.inf)
+        return scores.softmax(-1) @ heads
+
+
+def test_a_bias_per_key_stays_dense():
+    assert dense_reason(Biased(), torch.randn(1, 150, 64), torch.randn(1, 1, 1, 150))

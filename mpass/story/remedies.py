@@ -31,7 +31,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"^trained under a mask",
         "load the model with attn_implementation='sdpa' and give it a padding mask [B, N] or none",
     ),
-    (r"^trained (under lists|where rows)", "nothing: it is trained dense"),
+    (r"^trained (with a bias|under lists|where rows)", "nothing: it is trained dense"),
     (r"^a checkpoint with a context_fn", "checkpoint without context_fn"),
     (r"dropout p=", "call model.eval()"),
     (r"^dtype ", "cast the model to a dtype that is served"),
