@@ -13,6 +13,7 @@ from mpass.config.presets import PRESETS, with_preset
 from mpass.config.sparse_config import SparseConfig
 from mpass.errors import OptionValueError, UnknownOptionError, UnknownPatternError
 from mpass.lowering.device import SHORTEST_PROMPT
+from mpass.lowering.summaries import RUNS
 from mpass.patterns.base import Pattern, registered_patterns
 
 DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
@@ -44,6 +45,8 @@ class Options:
     that the kernels know; on CPUs. False keeps such attention dense.
     training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
     over the keys that were chosen and none through the choice; "dense" leaves it as it is.
+    summaries: in attention that is not causal, each run of this many keys that is left out counts
+    as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
@@ -59,6 +62,7 @@ class Options:
     validate: str = "sample"
     read_masks: bool = True
     training: str = "dense"
+    summaries: int = 0
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -154,6 +158,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     training = values.get("training", "dense")
     if training not in TRAININGS:
         raise OptionValueError("training", training, ", ".join(TRAININGS))
+    summaries = values.get("summaries", 0)
+    if isinstance(summaries, bool) or summaries not in (0, *RUNS):
+        raise OptionValueError("summaries", summaries, f"0, {', '.join(map(str, RUNS))}")
     measure = values.get("measure", False)
     if not isinstance(measure, bool):
         raise OptionValueError("measure", measure, "True or False")

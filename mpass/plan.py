@@ -58,6 +58,7 @@ class AttentionPlan:
     config_source: which decorator, option or file named the patterns.
     shortest: the keys from which on it is sparse, whoever compares.
     training: whether gradients are recorded, so that the op is one with a backward.
+    summaries: keys per mean of what is left out; 0 for none.
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
     """
 
@@ -68,6 +69,7 @@ class AttentionPlan:
     config_source: str = ""
     shortest: int | None = None
     training: bool = False
+    summaries: int = 0
     measured: int = 0
 
 
@@ -278,11 +280,15 @@ def decide_length(
     least = least_lengths(site, resolved, options)
     shortest = least.keys
     trained = is_trained(site)
+    # Means of what is left out have no backward, and neither has the meter.
+    summaries = options.summaries if takes_summaries(site) and not trained else 0
+    # The meter knows what a selection loses, and not what means give back.
+    metered = options.measure and not summaries and not trained
     plan = AttentionPlan(
         *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
         training=trained,
-        # What is measured has no backward, and what is lost says little while weights change.
-        measured=meter_number(site) if options.measure and not trained else 0,
+        summaries=summaries,
+        measured=meter_number(site) if metered else 0,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
@@ -295,6 +301,12 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def takes_summaries(site: AttentionSite) -> bool:
+    """Whether keys that are left out may count by their means: see mpass.lowering.summaries."""
+    mask = site.mask
+    return mask is not None and not mask.causal and not mask.window and site.softcap == 0
 
 
 def meter_number(site: AttentionSite) -> int:

@@ -155,10 +155,11 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         index, slots = insert_index(graph, plan, key, visible)
         sinks = insert_sinks(graph, site)
         arguments = (site.query, key, value, *index, slots, key_mask, sinks)
-        ops = torch.ops.minference
+        summaries = plan.summaries
         output = graph.call_function(
-            (ops.sparse_attention_train if plan.training else ops.sparse_attention).default,
+            attention_op(plan),
             (
+                *([summaries] if summaries else []),
                 *arguments,
                 *visible[1:],
                 site.scale,
@@ -195,6 +196,18 @@ def site_number(plan: AttentionPlan) -> int:
         return 0
     name = f"{site.layer} {site.path} {site.output.name} {patterns_as_text(plan.patterns)}"
     return 1 + zlib.crc32(name.encode())
+
+
+def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
+    """The op that a plan puts into the graph; no plan asks for means and for gradients."""
+    ops = torch.ops.minference
+    name = "sparse_attention"
+    if plan.training:
+        name = "sparse_attention_train"
+    elif plan.summaries:
+        name = "sparse_attention_summaries"
+    op: torch._ops.OpOverload = getattr(ops, name).default
+    return op
 
 
 def measured_by(plan: AttentionPlan) -> tuple[int, ...]:

@@ -43,7 +43,8 @@ from mpass.patterns.base.sink_keys import list_sinks
 class AShape(Pattern):
     """Keep the first `sink_size` keys and the `window_size` keys up to the query's own.
 
-    Padding does not count: the sinks are the first real keys of a batch row.
+    Padding does not count: the sinks are the first real keys of a batch row. Without causality the
+    window reaches as far ahead of the query as back.
 
     sink_size: Every query sees this many of the first keys. 0 keeps none of them.
     window_size: A query sees this many of the nearest keys, its own included.
@@ -56,6 +57,7 @@ class AShape(Pattern):
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
     fixed_budget: ClassVar[bool] = True
     input_independent: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True)
@@ -70,15 +72,18 @@ class AShape(Pattern):
         for pattern, run in itertools.groupby(patterns):
             own = slice(first, first := first + len(list(run)))
             reach = window_diagonals(pattern.window_size)
-            index.diagonal_count[:, own].fill_(reach)
-            index.diagonal_index[:, own] = torch.where(distances < reach, distances, 0)
+            ahead = 0 if inputs.mask.causal else reach - 1
+            index.diagonal_count[:, own].fill_(reach + ahead)
+            live = distances < reach + ahead
+            index.diagonal_index[:, own] = torch.where(live, distances - ahead, 0)
             list_sinks(index, own, key, inputs.mask, pattern.sink_size)
         return index
 
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
         return IndexWidth(
-            max_diagonals=max(window_diagonals(p.window_size) for p in patterns),
+            # As many blocks ahead, where attention is not causal.
+            max_diagonals=max(2 * window_diagonals(p.window_size) - 1 for p in patterns),
             max_columns=max(p.sink_size for p in patterns),
         )
 
@@ -90,7 +95,8 @@ class AShape(Pattern):
         start = first_keys(mask, query.shape[0], key.device)[:, None]
         per_head = []
         for pattern in patterns:
-            window = positions[:, None] - keys < pattern.window_size
+            distance = positions[:, None] - keys
+            window = (distance if mask.causal else distance.abs()) < pattern.window_size
             sinks = (keys - start >= 0) & (keys - start < pattern.sink_size)
             per_head.append(window | sinks[:, None, :])
         return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])

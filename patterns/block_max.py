@@ -50,6 +50,7 @@ class BlockMax(ListPattern):
 
     name: ClassVar[str] = "block_max"
     estimator: ClassVar[Estimator] = BLOCK_SCORES
+    bidirectional: ClassVar[bool] = True
     seen: ClassVar[tuple[tuple[int, float], ...]] = (
         (1024, 1.0),
         (2048, 0.836),

@@ -47,6 +47,7 @@ class BlockTopP(ListPattern):
 
     name: ClassVar[str] = "block_top_p"
     estimator: ClassVar[Estimator] = BLOCK_SCORES
+    bidirectional: ClassVar[bool] = True
     seen: ClassVar[tuple[tuple[int, float], ...]] = (
         (1024, 1.0),
         (2048, 0.82),

@@ -1,0 +1,156 @@
+"""Sparse attention in which the keys that are left out count as well, by the mean of each run.
+
+A run of neighbouring keys that a query block does not select stands in its softmax as that many
+keys that all equal their mean, with the mean of their values. Vision transformers attend to much at
+once: leaving keys out changes what they compute more than where they look, and the means give back
+most of it (docs/systems.md has the figures). The branch is that of VSA (arXiv 2505.13389) without
+its gate, which is trained. It is for attention that is not causal.
+
+Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim, S runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpass.lowering.index import (
+    BLOCK,
+    AttentionMask,
+    SparseIndex,
+    first_query_block,
+    num_key_blocks,
+)
+from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, NAMESPACE, Computation, record_call
+from mpass.lowering.ops import attend as attend_or_dense
+from mpass.lowering.reference.attention import (
+    empty_output,
+    query_chunks,
+    repeat_kv,
+    selected_blocks,
+    selected_columns,
+)
+
+RUNS = (8, 16, 32, 64)
+"""Numbers of keys that one mean may stand for: they divide a block."""
+
+
+def with_summaries(
+    inputs: AttentionInputs, index: SparseIndex, out: Tensor, lse: Tensor, run: int
+) -> Tensor:
+    """Attention over selected keys and over the means of the others: [B, H, Nq, Dv], into `out`.
+
+    out, lse: sparse attention over `index` and its log-sum-exps [B, H, Nq]; run: keys per mean. A
+    row with nothing to see stays zero. The sums are in fp32, of fp64 inputs in fp64.
+    """
+    query, mask = inputs.query, inputs.mask
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    means, values, counts = run_means(inputs, index, run, wide)
+    first = first_query_block(mask.query_offset)
+    blocks = num_key_blocks(inputs.key.shape[2])
+    for rows in query_chunks(query.shape[2], mask.query_offset):
+        begin, end = rows.start + mask.query_offset, rows.stop + mask.query_offset
+        own = torch.arange(begin // BLOCK, (end - 1) // BLOCK + 1, device=query.device)
+        selected = selected_blocks(index, own - first, own, blocks, stop=(end - 1) // BLOCK + 1)
+        local = torch.arange(begin, end, device=query.device) // BLOCK - begin // BLOCK
+        left = ~selected.repeat_interleave(BLOCK // run, -1)[:, :, local]
+        scores = query[:, :, rows].to(wide) @ means.mT * inputs.scale + counts.log()[:, :, None]
+        scores = scores.masked_fill(~left, -torch.inf)
+        rest = torch.logsumexp(scores, -1)
+        total = torch.logaddexp(rest, lse[:, :, rows].to(wide))
+        seen = total > -torch.inf
+        weights = (scores - torch.where(seen, total, 0.0)[..., None]).exp()
+        kept = torch.where(seen, (lse[:, :, rows].to(wide) - total).exp(), 0.0)
+        sums = out[:, :, rows].to(wide) * kept[..., None] + weights @ values
+        out[:, :, rows] = sums.to(out.dtype)
+    return out
+
+
+def run_means(
+    inputs: AttentionInputs, index: SparseIndex, run: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean key [B, H, S, D], mean value [B, H, S, Dv] and number of keys [B, H or 1, S] per run.
+
+    Padding does not count, nor do a head's vertical columns: they are computed as they are. Whole
+    blocks are covered: runs beyond the last key have no keys.
+    """
+    query, key, value = inputs.query, inputs.key, inputs.value
+    batch, num_keys, heads = key.shape[0], key.shape[2], query.shape[1]
+    real = torch.ones(batch, 1, num_keys, dtype=torch.bool, device=key.device)
+    if inputs.mask.key_mask is not None:
+        real = inputs.mask.key_mask[:, None]
+    if index.column_index.shape[-1]:
+        real = real & ~selected_columns(index, batch, num_keys)
+    tail = num_key_blocks(num_keys) * BLOCK - num_keys
+    weight = torch.nn.functional.pad(real.to(dtype), (0, tail)).unflatten(-1, (-1, run))
+    counts = weight.sum(-1)
+
+    def mean(tensor: Tensor) -> Tensor:
+        whole = tensor if weight.shape[1] == 1 else repeat_kv(tensor, heads)
+        padded = torch.nn.functional.pad(whole.to(dtype), (0, 0, 0, tail)).unflatten(2, (-1, run))
+        sums = (padded * weight[..., None]).sum(3)
+        return repeat_kv(sums / counts.clamp(min=1)[..., None], heads)
+
+    return mean(key), mean(value), counts
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::sparse_attention_summaries",
+    mutates_args=(),
+    schema=f"(int run, {ATTENTION_SCHEMA}) -> Tensor",
+)
+def sparse_attention_summaries(
+    run: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_count: Tensor,
+    block_index: Tensor,
+    diagonal_count: Tensor,
+    diagonal_index: Tensor,
+    column_count: Tensor,
+    column_index: Tensor,
+    head_slots: Sequence[int],
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    dense_above: float,
+    min_seq_len: int,
+    layer: int,
+    site: int = 0,
+) -> Tensor:
+    """`minference::sparse_attention`, which see, and a key for each run of `run` keys left out.
+
+    It is for attention without causality, window and softcap. What is recorded is the density of
+    the selected keys; the means add 1 / run of the rest.
+    """
+    parts = (block_count, block_index, diagonal_count, diagonal_index, column_count, column_index)
+    index = SparseIndex(*parts, tuple(head_slots))
+    mask = AttentionMask(causal, query_offset, window, key_mask)
+    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
+    computation = Computation(
+        lambda lowering, given, own: with_summaries(
+            given, own, *lowering.sparse_attention_lse(given, own), run
+        ),
+        ATTENTION.dense,
+        ATTENTION.plain,
+    )
+    # Means are work, too: they take the place of as many selected keys, and of a softmax in torch.
+    limit = dense_above if dense_above >= 1.0 else max(0.0, dense_above - 2.0 / run)
+    lowering, out, reason = attend_or_dense(
+        inputs, index, computation, dense_above=limit, min_seq_len=min_seq_len, site=site
+    )
+    record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    return out
+
+
+@sparse_attention_summaries.register_fake
+def _(run: int, query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    return empty_output(query, value)
