@@ -22,6 +22,9 @@ DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
 VALIDATIONS = ("off", "sample", "full")
 """How much of a proven mask is held against the mask that the model computes."""
 
+TRAININGS = ("dense", "sparse")
+"""What attention is where gradients are recorded."""
+
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
 
@@ -40,6 +43,8 @@ class Options:
     "sample" looks at some rows of a mask, "full" at every cell, "off" at nothing.
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
+    training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
+    over the keys that were chosen and none through the choice; "dense" leaves it as it is.
     summaries: in attention that is not causal, each run of this many keys that is left out counts
     as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
@@ -56,6 +61,7 @@ class Options:
     inner_backend: str = "inductor"
     validate: str = "sample"
     read_masks: bool = True
+    training: str = "dense"
     summaries: int = 0
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
@@ -149,6 +155,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     read_masks = values.get("read_masks", True)
     if not isinstance(read_masks, bool):
         raise OptionValueError("read_masks", read_masks, "True or False")
+    training = values.get("training", "dense")
+    if training not in TRAININGS:
+        raise OptionValueError("training", training, ", ".join(TRAININGS))
     summaries = values.get("summaries", 0)
     if isinstance(summaries, bool) or summaries not in (0, *RUNS):
         raise OptionValueError("summaries", summaries, f"0, {', '.join(map(str, RUNS))}")

@@ -18,11 +18,13 @@ from mpass.lowering.reference.sample_attention import ColumnRule
 from mpass.lowering.reference.union import VerticalBlockRule
 from mpass.lowering.reference.x_attention import XAttentionRule
 
-CONST_VOID = ("query", "key", "value")
+CONST_VOID = ("query", "key", "value", "grad_out")
 POINTER_TYPES = {
     **dict.fromkeys(CONST_VOID, "const void*"),
     "out": "void*",
     "lse": "float*",
+    "dots": "const float*",
+    **dict.fromkeys(("grad_query", "grad_key", "grad_value"), "void*"),
     "key_mask": "const uint8_t*",
     "sinks": "const float*",
     **dict.fromkeys(("first_count", "first_index", "second_count", "second_index"), "int32_t*"),
@@ -58,6 +60,20 @@ class AttentionArguments(ctypes.Structure):
         *fields(ctypes.c_int64, "num_lists max_blocks num_diagonals max_diagonals max_columns"),
         *fields(ctypes.c_int64, "longest_columns query_offset window causal threads"),
         *fields(ctypes.c_float, "scale softcap"),
+    ]
+
+
+class BackwardArguments(ctypes.Structure):
+    """What a call of `attention_backward` takes beside the arguments of the forward pass.
+
+    dots: of each row the sum of out * grad_out, fp32 [B, H, Nq]; gradients of query, key and value
+    are contiguous; parts: units per kv head, see kernels/attention_backward.h.
+    """
+
+    _fields_: ClassVar = [
+        *fields(ctypes.c_void_p, "grad_out dots grad_query grad_key grad_value"),
+        *strided("grad_out"),
+        *fields(ctypes.c_int64, "parts"),
     ]
 
 

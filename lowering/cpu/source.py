@@ -14,6 +14,7 @@ from pathlib import Path
 from mpass.lowering.cpu.arguments import (
     LIST_KERNELS,
     AttentionArguments,
+    BackwardArguments,
     EstimateArguments,
     c_fields,
     list_c_fields,
@@ -40,8 +41,10 @@ def generate_source(spec: KernelSpec) -> str:
 
 def generate_spec_header(spec: KernelSpec) -> str:
     """The text of `spec.h`: all that the headers in kernels/ know of a spec."""
-    if spec.kernel == "attention":
-        structures = {"AttentionArguments": argument_fields(spec.kernel)}
+    if spec.attends:
+        structures = {"AttentionArguments": argument_fields("attention")}
+        if spec.kernel == "attention_backward":
+            structures["BackwardArguments"] = c_fields(BackwardArguments)
     else:
         structures = {"EstimateArguments": argument_fields(spec.kernel)}
     return spec_header_text(spec, f"Generated for: {spec}.", structures)
@@ -56,6 +59,7 @@ def generate_example_header() -> str:
                 raise TypeError(f"{name} is {estimators[name]} and {kind}")
     structures = {
         "AttentionArguments": argument_fields("attention"),
+        "BackwardArguments": c_fields(BackwardArguments),
         "EstimateArguments": list(estimators.items()),
     }
     title = "An example for language servers: the real one is generated (lowering/cpu/source.py)."
