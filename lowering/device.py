@@ -20,6 +20,7 @@ from mpass.lowering.estimators import EstimateFunction, Estimator
 from mpass.lowering.index import SparseIndex
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference import attention, dense, linear
+from mpass.lowering.reference.backward import ForwardResult, Gradients
 
 SHORTEST_PROMPT = 2048
 """Keys from which attention becomes sparse where neither an option, a config nor a device says."""
@@ -76,6 +77,7 @@ class Lowering:
     sparse_attention, sparse_attention_lse, dense_attention: as their references in
     mpass.lowering.reference.
     correct_as_listed: as in mpass.lowering.block_mask; asked for where costs do not decide.
+    attention_backward: as in mpass.lowering.reference.backward; None where nothing is trained.
     estimators: its own implementations; the reference serves where there is none.
     default_pattern: what a head gets that nothing configures: of the patterns with an own estimator
     here, the one that loses least (docs/patterns/union.md).
@@ -107,6 +109,9 @@ class Lowering:
     sparse_attention_lse: Callable[[AttentionInputs, SparseIndex], tuple[Tensor, Tensor]] = (
         attention.sparse_attention_lse
     )
+    attention_backward: (
+        Callable[[AttentionInputs, SparseIndex, ForwardResult], Gradients] | None
+    ) = None
     dense_attention: Callable[[AttentionInputs], Tensor] = dense.dense_attention
     correct_as_listed: Callable[[Tensor, AttentionInputs, BlockLists], None] = (
         block_mask.correct_as_listed

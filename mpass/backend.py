@@ -24,6 +24,7 @@ from mpass.graph.snapshot import snapshot
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.lowering.recorder import tell_watcher
 from mpass.match import find_attention, inline_subgraphs, open_calls
+from mpass.match.common import training_allowed
 from mpass.match.linear_layers import narrow_linear_layers
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
@@ -109,7 +110,7 @@ def apply_passes(
     sites: list[AttentionSite] = []
     notes: tuple[str, ...] = ()
     try:
-        with shared_observations():
+        with shared_observations(), training_allowed(options.training == "sparse"):
             inline_subgraphs(gm)
             opened = open_calls(gm.graph)
             sites = [with_gradients(site, recorded) for site in find_attention(gm)]

@@ -25,6 +25,9 @@ VALIDATIONS = ("off", "sample", "full")
 LINEAR = (None, "int8")
 """What linear layers can multiply in."""
 
+TRAININGS = ("dense", "sparse")
+"""What attention is where gradients are recorded."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -42,6 +45,8 @@ class Options:
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
     linear: "int8" multiplies in 8 bits in linear layers too, on CPUs; None leaves them as they are.
+    training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
+    over the keys that were chosen and none through the choice; "dense" leaves it as it is.
     summaries: in attention that is not causal, each run of this many keys that is left out counts
     as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
@@ -59,6 +64,7 @@ class Options:
     validate: str = "sample"
     read_masks: bool = True
     linear: str | None = None
+    training: str = "dense"
     summaries: int = 0
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
@@ -158,6 +164,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     linear = values.get("linear")
     if linear not in LINEAR:
         raise OptionValueError("linear", linear, "'int8' or None")
+    training = values.get("training", "dense")
+    if training not in TRAININGS:
+        raise OptionValueError("training", training, ", ".join(TRAININGS))
     summaries = values.get("summaries", 0)
     if isinstance(summaries, bool) or summaries not in (0, *RUNS):
         raise OptionValueError("summaries", summaries, f"0, {', '.join(map(str, RUNS))}")

@@ -22,7 +22,7 @@ from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.graph.sizes import holds, is_unbacked, may_guard
 from mpass.lowering.crossover import LeastLengths
 from mpass.lowering.device import REFERENCE
-from mpass.lowering.dispatch import device_lowering, reason_against
+from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
@@ -57,6 +57,7 @@ class AttentionPlan:
     min_seq_len: 0 where a guard on the graph has decided already; else the op compares at run time.
     config_source: which decorator, option or file named the patterns.
     shortest: the keys from which on it is sparse, whoever compares.
+    training: whether gradients are recorded, so that the op is one with a backward.
     summaries: keys per mean of what is left out; 0 for none.
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
     """
@@ -67,6 +68,7 @@ class AttentionPlan:
     min_seq_len: int
     config_source: str = ""
     shortest: int | None = None
+    training: bool = False
     summaries: int = 0
     measured: int = 0
 
@@ -85,7 +87,7 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
     if is_single_query(site):
         return Skip(site, ONE_QUERY)
     site = with_read_mask(site, options)
-    reason = reason_to_skip(site)
+    reason = reason_to_skip(site) or training_reason(site)
     if reason:
         return Skip(site, reason)
     try:
@@ -177,6 +179,30 @@ def reason_to_skip(site: AttentionSite) -> str:
     return ""
 
 
+def is_trained(site: AttentionSite) -> bool:
+    """Whether gradients of the site are recorded; matchers say if that keeps it dense."""
+    return bool(example(site.output).requires_grad)
+
+
+def training_reason(site: AttentionSite) -> str:
+    """Why a site whose gradients are recorded has no sparse backward pass, or the empty string."""
+    if not is_trained(site):
+        return ""
+    query, key, value = (example(node) for node in (site.query, site.key, site.value))
+    inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
+    if choose_lowering(inputs).attention_backward is None:
+        return f"no backward kernels are generated for device {query.device.type!r}"
+    if site.read_mask is not None:
+        return "trained under a mask that is read at run time: that op has no backward"
+    if site.key_bias is not None:
+        return "trained with a bias per key: that op has no backward"
+    if site.listed is not None:
+        return "trained under lists of blocks: that op has no backward"
+    if site.mask is not None and site.mask.mean_of_hidden:
+        return "trained where rows without a key get a mean: that op has no backward"
+    return ""
+
+
 def is_single_query(site: AttentionSite) -> bool:
     """Whether a site has one query, so that no other reason to stay dense matters."""
     shape = shape_of(site.query)
@@ -253,13 +279,16 @@ def decide_length(
     num_queries, num_keys = shape_of(site.query)[2], shape_of(site.key)[2]
     least = least_lengths(site, resolved, options)
     shortest = least.keys
-    summaries = options.summaries if takes_summaries(site) else 0
+    trained = is_trained(site)
+    # Means of what is left out have no backward, and neither has the meter.
+    summaries = options.summaries if takes_summaries(site) and not trained else 0
     # The meter knows what a selection loses, and not what means give back.
-    measured = meter_number(site) if options.measure and not summaries else 0
+    metered = options.measure and not summaries and not trained
     plan = AttentionPlan(
         *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
+        training=trained,
         summaries=summaries,
-        measured=measured,
+        measured=meter_number(site) if metered else 0,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:

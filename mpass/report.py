@@ -36,6 +36,7 @@ class SiteReport:
     is dense; patterns: one per query head, empty if dense; mask: the proof, line by line;
     source: the user's line; config_source: which decorator, option or file named the patterns.
     module: the identity of the innermost module that it was traced in, 0 if that is not known.
+    training: whether its sparse attention has gradients.
     measured: the number by which the meter keeps what it loses, 0 where nothing is measured.
     """
 
@@ -52,6 +53,7 @@ class SiteReport:
     source: str
     config_source: str = ""
     module: int = field(default=0, repr=False, compare=False)
+    training: bool = False
     measured: int = field(default=0, repr=False, compare=False)
 
     @property
@@ -99,6 +101,7 @@ class Report:
             f"{len(sparse)} of {total} {noun}, {used}, "
             f"prompts of {self.min_seq_len} tokens and more"
             + (f"; {later} decided at run time" if later else "")
+            + ("; training" if any(site.training for site in sparse) else "")
             + losses_in_words(self.losses)
         )
 
@@ -134,6 +137,7 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         source=site.source,
         config_source=decision.config_source,
         module=innermost_module(site.output),
+        training=isinstance(decision, AttentionPlan) and decision.training,
         measured=decision.measured if isinstance(decision, AttentionPlan) else 0,
     )
 
@@ -213,7 +217,7 @@ def report_table(report: Report) -> Table:
             str(site.num_heads),
             str(site.num_kv_heads),
             str(site.head_dim),
-            site.status,
+            f"{site.status}, training" if site.training else site.status,
             site.reason or patterns_of_heads(site.patterns),
             site.config_source or "-",
         )

@@ -119,6 +119,8 @@ def replace_site(
         return ""
     if not isinstance(new, torch.Tensor):
         return "the result of sparse attention is not known when compiling"
+    if plan.training:  # new nodes are propagated without gradients
+        new.requires_grad_()
     reason = difference(old, new)
     if reason:
         return reason
@@ -130,7 +132,8 @@ def replace_site(
         new = example(output)
     # A view of the old value: what aliases it keeps doing so for those who look at storages.
     with torch.no_grad(), without_guards(output):
-        output.meta[value_key(site.output)] = old.as_strided(new.shape, new.stride())
+        value = old.as_strided(new.shape, new.stride()).requires_grad_(old.requires_grad)
+        output.meta[value_key(site.output)] = value
     taken_over[site.output] = output
     site.output.replace_all_uses_with(output)
     return ""
@@ -154,9 +157,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         arguments = (site.query, key, value, *index, slots, key_mask, sinks)
         summaries = plan.summaries
         output = graph.call_function(
-            torch.ops.minference.sparse_attention_summaries.default
-            if summaries
-            else torch.ops.minference.sparse_attention.default,
+            attention_op(plan),
             (
                 *([summaries] if summaries else []),
                 *arguments,
@@ -170,6 +171,9 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
                 *measured_by(plan),
             ),
         )
+        if plan.training:
+            results, output = output, graph.call_function(operator.getitem, (output, 0))
+            copy_meta(site.output, results)
         created = [output, *insert_check(graph, site, output, visible)]
         if mask.mean_of_hidden and sinks is None:  # a sink takes the whole weight of such a row
             fill = torch.ops.minference.fill_rows_without_keys.default
@@ -192,6 +196,18 @@ def site_number(plan: AttentionPlan) -> int:
         return 0
     name = f"{site.layer} {site.path} {site.output.name} {patterns_as_text(plan.patterns)}"
     return 1 + zlib.crc32(name.encode())
+
+
+def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
+    """The op that a plan puts into the graph; no plan asks for means and for gradients."""
+    ops = torch.ops.minference
+    name = "sparse_attention"
+    if plan.training:
+        name = "sparse_attention_train"
+    elif plan.summaries:
+        name = "sparse_attention_summaries"
+    op: torch._ops.OpOverload = getattr(ops, name).default
+    return op
 
 
 def measured_by(plan: AttentionPlan) -> tuple[int, ...]:

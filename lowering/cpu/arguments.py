@@ -18,7 +18,7 @@ from mpass.lowering.reference.sample_attention import ColumnRule
 from mpass.lowering.reference.union import VerticalBlockRule
 from mpass.lowering.reference.x_attention import XAttentionRule
 
-CONST_VOID = ("query", "key", "value")
+CONST_VOID = ("query", "key", "value", "grad_out")
 POINTER_TYPES = {
     **dict.fromkeys(CONST_VOID, "const void*"),
     "out": "void*",
@@ -26,6 +26,8 @@ POINTER_TYPES = {
     "rows": "const void*",
     "levels": "uint8_t*",
     "steps": "float*",
+    "dots": "const float*",
+    **dict.fromkeys(("grad_query", "grad_key", "grad_value"), "void*"),
     "key_mask": "const uint8_t*",
     "sinks": "const float*",
     **dict.fromkeys(("first_count", "first_index", "second_count", "second_index"), "int32_t*"),
@@ -70,6 +72,20 @@ class QuantizeArguments(ctypes.Structure):
     _fields_: ClassVar = [
         *fields(ctypes.c_void_p, "rows levels steps"),
         *fields(ctypes.c_int64, "num_rows groups stride threads"),
+    ]
+
+
+class BackwardArguments(ctypes.Structure):
+    """What a call of `attention_backward` takes beside the arguments of the forward pass.
+
+    dots: of each row the sum of out * grad_out, fp32 [B, H, Nq]; gradients of query, key and value
+    are contiguous; parts: units per kv head, see kernels/attention_backward.h.
+    """
+
+    _fields_: ClassVar = [
+        *fields(ctypes.c_void_p, "grad_out dots grad_query grad_key grad_value"),
+        *strided("grad_out"),
+        *fields(ctypes.c_int64, "parts"),
     ]
 
 

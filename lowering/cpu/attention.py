@@ -38,15 +38,28 @@ def run_attention(
 
     lse: fp32 [B, H, Nq], contiguous, into which log-sum-exps are written; None for none.
     """
-    query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
-    sink_logits = inputs.sink_logits
+    query, key, value, sink_logits = inputs.query, inputs.key, inputs.value, inputs.sink_logits
     out = empty_output(query, value)
     if out.numel() == 0 or key.shape[2] == 0:
         if lse is not None:
             sinks = None if sink_logits is None else sink_logits.float().view(1, -1, 1)
             lse.copy_(sinks) if sinks is not None else lse.fill_(-torch.inf)
         return out.zero_()
-    query, key, value = (rows_contiguous(tensor) for tensor in (query, key, value))
+    arguments, _kept = call_arguments(inputs, index, out, lse)
+    if load_library(spec).sparse_attention(ctypes.byref(arguments)) != 0:
+        raise MemoryError(f"no memory to pack keys {tuple(key.shape)} and values for attention")
+    return out
+
+
+def call_arguments(
+    inputs: AttentionInputs, index: SparseIndex, out: Tensor, lse: Tensor | None
+) -> tuple[AttentionArguments, tuple[Tensor | None, ...]]:
+    """What kernels are called with, and the tensors whose memory it points to.
+
+    out: [B, H, Nq, Dv]; lse: fp32 [B, H, Nq] or None, contiguous.
+    """
+    mask, sink_logits = inputs.mask, inputs.sink_logits
+    query, key, value = (rows_contiguous(t) for t in (inputs.query, inputs.key, inputs.value))
     key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
     logits = None if sink_logits is None else sink_logits.to(torch.float32).contiguous()
     slots = torch.tensor(index.head_slots, dtype=torch.int32, device="cpu")
@@ -90,6 +103,4 @@ def run_attention(
         **strides("value", value),
         **strides("out", out),
     )
-    if load_library(spec).sparse_attention(ctypes.byref(arguments)) != 0:
-        raise MemoryError(f"no memory to pack keys {tuple(key.shape)} and values for attention")
-    return out
+    return arguments, (query, key, value, key_mask, logits, slots, *tensors)

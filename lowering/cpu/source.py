@@ -14,6 +14,7 @@ from pathlib import Path
 from mpass.lowering.cpu.arguments import (
     LIST_KERNELS,
     AttentionArguments,
+    BackwardArguments,
     EstimateArguments,
     QuantizeArguments,
     c_fields,
@@ -47,8 +48,13 @@ def generate_source(spec: KernelSpec) -> str:
 
 def generate_spec_header(spec: KernelSpec) -> str:
     """The text of `spec.h`: all that the headers in kernels/ know of a spec."""
-    structure = STRUCTURES.get(spec.kernel, EstimateArguments).__name__
-    structures = {structure: argument_fields(spec.kernel)}
+    if spec.attends:
+        structures = {"AttentionArguments": argument_fields("attention")}
+        if spec.kernel == "attention_backward":
+            structures["BackwardArguments"] = c_fields(BackwardArguments)
+    else:
+        structure = STRUCTURES.get(spec.kernel, EstimateArguments).__name__
+        structures = {structure: argument_fields(spec.kernel)}
     return spec_header_text(spec, f"Generated for: {spec}.", structures)
 
 
@@ -62,6 +68,7 @@ def generate_example_header() -> str:
     structures = {
         "AttentionArguments": argument_fields("attention"),
         "QuantizeArguments": argument_fields("quantize_rows"),
+        "BackwardArguments": c_fields(BackwardArguments),
         "EstimateArguments": list(estimators.items()),
     }
     title = "An example for language servers: the real one is generated (lowering/cpu/source.py)."

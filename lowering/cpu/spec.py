@@ -25,8 +25,9 @@ INPUT_TYPES = ("float32", "bfloat16", "float16")
 class KernelSpec:
     """One library of generated kernels.
 
-    kernel: "attention"; for estimators (value_dim is then head_dim) "fixed_budget" or one of
-    LIST_KERNELS; "quantize_rows" for linear layers. kernels/<kernel>.h is its source.
+    kernel: "attention" or "attention_backward"; for estimators (value_dim is then head_dim)
+    "fixed_budget" or one of LIST_KERNELS; "quantize_rows" for linear layers. kernels/<kernel>.h is
+    its source.
     input: dtype of q, k, v and out, without `torch.`.
     """
 
@@ -41,9 +42,14 @@ class KernelSpec:
     def __str__(self) -> str:
         cap = ", softcap" if self.softcap else ""
         shape = f"{self.kernel}, {self.input}, D={self.head_dim}"
-        if self.kernel == "attention":
+        if self.attends:
             shape += f", DV={self.value_dim}, strips of {self.strip} tiles{cap}"
         return f"{shape}, {self.instruction_set}"
+
+    @property
+    def attends(self) -> bool:
+        """Whether it computes attention or its gradients, and no index."""
+        return self.kernel in ("attention", "attention_backward")
 
     @property
     def amx(self) -> bool:
@@ -58,7 +64,7 @@ class KernelSpec:
         keys are rounded once, to nearest, when they are packed; sums are fp32.
         """
         return self.instruction_set in ("amx", "avx512_bf16") and (
-            self.input == "bfloat16" or self.kernel != "attention"
+            self.input == "bfloat16" or not self.attends
         )
 
     @property

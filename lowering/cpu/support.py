@@ -6,6 +6,7 @@ import functools
 import platform
 import sys
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -103,9 +104,19 @@ def kernel_spec(inputs: AttentionInputs) -> KernelSpec:
     )
 
 
+def backward_spec(inputs: AttentionInputs) -> KernelSpec:
+    """The specialisation of the backward kernel that serves these inputs here.
+
+    Its tiles are no whole AMX tiles: machines that have those take products of pairs.
+    """
+    spec = kernel_spec(inputs)
+    chosen = "avx512_bf16" if spec.amx else spec.instruction_set
+    return replace(spec, kernel="attention_backward", instruction_set=chosen)
+
+
 def made_for(spec: KernelSpec, dtype: torch.dtype, head_dim: int, softcap: bool) -> bool:
     """Whether a kernel serves an attention of this kind here."""
-    estimator = spec.kernel != "attention"  # these multiply in bf16 whatever the dtype
+    estimator = not spec.attends  # these multiply in bf16 whatever the dtype
     found = (spec.input, spec.head_dim, spec.instruction_set, spec.strip)
     chosen = best_instruction_set(torch.bfloat16 if estimator else dtype)
     wanted = (dtype_name(dtype), head_dim, chosen, STRIP)

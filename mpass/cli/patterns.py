@@ -16,22 +16,27 @@ def patterns(as_json: AS_JSON = False, output: JSON_OUTPUT = None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mpass.patterns.base import registered_patterns
+    from mpass.patterns.base import Pattern, registered_patterns
 
-    listed: list[dict[str, Any]] = [
-        {
-            "pattern": name,
-            "parameters": {field.name: field.default for field in dataclasses.fields(cls)},
-            "selects": (cls.__doc__ or "").strip().split("\n")[0],
-        }
-        for name, cls in sorted(registered_patterns().items())
-    ]
+    known = sorted(registered_patterns().items())
+
+    def parameters(cls: type[Pattern]) -> dict[str, Any]:
+        return {field.name: field.default for field in dataclasses.fields(cls)}
+
+    def selects(cls: type[Pattern]) -> str:
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+    def listed() -> list[dict[str, Any]]:
+        return [
+            {"pattern": name, "parameters": parameters(cls), "selects": selects(cls)}
+            for name, cls in known
+        ]
 
     def table() -> RenderableType:
         shown = Table("pattern", "parameters and their defaults", "which keys a query looks at")
-        for item in listed:
-            fields = ", ".join(f"{name}={value}" for name, value in item["parameters"].items())
-            shown.add_row(item["pattern"], fields, escape(item["selects"]))
+        for name, cls in known:
+            fields = ", ".join(f"{key}={value}" for key, value in parameters(cls).items())
+            shown.add_row(name, fields, escape(selects(cls)))
         return shown
 
-    deliver(lambda: listed, table, output=output, as_json=as_json)
+    deliver(listed, table, output=output, as_json=as_json)

@@ -13,10 +13,18 @@ from mpass.graph.call_keys import Unobservable, exact_key
 from mpass.graph.layouts import run_fake
 from mpass.graph.nodes import example, value_of
 
+ORIGIN = (
+    *("nn_module_stack", "stack_trace", "source_fn_stack", "custom", "seq_nr"),
+    *("recompute", "ac_graph_id"),
+)
+
 
 def copy_meta(origin: fx.Node, node: fx.Node) -> None:
-    """Keep where a node comes from (module stack, stack trace), not what its value was."""
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", "seq_nr"):
+    """Keep where a node comes from (module stack, stack trace), not what its value was.
+
+    It also keeps which activation checkpoint recomputes it, if one does.
+    """
+    for key in ORIGIN:
         if key in origin.meta:
             node.meta[key] = origin.meta[key]
 

@@ -161,8 +161,8 @@ def import_line(word: str, value: object) -> str:
         return "NoneType = type(None)"
     if isinstance(value, types.ModuleType):
         return f"import {value.__name__}" if word == value.__name__ else imported_as(value, word)
-    module = getattr(value, "__module__", None) or "torch"
-    own: Any = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")
+    module = str(getattr(value, "__module__", None) or "torch")
+    own = str(getattr(value, "__qualname__", None) or getattr(value, "__name__", ""))
     try:
         if own.isidentifier() and getattr(importlib.import_module(module), own) is value:
             return f"from {module} import {own} as {word}"

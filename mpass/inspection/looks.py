@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,10 +116,17 @@ def measure_looks(operands: CallInputs, queries: Sequence[int]) -> QueryLooks:
         )
     parts = [[each.cpu() for each in part] for part in zip(*found, strict=True)]
     keys_, heavy, taken_, kept, count, seen, share, exact = parts
-    stacked = [torch.stack(part, 1) for part in (keys_, heavy, taken_, kept, count)]
-    strips = [torch.stack(part, 1) for part in (share, exact)]
-    fields: list[Any] = [tuple(queries), *stacked, torch.stack(seen), *strips]
-    return QueryLooks(*fields)
+    return QueryLooks(
+        queries=tuple(queries),
+        keys=torch.stack(keys_, 1),
+        weights=torch.stack(heavy, 1),
+        taken=torch.stack(taken_, 1),
+        kept=torch.stack(kept, 1),
+        count=torch.stack(count, 1),
+        seen=torch.stack(seen),
+        strip_taken=torch.stack(share, 1),
+        strip_exact=torch.stack(exact, 1),
+    )
 
 
 def bins_of(num_keys: int, device: torch.device) -> Tensor:

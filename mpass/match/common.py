@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -78,11 +80,30 @@ def readable_mask(
     return None if per_head or batched else mask
 
 
+RECORDED = "gradients are recorded: run under torch.no_grad() or torch.inference_mode()"
+"""Why attention that is trained stays dense, where nobody asked for sparse training."""
+
+_trains: ContextVar[bool] = ContextVar("mpass_trains", default=False)
+
+
+@contextmanager
+def training_allowed(allowed: bool) -> Iterator[None]:
+    """Whether gradients are no reason to stay dense, of the graph that is matched inside."""
+    token = _trains.set(allowed)
+    try:
+        yield
+    finally:
+        _trains.reset(token)
+
+
+def trains() -> bool:
+    """Whether attention whose gradients are recorded may become sparse."""
+    return _trains.get()
+
+
 def gradient_reason(output: fx.Node) -> str:
-    """Why gradients keep a site dense: the sparse ops have no backward."""
-    if example(output).requires_grad:
-        return "gradients are recorded: run under torch.no_grad() or torch.inference_mode()"
-    return ""
+    """Why gradients keep a site dense: unless training is asked for, they do."""
+    return RECORDED if example(output).requires_grad and not trains() else ""
 
 
 def dropout_reason(dropout: object) -> str:

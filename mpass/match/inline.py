@@ -2,7 +2,9 @@
 
 A sub-graph may be shared by all layers, but each layer has its own config, so a call whose
 sub-graph holds attention is inlined: every call then has nodes of its own. Under gradients
-checkpointing has a purpose and sparse attention none: these calls are left alone.
+checkpointing has a purpose: these calls are left alone, unless attention is to be trained sparse.
+Then the inlined nodes carry the tags that torch's own tracing of a checkpoint gives them, so that
+the partitioner recomputes them in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,13 +16,19 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops import wrap
+from torch.utils.checkpoint import CheckpointPolicy
 
 from mpass.graph.arguments import argument
 from mpass.graph.call_keys import nodes_in
 from mpass.graph.dead_code import remove_dead
 from mpass.graph.nodes import module_path, op_name, value_of
 from mpass.graph.writes import SAME_MEMORY, StorageWrites, written_by
+from mpass.match.common import RECORDED, trains
 from mpass.match.spellings import SPELLINGS
+
+RECOMPUTE_TAGS = ("recompute", "ac_graph_id")
+"""Meta of nodes that a checkpoint recomputes, and of which checkpoint they are."""
 
 CALLS = (
     torch.ops.higher_order.tag_activation_checkpoint,
@@ -75,7 +83,10 @@ def reason_to_keep(node: fx.Node, writes: StorageWrites) -> str:
         return "no attention inside"
     values = [value_of(user) for user in node.users]
     if any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
-        return "gradients are recorded: run under torch.no_grad() or torch.inference_mode()"
+        if not trains():
+            return RECORDED
+        if "_checkpoint_context_fn" in module.meta:
+            return "a checkpoint with a context_fn chooses itself what is recomputed"
     if any(written_by(inner) for inner in module.graph.nodes):
         return "the sub-graph writes in place"
     if any(writes.ever_written(argument) for argument in node.all_input_nodes):
@@ -109,6 +120,7 @@ def inline_call(gm: fx.GraphModule, call: fx.Node, named: bool = True) -> None:
     values: dict[fx.Node, Any] = dict(zip(placeholders, call.args[first:], strict=True))
     output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
     first_call = frozenset(output.meta.get("custom") or ())
+    tags = recompute_tags(call)
     with gm.graph.inserting_before(call):
         for node in module.graph.nodes:
             if node.op in ("placeholder", "output"):
@@ -117,6 +129,7 @@ def inline_call(gm: fx.GraphModule, call: fx.Node, named: bool = True) -> None:
             if node.op == "get_attr":
                 copied.target = share_attribute(gm, module, str(node.target))
             move_module_stack(copied, call, named)
+            copied.meta.update(tags)
             if call.target is torch.ops.higher_order.invoke_subgraph:
                 move_annotations(copied, call, first_call)
             values[node] = copied
@@ -129,6 +142,17 @@ def inline_call(gm: fx.GraphModule, call: fx.Node, named: bool = True) -> None:
         user.replace_all_uses_with(result)
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
+
+
+def recompute_tags(call: fx.Node) -> dict[str, Any]:
+    """What nodes of a checkpoint are told apart by, as torch's own tracing of one does it.
+
+    A node that a nested call brings keeps the tags of its own checkpoint.
+    """
+    if call.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return {key: call.meta[key] for key in RECOMPUTE_TAGS if key in call.meta}
+    values = (CheckpointPolicy.PREFER_RECOMPUTE, next(wrap.uid))
+    return dict(zip(RECOMPUTE_TAGS, values, strict=True))
 
 
 def share_attribute(gm: fx.GraphModule, module: fx.GraphModule, name: str) -> str:

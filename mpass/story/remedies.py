@@ -21,7 +21,18 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"^not causal, and ",
         "nothing, if this is an encoder beside the model that the config is for",
     ),
-    (r"^gradients are recorded", "run under torch.no_grad() or torch.inference_mode()"),
+    (
+        r"^gradients are recorded",
+        "run under torch.no_grad() or torch.inference_mode(), or train sparse, with "
+        'options={"training": "sparse"}',
+    ),
+    (r"^no backward kernels", "train on a CPU"),
+    (
+        r"^trained under a mask",
+        "load the model with attn_implementation='sdpa' and give it a padding mask [B, N] or none",
+    ),
+    (r"^trained (with a bias|under lists|where rows)", "nothing: it is trained dense"),
+    (r"^a checkpoint with a context_fn", "checkpoint without context_fn"),
     (r"dropout p=", "call model.eval()"),
     (r"^dtype ", "cast the model to a dtype that is served"),
     (r"Triton kernels take bfloat16", "cast the model, or use torch.autocast"),

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mpass.lowering.lse_ops  # noqa: F401  (defines minference::sparse_attention_lse)
+import mpass.lowering.lse_ops
+import mpass.lowering.training_ops  # noqa: F401  (defines minference::sparse_attention_train)
 from mpass.lowering.index import AttentionMask, join_slots
 from mpass.patterns.base.op import head_slots, named_op, shared_slots
 from mpass.patterns.base.pattern import Pattern

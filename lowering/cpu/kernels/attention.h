@@ -39,14 +39,7 @@ void pack_block(const AttentionArguments& a, const PackedKeyValues& p, packed* s
   pack_values(p.values.get() + slot * VALUE_WORDS, staging, [&](int r) -> const input* {
     return first + r < a.num_keys ? value.at(b, g, first + r) : nullptr;
   });
-  if (g == 0) {
-    uint64_t bits = low_bits(a.num_keys - first);
-    if (a.key_mask) {
-      for (int r = 0; r < BLOCK && first + r < a.num_keys; ++r)
-        if (!a.key_mask[b * a.num_keys + first + r]) bits &= ~(uint64_t(1) << r);
-    }
-    p.valid.get()[b * p.key_blocks + kb] = bits;
-  }
+  if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid_keys(a, b, kb);
 }
 
 void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p, packed* staging,

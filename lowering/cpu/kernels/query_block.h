@@ -19,13 +19,14 @@ struct PackedKeyValues {
   Buffer<word> keys, values, column_keys, column_values;
   Buffer<uint64_t> valid;  // [B, key_blocks], a bit per key: it exists and is no padding
 
-  explicit PackedKeyValues(const AttentionArguments& a)
+  // packs: false where only the sizes and `valid` are wanted, to list tiles by.
+  explicit PackedKeyValues(const AttentionArguments& a, bool packs = true)
       : key_blocks((a.num_keys + BLOCK - 1) / BLOCK),
         chunks((a.longest_columns + BLOCK - 1) / BLOCK),
-        keys(a.batch * a.kv_heads * key_blocks * KEY_WORDS),
-        values(a.batch * a.kv_heads * key_blocks * VALUE_WORDS),
-        column_keys(a.batch * a.heads * chunks * KEY_WORDS),
-        column_values(a.batch * a.heads * chunks * VALUE_WORDS),
+        keys(packs * a.batch * a.kv_heads * key_blocks * KEY_WORDS),
+        values(packs * a.batch * a.kv_heads * key_blocks * VALUE_WORDS),
+        column_keys(packs * a.batch * a.heads * chunks * KEY_WORDS),
+        column_values(packs * a.batch * a.heads * chunks * VALUE_WORDS),
         valid(a.batch * key_blocks) {}
 };
 
@@ -50,6 +51,17 @@ struct QueryBlock {
     tiles.reserve(in.key_blocks + in.chunks);
   }
 };
+
+// A bit per key of a block: it exists and is no padding.
+inline uint64_t valid_keys(const AttentionArguments& a, int64_t b, int64_t kb) {
+  const int64_t first = kb * BLOCK;
+  uint64_t bits = low_bits(a.num_keys - first);
+  if (a.key_mask) {
+    for (int r = 0; r < BLOCK && first + r < a.num_keys; ++r)
+      if (!a.key_mask[b * a.num_keys + first + r]) bits &= ~(uint64_t(1) << r);
+  }
+  return bits;
+}
 
 // Lists the key block if some row sees a key of it.
 void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlock& block,

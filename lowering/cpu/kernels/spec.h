@@ -97,6 +97,19 @@ struct QuantizeArguments {
 };
 
 // The numbers of a call: field by field the ctypes structure of the caller.
+struct BackwardArguments {
+  const void* grad_out;
+  const float* dots;
+  void* grad_query;
+  void* grad_key;
+  void* grad_value;
+  int64_t grad_out_batch;
+  int64_t grad_out_head;
+  int64_t grad_out_row;
+  int64_t parts;
+};
+
+// The numbers of a call: field by field the ctypes structure of the caller.
 struct EstimateArguments {
   const void* query;
   const void* key;

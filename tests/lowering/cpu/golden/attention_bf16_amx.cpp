@@ -602,32 +602,44 @@ inline void transpose_rows(word* out, const word* rows, int depth) {
     for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
 }
 
-// Packs one block of keys. row(r) is row r of the input, or null where there is none.
-template <typename Row>
-void pack_keys(word* out, packed* rows, const Row& row) {
+// Packs 64 rows of `dim` inputs as columns, `depth` words each. row(r) is row r of the input, or
+// null where there is none.
+template <int dim, int depth, typename Row>
+void pack_columns(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
     const input* in = row(r);
-    if (in) pack_row(rows + r * DEPTH * PAIR, in, HEAD_DIM, DEPTH * PAIR);
-    else std::memset(rows + r * DEPTH * PAIR, 0, DEPTH * sizeof(word));
+    if (in) pack_row(rows + r * depth * PAIR, in, dim, depth * PAIR);
+    else std::memset(rows + r * depth * PAIR, 0, depth * sizeof(word));
   }
-  transpose_rows(out, reinterpret_cast<const word*>(rows), DEPTH);
+  transpose_rows(out, reinterpret_cast<const word*>(rows), depth);
 }
 
-// Packs one block of values, with row(r) as above.
-template <typename Row>
-void pack_values(word* out, packed* rows, const Row& row) {
+// Packs 64 rows of `dim` inputs as `width` words per row, or pair of rows, with row(r) as above.
+template <int dim, int width, typename Row>
+void pack_panel(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
-    packed* target = (USES_BF16 ? rows : reinterpret_cast<packed*>(out)) + r * VALUE_WIDTH;
+    packed* target = (USES_BF16 ? rows : reinterpret_cast<packed*>(out)) + r * width;
     const input* in = row(r);
-    if (in) pack_row(target, in, VALUE_DIM, VALUE_WIDTH);
-    else std::memset(target, 0, VALUE_WIDTH * sizeof(packed));
+    if (in) pack_row(target, in, dim, width);
+    else std::memset(target, 0, width * sizeof(packed));
   }
 #if USES_BF16
   for (int r = 0; r < BLOCK; r += 2)
-    for (int n = 0; n < VALUE_WIDTH; n += LANES)
-      store_pairs(out + r / 2 * VALUE_WIDTH + n, rows + r * VALUE_WIDTH + n,
-                  rows + (r + 1) * VALUE_WIDTH + n);
+    for (int n = 0; n < width; n += LANES)
+      store_pairs(out + r / 2 * width + n, rows + r * width + n, rows + (r + 1) * width + n);
 #endif
+}
+
+// Packs one block of keys.
+template <typename Row>
+void pack_keys(word* out, packed* rows, const Row& row) {
+  pack_columns<HEAD_DIM, DEPTH>(out, rows, row);
+}
+
+// Packs one block of values.
+template <typename Row>
+void pack_values(word* out, packed* rows, const Row& row) {
+  pack_panel<VALUE_DIM, VALUE_WIDTH>(out, rows, row);
 }
 
 }  // namespace
@@ -644,13 +656,14 @@ struct PackedKeyValues {
   Buffer<word> keys, values, column_keys, column_values;
   Buffer<uint64_t> valid;  // [B, key_blocks], a bit per key: it exists and is no padding
 
-  explicit PackedKeyValues(const AttentionArguments& a)
+  // packs: false where only the sizes and `valid` are wanted, to list tiles by.
+  explicit PackedKeyValues(const AttentionArguments& a, bool packs = true)
       : key_blocks((a.num_keys + BLOCK - 1) / BLOCK),
         chunks((a.longest_columns + BLOCK - 1) / BLOCK),
-        keys(a.batch * a.kv_heads * key_blocks * KEY_WORDS),
-        values(a.batch * a.kv_heads * key_blocks * VALUE_WORDS),
-        column_keys(a.batch * a.heads * chunks * KEY_WORDS),
-        column_values(a.batch * a.heads * chunks * VALUE_WORDS),
+        keys(packs * a.batch * a.kv_heads * key_blocks * KEY_WORDS),
+        values(packs * a.batch * a.kv_heads * key_blocks * VALUE_WORDS),
+        column_keys(packs * a.batch * a.heads * chunks * KEY_WORDS),
+        column_values(packs * a.batch * a.heads * chunks * VALUE_WORDS),
         valid(a.batch * key_blocks) {}
 };
 
@@ -675,6 +688,17 @@ struct QueryBlock {
     tiles.reserve(in.key_blocks + in.chunks);
   }
 };
+
+// A bit per key of a block: it exists and is no padding.
+inline uint64_t valid_keys(const AttentionArguments& a, int64_t b, int64_t kb) {
+  const int64_t first = kb * BLOCK;
+  uint64_t bits = low_bits(a.num_keys - first);
+  if (a.key_mask) {
+    for (int r = 0; r < BLOCK && first + r < a.num_keys; ++r)
+      if (!a.key_mask[b * a.num_keys + first + r]) bits &= ~(uint64_t(1) << r);
+  }
+  return bits;
+}
 
 // Lists the key block if some row sees a key of it.
 void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlock& block,
@@ -959,14 +983,7 @@ void pack_block(const AttentionArguments& a, const PackedKeyValues& p, packed* s
   pack_values(p.values.get() + slot * VALUE_WORDS, staging, [&](int r) -> const input* {
     return first + r < a.num_keys ? value.at(b, g, first + r) : nullptr;
   });
-  if (g == 0) {
-    uint64_t bits = low_bits(a.num_keys - first);
-    if (a.key_mask) {
-      for (int r = 0; r < BLOCK && first + r < a.num_keys; ++r)
-        if (!a.key_mask[b * a.num_keys + first + r]) bits &= ~(uint64_t(1) << r);
-    }
-    p.valid.get()[b * p.key_blocks + kb] = bits;
-  }
+  if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid_keys(a, b, kb);
 }
 
 void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p, packed* staging,

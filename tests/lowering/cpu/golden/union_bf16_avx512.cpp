@@ -773,32 +773,44 @@ inline void transpose_rows(word* out, const word* rows, int depth) {
     for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
 }
 
-// Packs one block of keys. row(r) is row r of the input, or null where there is none.
-template <typename Row>
-void pack_keys(word* out, packed* rows, const Row& row) {
+// Packs 64 rows of `dim` inputs as columns, `depth` words each. row(r) is row r of the input, or
+// null where there is none.
+template <int dim, int depth, typename Row>
+void pack_columns(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
     const input* in = row(r);
-    if (in) pack_row(rows + r * DEPTH * PAIR, in, HEAD_DIM, DEPTH * PAIR);
-    else std::memset(rows + r * DEPTH * PAIR, 0, DEPTH * sizeof(word));
+    if (in) pack_row(rows + r * depth * PAIR, in, dim, depth * PAIR);
+    else std::memset(rows + r * depth * PAIR, 0, depth * sizeof(word));
   }
-  transpose_rows(out, reinterpret_cast<const word*>(rows), DEPTH);
+  transpose_rows(out, reinterpret_cast<const word*>(rows), depth);
 }
 
-// Packs one block of values, with row(r) as above.
-template <typename Row>
-void pack_values(word* out, packed* rows, const Row& row) {
+// Packs 64 rows of `dim` inputs as `width` words per row, or pair of rows, with row(r) as above.
+template <int dim, int width, typename Row>
+void pack_panel(word* out, packed* rows, const Row& row) {
   for (int r = 0; r < BLOCK; ++r) {
-    packed* target = (USES_BF16 ? rows : reinterpret_cast<packed*>(out)) + r * VALUE_WIDTH;
+    packed* target = (USES_BF16 ? rows : reinterpret_cast<packed*>(out)) + r * width;
     const input* in = row(r);
-    if (in) pack_row(target, in, VALUE_DIM, VALUE_WIDTH);
-    else std::memset(target, 0, VALUE_WIDTH * sizeof(packed));
+    if (in) pack_row(target, in, dim, width);
+    else std::memset(target, 0, width * sizeof(packed));
   }
 #if USES_BF16
   for (int r = 0; r < BLOCK; r += 2)
-    for (int n = 0; n < VALUE_WIDTH; n += LANES)
-      store_pairs(out + r / 2 * VALUE_WIDTH + n, rows + r * VALUE_WIDTH + n,
-                  rows + (r + 1) * VALUE_WIDTH + n);
+    for (int n = 0; n < width; n += LANES)
+      store_pairs(out + r / 2 * width + n, rows + r * width + n, rows + (r + 1) * width + n);
 #endif
+}
+
+// Packs one block of keys.
+template <typename Row>
+void pack_keys(word* out, packed* rows, const Row& row) {
+  pack_columns<HEAD_DIM, DEPTH>(out, rows, row);
+}
+
+// Packs one block of values.
+template <typename Row>
+void pack_values(word* out, packed* rows, const Row& row) {
+  pack_panel<VALUE_DIM, VALUE_WIDTH>(out, rows, row);
 }
 
 }  // namespace

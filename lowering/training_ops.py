@@ -1,0 +1,187 @@
+"""Attention over an index with gradients: what `options={"training": "sparse"}` puts into graphs.
+
+`minference::sparse_attention_train` has an autograd formula, whose backward is an op as well, so
+that AOTAutograd traces both. The forward pass leaves its output, the log-sum-exps and the index;
+no gradient goes through the choice of keys. Letters: B batch, H query heads, Hk kv heads, Nq
+queries, Nk keys, D head_dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpass.failures import contain
+from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.lse_ops import ATTENTION_LSE, every_key, fake_attention_lse
+from mpass.lowering.ops import ATTENTION_SCHEMA, INDEX_SCHEMA, NAMESPACE, attend, record_call
+from mpass.lowering.reference.backward import ForwardResult, attention_backward, sink_gradient
+
+SINKS, SOFTCAP = 11, 16
+"""Places among the arguments of `minference::sparse_attention_train`."""
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::sparse_attention_train",
+    mutates_args=(),
+    schema=f"({ATTENTION_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def sparse_attention_train(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_count: Tensor,
+    block_index: Tensor,
+    diagonal_count: Tensor,
+    diagonal_index: Tensor,
+    column_count: Tensor,
+    column_index: Tensor,
+    head_slots: Sequence[int],
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    dense_above: float,
+    min_seq_len: int,
+    layer: int,
+    site: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`minference::sparse_attention`, which see, with gradients for query, key, value and sinks.
+
+    Returns the output, the log-sum-exps [B, H, Nq] in fp32 and, bool [1] on the CPU, whether every
+    key was computed: the backward pass must compute the same cells, whatever decided about them.
+    """
+    index = SparseIndex(
+        block_count,
+        block_index,
+        diagonal_count,
+        diagonal_index,
+        column_count,
+        column_index,
+        tuple(head_slots),
+    )
+    mask = AttentionMask(causal, query_offset, window, key_mask)
+    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
+    lowering, (out, lse), reason = attend(
+        inputs, index, ATTENTION_LSE, dense_above=dense_above, min_seq_len=min_seq_len, site=site
+    )
+    record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    return out, lse, torch.tensor([bool(reason)], device="cpu")
+
+
+@sparse_attention_train.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    dense = torch.empty(1, dtype=torch.bool, device="cpu")
+    return (*fake_attention_lse(query, key, value), dense)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::sparse_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor out, Tensor lse, Tensor dense, Tensor query, Tensor key, "
+    f"Tensor value, {INDEX_SCHEMA}, Tensor? key_mask, Tensor? sinks, SymInt query_offset, "
+    "int window, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def sparse_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dense: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_count: Tensor,
+    block_index: Tensor,
+    diagonal_count: Tensor,
+    diagonal_index: Tensor,
+    column_count: Tensor,
+    column_index: Tensor,
+    head_slots: Sequence[int],
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks (empty where there are none), contiguous.
+
+    grad_out: of `out`; out, lse, dense: what `minference::sparse_attention_train` returned.
+    """
+    mask = AttentionMask(causal, query_offset, window, key_mask)
+    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
+    index = SparseIndex(
+        block_count,
+        block_index,
+        diagonal_count,
+        diagonal_index,
+        column_count,
+        column_index,
+        tuple(head_slots),
+    )
+    if bool(dense):
+        index = every_key(inputs)
+    result = ForwardResult(grad_out, out, lse)
+    grad_sinks = sink_gradient(inputs, result)
+    lowering = choose_lowering(inputs)
+    run = lowering.attention_backward or attention_backward
+    try:
+        gradients = run(inputs, index, result)
+    except Exception as error:
+        contain(error, f"a kernel of the backward pass ({lowering.name})")
+        gradients = attention_backward(inputs, index, result)
+    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)
+
+
+@sparse_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dense: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = rest[8]
+    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    grad_sinks = query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return (*gradients, grad_sinks)  # type: ignore[return-value]
+
+
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save what the backward op takes: the arguments up to softcap, and the results."""
+    out, lse, dense = output
+    arguments = inputs[: SOFTCAP + 1]
+    ctx.mark_non_differentiable(lse, dense)
+    ctx.places = [place for place, a in enumerate(arguments) if isinstance(a, Tensor)]
+    ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
+    ctx.save_for_backward(out, lse, dense, *(arguments[place] for place in ctx.places))
+
+
+def backward(ctx: Any, grad_out: Tensor | None, *unused: object) -> tuple[Any, ...]:
+    """The autograd formula: gradients for query, key, value and sinks, and for nothing else."""
+    out, lse, dense, *tensors = ctx.saved_tensors
+    arguments = list(ctx.arguments)
+    for place, tensor in zip(ctx.places, tensors, strict=True):
+        arguments[place] = tensor
+    gradients: list[Any] = [None] * len(ctx.needs_input_grad)
+    if grad_out is not None:
+        op = torch.ops.minference.sparse_attention_backward.default
+        *main, sinks = op(grad_out, out, lse, dense, *arguments)
+        gradients[:3] = main
+        gradients[SINKS] = None if arguments[SINKS] is None else sinks
+    return tuple(gradients)
+
+
+sparse_attention_train.register_autograd(backward, setup_context=keep_for_backward)
