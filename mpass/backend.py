@@ -17,6 +17,7 @@ from mpass.config.model_check import check_model
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
 from mpass.errors import ModuleTypeError
 from mpass.failures import contain
+from mpass.graph.linear_layers import narrow_linear_layers
 from mpass.graph.observation import shared_observations
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
@@ -25,7 +26,6 @@ from mpass.lowering.kernel_sources import KernelSource
 from mpass.lowering.recorder import tell_watcher
 from mpass.match import find_attention, inline_subgraphs, open_calls
 from mpass.match.common import training_allowed
-from mpass.match.linear_layers import narrow_linear_layers
 from mpass.options import Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
 from mpass.report import Report, make_report
