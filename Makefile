@@ -19,8 +19,8 @@ QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.
 	tests/lowering/cpu/test_source.py tests/lowering/triton/test_source.py \
 	tests/benchmarks/test_pattern_pages.py
 
-# vLLM for CPUs wants torch's own build for them; where no configured index has it, name one:
-#   make vllm VLLM_INDEX='--extra-index-url https://download.pytorch.org/whl/cpu'
+# vLLM for CPUs wants torch's own build for them; where no configured index has it, name the one of
+# torch's installation page:  make vllm VLLM_INDEX='--extra-index-url URL'
 VLLM_INDEX ?=
 
 .PHONY: help venv demo test check slow vllm lint format types clean

@@ -11,35 +11,25 @@ from __future__ import annotations
 import dataclasses
 import operator
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._sympy.functions import Max, Min
 
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
 from mpass.graph.layouts import difference, is_rearranged, layout_order, same_layout
+from mpass.graph.lengths import as_argument
 from mpass.graph.new_nodes import Known, copy_meta, nodes_between, propagate, value_key
 from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.printing import count_ops, without_guards
-from mpass.graph.site import AttentionSite, Length, MaskMeaning
+from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.match import OpenedCall, settle_calls
 from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
 
 CONTIGUOUS = {"memory_format": torch.contiguous_format}
-
-FOLDS: dict[Any, Callable[..., Any]] = {
-    sympy.Add: operator.add,
-    sympy.Mul: operator.mul,
-    Max: torch.sym_max,
-    Min: torch.sym_min,
-}
-"""What lengths are made by, and the functions that make them in a graph."""
 
 aten = torch.ops.aten
 """New nodes are calls of registered ops, which exported programs may hold as well."""
@@ -389,41 +379,3 @@ def unpack(graph: fx.Graph, node: fx.Node, origin: fx.Node) -> list[fx.Node]:
     for item in items:
         copy_meta(origin, item)
     return items
-
-
-def as_argument(graph: fx.Graph, length: Length | fx.Node) -> int | fx.Node:
-    """A length as an op's argument: the int, or a node that computes the SymInt.
-
-    The expression is built from the sizes and symbols that the graph's inputs hold.
-    """
-    if not isinstance(length, torch.SymInt):
-        return length
-    return build_expression(graph, length.node.expr)
-
-
-def build_expression(graph: fx.Graph, expression: sympy.Expr) -> int | fx.Node:
-    """Nodes that compute a sympy expression over the shape symbols of a graph."""
-    if expression.is_Integer:
-        return int(expression)
-    if expression.is_Symbol:
-        return find_symbol(graph, expression)
-    fold = FOLDS.get(expression.func)
-    if fold is None:
-        raise LookupError(f"no node of the graph holds the length {expression}")
-    parts = [build_expression(graph, argument) for argument in expression.args]
-    total = parts[0]
-    for part in parts[1:]:
-        total = graph.call_function(fold, (total, part))
-    return total
-
-
-def find_symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
-    """The input that is a shape symbol, or a new node with the size of a tensor input that is."""
-    for node in graph.find_nodes(op="placeholder"):
-        value = value_of(node)
-        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
-            return node
-        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                return graph.call_function(aten.sym_size.int, (node, dim))
-    raise LookupError(f"no input of the graph holds the length {symbol}")

@@ -59,6 +59,8 @@ LAYERS = [
 `story.remedies` is a table of texts.
 """
 
+MOST_LINES = 400
+
 MOST_ENTRIES = 30
 """Files and folders directly in mpass/ stay below this: more do not read as a pipeline."""
 
@@ -139,6 +141,15 @@ def test_imports_go_down_the_layers():
 def test_the_packages_folder_reads_as_a_pipeline():
     entries = {path.name for path in (ROOT / "mpass").iterdir()} - {"__pycache__"}
     assert len(entries - {"lowering", "patterns"}) < MOST_ENTRIES
+
+
+@pytest.mark.parametrize("folder", ["mpass", "lowering", "patterns", "benchmarks", "tests"])
+def test_files_are_short(folder):
+    kinds = ("*.py", "*.h", "*.jinja", "*.js")
+    files = [path for kind in kinds for path in (ROOT / folder).rglob(kind)]
+    files = [path for path in files if "vendor" not in path.parts and "build" not in path.parts]
+    lengths = {str(path): len(path.read_text("utf-8").splitlines()) for path in files}
+    assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
 
 
 @pytest.mark.parametrize("package", ["mpass.lowering", "mpass.patterns"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mpass.graph.dead_code import remove_dead
+from mpass.graph.lengths import as_argument
 from mpass.graph.new_nodes import copy_meta
 from mpass.graph.site import AttentionSite
 from mpass.lowering.dispatch import choose_lowering
@@ -23,7 +24,7 @@ from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.match import find_attention, open_calls, settle_calls
 from mpass.patterns.base import Pattern
 from mpass.plan import reason_to_skip
-from mpass.rewrite import as_argument, insert_dimensions, insert_keys
+from mpass.rewrite import insert_dimensions, insert_keys
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpass.config.operands import attention_mask
 from mpass.errors import MpassError, PatternFileError, in_one_line
-from mpass.functional import attention_mask, computed_mask, sparse_attention
+from mpass.functional import computed_mask, sparse_attention
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mpass.graph.nodes import example
 from mpass.validation.slices import (
@@ -69,3 +70,19 @@ def rows_to_check(queries: int, most: float) -> Tensor:
     generator = torch.Generator().manual_seed(queries)
     between = torch.randint(0, queries, (count - 2 * len(ends),), generator=generator)
     return torch.cat([ends, between, queries - 1 - ends]).unique()
+
+
+class quiet:
+    """No gradients, no tracing, and random numbers as they were before."""
+
+    def __enter__(self) -> None:
+        self.random = torch.random.get_rng_state()
+        self.modes = _disable_current_modes()
+        self.modes.__enter__()
+        self.gradients = torch.no_grad()
+        self.gradients.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.gradients.__exit__(*error)
+        self.modes.__exit__(*error)
+        torch.random.set_rng_state(self.random)

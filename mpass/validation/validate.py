@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from mpass.errors import in_one_line
 from mpass.failures import is_strict
@@ -43,7 +42,7 @@ from mpass.validation.claims import (
     unfolded_rows,
 )
 from mpass.validation.report import REASON, Difference, Named, bug_report, differing
-from mpass.validation.samples import leaf_value, next_node, random_tensor, rows_to_check
+from mpass.validation.samples import leaf_value, next_node, quiet, random_tensor, rows_to_check
 from mpass.validation.slices import (
     NotRunError,
     Part,
@@ -145,22 +144,6 @@ class Validator:
             self.known[key] = None
             self.known[key] = check()
         return self.known[key]
-
-
-class quiet:
-    """No gradients, no tracing, and random numbers as they were before."""
-
-    def __enter__(self) -> None:
-        self.random = torch.random.get_rng_state()
-        self.modes = _disable_current_modes()
-        self.modes.__enter__()
-        self.gradients = torch.no_grad()
-        self.gradients.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.gradients.__exit__(*error)
-        self.modes.__exit__(*error)
-        torch.random.set_rng_state(self.random)
 
 
 # -- the checks -------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ HIDDEN = torch.finfo(torch.float32).min
 
 def tensors(num_queries: int = N, num_keys: int = N) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(B, H, num_queries, D, generator=generator)
-    key = torch.randn(B, H, num_keys, D, generator=generator)
+    query, key = (torch.randn(B, H, n, D, generator=generator) for n in (num_queries, num_keys))
     return query, key, key.flip(-1)
 
 
