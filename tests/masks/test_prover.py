@@ -295,10 +295,6 @@ UNPROVEN = {
     ),
     "bias": (lambda n, pad: torch.triu(torch.full((n, n), -5.0), 1), "bias"),
     "alibi": (lambda n, pad: (torch.arange(n) - torch.arange(n)[:, None]).float(), "bias"),
-    "integer mask times infinity": (
-        lambda n, pad: (1.0 - pad[:, None, None, :].float()) * HIDDEN,
-        "bias",
-    ),
     "chunks": (
         lambda n, pad: (
             (torch.arange(n) // 4 == torch.arange(n)[:, None] // 4) & torch.ones(n, n).tril().bool()
