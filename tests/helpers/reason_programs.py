@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from mpass import SparseConfig
-from tests.helpers.reason_cases import Case, N, causal
 from tests.helpers.reason_flex import (
     flex_biased,
     flex_made_inside,
@@ -22,6 +21,7 @@ from tests.helpers.reason_flex import (
     half_the_keys,
     other_blocks,
 )
+from tests.helpers.reason_inputs import Case, N, causal
 from tests.helpers.reason_projections import projecting, projecting_in_autocast
 
 # -- scaled_dot_product_attention -------------------------------------------------------------
