@@ -20,8 +20,8 @@ from torch.nn import functional as F
 import mpass
 from mpass.inspection.explanation import Explanation, explain
 from tests.helpers import reason_cases as masks
-from tests.helpers import reason_programs as programs
 from tests.helpers.reason_cases import DYNAMIC_MASKS, MASKS, Inputs
+from tests.helpers.reason_inputs import tensors
 from tests.helpers.reason_programs import PROGRAMS
 
 FOLDER = Path(mpass.__file__).parent
@@ -146,7 +146,7 @@ def explained(name: str) -> Explanation:
     torch.manual_seed(0)
     if name in PROGRAMS:
         case = PROGRAMS[name]
-        arguments: Any = programs.tensors(**case.shapes)
+        arguments: Any = tensors(**case.shapes)
         arguments[0].requires_grad_(case.grad)
         for argument, dim in case.dynamic:
             torch._dynamo.mark_dynamic(arguments[argument], dim)
