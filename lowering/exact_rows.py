@@ -158,11 +158,13 @@ def chosen_blocks(
         size = max(count, (exact.stop + BLOCK - 1) // BLOCK)
         counts, entries = index.diagonal_count, index.diagonal_index.long()
         live = torch.arange(entries.shape[-1], device=device) < counts[..., None]
-        table = torch.zeros(*counts.shape, size + 1, dtype=torch.bool, device=device)
-        table.scatter_(-1, torch.where(live & (entries < size), entries, size), True)
+        # Distances -count .. size - 1, those of blocks ahead first.
+        live &= (entries < size) & (entries >= -count)
+        table = torch.zeros(*counts.shape, count + size + 1, dtype=torch.bool, device=device)
+        table.scatter_(-1, torch.where(live, entries, size) + count, True)
         table |= (counts == ALL_DIAGONALS)[..., None]
         distance = blocks[:, None] - torch.arange(count, device=device)
-        parts.append(table[:, :, distance.clamp(min=0)] & (distance >= 0))
+        parts.append(table[:, :, distance + count])
     if len(parts) == 1 and not lists:
         rows = [-1 - slot for slot in index.head_slots]
     elif len(parts) == 1:

@@ -7,12 +7,16 @@ ops and their arguments, so Inductor's caches see it (a late pass would not run 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
+from mpass import lowering, patterns
 from mpass.config.model_check import check_model
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
 from mpass.errors import ModuleTypeError
@@ -158,10 +162,27 @@ def compile_rest(
     if options.inner_backend == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(options.inductor))
+        # Inductor's caches know our ops by name: what they are is said beside.
+        tag = f"{torch.compiler.config.cache_key_tag} mpass {code_digest()}"
+        with torch.compiler.config.patch(cache_key_tag=tag):
+            patches = dict(options.inductor)
+            compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     else:
         compiled = torch._dynamo.lookup_backend(options.inner_backend)(gm, list(example_inputs))
     return compiled
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the code that says what our ops are and how large their results.
+
+    A compiled graph holds sizes of results, so that one of another version must not be used.
+    """
+    digest = hashlib.sha256()
+    for package in (lowering, patterns):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def kernel_details(kernel: KernelSource) -> tuple[tuple[str, str], ...]:

@@ -75,7 +75,8 @@ class AShape(Pattern):
             ahead = 0 if inputs.mask.causal else reach - 1
             index.diagonal_count[:, own].fill_(reach + ahead)
             live = distances < reach + ahead
-            index.diagonal_index[:, own] = torch.where(live, distances - ahead, 0)
+            shown = distances - ahead if ahead else distances
+            index.diagonal_index[:, own] = torch.where(live, shown, 0)
             list_sinks(index, own, key, inputs.mask, pattern.sink_size)
         return index
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
+from mpass import backend
 from tests.helpers.processes import run_python
 
 SCRIPT = """
@@ -41,3 +44,21 @@ def test_second_process_finds_the_graph_and_another_config_does_not(tmp_path):
     assert (first["hits"], second["hits"], other["hits"]) == (0, 1, 0)
     assert all(result["sparse"] == 1 for result in (first, second, other))
     assert all(result["error"] < 1e-5 for result in (first, second, other))
+
+
+@torch.no_grad()
+def test_a_graph_of_another_version_is_not_taken(monkeypatch):
+    """What a cached graph knows of our ops, as the sizes of results, may not hold any more."""
+    tags = []
+
+    def keep_tag(gm, inputs, **_):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", keep_tag)
+    for digest in ("one", "another"):
+        torch._dynamo.reset()
+        monkeypatch.setattr(backend, "code_digest", lambda digest=digest: digest)
+        torch.compile(torch.sin, backend="minference")(torch.ones(3))
+    assert "one" in tags[0] and "another" in tags[1]
+    assert torch.compiler.config.cache_key_tag == ""

@@ -157,7 +157,8 @@ def computed_flops(index: SparseIndex, length: int, head_dim: int) -> float:
             blocks += rows * (rows + 1) / 2
             continue
         distances = index.diagonal_index[0, -1 - slot, :count]
-        blocks += float((row_numbers[:, None] >= distances).sum())
+        seen = row_numbers[:, None] - distances  # blocks ahead have negative distances
+        blocks += float(((seen >= 0) & (seen < rows)).sum())
     columns = 0.0
     for head in range(len(index.head_slots)):
         kept = index.column_index[0, head, : int(index.column_count[0, head])]

@@ -142,8 +142,9 @@ def test_flops_count_the_tiles_that_are_computed():
     lists = list_index(query, 0.5)
     shared = dataclasses.replace(lists, head_slots=(1, 1))
     for index in (dense_index(query), lists, shared):
-        cells = reference.computed_mask(index, AttentionMask(causal=False), **sizes)
-        assert computed_flops(index, 256, 8) == 4 * 8 * int(cells.sum())
+        cells = reference.computed_mask(index, AttentionMask(), **sizes)
+        tiles = cells.unflatten(3, (-1, 64)).unflatten(2, (-1, 64)).any(-1).any(3)
+        assert computed_flops(index, 256, 8) == 4 * 8 * int(tiles.sum()) * 64 * 64
 
 
 def test_first_run_checks_in_processes_of_their_own_and_flushes_rows(tmp_path, capfd):

