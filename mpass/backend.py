@@ -163,8 +163,8 @@ def compile_rest(
         from torch._inductor.compile_fx import compile_fx
 
         # Inductor's caches know our ops by name: what they are is said beside.
-        tag = f"{torch.compiler.config.cache_key_tag} mpass {code_digest()}"
-        with torch.compiler.config.patch(cache_key_tag=tag):
+        config: Any = torch.compiler.config
+        with config.patch(cache_key_tag=f"{config.cache_key_tag} mpass {code_digest()}"):
             patches = dict(options.inductor)
             compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     else:
