@@ -155,8 +155,7 @@ void fill_mask(const AttentionArguments& a, const QueryBlock& block, const Tile&
       while (a.window > 0 && behind < tile.bounds.keys && p - tile.columns[behind] >= a.window)
         ++behind;
       bits &= ~low_bits(behind);
-      while (before < tile.bounds.keys &&
-             (a.window <= 0 || tile.columns[before] - p < a.window))
+      while (before < tile.bounds.keys && (a.window <= 0 || tile.columns[before] - p < a.window))
         ++before;
       bits &= low_bits(before);
     } else {
