@@ -6,7 +6,7 @@ again. Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from mpass.lowering.index import (
     whole_index,
 )
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.ops import ATTENTION_SCHEMA, NAMESPACE, Computation, attend, record_call
+from mpass.lowering.ops import ATTENTION_SCHEMA, NAMESPACE, Computation, attend, over_index
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference.attention import empty_lse, empty_output
 
@@ -58,49 +58,13 @@ ATTENTION_LSE: Computation[tuple[Tensor, Tensor]] = Computation(
     mutates_args=(),
     schema=f"({ATTENTION_SCHEMA}) -> (Tensor, Tensor)",
 )
-def sparse_attention_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_count: Tensor,
-    block_index: Tensor,
-    diagonal_count: Tensor,
-    diagonal_index: Tensor,
-    column_count: Tensor,
-    column_index: Tensor,
-    head_slots: Sequence[int],
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: int,
-    window: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    dense_above: float,
-    min_seq_len: int,
-    layer: int,
-    site: int = 0,
-) -> tuple[Tensor, Tensor]:
+def sparse_attention_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`minference::sparse_attention`, which see, and the log-sum-exps [B, H, Nq] in fp32.
 
     A log-sum-exp is the natural logarithm of the sum of e^score over the keys that were computed,
     sinks included; scores are scaled and capped. It is that of all keys where dense attention ran.
     """
-    index = SparseIndex(
-        block_count,
-        block_index,
-        diagonal_count,
-        diagonal_index,
-        column_count,
-        column_index,
-        tuple(head_slots),
-    )
-    mask = AttentionMask(causal, query_offset, window, key_mask)
-    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
-    lowering, results, reason = attend(
-        inputs, index, ATTENTION_LSE, dense_above=dense_above, min_seq_len=min_seq_len, site=site
-    )
-    record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    results, _ = attend(over_index(*arguments), ATTENTION_LSE)
     return results
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -41,17 +41,27 @@ ATTENTION_SCHEMA = (
 )
 """The arguments of attention over an index."""
 
+ARGUMENTS = 21
+"""How many these are."""
+
 Result = TypeVar("Result")
 
 IndexTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::sparse_attention",
-    mutates_args=(),
-    schema=f"({ATTENTION_SCHEMA}, int measured=0) -> Tensor",
-)
-def sparse_attention(
+@dataclass(frozen=True, slots=True, eq=False)
+class OverIndex:
+    """A call of attention over an index; its arguments are those of ATTENTION_SCHEMA."""
+
+    inputs: AttentionInputs
+    index: SparseIndex
+    dense_above: float
+    min_seq_len: int
+    layer: int
+    site: int
+
+
+def over_index(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -69,22 +79,12 @@ def sparse_attention(
     causal: bool,
     scale: float,
     softcap: float,
-    dense_above: float,
-    min_seq_len: int,
-    layer: int,
+    dense_above: float = 1.0,
+    min_seq_len: int = 0,
+    layer: int = -1,
     site: int = 0,
-    measured: int = 0,
-) -> Tensor:
-    """Attention over the keys that the index selects; see lowering.reference for the meaning.
-
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
-    [B, Nq, H, Dv]. dense_above: run dense attention where more than this share of the work is
-    selected, or where dense is faster as measured; 1.0 or more for never. On a CPU that is this
-    very index; elsewhere the host would wait for it, and what an earlier call of the `site`
-    selected counts (0: of no call). min_seq_len: run dense below this number of keys (where no
-    guard could decide it). layer: for records only. measured: the number by which
-    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured.
-    """
+) -> OverIndex:
+    """The arguments of an op, in the order of ATTENTION_SCHEMA, as lowerings take them."""
     index = SparseIndex(
         block_count,
         block_index,
@@ -96,12 +96,30 @@ def sparse_attention(
     )
     mask = AttentionMask(causal, query_offset, window, key_mask)
     inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
-    lowering, out, reason = attend(
-        inputs, index, ATTENTION, dense_above=dense_above, min_seq_len=min_seq_len, site=site
-    )
-    record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    return OverIndex(inputs, index, dense_above, min_seq_len, layer, site)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::sparse_attention",
+    mutates_args=(),
+    schema=f"({ATTENTION_SCHEMA}, int measured=0) -> Tensor",
+)
+def sparse_attention(*arguments: Any) -> Tensor:
+    """Attention over the keys that the index selects; see lowering.reference for the meaning.
+
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
+    [B, Nq, H, Dv]. dense_above: run dense attention where more than this share of the work is
+    selected, or where dense is faster as measured; 1.0 or more for never. On a CPU that is this
+    very index; elsewhere the host would wait for it, and what an earlier call of the `site`
+    selected counts (0: of no call). min_seq_len: run dense below this number of keys (where no
+    guard could decide it). layer: for records only. measured: the number by which
+    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured.
+    """
+    call = over_index(*arguments[:ARGUMENTS])
+    measured = arguments[ARGUMENTS] if len(arguments) > ARGUMENTS else 0
+    out, reason = attend(call, ATTENTION)
     if measured:
-        measure_call(inputs, index, out, measured, dense=bool(reason))
+        measure_call(call.inputs, call.index, out, measured, dense=bool(reason))
     return out
 
 
@@ -124,33 +142,40 @@ ATTENTION: Computation[Tensor] = Computation(
 )
 
 
-def attend(
-    inputs: AttentionInputs,
-    index: SparseIndex,
-    computation: Computation[Result],
-    *,
-    dense_above: float,
-    min_seq_len: int,
-    site: int = 0,
+def attend(call: OverIndex, computation: Computation[Result]) -> tuple[Result, str]:
+    """Sparse or dense attention, recorded, and why dense attention ran, or ""."""
+    lowering, result, reason = sparse_or_dense(call, computation)
+    record_call(lowering, call.inputs, call.index, layer=call.layer, dense_reason=reason)
+    return result, reason
+
+
+def sparse_or_dense(
+    call: OverIndex, computation: Computation[Result]
 ) -> tuple[Lowering, Result, str]:
-    """Sparse or dense attention; the lowering that was asked, and why dense attention ran, or "".
+    """What was computed, the lowering that was asked, and why dense attention ran, or "".
 
     Where a kernel of ours fails, whether it cannot be built or raises, plain torch computes dense
     attention: its own kernels may be what failed.
     """
+    inputs, index = call.inputs, call.index
     lowering = choose_lowering(inputs)
     doing = "choosing sparse or dense attention"
     try:
         reason = decide_dense(
-            lowering, inputs, index, dense_above=dense_above, min_seq_len=min_seq_len, site=site
+            lowering,
+            inputs,
+            index,
+            dense_above=call.dense_above,
+            min_seq_len=call.min_seq_len,
+            site=call.site,
         )
         doing = f"a kernel of {'dense' if reason else 'sparse'} attention ({lowering.name})"
         if reason:
             out = computation.dense(lowering, inputs)
         else:
             out = computation.sparse(lowering, inputs, index)
-        if dense_above < 1.0:
-            lowering.end_call(inputs, index, site)
+        if call.dense_above < 1.0:
+            lowering.end_call(inputs, index, call.site)
         return lowering, out, reason
     except Exception as error:
         reason = contain(error, doing)

@@ -11,20 +11,20 @@ Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpass.lowering.index import (
     BLOCK,
-    AttentionMask,
     SparseIndex,
     first_query_block,
     num_key_blocks,
 )
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, NAMESPACE, Computation, record_call
+from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, NAMESPACE, Computation, over_index
 from mpass.lowering.ops import attend as attend_or_dense
 from mpass.lowering.reference.attention import (
     empty_output,
@@ -102,39 +102,13 @@ def run_means(
     mutates_args=(),
     schema=f"(int run, {ATTENTION_SCHEMA}) -> Tensor",
 )
-def sparse_attention_summaries(
-    run: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_count: Tensor,
-    block_index: Tensor,
-    diagonal_count: Tensor,
-    diagonal_index: Tensor,
-    column_count: Tensor,
-    column_index: Tensor,
-    head_slots: Sequence[int],
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: int,
-    window: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    dense_above: float,
-    min_seq_len: int,
-    layer: int,
-    site: int = 0,
-) -> Tensor:
+def sparse_attention_summaries(run: int, *arguments: Any) -> Tensor:
     """`minference::sparse_attention`, which see, and a key for each run of `run` keys left out.
 
     It is for attention without causality, window and softcap. What is recorded is the density of
     the selected keys; the means add 1 / run of the rest.
     """
-    parts = (block_count, block_index, diagonal_count, diagonal_index, column_count, column_index)
-    index = SparseIndex(*parts, tuple(head_slots))
-    mask = AttentionMask(causal, query_offset, window, key_mask)
-    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
+    call = over_index(*arguments)
     computation = Computation(
         lambda lowering, given, own: with_summaries(
             given, own, *lowering.sparse_attention_lse(given, own), run
@@ -143,11 +117,9 @@ def sparse_attention_summaries(
         ATTENTION.plain,
     )
     # Means are work, too: they take the place of as many selected keys, and of a softmax in torch.
-    limit = dense_above if dense_above >= 1.0 else max(0.0, dense_above - 2.0 / run)
-    lowering, out, reason = attend_or_dense(
-        inputs, index, computation, dense_above=limit, min_seq_len=min_seq_len, site=site
-    )
-    record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    if call.dense_above < 1.0:
+        call = replace(call, dense_above=max(0.0, call.dense_above - 2.0 / run))
+    out, _ = attend_or_dense(call, computation)
     return out
 
 

@@ -8,7 +8,6 @@ queries, Nk keys, D head_dim, Dv value dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +15,8 @@ from torch import Tensor
 
 from mpass.failures import contain
 from mpass.lowering.dispatch import choose_lowering
-from mpass.lowering.index import AttentionMask, SparseIndex
-from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.lse_ops import ATTENTION_LSE, every_key, fake_attention_lse
-from mpass.lowering.ops import ATTENTION_SCHEMA, INDEX_SCHEMA, NAMESPACE, attend, record_call
+from mpass.lowering.ops import ATTENTION_SCHEMA, INDEX_SCHEMA, NAMESPACE, attend, over_index
 from mpass.lowering.reference.backward import ForwardResult, attention_backward, sink_gradient
 
 SINKS, SOFTCAP = 11, 16
@@ -31,49 +28,13 @@ SINKS, SOFTCAP = 11, 16
     mutates_args=(),
     schema=f"({ATTENTION_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
-def sparse_attention_train(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_count: Tensor,
-    block_index: Tensor,
-    diagonal_count: Tensor,
-    diagonal_index: Tensor,
-    column_count: Tensor,
-    column_index: Tensor,
-    head_slots: Sequence[int],
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: int,
-    window: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    dense_above: float,
-    min_seq_len: int,
-    layer: int,
-    site: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_attention_train(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`minference::sparse_attention`, which see, with gradients for query, key, value and sinks.
 
     Returns the output, the log-sum-exps [B, H, Nq] in fp32 and, bool [1] on the CPU, whether every
     key was computed: the backward pass must compute the same cells, whatever decided about them.
     """
-    index = SparseIndex(
-        block_count,
-        block_index,
-        diagonal_count,
-        diagonal_index,
-        column_count,
-        column_index,
-        tuple(head_slots),
-    )
-    mask = AttentionMask(causal, query_offset, window, key_mask)
-    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
-    lowering, (out, lse), reason = attend(
-        inputs, index, ATTENTION_LSE, dense_above=dense_above, min_seq_len=min_seq_len, site=site
-    )
-    record_call(lowering, inputs, index, layer=layer, dense_reason=reason)
+    (out, lse), reason = attend(over_index(*arguments), ATTENTION_LSE)
     return out, lse, torch.tensor([bool(reason)], device="cpu")
 
 
@@ -91,43 +52,14 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor,
     "int window, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def sparse_attention_backward(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dense: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_count: Tensor,
-    block_index: Tensor,
-    diagonal_count: Tensor,
-    diagonal_index: Tensor,
-    column_count: Tensor,
-    column_index: Tensor,
-    head_slots: Sequence[int],
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: int,
-    window: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
+    grad_out: Tensor, out: Tensor, lse: Tensor, dense: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (empty where there are none), contiguous.
 
     grad_out: of `out`; out, lse, dense: what `minference::sparse_attention_train` returned.
     """
-    mask = AttentionMask(causal, query_offset, window, key_mask)
-    inputs = AttentionInputs(query, key, value, mask, scale, softcap, sink_logits=sinks)
-    index = SparseIndex(
-        block_count,
-        block_index,
-        diagonal_count,
-        diagonal_index,
-        column_count,
-        column_index,
-        tuple(head_slots),
-    )
+    call = over_index(*arguments)
+    inputs, index = call.inputs, call.index
     if bool(dense):
         index = every_key(inputs)
     result = ForwardResult(grad_out, out, lse)
@@ -139,7 +71,7 @@ def sparse_attention_backward(
     except Exception as error:
         contain(error, f"a kernel of the backward pass ({lowering.name})")
         gradients = attention_backward(inputs, index, result)
-    return (*gradients, query.new_empty(0) if grad_sinks is None else grad_sinks)
+    return (*gradients, out.new_empty(0) if grad_sinks is None else grad_sinks)
 
 
 @sparse_attention_backward.register_fake
@@ -154,9 +86,9 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sinks = rest[8]
-    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
     grad_sinks = query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return (*gradients, grad_sinks)  # type: ignore[return-value]
+    return grad_query, grad_key, grad_value, grad_sinks
 
 
 def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
