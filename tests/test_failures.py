@@ -16,7 +16,7 @@ from mpass import failures
 from mpass.lowering.dispatch import find_lowering
 from mpass.lowering.index import AttentionMask, IndexWidth, diagonal_slots, whole_index
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.ops import ATTENTION, attend
+from mpass.lowering.ops import ATTENTION, OverIndex, attend
 from mpass.lowering.recorder import record
 from mpass.lowering.reference.attention import allowed_cells
 from mpass.match import eager, sdpa
@@ -183,8 +183,9 @@ def test_dense_attention_that_fails_is_computed_by_torch(users, monkeypatch):
     index = whole_index(query, 5, IndexWidth(), diagonal_slots(4))
     broken = dataclasses.replace(find_lowering("cpu"), dense_attention=breaks)
     monkeypatch.setattr("mpass.lowering.ops.choose_lowering", lambda _inputs: broken)
+    call = OverIndex(given, index, dense_above=2.0, min_seq_len=1000, layer=-1, site=0)
     with pytest.warns(failures.InternalErrorWarning, match="a kernel of dense attention"):
-        _, out, reason = attend(given, index, ATTENTION, dense_above=2.0, min_seq_len=1000)
+        out, reason = attend(call, ATTENTION)
     assert reason.startswith("mpass failed in a kernel of dense attention")
     cells = allowed_cells(given.mask, torch.arange(300), 300)
     assert torch.allclose(out.double(), dense_attention(query, key, value, cells, 0.2), atol=1e-5)

@@ -107,9 +107,9 @@ def test_a_checkpoint_recomputes_the_very_same_keys(inner_backend, monkeypatch):
     seen = []
     attend = training_ops.attend
 
-    def noting(inputs, index, *rest, **options):
-        seen.append([t.clone() for t in (inputs.query, *index.tensors())])
-        return attend(inputs, index, *rest, **options)
+    def noting(call, computation):
+        seen.append([t.clone() for t in (call.inputs.query, *call.index.tensors())])
+        return attend(call, computation)
 
     monkeypatch.setattr(training_ops, "attend", noting)
     options = {**OPTIONS, "pattern": "vertical_slash(16, 64)", "inner_backend": inner_backend}
