@@ -43,7 +43,7 @@ from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
 from mpass.masks.rules.indexing import INDEX_RULES
 from mpass.masks.rules.values import VALUE_RULES
 from mpass.masks.rules.views import SHAPE_RULES
-from mpass.masks.scores import PROBES, HiddenRows, hidden_rows, seen_scores
+from mpass.masks.scores import PROBES, HiddenRows, hidden_rows, scaled, seen_scores
 
 RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
 
@@ -100,16 +100,24 @@ class MaskProver:
         key: fx.Node,
         at: fx.Node,
         leading: Leading | None = None,
+        factors: Mapping[fx.Node, float] | None = None,
     ) -> MaskProof:
         """The meaning of masks put on raw scores [B, H, Nq, Nk], op by op.
 
         leading: the leading sizes that scores have in the end instead of [B, H], in their order.
+        factors: positive numbers by which some of the ops multiply the scores.
         steps: (op, its argument that carries the scores); the ops are add, sub, masked_fill, where
         and casts. Scores must remain themselves where a key is seen, see masks/scores.py.
         """
         sizes = mask_sizes(query, key)
         values: tuple[Expr, Expr] = PROBES
+        of_one = sympy.Integer(1)
         for op, carried in steps:
+            factor = (factors or {}).get(op)
+            if factor is not None:
+                values = scaled(values[0], factor), scaled(values[1], factor)
+                of_one = scaled(of_one, factor)
+                continue
             try:
                 zero, one = (self.reader.read_step(op, carried, value) for value in values)
             except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
@@ -118,7 +126,7 @@ class MaskProver:
         if visible(values[0]) is None:
             unread = explain_unknown(values[0], self.reader)
             return MaskProof(None, f"additive bias, no mask: {unread}")
-        condition = seen_scores(values)
+        condition = seen_scores(values, of_one)
         if condition is None:
             return MaskProof(None, "scores are replaced or scaled where a key is seen")
         rank = 4 if leading is None else len(leading) + 2
