@@ -27,10 +27,10 @@ from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.options import Options
-from mpass.patterns.base import Pattern
+from mpass.patterns.base import Pattern, registered_patterns
 from mpass.patterns.base.work import layer_work
 from mpass.patterns.dense import Dense
-from mpass.resolve import ResolvedPatterns, resolve_site
+from mpass.resolve import BUILTIN, ResolvedPatterns, resolve_site
 
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 """What lengths are made by that the rewrite can build."""
@@ -60,6 +60,7 @@ class AttentionPlan:
     training: whether gradients are recorded, so that the op is one with a backward.
     summaries: keys per mean of what is left out; 0 for none.
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
+    causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
     """
 
     site: AttentionSite
@@ -71,6 +72,7 @@ class AttentionPlan:
     training: bool = False
     summaries: int = 0
     measured: int = 0
+    causal_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
         return Skip(site, f"not causal, and {error}")
     site = dataclasses.replace(site, layer=resolved.layer)
     resolved = with_exact_windows(site, resolved)
-    reason = pattern_reason(site, resolved.patterns)
+    reason = pattern_reason(site, resolved)
     if reason:
         return Skip(site, reason, resolved.source)
     return decide_length(site, resolved, options)
@@ -252,16 +254,33 @@ def with_exact_windows(site: AttentionSite, resolved: ResolvedPatterns) -> Resol
     return dataclasses.replace(resolved, patterns=(Dense(),) * len(resolved.patterns))
 
 
-def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
+def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
     """Why the patterns that the site got keep it dense, or the empty string."""
-    if site.mask is not None and not site.mask.causal:
-        other = sorted({p.name for p in patterns if not p.bidirectional})
-        if other:
-            return f"not causal: {', '.join(other)} is defined for causal attention only"
+    causal = site.mask is None or site.mask.causal
+    other = sorted({p.name for p in resolved.patterns if not p.bidirectional})
+    if not causal and other:
+        return (
+            f"not causal: {', '.join(other)} is defined for causal attention only; "
+            f"{both_ways()} serve it"
+        )
     windowed = site.mask is not None and site.mask.window
-    if all(pattern.name == "dense" for pattern in patterns) and not windowed:
-        return "the config keeps every head of this layer dense"
-    return ""
+    if windowed or any(pattern.name != "dense" for pattern in resolved.patterns):
+        return ""
+    if not causal and resolved.source == BUILTIN:
+        return (
+            f"not causal: dense by default, since such attention is diffuse; {both_ways()} serve it"
+        )
+    return "the config keeps every head of this layer dense"
+
+
+def both_ways() -> str:
+    """The patterns that serve attention to later keys, in words."""
+    *most, last = (
+        name
+        for name, pattern in sorted(registered_patterns().items())
+        if pattern.bidirectional and name != "dense"
+    )
+    return f"{', '.join(most)} and {last}"
 
 
 def can_be_built(expression: sympy.Expr) -> bool:
@@ -289,6 +308,7 @@ def decide_length(
         training=trained,
         summaries=summaries,
         measured=meter_number(site) if metered else 0,
+        causal_only=site.read_mask is not None and BUILTIN in resolved.source,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:

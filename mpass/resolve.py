@@ -30,6 +30,9 @@ from mpass.graph.site import AttentionSite
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 
+BUILTIN = "built-in default"
+"""The source of a pattern that nothing configures."""
+
 SHIPPED = "minference.json"
 """File beside a model's config.json that brings its SparseConfig along."""
 
@@ -86,9 +89,9 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     levels.append((options.config_source or "options", given.effective(layer)))
     if shipped is not None:
         levels.append((str(shipped[1]), shipped[0].effective(layer)))
-    window = site.mask.window if site.mask else 0
-    default = builtin_default(example(site.query).device.type, window)
-    levels.append(("built-in default", LayerConfig(default)))
+    window, causal = (site.mask.window, site.mask.causal) if site.mask else (0, True)
+    default = builtin_default(example(site.query).device.type, window, causal=causal)
+    levels.append((BUILTIN, LayerConfig(default)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 
 

@@ -197,10 +197,12 @@ def first(entry: tuple[Span, LayerConfig]) -> int:
     return entry[0].first
 
 
-def builtin_default(device: str = "cpu", window: int = 0) -> Pattern:
+def builtin_default(device: str = "cpu", window: int = 0, *, causal: bool = True) -> Pattern:
     """The pattern of a head that nothing configures.
 
     device: type of the device; window: sliding window of the attention in tokens, 0 for none.
+    causal: whether no query sees later keys. Attention that sees both ways is diffuse: on the
+        encoder that was measured no pattern kept enough (docs/systems.md), so that it is dense.
     """
     name = device_lowering(device).default_pattern
-    return find_pattern("dense" if 0 < window <= EXACT_WINDOW else name)()
+    return find_pattern("dense" if 0 < window <= EXACT_WINDOW or not causal else name)()

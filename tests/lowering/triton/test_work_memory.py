@@ -339,7 +339,8 @@ def test_limits_are_what_the_cost_model_says_of_the_chip():
     layer = union_layer(replayed=True)
     found = policy.limits_of(H200, layer, 32768, 1, 0.9, 1.0)
     predicted = predict(H200, layer, keys=32768, density=0.9)
-    assert found.most == breakeven_share(H200, layer, queries=32768, keys=32768, batch=1)
+    sizes = {"queries": 32768, "keys": 32768, "batch": 1}
+    assert found.most == breakeven_share(H200, layer, **sizes, speedup=decisions.SURE)
     assert (found.dense, found.sparse) == (predicted.dense, predicted.sparse)
     assert found.sparse > found.dense and found.most < 0.9
     assert found.interval(found.sparse) > found.interval(1.1 * found.dense) >= 4
