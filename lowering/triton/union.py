@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mpass.lowering.index import BLOCK, SparseIndex, num_key_blocks
 from mpass.lowering.inputs import EstimateInputs
@@ -26,6 +27,7 @@ from mpass.lowering.triton.list_blocks import (
     score_chunks,
 )
 from mpass.lowering.triton.pooled_keys import kernel_inputs, pooled_keys, score_arguments
+from mpass.lowering.triton.sample_attention import runs_of, sampled_sums
 from mpass.lowering.triton.spec import INT8_TARGETS, SCORE_STAGES, score_lines, score_warps
 from mpass.lowering.triton.vertical_slash import last_query_sums, list_columns
 
@@ -94,9 +96,24 @@ def vertical_block_index_by(
                 repeat=1,
             )
     if width.max_columns and 0 not in (len(inputs.heads), inputs.num_keys):
-        sums = last_query_sums(inputs, [rule.last_queries for rule in rules])
-        list_columns(index, sums[0], [rule.columns for rule in rules], least=0.0)
+        looking = [rule.last_queries for rule in rules]
+        causal = mask.causal
+        sums = last_query_sums(inputs, looking)[0] if causal else spread_sums(inputs, looking)
+        list_columns(index, sums, [rule.columns for rule in rules], least=0.0)
     return index
+
+
+def spread_sums(inputs: EstimateInputs, counts: Sequence[int]) -> Tensor:
+    """As mpass.lowering.reference.union.spread_sums; inputs: as `kernel_inputs` gives them."""
+    if len(set(counts)) == 1:
+        return sampled_sums(inputs, inputs.heads, counts[0])
+    sums = torch.empty(inputs.batch, len(counts), inputs.num_keys, device=inputs.query.device)
+    for count, places in group_by_kind(counts):
+        own = sampled_sums(inputs, [inputs.heads[i] for i in places], count)
+        # Slices of the rows: places as an index would be a copy from the host.
+        for rows, rows_of in runs_of(places):
+            sums[:, rows_of].copy_(own[:, rows])
+    return sums
 
 
 @functools.lru_cache(maxsize=1024)
