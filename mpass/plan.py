@@ -60,6 +60,7 @@ class AttentionPlan:
     training: whether gradients are recorded, so that the op is one with a backward.
     summaries: keys per mean of what is left out; 0 for none.
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
+    causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
     """
 
     site: AttentionSite
@@ -71,6 +72,7 @@ class AttentionPlan:
     training: bool = False
     summaries: int = 0
     measured: int = 0
+    causal_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,7 @@ def decide_length(
         training=trained,
         summaries=summaries,
         measured=meter_number(site) if metered else 0,
+        causal_only=site.read_mask is not None and BUILTIN in resolved.source,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:

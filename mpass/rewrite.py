@@ -226,6 +226,7 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
                 *(plan.dense_above, plan.min_seq_len, site.layer),
                 *measured_by(plan),
             ),
+            {"causal_only": True} if plan.causal_only else {},
         )
         created = [*form, output]
         output = insert_dimensions(graph, site, output)

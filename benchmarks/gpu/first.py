@@ -45,6 +45,7 @@ CHECKS = (
     "check/plain/bfloat16/(64|256)",
     "check/long .*",
     "check/training (union|all)/bfloat16/128",
+    "check/call .*",
 )
 """What is checked first, in processes side by side: all that the defaults use."""
 

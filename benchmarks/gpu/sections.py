@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.gpu import check, densities, models, rivals
+from benchmarks.gpu import check, check_calls, densities, models, rivals
 from benchmarks.gpu.check_long import check_long
 from benchmarks.gpu.clock import milliseconds
 from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
@@ -45,6 +45,7 @@ def all_work(setting: Setting) -> Iterator[Work]:
     yield from checks(setting)
     yield from long_checks(setting)
     yield from training_checks(setting)
+    yield from check_calls.calls(setting)
     yield from machine(setting)
     for length in setting.lengths:
         yield from layers(setting, length)

@@ -230,7 +230,7 @@ def bias_of_no_keys(q, k, v):
 
 
 def scaled_after_mask(q, k, v):
-    scores = (q @ k.mT).masked_fill(~causal(), -torch.inf) * 2.0
+    scores = (q @ k.mT).masked_fill(~causal(), -torch.inf) * -2.0
     return scores.softmax(-1) @ v  # here
 
 
