@@ -3,7 +3,7 @@
 Innermost first, head by head:
 
 1. decorators and regions (mpass.config.decorators), the innermost first;
-2. options["config"], or options["pattern"];
+2. options["config"], or options["pattern"], and for what these leave open options["max_loss"];
 3. `minference.json` beside the model's `config.json` (the folder that it was loaded from);
 4. the built-in default.
 
@@ -58,7 +58,8 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     root = root_module()
     overrides = overrides_of(site.output, root.module if root else None)
     given = options.sparse_config
-    shipped = None if covers_all(given) else shipped_config(site.output)
+    promised = options.max_loss is not None
+    shipped = None if promised or covers_all(given) else shipped_config(site.output)
     configs = [given] if shipped is None else [given, shipped[0]]
 
     layer = site.layer
@@ -87,8 +88,9 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     if shipped is not None:
         levels.append((str(shipped[1]), shipped[0].effective(layer)))
     window = site.mask.window if site.mask else 0
-    default = builtin_default(example(site.query).device.type, window)
-    levels.append(("built-in default", LayerConfig(default)))
+    default = builtin_default(example(site.query).device.type, window, options.max_loss)
+    last = f"options['max_loss'] = {options.max_loss:g}" if promised else "built-in default"
+    levels.append((last, LayerConfig(default)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 
 

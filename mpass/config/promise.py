@@ -1,0 +1,47 @@
+"""`options={"max_loss": 0.01}`: how much a model may lose, in nats per token, as a pattern.
+
+Sparse attention moves a model's predictions away from those of dense attention; the divergence of
+the two, in nats per token, is the loss to expect, which the loss on a single text scatters around.
+`python -m benchmarks.quality.promise` fits how it grows with `row_share` of the pattern union, on
+texts that are there to choose by, and holds it against others (docs/accuracy.md). Models differ:
+what is promised here was measured on the packaged ones, and `options={"measure": True}` tells what
+a prompt really lost.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from mpass.patterns.union import VerticalBlock
+
+LEAST, MOST = 0.001, 0.1
+"""The losses that may be asked for; nats per token."""
+
+AT_LENGTH = 8192
+"""The prompts that SHARE is of; `VerticalBlock.at` says what it is at other lengths."""
+
+SHARE = 0.0125
+"""`row_share` at which a prompt of AT_LENGTH tokens is expected to lose 0.01 at most."""
+
+POWER = 0.8
+"""How fast `row_share` may grow with the loss: divergence goes with its 1.25th power."""
+
+LEFT_OUT = 0.2
+"""Where the estimate says that more of a query block's attention is left out than this, blocks are
+kept until it is not: attention that is spread evenly has no block above any share. It is that of a
+loss of 0.01 and goes with its root, up to the default pattern's."""
+
+
+@functools.lru_cache(maxsize=64)
+def pattern_for_loss(max_loss: float) -> VerticalBlock:
+    """What a head keeps so that its model is expected to lose at most `max_loss`, LEAST to MOST.
+
+    It keeps more the less may be lost.
+    """
+    ratio = max_loss / 0.01
+    plain = VerticalBlock()
+    return VerticalBlock(
+        mass=round(max(plain.mass, 1 - LEFT_OUT * ratio**0.5), 4),
+        row_share=round(SHARE * ratio**POWER, 6),
+        at_length=AT_LENGTH,
+    )
