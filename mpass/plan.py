@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import Max, Min
 
+from mpass.config.promise import most_lost, pattern_for_loss
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
@@ -60,6 +61,7 @@ class AttentionPlan:
     training: whether gradients are recorded, so that the op is one with a backward.
     summaries: keys per mean of what is left out; 0 for none.
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
+    most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
     """
 
     site: AttentionSite
@@ -71,6 +73,7 @@ class AttentionPlan:
     training: bool = False
     summaries: int = 0
     measured: int = 0
+    most_lost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -289,6 +292,7 @@ def decide_length(
         training=trained,
         summaries=summaries,
         measured=meter_number(site) if metered else 0,
+        most_lost=1.0 if summaries or trained else promised_share(resolved.patterns, options),
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
@@ -301,6 +305,16 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
+
+
+def promised_share(patterns: tuple[Pattern, ...], options: Options) -> float:
+    """The share of a head's attention that may be lost where every head keeps what is promised.
+
+    What a user has named for a head may lose what it loses, and says nothing of its layer.
+    """
+    if options.max_loss is None or set(patterns) != {pattern_for_loss(options.max_loss)}:
+        return 1.0
+    return most_lost(options.max_loss)
 
 
 def takes_summaries(site: AttentionSite) -> bool:

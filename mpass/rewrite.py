@@ -200,8 +200,10 @@ def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
     return op
 
 
-def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
-    """The last argument of an attention that is measured; others do without."""
+def measured_by(plan: AttentionPlan) -> tuple[int | float, ...]:
+    """The last arguments of an attention that is measured or guarded; others do without."""
+    if plan.most_lost < 1.0:
+        return (plan.measured, plan.most_lost)
     return (plan.measured,) if plan.measured else ()
 
 

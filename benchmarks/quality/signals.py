@@ -28,6 +28,7 @@ from mpass.calibration.instrument import (
 )
 from mpass.calibration.probe import Probe
 from mpass.config.pattern_text import parse_pattern
+from mpass.config.promise import pattern_for_loss
 from mpass.evaluate.score import compare_all
 from mpass.lowering.density import density
 from mpass.lowering.exact_rows import ROWS, sampled_rows
@@ -188,9 +189,11 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=2048)
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--no-pilot", action="store_true", help="leave the dense lines out")
-    parser.add_argument("--settings", nargs="+", default=["union", "union(row_share=0.006)"])
+    parser.add_argument("--settings", nargs="*", default=["union", "union(row_share=0.006)"])
+    parser.add_argument("--max-loss", nargs="*", type=float, default=[], help="of the option")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    arguments.settings += [pattern_for_loss(loss).in_words() for loss in arguments.max_loss]
     torch.set_num_threads(1)
     lines = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
     known = {

@@ -31,6 +31,20 @@ LEFT_OUT = 0.2
 kept until it is not: attention that is spread evenly has no block above any share. It is that of a
 loss of 0.01 and goes with its root, up to the default pattern's."""
 
+MOST_OVER = 2.0
+"""A call runs dense where rows that were looked at lose so many times LEFT_OUT of a head's
+attention: what the estimate said was wrong then. No head of the texts that were measured did."""
+
+
+def left_out(max_loss: float) -> float:
+    """The share of a query block's attention that may be left out by the estimate."""
+    return min(1 - VerticalBlock().mass, LEFT_OUT * (max_loss / 0.01) ** 0.5)
+
+
+def most_lost(max_loss: float) -> float:
+    """The share of a head's attention that a call may lose before it runs dense."""
+    return round(min(1.0, MOST_OVER * left_out(max_loss)), 4)
+
 
 @functools.lru_cache(maxsize=64)
 def pattern_for_loss(max_loss: float) -> VerticalBlock:
@@ -38,10 +52,8 @@ def pattern_for_loss(max_loss: float) -> VerticalBlock:
 
     It keeps more the less may be lost.
     """
-    ratio = max_loss / 0.01
-    plain = VerticalBlock()
     return VerticalBlock(
-        mass=round(max(plain.mass, 1 - LEFT_OUT * ratio**0.5), 4),
-        row_share=round(SHARE * ratio**POWER, 6),
+        mass=round(1 - left_out(max_loss), 4),
+        row_share=round(SHARE * (max_loss / 0.01) ** POWER, 6),
         at_length=AT_LENGTH,
     )

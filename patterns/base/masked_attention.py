@@ -76,6 +76,7 @@ class Request:
     min_seq_len: int
     layer: int
     measured: int
+    most_lost: float
 
 
 @torch.library.custom_op(
@@ -83,7 +84,8 @@ class Request:
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
     "Tensor first, Tensor last, Tensor? sinks, str patterns, float scale, float softcap, "
-    "bool written_out, float dense_above, SymInt min_seq_len, int layer, int measured=0) -> Tensor",
+    "bool written_out, float dense_above, SymInt min_seq_len, int layer, int measured=0, "
+    "float most_lost=1.0) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def masked_attention(
@@ -104,6 +106,7 @@ def masked_attention(
     min_seq_len: int,
     layer: int,
     measured: int = 0,
+    most_lost: float = 1.0,
 ) -> Tensor:
     """Attention under `mask`, sparse where its form allows it.
 
@@ -115,7 +118,7 @@ def masked_attention(
     """
     own = patterns_from_text(patterns)
     read = MaskForm.from_tensor(form)
-    limits = (dense_above, min_seq_len, layer, -measured)
+    limits = (dense_above, min_seq_len, layer, -measured, most_lost)
     request = Request(own, sinks, scale, softcap, written_out, *limits)
     if measured and read.offset == 0:
         start_prompt(measured)
@@ -230,6 +233,7 @@ def attend(
         min_seq_len=request.min_seq_len,
         layer=request.layer,
         measured=request.measured,
+        most_lost=request.most_lost,
     )
 
 
