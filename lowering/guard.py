@@ -29,7 +29,7 @@ def lost_too_much(inputs: AttentionInputs, index: SparseIndex, most_lost: float)
         return ""
     lost = torch.zeros(inputs.query.shape[1], dtype=torch.float64)
     rows = 0.0
-    for exact in exact_rows(inputs, GUARD_ROWS):
+    for exact in exact_rows(inputs, GUARD_ROWS, outputs=False):
         counted = exact.counted[:, None]
         left_out = exact.mass.sum(-1) - kept_mass(exact, inputs, index)
         lost += (left_out * counted).sum((0, 2), dtype=torch.float64)

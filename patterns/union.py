@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import sympy
 from torch import Tensor
@@ -145,11 +145,17 @@ class VerticalBlock(ListPattern):
 
     @classmethod
     def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
-        return super().estimate(inputs, all_at(tuple(patterns), keys_seen(inputs)))
+        return super().estimate(inputs, cls.all_at(inputs, patterns))
 
     @classmethod
     def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
-        return super().select(inputs, all_at(tuple(patterns), keys_seen(inputs)))
+        return super().select(inputs, cls.all_at(inputs, patterns))
+
+    @classmethod
+    def all_at(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Sequence[Self]:
+        """The patterns as they are where queries see as many keys as those of a call do."""
+        found = patterns_at(tuple(patterns), keys_seen(inputs))
+        return cast("Sequence[Self]", found)
 
     def turns(self) -> Turns:
         """The rows that are looked at come from one head after the other, and so do the last 16."""
@@ -170,7 +176,7 @@ class VerticalBlock(ListPattern):
     def examples(cls) -> tuple[Self, ...]:
         return (
             cls(0.1, 0.9, 16, local_blocks=1),
-            cls(0.5, 0.3, 20),
+            cls(0.5, 0.15, 20, at_length=800),
             cls(0.8, 1.0, 5, 0, 1, rows=64, pool=64, max_blocks=3),
         )
 
@@ -220,8 +226,8 @@ def keys_seen(inputs: EstimateInputs) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def all_at(patterns: tuple[VerticalBlock, ...], keys: int) -> tuple[VerticalBlock, ...]:
-    """The patterns as they are where queries see `keys` keys: asked in each call."""
+def patterns_at(patterns: tuple[VerticalBlock, ...], keys: int) -> tuple[VerticalBlock, ...]:
+    """`VerticalBlock.at` of each pattern: the same heads ask in each call."""
     return tuple(pattern.at(keys) for pattern in patterns)
 
 

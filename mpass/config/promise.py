@@ -2,10 +2,10 @@
 
 Sparse attention moves a model's predictions away from those of dense attention; the divergence of
 the two, in nats per token, is the loss to expect, which the loss on a single text scatters around.
-`python -m benchmarks.quality.promise` fits how it grows with `row_share` of the pattern union, on
-texts that are there to choose by, and holds it against others (docs/accuracy.md). Models differ:
-what is promised here was measured on the packaged ones, and `options={"measure": True}` tells what
-a prompt really lost.
+How it grows with `row_share` of the pattern union was read off benchmarks/results (frontier.jsonl
+and quality_signals.jsonl) and held against texts that had not been seen (docs/accuracy.md). Models
+differ: what is promised here was measured on the packaged ones, and `options={"measure": True}`
+tells what attention a prompt really lost.
 """
 
 from __future__ import annotations
