@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mpass.failures import contain
 from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree, warn_of_lists
-from mpass.lowering.density import density, work_share
+from mpass.lowering.density import work_share
 from mpass.lowering.device import REFERENCE, Lowering
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
 from mpass.lowering.guard import lost_too_much
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.meter import measure_call
-from mpass.lowering.recorder import AttentionCall, CallInputs, active_log, tell_watcher
+from mpass.lowering.recorded_call import record_call
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
 
@@ -221,41 +221,6 @@ def decide_dense(
     if share <= limit:
         return ""
     return f"{share:.0%} of the work or more is selected, sparse pays up to {limit:.0%}"
-
-
-def record_call(
-    lowering: Lowering,
-    inputs: AttentionInputs,
-    index: SparseIndex,
-    *,
-    layer: int,
-    dense_reason: str,
-) -> None:
-    """Tell the active log, if there is one, what ran.
-
-    dense_reason: of `attend`; what an estimator has noted before is the better reason.
-    """
-    tell_watcher()
-    log = active_log()
-    if log is None:
-        return
-    query, num_keys = inputs.query, inputs.key.shape[2]
-    sizes = {"batch": query.shape[0], "num_queries": query.shape[2], "num_keys": num_keys}
-    computed = density(index, inputs.mask, **sizes)
-    call = AttentionCall(
-        layer=layer,
-        lowering="dense" if dense_reason else lowering.name,
-        density=torch.ones_like(computed) if dense_reason else computed,
-        num_queries=query.shape[2],
-        num_keys=num_keys,
-        index_bytes=index.num_bytes(),
-        reason=log.dense_reason or dense_reason,
-    )
-    log.dense_reason = ""
-    log.calls.append(call)
-    if log.inspect is not None:
-        read = (inputs.query, inputs.key, index, inputs.mask, inputs.scale, inputs.softcap)
-        log.inspect(call, CallInputs(*read, inputs.sink_logits, inputs.value))
 
 
 @sparse_attention.register_fake

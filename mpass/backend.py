@@ -26,6 +26,7 @@ from mpass.graph.observation import shared_observations
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
 from mpass.graph.snapshot import snapshot
+from mpass.lowering.activity import activity
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.lowering.recorder import tell_watcher
 from mpass.match import find_attention, inline_subgraphs, open_calls
@@ -63,7 +64,8 @@ def minference(
     parsed = parse_options(mode, options)
     trace = open_trace(gm, parsed, kernel_details)
     report = apply_passes(gm, parsed, trace)
-    compiled = compile_rest(gm, example_inputs, parsed)
+    with activity().stage(parsed.inner_backend.capitalize()):
+        compiled = compile_rest(gm, example_inputs, parsed)
     trace.mark("inner compiler")
     finish_trace(trace)
     # Only now: Dynamo may restart the analysis from inside of the inner compiler.

@@ -16,7 +16,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import Max, Min
 
-from mpass.config.promise import most_lost, pattern_for_loss
+from mpass.config.promise import promised_share
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
@@ -28,10 +28,10 @@ from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.options import Options
-from mpass.patterns.base import Pattern
+from mpass.patterns.base import Pattern, registered_patterns
 from mpass.patterns.base.work import layer_work
 from mpass.patterns.dense import Dense
-from mpass.resolve import ResolvedPatterns, resolve_site
+from mpass.resolve import BUILTIN, PROMISED, ResolvedPatterns, resolve_site
 
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 """What lengths are made by that the rewrite can build."""
@@ -61,6 +61,7 @@ class AttentionPlan:
     training: whether gradients are recorded, so that the op is one with a backward.
     summaries: keys per mean of what is left out; 0 for none.
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
+    causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
     most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
     """
 
@@ -73,6 +74,7 @@ class AttentionPlan:
     training: bool = False
     summaries: int = 0
     measured: int = 0
+    causal_only: bool = False
     most_lost: float = 1.0
 
 
@@ -102,7 +104,7 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
         return Skip(site, f"not causal, and {error}")
     site = dataclasses.replace(site, layer=resolved.layer)
     resolved = with_exact_windows(site, resolved)
-    reason = pattern_reason(site, resolved.patterns)
+    reason = pattern_reason(site, resolved)
     if reason:
         return Skip(site, reason, resolved.source)
     return decide_length(site, resolved, options)
@@ -255,16 +257,33 @@ def with_exact_windows(site: AttentionSite, resolved: ResolvedPatterns) -> Resol
     return dataclasses.replace(resolved, patterns=(Dense(),) * len(resolved.patterns))
 
 
-def pattern_reason(site: AttentionSite, patterns: tuple[Pattern, ...]) -> str:
+def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
     """Why the patterns that the site got keep it dense, or the empty string."""
-    if site.mask is not None and not site.mask.causal:
-        other = sorted({p.name for p in patterns if not p.bidirectional})
-        if other:
-            return f"not causal: {', '.join(other)} is defined for causal attention only"
+    causal = site.mask is None or site.mask.causal
+    other = sorted({p.name for p in resolved.patterns if not p.bidirectional})
+    if not causal and other:
+        return (
+            f"not causal: {', '.join(other)} is defined for causal attention only; "
+            f"{both_ways()} serve it"
+        )
     windowed = site.mask is not None and site.mask.window
-    if all(pattern.name == "dense" for pattern in patterns) and not windowed:
-        return "the config keeps every head of this layer dense"
-    return ""
+    if windowed or any(pattern.name != "dense" for pattern in resolved.patterns):
+        return ""
+    if not causal and resolved.source.startswith((BUILTIN, PROMISED)):
+        return (
+            f"not causal: dense by default, since such attention is diffuse; {both_ways()} serve it"
+        )
+    return "the config keeps every head of this layer dense"
+
+
+def both_ways() -> str:
+    """The patterns that serve attention to later keys, in words."""
+    *most, last = (
+        name
+        for name, pattern in sorted(registered_patterns().items())
+        if pattern.bidirectional and name != "dense"
+    )
+    return f"{', '.join(most)} and {last}"
 
 
 def can_be_built(expression: sympy.Expr) -> bool:
@@ -292,7 +311,11 @@ def decide_length(
         training=trained,
         summaries=summaries,
         measured=meter_number(site) if metered else 0,
-        most_lost=1.0 if summaries or trained else promised_share(resolved.patterns, options),
+        causal_only=site.read_mask is not None
+        and any(name in resolved.source for name in (BUILTIN, PROMISED)),
+        most_lost=1.0
+        if summaries or trained
+        else promised_share(resolved.patterns, options.max_loss),
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
@@ -305,16 +328,6 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
-
-
-def promised_share(patterns: tuple[Pattern, ...], options: Options) -> float:
-    """The share of a head's attention that may be lost where every head keeps what is promised.
-
-    What a user has named for a head may lose what it loses, and says nothing of its layer.
-    """
-    if options.max_loss is None or set(patterns) != {pattern_for_loss(options.max_loss)}:
-        return 1.0
-    return most_lost(options.max_loss)
 
 
 def takes_summaries(site: AttentionSite) -> bool:

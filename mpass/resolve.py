@@ -30,6 +30,10 @@ from mpass.graph.site import AttentionSite
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 
+BUILTIN = "built-in default"
+PROMISED = "options['max_loss']"
+"""The source of a pattern that nothing configures."""
+
 SHIPPED = "minference.json"
 """File beside a model's config.json that brings its SparseConfig along."""
 
@@ -87,9 +91,10 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     levels.append((options.config_source or "options", given.effective(layer)))
     if shipped is not None:
         levels.append((str(shipped[1]), shipped[0].effective(layer)))
-    window = site.mask.window if site.mask else 0
-    default = builtin_default(example(site.query).device.type, window, options.max_loss)
-    last = f"options['max_loss'] = {options.max_loss:g}" if promised else "built-in default"
+    window, causal = (site.mask.window, site.mask.causal) if site.mask else (0, True)
+    device, max_loss = example(site.query).device.type, options.max_loss
+    default = builtin_default(device, window, causal=causal, max_loss=max_loss)
+    last = BUILTIN if max_loss is None else f"{PROMISED} = {max_loss:g}"
     levels.append((last, LayerConfig(default)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 

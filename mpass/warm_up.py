@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpass.graph.nodes import example, number_now
+from mpass.lowering.activity import activity
 from mpass.lowering.device import Lowering
 from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.index import (
@@ -213,10 +214,11 @@ def start_estimator(
 
 def start(run: Callable[[], None], name: str) -> threading.Thread:
     """Run it in a thread that the process does not wait for."""
+    ticket = activity().expect(name)
 
     def guarded() -> None:
         try:
-            with torch.no_grad():
+            with activity().build(name, ticket), torch.no_grad():
                 run()
         except Exception as error:  # the op that needs the kernel tells it, with its traceback
             log.debug("building %s in the background: %s", name, error)

@@ -38,6 +38,8 @@ from mpass.patterns.base.scored import EstimatedPattern
 class SampleAttention(EstimatedPattern):
     """Keep the nearest keys, and the columns that sampled queries attend to.
 
+    Without causality the nearest keys are those behind a query and as many ahead.
+
     coverage: The kept columns hold this part of the sampled attention. A larger coverage keeps
         more.
     row_share: This part of the queries is sampled.
@@ -55,6 +57,7 @@ class SampleAttention(EstimatedPattern):
     name: ClassVar[str] = "sample_attention"
     form: ClassVar[Literal["lists", "diagonals"]] = "diagonals"
     estimator: ClassVar[Estimator] = SAMPLE_ATTENTION
+    bidirectional: ClassVar[bool] = True
     seen: ClassVar[tuple[tuple[int, float], ...]] = (
         (1024, 0.65),
         (2048, 0.575),
@@ -74,6 +77,7 @@ class SampleAttention(EstimatedPattern):
         windows = [window_size(rule, key.shape[2]) for rule in rules]
         positions = torch.arange(query.shape[2], device=query.device) + mask.query_offset
         distance = positions[:, None] - torch.arange(key.shape[2], device=key.device)
+        distance = distance if mask.causal else distance.abs()
         window = torch.stack([distance < size for size in windows])
         return (columns[:, :, None, :] | window) & allowed_cells(mask, positions, key.shape[2])
 

@@ -66,6 +66,9 @@ share * length ** 0.5 does."""
 class VerticalBlock(ListPattern):
     """Keep blocks up to a share of the estimated attention, and the strongest vertical columns.
 
+    Without causality the nearest blocks are those on both sides, and as many queries as
+    `last_queries` says, evenly spaced over all of them, choose the columns.
+
     mass: The kept blocks hold this part of a query block's estimated attention. 1 keeps all.
     row_share: A block to which one row gives this part of its attention is kept, too. 1 keeps no
         block for that reason.
@@ -101,6 +104,7 @@ class VerticalBlock(ListPattern):
 
     name: ClassVar[str] = "union"
     estimator: ClassVar[Estimator] = VERTICAL_BLOCK
+    bidirectional: ClassVar[bool] = True
     seen: ClassVar[tuple[tuple[int, float], ...]] = (
         (1024, 1.0),
         (2048, 0.64),

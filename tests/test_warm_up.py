@@ -36,11 +36,12 @@ def test_compiling_a_graph_builds_its_kernels_at_the_same_time(
     passed: list[str] = []
     original = library.compile_source
 
-    def compile_source(source: str, *, label: str, extra_flags: tuple[str, ...] = ()) -> object:
-        if label != "a probe" and threading.current_thread() is not threading.main_thread():
+    def compile_source(source: str, *, extra_flags: tuple[str, ...] = ()) -> object:
+        here = threading.current_thread()
+        if source != library.PROBE_SOURCE and here is not threading.main_thread():
             together.wait()
-            passed.append(label)
-        return original(source, label=label, extra_flags=extra_flags)
+            passed.append(here.name)
+        return original(source, extra_flags=extra_flags)
 
     monkeypatch.setattr(library, "compile_source", compile_source)
     library.load_library.cache_clear()
@@ -58,7 +59,10 @@ def test_compiling_a_graph_builds_its_kernels_at_the_same_time(
     torch.compile(model, backend="minference", options=options)(x)
     for thread in started:
         thread.join(120)
-    assert sorted(label.split(",")[0] for label in passed) == ["attention", "fixed_budget"]
+    assert sorted(name.split(",")[0] for name in passed) == [
+        "mpass: attention",
+        "mpass: vertical_slash",
+    ]
 
 
 def test_each_kernel_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ CHECKS = (
     "check/(plain|all)/float16/128",
     "check/plain/bfloat16/(64|256)",
     "check/long .*",
+    "check/call .*",
 )
 """What is checked first, in processes side by side: all that the defaults use."""
 

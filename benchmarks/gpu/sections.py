@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.gpu import check, densities, models, rivals
+from benchmarks.gpu import check, check_calls, densities, models, rivals
 from benchmarks.gpu.check_long import check_long
 from benchmarks.gpu.clock import milliseconds
 from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
@@ -43,6 +43,7 @@ def all_work(setting: Setting) -> Iterator[Work]:
     """Everything, in order of what is worth knowing first."""
     yield from checks(setting)
     yield from long_checks(setting)
+    yield from check_calls.calls(setting)
     yield from machine(setting)
     for length in setting.lengths:
         yield from layers(setting, length)

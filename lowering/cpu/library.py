@@ -9,16 +9,13 @@ import ctypes
 import functools
 import hashlib
 import inspect
-import sys
 import threading
 from collections.abc import Sequence
 
+from mpass.lowering.activity import activity
 from mpass.lowering.cpu.source import generate_source
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.kernel_sources import KernelSource, announce_source
-
-PROGRESS_AFTER = 3.0
-"""Seconds of compiling after which a line on stderr says so."""
 
 EXTRA_FLAGS = ("-fno-strict-aliasing",)  # packed bf16 are read as 32-bit pairs
 
@@ -46,8 +43,9 @@ def load_library(spec: KernelSpec) -> ctypes.CDLL:
     """The compiled library of a spec: from memory, Inductor's disk cache, or the compiler."""
     flags = INSTRUCTION_FLAGS.get(spec.instruction_set, ())
     source = generate_source(spec)
-    with build_lock(spec):  # a warm-up may be at it: then the compiler is not started again
-        library = compile_source(source, label=str(spec), extra_flags=flags)
+    # A warm-up may be at it: then the compiler is not started again.
+    with build_lock(spec), activity().build(str(spec)):
+        library = compile_source(source, extra_flags=flags)
     announce_source(describe_source(spec, source, library._name))
     return library
 
@@ -67,7 +65,7 @@ def compiler_fault(instruction_set: str) -> str:
     """
     flags = INSTRUCTION_FLAGS.get(instruction_set, ())
     try:
-        library = compile_source(PROBE_SOURCE, label="a probe", extra_flags=flags)
+        library = compile_source(PROBE_SOURCE, extra_flags=flags)
         return (
             "" if library.mpass_probe() > 0 else "no C++ compiler with a working OpenMP was found"
         )
@@ -100,24 +98,14 @@ def compile_command(spec: KernelSpec) -> str:
     return " ".join([get_cpp_compiler(), *given, *passed])
 
 
-def compile_source(source: str, *, label: str, extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
+def compile_source(source: str, *, extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
     """Compile and load one translation unit with OpenMP, through Inductor's cache."""
     from torch._inductor.codecache import CppCodeCache
 
     # torch 2.11 has no such option: it adds vector flags of its own, which only cost a probe.
     known = inspect.signature(CppCodeCache.load_async).parameters
     options = {"needs_vec_isa": False} if "needs_vec_isa" in known else {}
-    timer = threading.Timer(PROGRESS_AFTER, report_progress, [label])
-    timer.daemon = True
-    timer.start()
-    try:
-        library: ctypes.CDLL = CppCodeCache.load(
-            source, extra_flags=(*EXTRA_FLAGS, *extra_flags), **options
-        )
-    finally:
-        timer.cancel()
+    library: ctypes.CDLL = CppCodeCache.load(
+        source, extra_flags=(*EXTRA_FLAGS, *extra_flags), **options
+    )
     return library
-
-
-def report_progress(label: str) -> None:
-    print(f"mpass: compiling CPU kernels ({label})", file=sys.stderr, flush=True)

@@ -69,7 +69,8 @@ def sample_attention_index(
 def sample_attention_width(rules: Sequence[SampleAttentionRule]) -> IndexWidth:
     """Buffer sizes of `sample_attention_index`, from the limits alone."""
     return IndexWidth(
-        max_diagonals=max(window_diagonals(rule.max_window) for rule in rules),
+        # As many blocks ahead, where attention is not causal.
+        max_diagonals=max(2 * window_diagonals(rule.max_window) - 1 for rule in rules),
         max_columns=max(rule.max_columns for rule in rules),
     )
 
@@ -83,8 +84,10 @@ def window_index(inputs: EstimateInputs, rules: Sequence[SampleAttentionRule]) -
     first = 0
     for reach, run in itertools.groupby(reaches):
         own = slice(first, first := first + len(list(run)))
-        index.diagonal_count[:, own].fill_(reach)
-        index.diagonal_index[:, own] = distances.where(distances < reach, 0)
+        ahead = 0 if inputs.mask.causal else reach - 1
+        index.diagonal_count[:, own].fill_(reach + ahead)
+        shown = distances - ahead if ahead else distances
+        index.diagonal_index[:, own] = shown.where(distances < reach + ahead, 0)
     return index
 
 

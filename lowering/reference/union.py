@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mpass.lowering.index import IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import candidates, keep_mass, list_index
 from mpass.lowering.reference.pooled_keys import pooled_keys, row_scores
+from mpass.lowering.reference.query_rows import evenly_spaced_rows, real_rows, row_attention
 from mpass.lowering.reference.selection import largest
 from mpass.lowering.reference.vertical_slash import last_query_sums
 
@@ -70,9 +72,30 @@ def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRu
     width = vertical_block_width(rules)
     columns = None
     if width.max_columns:
-        sums, _ = last_query_sums(inputs, [rule.last_queries for rule in rules])
+        looking = [rule.last_queries for rule in rules]
+        sums = last_query_sums(inputs, looking)[0] if mask.causal else spread_sums(inputs, looking)
         columns = largest(sums, [rule.columns for rule in rules]) & (sums > 0)
     return list_index(query, mask, len(heads), width, kept_blocks, columns)
+
+
+def spread_sums(inputs: EstimateInputs, counts: Sequence[int]) -> Tensor:
+    """Attention of some evenly spaced queries of each head, summed per key: fp32 [B, h, Nk].
+
+    counts: how many queries of each head look. Where attention is not causal the last queries know
+    no more than others, and stand at one edge of the picture.
+    """
+    bounds = real_rows(inputs.mask, inputs.batch, inputs.num_queries, inputs.query.device)
+    sums = [
+        row_attention(
+            inputs.query[:, head],
+            inputs.key[:, head // inputs.group],
+            inputs.mask,
+            evenly_spaced_rows(bounds, count),
+            scale=inputs.scale,
+        )[0].sum(1)
+        for head, count in zip(inputs.heads, counts, strict=True)
+    ]
+    return torch.stack(sums, 1)
 
 
 def vertical_block_width(rules: Sequence[VerticalBlockRule]) -> IndexWidth:

@@ -35,6 +35,7 @@ RESERVED_SHARED = 1024
 
 POINTERS = {
     "*u8": ("key_mask", "table", "agree"),
+    "*fp16": ("parts",),
     "*i64": ("last",),
     "*fp32": (
         *("sinks", "scores", "largest", "weights", "maxima", "sums"),

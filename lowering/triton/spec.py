@@ -34,7 +34,7 @@ SELECT_TILE = 128
 INT8_TARGETS = frozenset({"sm_80", "sm_90"})
 """Chips whose matrix units take 8-bit integers at twice the rate of 16-bit numbers."""
 
-SCORE_STAGES = 2
+SCORE_STAGES = 3
 """Stages of the loads of `row_scores`."""
 
 HEAD_DIMS = range(16, 257)
@@ -142,6 +142,17 @@ def score_warps(head_dim: int) -> int:
 def score_lines(int8: bool) -> int:
     """Query rows that a program of `row_scores` takes together."""
     return BLOCK
+
+
+def score_programs(spec: TritonKernelSpec) -> int:
+    """Programs of `row_scores` that a multiprocessor is given.
+
+    No more than it holds at a time (tests/lowering/triton/test_compile.py asserts it): those that
+    had to wait would begin when the others, which share all work evenly, end.
+    """
+    if spec.target == "gfx942" or spec.num_warps > 4:
+        return 1
+    return 2 if spec.target == "sm_80" or spec.int8 else 3
 
 
 def int8_dim(head_dim: int) -> int:

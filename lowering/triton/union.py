@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mpass.lowering.index import BLOCK, SparseIndex, num_key_blocks
 from mpass.lowering.inputs import EstimateInputs
@@ -26,8 +27,19 @@ from mpass.lowering.triton.list_blocks import (
     score_chunks,
 )
 from mpass.lowering.triton.pooled_keys import kernel_inputs, pooled_keys, score_arguments
-from mpass.lowering.triton.spec import INT8_TARGETS, SCORE_STAGES, score_lines, score_warps
+from mpass.lowering.triton.sample_attention import runs_of, sampled_sums
+from mpass.lowering.triton.spec import (
+    INT8_TARGETS,
+    SCORE_STAGES,
+    TritonKernelSpec,
+    score_lines,
+    score_programs,
+    score_warps,
+)
 from mpass.lowering.triton.vertical_slash import last_query_sums, list_columns
+
+INTERPRETED_PROGRAMS = 3
+"""Programs of `score_rows` in the interpreter: fewer than there are pieces of work, as on a GPU."""
 
 
 def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRule]) -> SparseIndex:
@@ -73,11 +85,19 @@ def vertical_block_index_by(
         )
         for start, stop in score_chunks(index, mask, count, num_blocks, 1):
             scores = torch.empty(batch, count, stop - start, num_blocks, device=query.device)
+            tiles = -(-(stop - start) * sampled // lines)
+            programs = min(tiles * count * batch, resident_programs(query.device, spec))
+            parts, maxima = kept_parts(spec, programs, num_blocks, query.device)
             launch(
                 spec,
                 "score_rows",
-                (-(-(stop - start) * sampled // lines), count, batch),
+                (programs,),
                 scores=scores,
+                parts=parts,
+                maxima=maxima,
+                num_tiles=tiles,
+                num_places=count,
+                num_pieces=tiles * count * batch,
                 row_shares=row_shares,
                 first_block=inputs.first_block + start,
                 stop_block=inputs.first_block + stop,
@@ -94,9 +114,48 @@ def vertical_block_index_by(
                 repeat=1,
             )
     if width.max_columns and 0 not in (len(inputs.heads), inputs.num_keys):
-        sums = last_query_sums(inputs, [rule.last_queries for rule in rules])
-        list_columns(index, sums[0], [rule.columns for rule in rules], least=0.0)
+        looking = [rule.last_queries for rule in rules]
+        causal = mask.causal
+        sums = last_query_sums(inputs, looking)[0] if causal else spread_sums(inputs, looking)
+        list_columns(index, sums, [rule.columns for rule in rules], least=0.0)
     return index
+
+
+def kept_parts(
+    spec: TritonKernelSpec, programs: int, num_blocks: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory in which the programs of `score_rows` keep sums per row and key block, and maxima."""
+    per_tile = spec.tile * spec.pool // BLOCK
+    tiles = -(-num_blocks // per_tile)
+    dtype = torch.float32 if spec.dtype == "fp32" else torch.float16
+    sums = torch.empty(programs, tiles, spec.lines, per_tile, dtype=dtype, device=device)
+    return sums, torch.empty(programs, tiles, spec.lines, device=device)
+
+
+def resident_programs(device: torch.device, spec: TritonKernelSpec) -> int:
+    """Programs of `score_rows` that a device runs at a time; a few where it is interpreted."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return multiprocessors(device) * score_programs(spec)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def spread_sums(inputs: EstimateInputs, counts: Sequence[int]) -> Tensor:
+    """As mpass.lowering.reference.union.spread_sums; inputs: as `kernel_inputs` gives them."""
+    if len(set(counts)) == 1:
+        return sampled_sums(inputs, inputs.heads, counts[0])
+    sums = torch.empty(inputs.batch, len(counts), inputs.num_keys, device=inputs.query.device)
+    for count, places in group_by_kind(counts):
+        own = sampled_sums(inputs, [inputs.heads[i] for i in places], count)
+        # Slices of the rows: places as an index would be a copy from the host.
+        for rows, rows_of in runs_of(places):
+            sums[:, rows_of].copy_(own[:, rows])
+    return sums
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mpass.cli import prompt
 from mpass.cli.output import AS_JSON, STANDARD_OUTPUT, check_output
+from mpass.cli.progress import compiling_told_to
 from mpass.models.texts import find_text
 
 RETRIEVAL_TASKS = ("niah_single_2", "passkey")
@@ -135,15 +136,16 @@ def calibrate(
         def on_progress(step: str, done: int, total: int) -> None:
             progress.update(bar, description=step, completed=done, total=total)
 
-        outcome = run_calibration(
-            loaded,
-            searched,
-            held_out=checked,
-            candidates=candidates,
-            settings=settings,
-            state=state or resume_file(output),
-            on_progress=on_progress,
-        )
+        with compiling_told_to(lambda text: progress.update(bar, description=text or "at work")):
+            outcome = run_calibration(
+                loaded,
+                searched,
+                held_out=checked,
+                candidates=candidates,
+                settings=settings,
+                state=state or resume_file(output),
+                on_progress=on_progress,
+            )
     if output != STANDARD_OUTPUT:
         outcome.config.save(output)
     if picture is not None:

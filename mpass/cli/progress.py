@@ -44,9 +44,25 @@ def steps(total: int) -> Iterator[Callable[[str], None]]:
         task = progress.add_task("", total=total)
         started = 0
 
+        step = ""
+
         def on_progress(message: str) -> None:
-            nonlocal started
-            progress.update(task, description=message, completed=started)
+            nonlocal started, step
+            step = message
+            progress.update(task, description=step, completed=started)
             started += 1
 
-        yield on_progress
+        def on_compiling(text: str) -> None:
+            progress.update(task, description=f"{step} ({text})" if text else step)
+
+        with compiling_told_to(on_compiling):
+            yield on_progress
+
+
+@contextmanager
+def compiling_told_to(watcher: Callable[[str], None]) -> Iterator[None]:
+    """In the block `watcher` is told what is being compiled, in place of a line of its own."""
+    from mpass.lowering.activity import activity  # with torch, which is there by then
+
+    with activity().show_by(watcher):
+        yield

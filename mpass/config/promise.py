@@ -11,7 +11,9 @@ tells what attention a prompt really lost.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
+from mpass.patterns.base import Pattern
 from mpass.patterns.union import VerticalBlock
 
 LEAST, MOST = 0.001, 0.1
@@ -57,3 +59,13 @@ def pattern_for_loss(max_loss: float) -> VerticalBlock:
         row_share=round(SHARE * (max_loss / 0.01) ** POWER, 6),
         at_length=AT_LENGTH,
     )
+
+
+def promised_share(patterns: Sequence[Pattern], max_loss: float | None) -> float:
+    """`most_lost` of a layer whose heads all keep what is promised, else 1.
+
+    What a user has named for a head may lose what it loses, and says nothing of its layer.
+    """
+    if max_loss is None or set(patterns) != {pattern_for_loss(max_loss)}:
+        return 1.0
+    return most_lost(max_loss)

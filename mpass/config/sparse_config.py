@@ -198,13 +198,21 @@ def first(entry: tuple[Span, LayerConfig]) -> int:
     return entry[0].first
 
 
-def builtin_default(device: str = "cpu", window: int = 0, max_loss: float | None = None) -> Pattern:
+def builtin_default(
+    device: str = "cpu",
+    window: int = 0,
+    *,
+    causal: bool = True,
+    max_loss: float | None = None,
+) -> Pattern:
     """The pattern of a head that nothing configures, or only what the model may lose.
 
-    device: type of the device; window: sliding window of the attention in tokens, 0 for none;
+    device: type of the device; window: sliding window of the attention in tokens, 0 for none.
+    causal: whether no query sees later keys. Attention that sees both ways is diffuse: on the
+        encoder that was measured no pattern kept enough (docs/systems.md), so that it is dense.
     max_loss: nats per token, None where nothing is said of it.
     """
-    if 0 < window <= EXACT_WINDOW:
+    if 0 < window <= EXACT_WINDOW or not causal:
         return find_pattern("dense")()
     if max_loss is not None:
         return pattern_for_loss(max_loss)

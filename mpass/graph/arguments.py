@@ -37,7 +37,12 @@ PARAMETERS: dict[str, str] = {
     "cat concat concatenate": "tensors dim",
     "getitem": "input index",
     "max": "input dim keepdim",
-    "amax": "input dim keepdim",
+    "amax logsumexp": "input dim keepdim",
+    "sigmoid": "input",
+    "unsqueeze": "input dim",
+    "maximum": "input other",
+    "clamp clip": "input min max",
+    "clamp_min": "input min",
     "dropout feature_dropout": "input p train",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal",
     "native_multi_head_attention": "query key value embed_dim num_head qkv_weight qkv_bias "

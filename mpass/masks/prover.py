@@ -16,7 +16,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mpass.graph.nodes import given_name, op_name, shape_of, source_line, value_of
+from mpass.graph.nodes import op_name, shape_of, value_of
 from mpass.graph.site import Length, MaskMeaning
 from mpass.graph.sizes import current, holds
 from mpass.graph.writes import StorageWrites
@@ -43,7 +43,8 @@ from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
 from mpass.masks.rules.indexing import INDEX_RULES
 from mpass.masks.rules.values import VALUE_RULES
 from mpass.masks.rules.views import SHAPE_RULES
-from mpass.masks.scores import PROBES, HiddenRows, hidden_rows, seen_scores
+from mpass.masks.scores import PROBES, HiddenRows, hidden_rows, scaled, seen_scores
+from mpass.masks.unproven import describe, explain_unknown
 
 RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
 
@@ -100,16 +101,24 @@ class MaskProver:
         key: fx.Node,
         at: fx.Node,
         leading: Leading | None = None,
+        factors: Mapping[fx.Node, float] | None = None,
     ) -> MaskProof:
         """The meaning of masks put on raw scores [B, H, Nq, Nk], op by op.
 
         leading: the leading sizes that scores have in the end instead of [B, H], in their order.
+        factors: positive numbers by which some of the ops multiply the scores.
         steps: (op, its argument that carries the scores); the ops are add, sub, masked_fill, where
         and casts. Scores must remain themselves where a key is seen, see masks/scores.py.
         """
         sizes = mask_sizes(query, key)
         values: tuple[Expr, Expr] = PROBES
+        of_one = sympy.Integer(1)
         for op, carried in steps:
+            factor = (factors or {}).get(op)
+            if factor is not None:
+                values = scaled(values[0], factor), scaled(values[1], factor)
+                of_one = scaled(of_one, factor)
+                continue
             try:
                 zero, one = (self.reader.read_step(op, carried, value) for value in values)
             except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
@@ -118,7 +127,7 @@ class MaskProver:
         if visible(values[0]) is None:
             unread = explain_unknown(values[0], self.reader)
             return MaskProof(None, f"additive bias, no mask: {unread}")
-        condition = seen_scores(values)
+        condition = seen_scores(values, of_one)
         if condition is None:
             return MaskProof(None, "scores are replaced or scaled where a key is seen")
         rank = 4 if leading is None else len(leading) + 2
@@ -360,38 +369,3 @@ def key_mask_node(
         if node is not None:
             return node
     return Emitter(reader, key, at).key_mask(condition)
-
-
-def describe(term: Expr, reader: GraphReader) -> str:
-    """Why a term is of no known form, in words."""
-    symbols = term.free_symbols
-    if HEAD in symbols and not from_unread_op(term, reader):
-        return f"mask differs per head: {explain_unknown(term, reader)}"
-    steps = {sympy.expand(call.args[0]).coeff(QUERY) for call in term.atoms(sympy.floor)}
-    chunks = {1 / step for step in steps if step.is_Rational and step.p == 1}
-    if isinstance(term, sympy.Eq) and chunks:
-        return f"chunked attention in chunks of {next(iter(chunks))} positions"
-    if term.atoms(AppliedUndef):
-        return f"mask is not proven: {explain_unknown(term, reader)}"
-    return f"mask term {term} is neither causal, window nor padding"
-
-
-def from_unread_op(term: Expr, reader: GraphReader) -> bool:
-    """Whether an op without a meaning makes a term, so that nobody knows if heads differ."""
-    nodes = [reader.sources[atom.func.__name__] for atom in term.atoms(AppliedUndef)]
-    return any(node.op not in ("placeholder", "get_attr") for node in nodes)
-
-
-def explain_unknown(expr: Expr, reader: GraphReader) -> str:
-    """The ops and inputs that an expression depends on and that could not be read."""
-    parts = []
-    for atom in sorted(expr.atoms(AppliedUndef), key=str):
-        name = atom.func.__name__
-        node = reader.sources[name]
-        if node.op in ("placeholder", "get_attr"):
-            parts.append(f"{given_name(node)} is an input whose values are unknown when compiling")
-            continue
-        place = source_line(node)
-        failure = reader.failures.get(name, op_name(node))
-        parts.append(f"{failure}" + (f" at {place}" if place else ""))
-    return "; ".join(dict.fromkeys(parts)) or str(expr)

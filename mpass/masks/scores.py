@@ -21,13 +21,24 @@ ROUNDS_SCORES_OFF = -1e30
 """A score below 1e20 that is added to this is rounded off, in every dtype that holds it."""
 
 
-def seen_scores(values: tuple[Expr, Expr]) -> Expr | None:
-    """When a key is seen, from what became of the two scores; None if they were changed."""
+def seen_scores(values: tuple[Expr, Expr], one: Expr = PROBES[1]) -> Expr | None:
+    """When a key is seen, from what became of the two scores; None if they were changed.
+
+    one: what a seen score of 1 has to be, which the masks may multiply.
+    """
     of_zero, of_one = values
     condition = visible(of_zero)
-    if condition is None or visible(lift(lambda value: value - 1, of_one)) != condition:
+    if condition is None or visible(lift(lambda value: value - one, of_one)) != condition:
         return None
     return condition
+
+
+def scaled(value: Expr, factor: float) -> Expr:
+    """A score times a positive number, and so what hides it.
+
+    Masks are read as they are in exact numbers; rounding a product changes none of 0 and infinity.
+    """
+    return lift(lambda number: number * sympy.Rational(factor), value)
 
 
 @dataclass(frozen=True)

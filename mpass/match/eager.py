@@ -15,23 +15,20 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from mpass.graph.arguments import bind, tensor_arguments
+from mpass.graph.arguments import bind
 from mpass.graph.dead_code import is_unread
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
 from mpass.masks.expressions import axis
 from mpass.masks.prover import MaskProof, MaskProver
+from mpass.match.added_masks import added_mask
 from mpass.match.common import (
-    constant_number,
     gradient_reason,
     make_site,
     new_node,
-    readable_mask,
     shape_reason,
 )
 from mpass.match.eager_scores import (
-    CASTS,
-    FOLDS,
     Chain,
     Scores,
     fold_of,
@@ -45,7 +42,6 @@ from mpass.match.folds import (
     heads_behind,
     in_order,
     leading_sizes,
-    readable,
     unfolded,
     without_heads,
 )
@@ -60,10 +56,8 @@ from mpass.match.key_bias import (
 )
 from mpass.match.products import Product, bind_scores, bind_value, operands
 from mpass.match.repeat_kv import made_from, original, original_pair
+from mpass.match.sink_gates import SinkGate, sink_gate
 from mpass.match.spelling import Spelling
-
-ABSORBING = -1e30
-"""A number this low plus a score is the number itself, in fp32 and bf16."""
 
 NO_PRODUCTS = (
     "the products are not of [B, H, N, D] tensors, nor of [B*H, N, D]: expand or reshape them"
@@ -93,25 +87,31 @@ def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     )
     if problem or first is None or second is None:
         return dense_site(chain, weights, problem or NO_PRODUCTS)
-    return build_site(chain, weights, first, second, prover)
+    return build_site(chain, weights, first, second, prover, sink_gate(chain, weights))
 
 
 def build_site(
-    chain: Chain, weights: Weights, first: Product, second: Product, prover: MaskProver
+    chain: Chain,
+    weights: Weights,
+    first: Product,
+    second: Product,
+    prover: MaskProver,
+    gate: SinkGate | None = None,
 ) -> AttentionSite:
-    """The site of a chain between two bound products."""
+    """The site of a chain between two bound products, whose output a gate of sinks may follow."""
+    if gate is not None:
+        weights = dataclasses.replace(weights, output=gate.output)
+    given_sinks = chain.sinks if gate is None else gate.sinks
     product, output = chain.product, weights.output
     query, key, value = bound_operands(chain, weights, first, second, prover)
     folded = len(shape_of(chain.softmax)) == 3
     scores = read_scores(chain, prover)
-    sinks = (
-        None if chain.sinks is None or folded else sink_logits(chain.sinks, chain.softmax, prover)
-    )
+    sinks = None if given_sinks is None or folded else sink_logits(given_sinks, output, prover)
     reason = (
         shape_reason(query, key, value)
         or scores.problem
-        or ("sinks are not one number per head" if chain.sinks and sinks is None else "")
-        or other_readers(chain)
+        or ("sinks are not one number per head" if given_sinks and sinks is None else "")
+        or other_readers(chain, frozenset() if gate is None else gate.nodes)
         or written_late((query, key, value), product, output, prover)
         or gradient_reason(output)
     )
@@ -150,7 +150,7 @@ def prove_masks(
     leading = leading_sizes(chain.softmax)
 
     def prove(steps: Sequence[tuple[fx.Node, fx.Node]]) -> MaskProof:
-        return prover.prove_steps(steps, query, key, chain.softmax, leading)
+        return prover.prove_steps(steps, query, key, chain.softmax, leading, scores.factors)
 
     bias, steps = scores.bias, scores.masks
     proof = prove(steps)
@@ -208,62 +208,6 @@ def bound_operands(
     )
 
 
-def added_mask(
-    steps: Sequence[tuple[fx.Node, fx.Node]],
-    query: fx.Node,
-    key: fx.Node,
-    before: fx.Node,
-    prover: MaskProver,
-) -> fx.Node | None:
-    """The tensor that is added to the scores, if this is all that is done to them but casts.
-
-    One that chooses which scores are replaced becomes such a tensor by a new node at `before`.
-    """
-    others = [(op, carried) for op, carried in steps if op_name(op) not in CASTS | FOLDS]
-    if len(others) != 1:
-        return None
-    op, carried = others[0]
-    if op_name(op) in ("masked_fill", "where") and len(shape_of(op)) == 4:
-        return as_added(op, carried, query, key, before, prover)
-    if op_name(op) != "add":
-        return None
-    mask = next((node for node in tensor_arguments(op) if node is not carried), None)
-    if mask is None or example(mask).dtype == torch.bool:
-        return None
-    if not readable(mask, len(shape_of(op)) == 3):
-        return None
-    return readable_mask(mask, query, key, prover.writes)
-
-
-def as_added(
-    op: fx.Node,
-    carried: fx.Node,
-    query: fx.Node,
-    key: fx.Node,
-    before: fx.Node,
-    prover: MaskProver,
-) -> fx.Node | None:
-    """A new node with the mask that masked_fill or where mean, as one that is added to scores.
-
-    None where the number that replaces scores is not so low that adding it gives that very number:
-    then a row without keys would have other weights.
-    """
-    given = bind(op)
-    filled = op_name(op) == "masked_fill"
-    condition = given.get("mask" if filled else "condition")
-    lowest = constant_number(given.get("value" if filled else "other"))
-    mask = readable_mask(condition, query, key, prover.writes)
-    if given.get("input") is not carried or lowest is None or lowest > ABSORBING:
-        return None
-    dtype = example(op).dtype
-    if mask is None or example(mask).dtype != torch.bool or dtype == torch.float16:
-        return None
-    aten = torch.ops.aten
-    hidden = mask if filled else new_node(before, aten.logical_not.default, mask)
-    zeros = new_node(before, aten.zeros_like.default, mask, dtype=torch.float32)
-    return new_node(before, aten.masked_fill.Scalar, zeros, hidden, lowest)
-
-
 def rounding(chain: Chain, weights: Weights) -> str:
     """Why the steps between the products round more than the products do; "" if they do not."""
     steps = [op for op, _ in chain.steps]
@@ -319,11 +263,11 @@ def repeated(node: fx.Node, heads: int, before: fx.Node) -> fx.Node:
     return new_node(before, torch.ops.aten.repeat.default, node, [heads])
 
 
-def other_readers(chain: Chain) -> str:
-    """Why the scores must exist anyway: something outside of the chain reads them."""
+def other_readers(chain: Chain, gate: frozenset[fx.Node]) -> str:
+    """Why the scores must exist anyway: something reads them outside of the chain and its gate."""
     for node in chain.path - {chain.softmax}:
         for user in node.users:
-            if user not in chain.path and not is_unread(user):
+            if user not in chain.path | gate and not is_unread(user):
                 return f"attention scores are also read by {user.name}"
     return ""
 

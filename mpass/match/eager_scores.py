@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -36,13 +36,22 @@ FACTORS = frozenset("mul multiply div divide truediv true_divide".split())
 MASKS = frozenset("add sub subtract masked_fill where".split())
 FOLDS = frozenset("view reshape unsafe_view flatten unflatten".split())
 RESHAPES = FOLDS | {"expand", "getitem"}
+FLOORS = frozenset("max maximum clamp clamp_min clip".split())
 MAX_STEPS = 16
+
+LAYERS = frozenset("linear layer_norm rms_norm group_norm batch_norm embedding softmax".split())
+"""Ops that make other tensors than scores of scores, whatever the shapes are."""
+
+LOWEST = -1e30
+"""Scores that are not less than a number this low are the scores themselves."""
 
 OPERANDS = frozenset({"input", "other", "condition", "mask", "value"})
 """Arguments that ops on scores may have; any other (alpha, out) makes them another op."""
 
 PLACES = {"where": ("input", "other"), "add": ("input", "other")}
 """The arguments that may carry the scores, where these are not just the first."""
+
+AFTER_THE_MASK = "scores are changed by {} after the mask"
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 """dtypes that scores and weights may have on their way."""
@@ -69,6 +78,7 @@ class Scores:
     """What a chain does to scores before they are masked; `masks` are the steps after.
 
     bias: what the product adds, or an op before a factor; among the masks there may be another.
+    factors: numbers by which ops among the masks multiply the scores, and with them what hides.
     """
 
     scale: float
@@ -76,6 +86,7 @@ class Scores:
     masks: list[tuple[fx.Node, fx.Node]]
     problem: str = ""
     bias: KeyBias | None = None
+    factors: dict[fx.Node, float] = field(default_factory=dict)
 
 
 def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
@@ -113,7 +124,7 @@ def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
         carried = carrying_argument(node)
         if carried is None:
             return None
-        problem = problem or misuse(node, carried)
+        problem = problem or misuse(node, carried, prover)
         steps.append((node, carried))
         found = carried
     return None
@@ -126,10 +137,10 @@ def is_pair(cat: fx.Node) -> bool:
     return last and isinstance(parts, (list, tuple)) and len(parts) == 2
 
 
-def misuse(op: fx.Node, carried: fx.Node) -> str:
+def misuse(op: fx.Node, carried: fx.Node, prover: MaskProver) -> str:
     """Why an op does more to the scores than scale, cap or mask them; "" if it does not."""
     name = op_name(op)
-    if is_fold(op, carried):
+    if is_fold(op, carried) or is_floor(op, carried, prover):
         return ""
     if name not in CASTS | FACTORS | MASKS | {"tanh"}:
         verb = "reshaped" if name in RESHAPES else "changed"
@@ -143,6 +154,28 @@ def misuse(op: fx.Node, carried: fx.Node) -> str:
     if name not in CASTS and any(given[extra] is not None for extra in given.keys() - OPERANDS):
         return f"scores are scaled by {name}"
     return ""
+
+
+def is_floor(op: fx.Node, carried: fx.Node, prover: MaskProver) -> bool:
+    """Whether an op makes scores that are less than the lowest number of their dtype that number.
+
+    It stands after a mask, so that two of them do not add up to minus infinity.
+    """
+    given = bind(op)
+    name = op_name(op)
+    if name not in FLOORS or given.get("input") is not carried or example(op).dtype not in FLOATS:
+        return False
+    place = {"max": "dim", "maximum": "other"}.get(name, "min")  # max(a, b) has no dim
+    if any(given[extra] is not None for extra in given.keys() - {"input", "other", place}):
+        return False
+    floor = given.get("other", given.get(place))
+    if isinstance(floor, fx.Node):
+        read = prover.reader.read(floor, op) if is_tensor(floor) else None
+    else:
+        read = constant_number(floor) if name != "max" else None
+    if read is None or not sympy.sympify(read).is_number:
+        return False
+    return float(read) <= max(LOWEST, torch.finfo(example(op).dtype).min)
 
 
 def is_fold(op: fx.Node, carried: fx.Node) -> bool:
@@ -212,18 +245,37 @@ def carrying_argument(node: fx.Node) -> fx.Node | None:
     candidates = list(tensor_arguments(node))
     shape = shape_of(node)
     full = [arg for arg in candidates if shape_of(arg)[-1:] == shape[-1:]] or candidates
-    leading = [arg for arg in full if leads_to_product(arg, MAX_STEPS)]
-    return leading[0] if leading else None
+    return next((arg for arg in full if leads_to_product(arg)), None)
 
 
-def leads_to_product(node: fx.Node, depth: int) -> bool:
-    """Whether a chain of elementwise ops starts at a product."""
-    if is_product(node):
-        return True
-    known = CASTS | FACTORS | MASKS | RESHAPES | {"tanh", "cat"}
-    if depth == 0 or node.op not in ("call_function", "call_method") or op_name(node) not in known:
-        return False
-    return any(leads_to_product(arg, depth - 1) for arg in node.all_input_nodes if is_tensor(arg))
+def leads_to_product(node: fx.Node) -> bool:
+    """Whether ops that may be done to scores lead from a product to a tensor."""
+    seen: set[fx.Node] = set()
+    level = [node]
+    for _ in range(MAX_STEPS + 1):
+        if any(map(is_product, level)):
+            return True
+        seen.update(level)
+        behind = (arg for op in level for arg in arguments_of_step(op) if arg not in seen)
+        level = list(dict.fromkeys(behind))
+    return False
+
+
+def arguments_of_step(op: fx.Node) -> list[fx.Node]:
+    """The tensors of which an op may be a step on the scores.
+
+    An op that no chain may hold is one if it leaves the last two dimensions as they are: such an
+    attention stays dense, but it is seen.
+    """
+    if op.op not in ("call_function", "call_method") or op_name(op) in LAYERS:
+        return []
+    tensors = [arg for arg in op.all_input_nodes if is_tensor(arg)]
+    if op_name(op) in CASTS | FACTORS | MASKS | RESHAPES | {"tanh", "cat"}:
+        return tensors
+    if not is_tensor(op) or len(shape_of(op)) < 3:
+        return []
+    size = [*map(number, shape_of(op)[-2:])]
+    return [arg for arg in tensors if [*map(number, shape_of(arg)[-2:])] == size]
 
 
 def own_maximum(sub: fx.Node) -> set[fx.Node]:
@@ -249,9 +301,11 @@ def own_maximum(sub: fx.Node) -> set[fx.Node]:
 def read_scores(chain: Chain, prover: MaskProver) -> Scores:
     """Scale and softcap of a chain: factors, then `cap * tanh(x / cap)`, then masks.
 
-    A bias per key may stand before a factor, which is then the bias's as well.
+    A bias per key may stand before a factor, which is then the bias's as well, and so may masks
+    where the factor is positive.
     """
     masks: list[tuple[fx.Node, fx.Node]] = []
+    factors: dict[fx.Node, float] = {}
     factor = product_factor(chain.product)
     bias, problem = bias_of_product(chain.product, prover)
     if factor is None or problem:
@@ -267,18 +321,22 @@ def read_scores(chain: Chain, prover: MaskProver) -> Scores:
             node = added(op, carried)
             assert node is not None
             bias = KeyBias(node)
-        elif name in MASKS:
+        elif name in MASKS | FLOORS:
             masks.append((op, carried))
-        elif any(op_name(mask) in MASKS for mask, _ in masks):
-            return Scores(before, 0.0, masks, f"scores are changed by {name} after the mask")
         elif name == "tanh":
-            if capped:
-                return Scores(before, 0.0, masks, "two tanh on the scores")
+            if capped or is_masked(masks):
+                told = "two tanh on the scores" if capped else AFTER_THE_MASK.format(name)
+                return Scores(before, 0.0, masks, told)
             capped = True
         else:
             factor = constant_factor(op, carried)
             if factor is None:
                 return Scores(before, 0.0, masks, "scores are scaled by what is not a constant")
+            if is_masked(masks):
+                if not 0 < factor < math.inf:
+                    return Scores(before, 0.0, masks, AFTER_THE_MASK.format(name))
+                factors[op] = factor
+                masks.append((op, carried))
             if bias is not None:
                 bias = KeyBias(bias.node, bias.factor * factor)
             if capped:
@@ -286,12 +344,17 @@ def read_scores(chain: Chain, prover: MaskProver) -> Scores:
             else:
                 before *= factor
     if not capped:
-        return Scores(before, 0.0, masks, bias=bias)
+        return Scores(before, 0.0, masks, bias=bias, factors=factors)
     if bias is not None:
         return Scores(before, 0.0, masks, CAPPED_BIAS)
     if cap <= 0:
         return Scores(before, 0.0, masks, f"softcap of {cap}")
-    return Scores(before * cap, cap, masks)
+    return Scores(before * cap, cap, masks, factors=factors)
+
+
+def is_masked(steps: Iterable[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether a mask is among some steps."""
+    return any(op_name(op) in MASKS for op, _ in steps)
 
 
 def is_scaled_later(op: fx.Node, carried: fx.Node, chain: Chain, prover: MaskProver) -> bool:

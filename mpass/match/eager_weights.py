@@ -9,12 +9,20 @@ from torch import fx
 from mpass.graph.arguments import argument, bind
 from mpass.graph.dead_code import is_unread
 from mpass.graph.nodes import is_tensor, op_name, shape_of
+from mpass.masks.expressions import number
 from mpass.match.common import dropout_reason
-from mpass.match.eager_scores import CASTS, FACTORS, MASKS, MAX_STEPS, RESHAPES, is_fold
+from mpass.match.eager_scores import (
+    CASTS,
+    FACTORS,
+    LAYERS,
+    MASKS,
+    MAX_STEPS,
+    RESHAPES,
+    is_fold,
+)
 from mpass.match.products import is_product, operands
 
 DROPOUTS = frozenset({"dropout", "feature_dropout"})
-OTHERS = frozenset({"nan_to_num", "clamp", "relu", "pow"})
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ def trace_weights(softmax: fx.Node, sinks: bool) -> Weights | None:
     node, problem = softmax, ""
     steps: list[fx.Node] = []
     for _ in range(MAX_STEPS):
-        following = next((user for user in node.users if continues(user, node, MAX_STEPS)), None)
+        following = next((user for user in node.users if continues(user, node)), None)
         if following is None:
             return None
         if any(user is not following and not is_unread(user) for user in node.users):
@@ -56,16 +64,35 @@ def trace_weights(softmax: fx.Node, sinks: bool) -> Weights | None:
     return None
 
 
-def continues(user: fx.Node, weights: fx.Node, depth: int) -> bool:
-    """Whether an op leads on from the weights to a product with the value."""
-    if is_product(user):
-        return weights in operands(user)
-    known = CASTS | FACTORS | MASKS | RESHAPES | DROPOUTS | OTHERS
-    if depth == 0 or user.op not in ("call_function", "call_method") or op_name(user) not in known:
+def continues(user: fx.Node, weights: fx.Node) -> bool:
+    """Whether an op leads on from the weights to a product with the value.
+
+    As with scores, any op that leaves the last two dimensions as they are may stand between.
+    """
+    level, seen = [(user, weights)], {user}
+    for _ in range(MAX_STEPS + 1):
+        following: list[tuple[fx.Node, fx.Node]] = []
+        for op, given in level:
+            if is_product(op):
+                if given in operands(op):
+                    return True
+            elif may_change_weights(op, given):
+                following += [(reader, op) for reader in op.users if reader not in seen]
+        seen.update(reader for reader, _ in following)
+        level = following
+    return False
+
+
+def may_change_weights(op: fx.Node, weights: fx.Node) -> bool:
+    """Whether an op may be a step on the weights: one that is known, or one of their shape."""
+    if op.op not in ("call_function", "call_method") or op_name(op) in LAYERS:
         return False
-    if not is_tensor(user) or len(shape_of(user)) < 3:
+    if not is_tensor(op) or len(shape_of(op)) < 3:
         return False
-    return any(continues(following, user, depth - 1) for following in user.users)
+    if op_name(op) in CASTS | FACTORS | MASKS | RESHAPES | DROPOUTS:
+        return True
+    sizes = [[*map(number, shape_of(node)[-2:])] for node in (op, weights)]
+    return sizes[0] == sizes[1]
 
 
 def dropout_in(node: fx.Node) -> str:

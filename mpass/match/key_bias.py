@@ -18,8 +18,10 @@ from mpass.graph.arguments import argument, tensor_arguments
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import Length, MaskMeaning
 from mpass.graph.sizes import agree
+from mpass.masks.conjuncts import visible
 from mpass.masks.expressions import NotUnderstood, axis
 from mpass.masks.prover import MaskProver
+from mpass.masks.scores import ROUNDS_SCORES_OFF, hidden_numbers
 from mpass.match.common import FLOATS, constant_number, new_node
 
 TWO_BIASES = "two biases are added to the scores: add them to each other first"
@@ -49,6 +51,14 @@ def is_key_bias(bias: object, scores: Sequence[Length], prover: MaskProver) -> b
     if not (len(shape) == 1 or is_one(shape[-2]) or has_equal_rows(bias, prover)):
         return False
     return is_one(shape[-1]) or agree(shape[-1], whole[-1])
+
+
+def is_mask(node: fx.Node | None, op: fx.Node, prover: MaskProver) -> bool:
+    """Whether what an op adds only hides keys, by numbers so low that no score is left of them."""
+    read = None if node is None else prover.reader.read(node, op)
+    if read is None or visible(read) is None:
+        return False
+    return all(hidden <= ROUNDS_SCORES_OFF for hidden in hidden_numbers(read))
 
 
 def has_equal_rows(bias: fx.Node, prover: MaskProver) -> bool:
@@ -84,11 +94,15 @@ def added(op: fx.Node, carried: fx.Node) -> fx.Node | None:
 def split_bias(
     steps: Sequence[tuple[fx.Node, fx.Node]], prover: MaskProver
 ) -> tuple[list[tuple[fx.Node, fx.Node]], list[tuple[fx.Node, fx.Node]]]:
-    """Steps that put masks on scores, and those that may add a bias per key."""
+    """Steps that put masks on scores, and those that may add a bias per key.
+
+    What is known to be a mask of padding is no bias: rows that see no key would be others.
+    """
     masks: list[tuple[fx.Node, fx.Node]] = []
     biases: list[tuple[fx.Node, fx.Node]] = []
     for op, carried in steps:
-        own = is_key_bias(added(op, carried), shape_of(op), prover)
+        node = added(op, carried)
+        own = is_key_bias(node, shape_of(op), prover) and not is_mask(node, op, prover)
         (biases if own else masks).append((op, carried))
     return masks, biases
 

@@ -14,9 +14,11 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (r"^the config keeps every head", "change the config if this is not wanted"),
     (
-        r"^not causal: ",
-        "choose a pattern that serves attention to later keys, as block_sparse does",
+        r"^not causal: dense by default",
+        "name a pattern that serves it if what it loses may be lost, best with "
+        'options={"summaries": 16}',
     ),
+    (r"^not causal: ", "choose one of the patterns that serve attention to later keys"),
     (
         r"^not causal, and ",
         "nothing, if this is an encoder beside the model that the config is for",

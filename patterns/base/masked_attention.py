@@ -32,6 +32,7 @@ from mpass.lowering.mask_forms import (
 )
 from mpass.lowering.mask_op import as_four
 from mpass.lowering.meter import start_prompt
+from mpass.lowering.readback import Readback
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.patterns.base.layer import attend_heads, groups_of
 from mpass.patterns.base.pattern import Pattern
@@ -45,6 +46,7 @@ FEWEST_QUERIES = 128
 
 NO_FORM = "its mask, read at run time, has no form that the kernels know"
 NOT_CAUSAL = "its mask, read at run time, is not causal, and a pattern is defined for causal only"
+BY_DEFAULT = "its mask, read at run time, is not causal: dense by default, as such is diffuse"
 IN_A_SPAN = "queries of a span that sees itself (an image, a prefix) attend densely"
 
 
@@ -76,6 +78,7 @@ class Request:
     min_seq_len: int
     layer: int
     measured: int
+    causal_only: bool
     most_lost: float
 
 
@@ -85,7 +88,7 @@ class Request:
     schema="(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
     "Tensor first, Tensor last, Tensor? sinks, str patterns, float scale, float softcap, "
     "bool written_out, float dense_above, SymInt min_seq_len, int layer, int measured=0, "
-    "float most_lost=1.0) -> Tensor",
+    "bool causal_only=False, float most_lost=1.0) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def masked_attention(
@@ -106,6 +109,7 @@ def masked_attention(
     min_seq_len: int,
     layer: int,
     measured: int = 0,
+    causal_only: bool = False,
     most_lost: float = 1.0,
 ) -> Tensor:
     """Attention under `mask`, sparse where its form allows it.
@@ -113,18 +117,21 @@ def masked_attention(
     query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> [B, H, Nq, Dv], laid out as
     [B, Nq, H, Dv]. mask: [.., Nq, Nk], bool or added to the scores. form, key_mask, first,
     last: of minference::read_mask. patterns: of `patterns_as_text`. written_out: whether the
-    program spells its softmax out, so that a row of minus infinities is NaN, as there. The others
-    are those of minference::sparse_attention.
+    program spells its softmax out, so that a row of minus infinities is NaN, as there.
+    causal_only: whether what turns out to see both ways is dense, since nobody named the patterns.
+    The others are those of minference::sparse_attention.
     """
     own = patterns_from_text(patterns)
     read = MaskForm.from_tensor(form)
-    limits = (dense_above, min_seq_len, layer, -measured, most_lost)
+    limits = (dense_above, min_seq_len, layer, -measured, causal_only, most_lost)
     request = Request(own, sinks, scale, softcap, written_out, *limits)
     if measured and read.offset == 0:
         start_prompt(measured)
     cells = as_four(mask)
     if read.kind == UNKNOWN:
         return attend_densely(query, key, value, cells, request, NO_FORM)
+    if read.kind == EVERY and causal_only:
+        return attend_densely(query, key, value, cells, request, BY_DEFAULT)
     if read.kind == EVERY and not all(pattern.bidirectional for pattern in own):
         return attend_densely(query, key, value, cells, request, NOT_CAUSAL)
     batch, num_queries = query.shape[0], query.shape[2]
@@ -191,6 +198,7 @@ def attend_spans(
     offset, window = read.form.offset, read.form.window
     positions = torch.arange(query.shape[2], device=query.device) + offset
     bidirectional = window == 0 and all(p.bidirectional for p in request.patterns)
+    bidirectional = bidirectional and not request.causal_only
     for rows in [slice(b, b + 1) for b in range(query.shape[0])]:
         own = (query[rows], key[rows], value[rows])
         cells = mask[rows] if mask.shape[0] > 1 else mask
@@ -248,7 +256,7 @@ def attend_densely(
             recorder.AttentionCall(
                 layer=request.layer,
                 lowering="dense",
-                density=torch.ones(query.shape[:2], dtype=torch.float64),
+                computed=Readback(torch.ones(query.shape[:2], dtype=torch.float64)),
                 num_queries=query.shape[2],
                 num_keys=key.shape[2],
                 index_bytes=0,

@@ -202,6 +202,7 @@ MASKS: dict[str, tuple[Maker, str]] = {
         "remainder by what is not a positive integer",
     ),
     "cumulative sum": (lambda x: x.ids.cumsum(-1) > 3, "cumulative sum of what changes"),
+    "largest of all": (lambda x: positions() < x.ids.max(), "the extremum of a tensor"),
     "differences": (lambda x: x.ids.diff(n=2, append=x.ids[:2]) > 3, "higher differences"),
     "difference of flags": (
         lambda x: x.flags[0].diff(prepend=x.flags[0, :1]),

@@ -230,7 +230,7 @@ def bias_of_no_keys(q, k, v):
 
 
 def scaled_after_mask(q, k, v):
-    scores = (q @ k.mT).masked_fill(~causal(), -torch.inf) * 2.0
+    scores = (q @ k.mT).masked_fill(~causal(), -torch.inf) * -2.0
     return scores.softmax(-1) @ v  # here
 
 
@@ -302,7 +302,12 @@ PROGRAMS: dict[str, Case] = {
     "dtype": Case(plain, "dtype torch.float64 is not served", {"dtype": torch.float64}),
     "device": Case(plain, "no kernels are generated for device 'meta'", {"device": "meta"}),
     "head_dim": Case(plain, "head_dim 320 is over 256", {"dim": 320}),
-    "not causal": Case(bidirectional, "is defined for causal attention only"),
+    "not causal": Case(
+        bidirectional,
+        "is defined for causal attention only",
+        options={"pattern": "vertical_slash"},
+    ),
+    "not causal by default": Case(bidirectional, "not causal: dense by default"),
     "other model's config": Case(
         Heads(), "not causal, and", options={"config": SparseConfig("a_shape", num_heads=7)}
     ),

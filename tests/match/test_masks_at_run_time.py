@@ -69,6 +69,24 @@ def test_static_caches_of_generate(model, case, calls):
     assert lowerings(log) == ["cpu"] * calls
 
 
+def test_a_mask_that_turns_out_to_see_both_ways_stays_dense_under_the_default():
+    """The default is chosen for causal attention; who names a pattern gets it."""
+    query, key, value = torch.randn(3, 1, 2, N, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 1, N, N, dtype=torch.bool)
+    mask[..., -20:] = False
+    seen = []
+    for named in ({}, {"pattern": "union"}):
+        torch._dynamo.reset()
+        options = {"dense_above": 2.0, "min_seq_len": 32, "inner_backend": "eager"} | named
+        attend = torch.compile(
+            F.scaled_dot_product_attention, backend="minference", options=options
+        )
+        with record() as log:
+            attend(query, key, value, mask)
+        seen += lowerings(log)
+    assert seen == ["dense", "cpu"]
+
+
 POSITIONS = {
     "plain": torch.arange(N)[None],
     "packed": torch.cat([torch.arange(60), torch.arange(N - 60)])[None],

@@ -173,10 +173,6 @@ def dropped(x):
     return F.dropout(masked_softmax(x), 0.1, training=True) @ x
 
 
-def scaled_after_mask(x):
-    return ((x @ x.mT).masked_fill(~seen(N), -1e9) * 0.3).softmax(-1) @ x
-
-
 def masked_by_scores(x):
     scores = x @ x.mT
     return scores.masked_fill(scores < 0.1, -1e9).softmax(-1) @ x
@@ -209,7 +205,6 @@ def sdpa_dropout(x):
 DENSE = {
     returned: "returned",
     dropped: "dropout p=0.1",
-    scaled_after_mask: "after the mask",
     masked_by_scores: "also read by",
     value_written: "written in place",
     broadcast_product: "[B, H, N, D]",

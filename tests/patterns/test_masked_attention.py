@@ -10,7 +10,7 @@ from mpass import BlockSparse, BlockTopP
 from mpass.lowering.mask_forms import SPANS
 from mpass.lowering.recorder import record
 from mpass.patterns.base import patterns_as_text
-from mpass.patterns.base.masked_attention import IN_A_SPAN, patterns_from_text
+from mpass.patterns.base.masked_attention import BY_DEFAULT, IN_A_SPAN, patterns_from_text
 from tests.helpers.toys import EVERY_KEY
 from tests.lowering.test_mask_forms import LEFT, MASKS, NONE, K, N, causal, padding, spans, window
 
@@ -112,6 +112,23 @@ def test_a_long_prefix_that_sees_itself_is_sparse_where_the_pattern_allows_it(hi
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     assert [(call.num_queries, call.num_keys) for call in calls] == [(10, 150), (140, 140)]
     assert all(call.lowering in SPARSE for call in calls)
+
+
+def test_patterns_that_nobody_named_leave_what_sees_both_ways_dense():
+    """They were chosen for causal attention: a mask of another kind is found out in the call."""
+    own = patterns_as_text([BlockSparse(1 << 20)] * 4)
+    for mask, reasons in (
+        (padding(LEFT), [BY_DEFAULT]),
+        (spans(0, (0, 140)), ["", IN_A_SPAN]),
+        (causal(), [""]),
+    ):
+        mask = mask.expand(1, 1, N, K)
+        read = torch.ops.minference.read_mask(mask)
+        given = (*tensors(1), mask, *read, None, own, 0.25, 0.0, False, 2.0, 0, 3)
+        with record() as log:
+            out = torch.ops.minference.masked_attention(*given, causal_only=True)
+        assert [call.reason for call in log.calls] == reasons
+        torch.testing.assert_close(out, truth(mask), atol=1e-5, rtol=1e-4)
 
 
 def test_a_span_under_a_window_reads_no_key_before_it():

@@ -70,6 +70,35 @@ def test_union_keeps_mass_and_columns_by_its_rule(rows, pool, last_queries):
     assert 3 < max(sizes) < LENGTH // 64, "the rule had nothing to choose"
 
 
+def test_union_that_sees_both_ways_keeps_blocks_and_columns_on_both_sides():
+    """Written out by loops: every row sees all keys, and 16 rows of all choose the columns."""
+    query, key, _ = random_attention(heads=1, kv_heads=1, num_queries=LENGTH, head_dim=DIM)
+    query = query * 3
+    pattern = Union(0.5, 0.3, 20, 1, 1, rows=32, pool=16)
+    mask = AttentionMask(causal=False)
+    cells = pattern.dense_mask(query, key, mask=mask, scale=SCALE)[0, 0]
+
+    logits = query[0, 0] @ key[0, 0].T * SCALE
+    spread = [(n + 1) * LENGTH // 16 - 1 for n in range(16)]
+    columns = set(logits[spread].softmax(-1).sum(0).topk(20).indices.tolist())
+    means = key[0, 0].view(-1, 16, DIM).mean(1)
+    of_runs = (query[0, 0] @ means.T * SCALE).softmax(-1)
+    of_blocks = of_runs.view(LENGTH // 64, 64, LENGTH // 64, 4).sum(-1)[:, 1::2]  # every other row
+    ahead = 0
+    for block, shares in enumerate(of_blocks):
+        kept = {0, block} | set((shares.amax(0) >= 0.3).nonzero()[:, 0].tolist())
+        scores = shares.sum(0)
+        for j in scores.argsort(descending=True).tolist():
+            if sum(float(scores[k]) for k in kept) >= 0.5 * float(scores.sum()):
+                break
+            kept.add(j)
+        ahead += sum(j > block for j in kept)
+        expected = {j for j in range(LENGTH) if j // 64 in kept or j in columns}
+        for row in (block * 64, block * 64 + 63):
+            assert set(cells[row].nonzero()[:, 0].tolist()) == expected
+    assert ahead > 3, "the rule had nothing to choose ahead"
+
+
 def test_whole_mass_computes_every_causal_key():
     query, key, _ = random_attention(num_queries=300)
     assert (mpass.density(query, key, pattern=Union(1.0, columns=0)) == 1).all()

@@ -10,26 +10,12 @@
 #include <new>
 #include <vector>
 
+#include "evenly_spaced_rows.h"
 #include "inputs.h"
 #include "query_rows.h"
 #include "top_share.h"
 
 namespace {
-
-// Rows spread evenly over the real ones of a batch row, the last one included.
-struct EvenlySpacedRows {
-  int64_t first = 0, count, rows;
-
-  EvenlySpacedRows(const EstimateArguments& a, const Extent& extent, int64_t b, int64_t h)
-      : count(extent.last_query[b] + 1),
-        rows(a.rows[h]) {
-    const bool padding_shows = a.num_keys >= a.query_offset + a.num_queries;
-    if (padding_shows && count > 0)
-      first = std::max<int64_t>(0, extent.first_key[b] - a.query_offset);
-    count -= first;
-  }
-  int64_t at(int64_t n) const { return first + (n + 1) * count / rows - 1; }
-};
 
 // Sums the attention of every PARTS-th product of rows of one head, per key.
 void sum_part(const EstimateArguments& a, QueryRowScratch& s, const KeyPanels& keys,
@@ -97,7 +83,7 @@ int estimate_sample_attention(const EstimateArguments& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < heads * PARTS; ++t) {
       const int64_t b = t / PARTS / a.num_heads, h = t / PARTS % a.num_heads;
-      const EvenlySpacedRows evenly_spaced(a, extent, b, h);
+      const EvenlySpacedRows evenly_spaced(a, extent, b, a.rows[h]);
       sum_part(a, s, keys, query, evenly_spaced, b, h, t % PARTS, sums.get() + t * stride);
     }
 #pragma omp for schedule(dynamic, 1)

@@ -237,7 +237,7 @@ int estimate_union(const EstimateArguments& a) {
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t t = 0; t < a.batch * a.num_heads; ++t) {
         const int64_t b = t / a.num_heads, h = t % a.num_heads;
-        sum_vertical_columns(a, columns, query, key, b, h, extent.last_query[b]);
+        sum_vertical_columns(a, columns, query, key, extent, b, h);
         write_vertical_columns(a, columns, b, h);
       }
     }

@@ -1,6 +1,7 @@
-// Finds the vertical columns: the single keys that get most attention of the last queries.
-// last_query_sums in lowering/reference/vertical_slash.py says what it means. The weights of one
-// head stay in a strip of N rows, so memory is O(N) per thread.
+// Finds the vertical columns: the single keys that get most attention of the last queries, or of
+// evenly spaced ones where attention is not causal. last_query_sums in
+// lowering/reference/vertical_slash.py and spread_sums in union.py say what it means. The weights of
+// one head stay in a strip of N rows, so memory is O(N) per thread.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <iterator>
 #include <vector>
 
+#include "evenly_spaced_rows.h"
 #include "last_queries.h"
 #include "memory.h"
 
@@ -32,18 +34,38 @@ struct VerticalColumnScratch {
         sums(padded) {}
 };
 
-// Sums the attention of the last QUERIES queries per key into `sums`. `last` is the row of the last
-// real one.
+// Packs QUERIES evenly spaced queries of one head as a B operand, and says which are real.
+template <int QUERIES>
+uint64_t pack_spread_queries(const EstimateArguments& a, VerticalColumnScratch& s,
+                             const TensorView& query, const Extent& extent, int64_t b, int64_t h) {
+  const EvenlySpacedRows spaced(a, extent, b, QUERIES);
+  uint64_t real = 0;
+  pack_queries(a, s.queries.get(), s.staging.get(), [&](int q) -> const input* {
+    const int64_t n = q < QUERIES ? spaced.at(q) : -1;
+    if (n < 0 || !query_is_real(a, b, n)) return nullptr;
+    real |= uint64_t(1) << q;
+    return query.at(b, a.heads[h], n);
+  });
+  return real;
+}
+
+// Sums the attention of QUERIES queries per key into `sums`: of the last ones, or of evenly spaced
+// ones where attention is not causal.
 template <int QUERIES>
 void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
-                          const TensorView& query, const TensorView& key, int64_t b, int64_t h,
-                          int64_t last) {
+                          const TensorView& query, const TensorView& key, const Extent& extent,
+                          int64_t b, int64_t h) {
   constexpr int VECTORS_PER_ROW = QUERIES / LANES;
-  const int64_t first_row = last - (QUERIES - 1);
+  const int64_t last = extent.last_query[b];
+  const int64_t first_row = a.causal ? last - (QUERIES - 1) : 0;
   const int64_t reach = std::min(a.num_keys, a.causal ? a.query_offset + last + 1 : a.num_keys);
   const int64_t blocks = (reach + BLOCK - 1) / BLOCK;
   std::fill(s.sums.begin(), s.sums.end(), 0.0f);
-  pack_last_queries<QUERIES>(a, s.queries.get(), s.staging.get(), query, b, a.heads[h], first_row);
+  uint64_t looking = ~uint64_t(0);
+  if (a.causal)
+    pack_last_queries<QUERIES>(a, s.queries.get(), s.staging.get(), query, b, a.heads[h],
+                               first_row);
+  else looking = pack_spread_queries<QUERIES>(a, s, query, extent, b, h);
   const vec exponent = exponent_of_product(a);
   for (int64_t n = 0; n < blocks; ++n) {
     score_block<QUERIES>(a, s.queries.get(), s.staging.get(), key, b, a.heads[h] / a.group,
@@ -54,8 +76,12 @@ void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
   find_factors<QUERIES>(s.factors.get(), s.totals.get(), blocks);
   for (int64_t n = 0; n < blocks; ++n) {
     vec factor[VECTORS_PER_ROW];
-    for (int v = 0; v < VECTORS_PER_ROW; ++v)
-      factor[v] = load(s.factors.get() + n * QUERIES + v * LANES);
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
+      float* of_block = s.factors.get() + n * QUERIES + v * LANES;
+      for (int lane = 0; lane < LANES && looking != ~uint64_t(0); ++lane)
+        if (!(looking >> (v * LANES + lane) & 1)) of_block[lane] = 0.0f;
+      factor[v] = load(of_block);
+    }
     const uint16_t* weights = s.weights.get() + n * BLOCK * QUERIES;
     for (int r = 0; r < BLOCK; ++r) {
       vec sum = set1(0.0f);
@@ -69,12 +95,12 @@ void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
 
 // Does the same with as many queries as the head's rule says.
 void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
-                          const TensorView& query, const TensorView& key, int64_t b, int64_t h,
-                          int64_t last) {
+                          const TensorView& query, const TensorView& key, const Extent& extent,
+                          int64_t b, int64_t h) {
   switch (a.last_queries[h]) {
-    case 16: return sum_vertical_columns<16>(a, s, query, key, b, h, last);
-    case 32: return sum_vertical_columns<32>(a, s, query, key, b, h, last);
-    default: return sum_vertical_columns<LAST_QUERIES>(a, s, query, key, b, h, last);
+    case 16: return sum_vertical_columns<16>(a, s, query, key, extent, b, h);
+    case 32: return sum_vertical_columns<32>(a, s, query, key, extent, b, h);
+    default: return sum_vertical_columns<LAST_QUERIES>(a, s, query, key, extent, b, h);
   }
 }
 

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch._ops import OpOverload
 
-from mpass.graph.nodes import op_name
+from mpass.graph.nodes import is_tensor, op_name
 from mpass.masks.elements import dimension
 from mpass.masks.expressions import (
     Expr,
@@ -151,14 +151,36 @@ def absolute(call: OpCall) -> Expr:
     return exact(call, lift(apply, as_number(call.operand(0, "input"))))
 
 
-@rule("minimum", "maximum")
+@rule("minimum", "maximum", "min", "max")
 def extremum(call: OpCall) -> Expr:
-    relation = sympy.Le if op_name(call.node) == "minimum" else sympy.Ge
+    """The smaller or the larger of two tensors; min and max of one tensor are others."""
+    if op_name(call.node) in ("min", "max") and not is_tensor(call.raw(1, "other")):
+        raise NotUnderstood("the extremum of a tensor")
+    pick = smaller if op_name(call.node) in ("minimum", "min") else larger
+    return exact(call, lift(pick, as_number(call.operand(0, "input")), as_number(call.operand(1))))
 
-    def apply(left: Expr, right: Expr) -> Expr:
-        return Where(compare(relation, left, right), left, right)
 
-    return exact(call, lift(apply, as_number(call.operand(0, "input")), as_number(call.operand(1))))
+def smaller(left: Expr, right: Expr) -> Expr:
+    return Where(compare(sympy.Le, left, right), left, right)
+
+
+def larger(left: Expr, right: Expr) -> Expr:
+    return Where(compare(sympy.Ge, left, right), left, right)
+
+
+@rule("clamp", "clip", "clamp_min", "clamp_max")
+def clamp(call: OpCall) -> Expr:
+    """Not less than `min`, then not more than `max`; numbers, which the op casts, or tensors."""
+    name = op_name(call.node)
+    names = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(name, ("min", "max"))
+    expr = as_number(call.operand(0, "input"))
+    for place, bound in enumerate(names, start=1):
+        value = call.raw(place, bound)
+        if value is None:
+            continue
+        limit = cast(as_number(call.operand(place, bound)), call.dtype)
+        expr = lift(larger if bound == "min" else smaller, expr, limit)
+    return exact(call, expr)
 
 
 # -- along a dimension ------------------------------------------------------------------------

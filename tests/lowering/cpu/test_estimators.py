@@ -193,6 +193,28 @@ def check_against_plain_torch(
     assert_nearly_the_same(found, expected)
 
 
+@pytest.mark.parametrize("kernel", ["union", "block_scores", "sample_attention"])
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("num_queries", [10, 901])
+def test_attention_both_ways_selects_what_plain_torch_selects(
+    kernel: str, padded: bool, num_queries: int
+) -> None:
+    generated, plain, rules = ESTIMATORS[kernel]
+    query, key = inputs(
+        torch.float32, batch=2, num_queries=num_queries, num_keys=901, kv_heads=2, seed=6
+    )
+    key_mask = None
+    if padded:
+        key_mask = torch.rand(2, 901, generator=torch.Generator().manual_seed(0)) < 0.8
+        key_mask[0, :100] = False
+        key_mask[1, -90:] = False
+    mask = AttentionMask(causal=False, key_mask=key_mask)
+    found = generated(EstimateInputs(query, key, mask, HEADS, SCALE), rules)
+    expected = plain(EstimateInputs(query, key, mask, HEADS, SCALE), rules)
+    assert share_of_equal_lists(found, expected) >= 0.85
+    assert_nearly_the_same(found, expected)
+
+
 @pytest.mark.parametrize("kernel", ESTIMATORS)
 @settings(max_examples=25)
 @given(data=st.data())

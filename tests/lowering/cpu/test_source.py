@@ -235,5 +235,5 @@ def test_amx_source_is_right_on_emulated_tiles(
 def test_amx_source_compiles_with_the_real_instructions(kernel: str, function: str) -> None:
     spec = KernelSpec("bfloat16", 64, 64, "amx", kernel=kernel)
     flags = ("-mavx512f", "-mavx512bw", "-mavx512dq", *library.INSTRUCTION_FLAGS["amx"])
-    built = library.compile_source(generate_source(spec), label="amx", extra_flags=flags)
+    built = library.compile_source(generate_source(spec), extra_flags=flags)
     assert built[function]

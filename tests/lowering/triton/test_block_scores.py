@@ -43,6 +43,7 @@ MASKS = {
     "padding": AttentionMask(key_mask=padding(2, LENGTH)),
     "offset": AttentionMask(query_offset=77),
     "bidirectional": AttentionMask(causal=False),
+    "bidirectional padding": AttentionMask(causal=False, key_mask=padding(2, LENGTH)),
     "all": AttentionMask(window=90, query_offset=77, key_mask=padding(2, LENGTH)),
 }
 MASKS_TODAY = part_of_today(list(MASKS), share=2)

@@ -21,10 +21,12 @@ from mpass.lowering.triton.compile import (
 )
 from mpass.lowering.triton.spec import (
     GROUP_TILE,
+    SCORE_STAGES,
     SELECT_TILE,
     SHARED_MEMORY,
     TritonKernelSpec,
     parts,
+    score_programs,
     score_warps,
 )
 
@@ -69,6 +71,8 @@ def score_spec(template: str, head_dim: int, **values) -> TritonKernelSpec:
     """A kernel of estimation that multiplies query rows with means, or groups with groups."""
     lines = values.get("lines", BLOCK)
     shape = {"num_warps": score_warps(head_dim) * lines // BLOCK, "num_stages": 2}
+    if template == "row_scores":
+        shape["num_stages"] = SCORE_STAGES
     if template == "x_attention":
         shape = {"num_warps": 8, "num_stages": 3, "tile": GROUP_TILE}
     return TritonKernelSpec(template, head_dim=head_dim, **shape, **values)
@@ -156,6 +160,24 @@ def test_small_kernels_do_not_spill(spec, kernel):
     report = compile_kernel(spec, kernel)
     assert report.spill_bytes <= MAX_SPILL
     assert report.shared_bytes <= SHARED_MEMORY[spec.target]
+
+
+@pytest.mark.parametrize(
+    ("target", "values"),
+    [
+        ("sm_90", {}),
+        ("sm_90", {"head_dim": 256, "window": True, "padding": True}),
+        ("sm_90", {"int8": True, "padding": True}),
+        ("sm_90", {"rows": 64, "pool": 64}),
+        ("sm_80", {"window": True}),
+    ],
+)
+def test_a_multiprocessor_holds_the_programs_that_share_the_scoring_of_rows(target, values):
+    values = {"head_dim": 128, "rows": 16, "pool": 8} | values
+    spec = score_spec("row_scores", target=target, **values)
+    report = compile_kernel(spec, "score_rows")
+    assert report.spill_bytes <= MAX_SPILL
+    assert report.programs(SHARED_MEMORY[target]) >= score_programs(spec)
 
 
 @pytest.mark.parametrize(("target", "name"), [("sm_90", "IGMMA"), ("sm_80", "IMMA")])

@@ -1,0 +1,45 @@
+"""Why a mask was not proven, in words: the form of a term, and the ops and inputs behind it."""
+
+from __future__ import annotations
+
+import sympy
+from sympy.core.function import AppliedUndef
+
+from mpass.graph.nodes import given_name, op_name, source_line
+from mpass.masks.expressions import HEAD, QUERY, Expr
+from mpass.masks.reader import GraphReader
+
+
+def describe(term: Expr, reader: GraphReader) -> str:
+    """Why a term is of no known form, in words."""
+    symbols = term.free_symbols
+    if HEAD in symbols and not from_unread_op(term, reader):
+        return f"mask differs per head: {explain_unknown(term, reader)}"
+    steps = {sympy.expand(call.args[0]).coeff(QUERY) for call in term.atoms(sympy.floor)}
+    chunks = {1 / step for step in steps if step.is_Rational and step.p == 1}
+    if isinstance(term, sympy.Eq) and chunks:
+        return f"chunked attention in chunks of {next(iter(chunks))} positions"
+    if term.atoms(AppliedUndef):
+        return f"mask is not proven: {explain_unknown(term, reader)}"
+    return f"mask term {term} is neither causal, window nor padding"
+
+
+def from_unread_op(term: Expr, reader: GraphReader) -> bool:
+    """Whether an op without a meaning makes a term, so that nobody knows if heads differ."""
+    nodes = [reader.sources[atom.func.__name__] for atom in term.atoms(AppliedUndef)]
+    return any(node.op not in ("placeholder", "get_attr") for node in nodes)
+
+
+def explain_unknown(expr: Expr, reader: GraphReader) -> str:
+    """The ops and inputs that an expression depends on and that could not be read."""
+    parts = []
+    for atom in sorted(expr.atoms(AppliedUndef), key=str):
+        name = atom.func.__name__
+        node = reader.sources[name]
+        if node.op in ("placeholder", "get_attr"):
+            parts.append(f"{given_name(node)} is an input whose values are unknown when compiling")
+            continue
+        place = source_line(node)
+        failure = reader.failures.get(name, op_name(node))
+        parts.append(f"{failure}" + (f" at {place}" if place else ""))
+    return "; ".join(dict.fromkeys(parts)) or str(expr)
