@@ -118,6 +118,25 @@ def attention_tile(
     return Tile(64 if few <= most else 32, 8, stages)
 
 
+def gradient_tile(target: Target, template: str, head_dim: int, value_dim: int) -> Tile:
+    """The tile of a kernel of the backward pass: keys per step, or queries where it is of keys.
+
+    template: "query_gradients", "column_gradients" or "key_gradients". The tile is the largest that
+    spills nothing inside of a loop. Eight warps exchange weights through shared memory between the
+    products, four do not.
+    """
+    dim = max(head_dim, value_dim)
+    if target == "gfx942":
+        return Tile(32, 4 if dim <= 128 else 8, 1)
+    if dim <= 64:
+        return Tile(64, 4, 2)
+    if dim > 128:
+        return Tile(32, 8, 2)
+    if template == "query_gradients":
+        return Tile(64, 4, 2)
+    return Tile(64, 8, 2) if target == "sm_80" else Tile(32, 4, 2)
+
+
 def pack_warps(tile: Tile, pack: int) -> int:
     """Warps of a program that takes `pack` query heads: one warp group per 64 rows."""
     return min(8, tile.num_warps * pack)

@@ -25,6 +25,7 @@ from mpass.lowering.triton.spec import (
     SELECT_TILE,
     SHARED_MEMORY,
     TritonKernelSpec,
+    gradient_tile,
     parts,
     score_programs,
     score_warps,
@@ -87,6 +88,9 @@ SMALL_KERNELS = [
         ),
         "plan_rows",
     ),
+    (TritonKernelSpec("turned", num_warps=1), "mark_readers"),
+    (TritonKernelSpec("turned", num_warps=1), "list_readers"),
+    (TritonKernelSpec("turned", form="mixed", window=True, num_warps=1), "plan_keys"),
     (TritonKernelSpec("columns", head_dim=192, value_dim=128), "gather_columns"),
     (TritonKernelSpec("last_queries", head_dim=128, num_stages=2), "row_statistics"),
     (
@@ -153,6 +157,46 @@ def test_attention_of_the_table_does_not_spill(target, head_dim, flags):
 def test_heads_of_a_static_pattern_together_do_not_spill():
     report = check_attention(table_spec("sm_90", 128, form="diagonals", columns=True, pack=2))
     assert report.num_warps == 8
+
+
+GRADIENTS = ("query_gradients", "column_gradients", "key_gradients")
+"""Kernels of the backward pass, named as their templates."""
+
+MAX_OUTER_SPILL = 160
+"""Bytes that they may spill where no product is: a loop's own numbers, kept while others run."""
+
+
+def check_gradients(target: str, head_dim: int, kernel: str, **flags) -> None:
+    tile = gradient_tile(target, kernel, head_dim, head_dim)
+    sizes = {"head_dim": head_dim, "value_dim": head_dim, "tile": tile.keys, "target": target}
+    shape = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    spec = TritonKernelSpec(kernel, **sizes, **shape, **flags)
+    report = compile_kernel(spec, kernel)
+    assert report.spill_bytes <= MAX_OUTER_SPILL
+    assert report.shared_bytes <= SHARED_MEMORY[target]
+    assert not report.serialized
+    assert report.matrix_ops[MATRIX_UNIT[target]] > 0
+    loops = compiled_loops(spec, kernel)
+    # Full blocks and cut ones, and columns for queries; columns have a kernel of their own.
+    expected = {"query_gradients": 2 + spec.columns, "key_gradients": 2, "column_gradients": 1}
+    assert len(loops) == expected[kernel]
+    assert all(loop.copies for loop in loops)
+    assert not any(loop.spills for loop in loops)
+
+
+def test_gradients_spill_nothing_in_a_loop():
+    check_gradients("sm_90", 128, "key_gradients", columns=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["lists", "mixed_columns"])
+@pytest.mark.parametrize("kernel", GRADIENTS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_matrix_of_gradients_spills_nothing_in_a_loop(target, head_dim, kernel, flags):
+    if kernel == "column_gradients" and not FLAGS[flags].get("columns"):
+        pytest.skip("without columns there are no gradients of any")
+    check_gradients(target, head_dim, kernel, **FLAGS[flags])
 
 
 @pytest.mark.parametrize(("spec", "kernel"), SMALL_KERNELS, ids=lambda x: getattr(x, "template", x))
