@@ -22,6 +22,7 @@ from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_aga
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.meter import measure_call
+from mpass.lowering.readback import read_later
 from mpass.lowering.recorder import AttentionCall, CallInputs, active_log, tell_watcher
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
@@ -234,7 +235,7 @@ def record_call(
     call = AttentionCall(
         layer=layer,
         lowering="dense" if dense_reason else lowering.name,
-        density=torch.ones_like(computed) if dense_reason else computed,
+        computed=read_later(torch.ones_like(computed) if dense_reason else computed),
         num_queries=query.shape[2],
         num_keys=num_keys,
         index_bytes=index.num_bytes(),

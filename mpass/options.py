@@ -13,6 +13,7 @@ from mpass.config.presets import PRESETS, with_preset
 from mpass.config.sparse_config import SparseConfig
 from mpass.errors import OptionValueError, UnknownOptionError, UnknownPatternError
 from mpass.lowering.device import SHORTEST_PROMPT
+from mpass.lowering.kv_selection import SnapKV
 from mpass.lowering.summaries import RUNS
 from mpass.patterns.base import Pattern, registered_patterns
 
@@ -49,6 +50,8 @@ class Options:
     over the keys that were chosen and none through the choice; "dense" leaves it as it is.
     summaries: in attention that is not causal, each run of this many keys that is left out counts
     as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
+    kv_select: a mpass.SnapKV: causal sparse attention selects as well which keys a cache keeps, for
+    whoever listens (mpass.select_keys); None for no selection.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
@@ -66,6 +69,7 @@ class Options:
     linear: str | None = None
     training: str = "dense"
     summaries: int = 0
+    kv_select: SnapKV | None = None
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -170,6 +174,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     summaries = values.get("summaries", 0)
     if isinstance(summaries, bool) or summaries not in (0, *RUNS):
         raise OptionValueError("summaries", summaries, f"0, {', '.join(map(str, RUNS))}")
+    selecting = values.get("kv_select")
+    if selecting is not None and not isinstance(selecting, SnapKV):
+        raise OptionValueError("kv_select", selecting, "mpass.SnapKV(...) or None")
     measure = values.get("measure", False)
     if not isinstance(measure, bool):
         raise OptionValueError("measure", measure, "True or False")

@@ -145,11 +145,10 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         index, slots = insert_index(graph, plan, key, visible)
         sinks = insert_sinks(graph, site)
         arguments = (site.query, key, value, *index, slots, key_mask, sinks)
-        summaries = plan.summaries
         output = graph.call_function(
             attention_op(plan),
             (
-                *([summaries] if summaries else []),
+                *leading_arguments(plan),
                 *arguments,
                 *visible[1:],
                 site.scale,
@@ -196,8 +195,17 @@ def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
         name = "sparse_attention_train"
     elif plan.summaries:
         name = "sparse_attention_summaries"
+    elif plan.kv_select is not None:
+        name = "sparse_attention_kv"
     op: torch._ops.OpOverload = getattr(ops, name).default
     return op
+
+
+def leading_arguments(plan: AttentionPlan) -> tuple[int | str, ...]:
+    """What an op of `attention_op` takes before all others."""
+    if plan.kv_select is not None:
+        return dataclasses.astuple(plan.kv_select)
+    return (plan.summaries,) if plan.summaries else ()
 
 
 def measured_by(plan: AttentionPlan) -> tuple[int, ...]:

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.gpu import check, densities, models, rivals
+from benchmarks.gpu import check, check_calls, densities, models, rivals
 from benchmarks.gpu.check_long import check_long
 from benchmarks.gpu.clock import milliseconds
 from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
 from benchmarks.gpu.layer import Estimator, time_layer
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.setting import SLASH, TOP_K, VERTICAL, Row, Setting, Work
+from benchmarks.gpu.training import training, training_checks
 from mpass.lowering.estimators import BLOCK_SPARSE, SAMPLE_ATTENTION, VERTICAL_SLASH
 from mpass.lowering.estimators import Estimator as IndexEstimator
 from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex, num_query_blocks
@@ -43,6 +44,8 @@ def all_work(setting: Setting) -> Iterator[Work]:
     """Everything, in order of what is worth knowing first."""
     yield from checks(setting)
     yield from long_checks(setting)
+    yield from training_checks(setting)
+    yield from check_calls.calls(setting)
     yield from machine(setting)
     for length in setting.lengths:
         yield from layers(setting, length)
@@ -51,6 +54,7 @@ def all_work(setting: Setting) -> Iterator[Work]:
         yield from whole(setting, length)
         for name, estimate in ESTIMATORS.items():
             yield f"capture/{name}/{length}", functools.partial(capture, setting, length, estimate)
+    yield from training(setting, ESTIMATORS)
     yield from models.crossover(setting)
     yield from models.prefills(setting)
 

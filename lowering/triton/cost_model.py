@@ -215,12 +215,17 @@ def plan_steps(chip: Chip, work: LayerWork, shape: Shape) -> Iterator[Step]:
 
 
 @functools.lru_cache(maxsize=4096)
-def breakeven_share(chip: Chip, work: LayerWork, *, queries: int, keys: int, batch: int) -> float:
-    """The share of the dense work up to which sparse attention is predicted no slower; 0 to 1."""
+def breakeven_share(
+    chip: Chip, work: LayerWork, *, queries: int, keys: int, batch: int, speedup: float = 1.0
+) -> float:
+    """The share of the dense work up to which sparse attention is predicted no slower; 0 to 1.
+
+    speedup: what is asked of it instead of being no slower.
+    """
 
     def pays(share: float) -> bool:
         found = predict(chip, work, keys=keys, queries=queries, batch=batch, density=share)
-        return found.speedup >= 1.0
+        return found.speedup >= speedup
 
     low, high = 0.0, 1.0
     if pays(high):

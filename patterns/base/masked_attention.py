@@ -32,6 +32,7 @@ from mpass.lowering.mask_forms import (
 )
 from mpass.lowering.mask_op import as_four
 from mpass.lowering.meter import start_prompt
+from mpass.lowering.readback import Readback
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.patterns.base.layer import attend_heads, groups_of
 from mpass.patterns.base.pattern import Pattern
@@ -252,7 +253,7 @@ def attend_densely(
             recorder.AttentionCall(
                 layer=request.layer,
                 lowering="dense",
-                density=torch.ones(query.shape[:2], dtype=torch.float64),
+                computed=Readback(torch.ones(query.shape[:2], dtype=torch.float64)),
                 num_queries=query.shape[2],
                 num_keys=key.shape[2],
                 index_bytes=0,
