@@ -111,6 +111,7 @@ def measure_call(
         tally.dense += 1
         return
     for exact in exact_rows(inputs):
+        assert exact.output is not None
         real = exact.counted[:, None]
         gap = (out[:, :, exact.rows].to(exact.output.dtype) - exact.output).square().sum(-1)
         square = exact.output.square().sum(-1)

@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import Max, Min
 
+from mpass.config.promise import promised_share
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
@@ -32,7 +33,7 @@ from mpass.patterns.base import Pattern
 from mpass.patterns.base.registry import serving_both_ways
 from mpass.patterns.base.work import layer_work
 from mpass.patterns.dense import Dense
-from mpass.resolve import BUILTIN, ResolvedPatterns, resolve_site
+from mpass.resolve import BUILTIN, PROMISED, ResolvedPatterns, resolve_site
 
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 """What lengths are made by that the rewrite can build."""
@@ -64,6 +65,7 @@ class AttentionPlan:
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
     kv_select: how it selects the keys that a cache keeps; None for not at all.
     causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
+    most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
     """
 
     site: AttentionSite
@@ -77,6 +79,7 @@ class AttentionPlan:
     measured: int = 0
     causal_only: bool = False
     kv_select: SnapKV | None = None
+    most_lost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,7 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
     windowed = site.mask is not None and site.mask.window
     if windowed or any(pattern.name != "dense" for pattern in resolved.patterns):
         return ""
-    if not causal and resolved.source == BUILTIN:
+    if not causal and resolved.source.startswith((BUILTIN, PROMISED)):
         others = serving_both_ways()
         return f"not causal: dense by default, since such attention is diffuse; {others} serve it"
     return "the config keeps every head of this layer dense"
@@ -296,14 +299,16 @@ def decide_length(
     summaries = options.summaries if takes_summaries(site) and not trained else 0
     selecting = options.kv_select if feeds_a_cache(site) and not trained else None
     # The meter knows what a selection loses, and not what means give back.
-    metered = options.measure and not summaries and not trained and selecting is None
+    plain = not summaries and not trained and selecting is None
     plan = AttentionPlan(
         *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
         training=trained,
         summaries=summaries,
-        measured=meter_number(site) if metered else 0,
+        measured=meter_number(site) if options.measure and plain else 0,
         kv_select=selecting,
-        causal_only=site.read_mask is not None and BUILTIN in resolved.source,
+        causal_only=site.read_mask is not None
+        and any(name in resolved.source for name in (BUILTIN, PROMISED)),
+        most_lost=promised_share(resolved.patterns, options.max_loss) if plain else 1.0,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:

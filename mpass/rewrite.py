@@ -159,6 +159,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
                 site_number(plan),
                 *measured_by(plan),
             ),
+            guarded_by(plan),
         )
         if plan.training:
             results, output = output, graph.call_function(operator.getitem, (output, 0))
@@ -209,8 +210,14 @@ def leading_arguments(plan: AttentionPlan) -> tuple[int | str, ...]:
 
 
 def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
-    """The last argument of an attention that is measured; others do without."""
+    """The argument of an attention that is measured; others do without."""
     return (plan.measured,) if plan.measured else ()
+
+
+def guarded_by(plan: AttentionPlan) -> dict[str, bool | float]:
+    """The last arguments of an attention that is dense where it should be; others do without."""
+    guards: dict[str, bool | float] = {"causal_only": True} if plan.causal_only else {}
+    return guards | ({"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {})
 
 
 def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Node:
@@ -234,7 +241,7 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
                 *(plan.dense_above, plan.min_seq_len, site.layer),
                 *measured_by(plan),
             ),
-            {"causal_only": True} if plan.causal_only else {},
+            guarded_by(plan),
         )
         created = [*form, output]
         output = insert_dimensions(graph, site, output)

@@ -79,6 +79,7 @@ class Request:
     layer: int
     measured: int
     causal_only: bool
+    most_lost: float
 
 
 @torch.library.custom_op(
@@ -87,7 +88,7 @@ class Request:
     schema="(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
     "Tensor first, Tensor last, Tensor? sinks, str patterns, float scale, float softcap, "
     "bool written_out, float dense_above, SymInt min_seq_len, int layer, int measured=0, "
-    "bool causal_only=False) -> Tensor",
+    "bool causal_only=False, float most_lost=1.0) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def masked_attention(
@@ -109,6 +110,7 @@ def masked_attention(
     layer: int,
     measured: int = 0,
     causal_only: bool = False,
+    most_lost: float = 1.0,
 ) -> Tensor:
     """Attention under `mask`, sparse where its form allows it.
 
@@ -121,8 +123,8 @@ def masked_attention(
     """
     own = patterns_from_text(patterns)
     read = MaskForm.from_tensor(form)
-    limits = (dense_above, min_seq_len, layer, -measured)
-    request = Request(own, sinks, scale, softcap, written_out, *limits, causal_only)
+    limits = (dense_above, min_seq_len, layer, -measured, causal_only, most_lost)
+    request = Request(own, sinks, scale, softcap, written_out, *limits)
     if measured and read.offset == 0:
         start_prompt(measured)
     cells = as_four(mask)
@@ -239,6 +241,7 @@ def attend(
         min_seq_len=request.min_seq_len,
         layer=request.layer,
         measured=request.measured,
+        most_lost=request.most_lost,
     )
 
 
