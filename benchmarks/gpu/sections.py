@@ -86,10 +86,17 @@ LONG_CHECKS = (8197, 70001)
 """Lengths beyond one chunk, and beyond one turn, of every kernel, and no multiple of a block."""
 
 
+LONGEST_CHECK = 1048576
+LONGEST_CHECKED = ("union", "block top k", "vertical slash")
+"""Checked at a length whose tensors have more elements than 32 bits can count, one at a time."""
+
+
 def long_checks(setting: Setting) -> Iterator[Work]:
     """Every estimator and its attention at lengths where short checks see nothing."""
-    for length in (131,) if setting.smoke else LONG_CHECKS:
+    for length in (131,) if setting.smoke else (*LONG_CHECKS, LONGEST_CHECK):
         for name, estimate in ESTIMATORS.items():
+            if length == LONGEST_CHECK and name not in LONGEST_CHECKED:
+                continue
             work = functools.partial(check_long, setting, length, estimate)
             yield f"check/long {name}/{length}", work
 

@@ -31,8 +31,11 @@ GROUP_TILE = 128
 SELECT_TILE = 128
 """Scores that a program of selection, which is one warp, reads at a time."""
 
-INT8_TARGETS = frozenset({"sm_80", "sm_90"})
-"""Chips whose matrix units take 8-bit integers at twice the rate of 16-bit numbers."""
+INT8_TARGETS = frozenset({"sm_80"})
+"""Chips that score means as 8-bit integers, which their matrix units take at twice the rate of
+16-bit numbers. On an H200 the products are not what takes the time, and 16-bit ones leave room for
+three programs on a multiprocessor: 9.8 ms of estimation at 128K tokens, 13.5 in 8 bits
+(benchmarks/results/gpu_h200_5.json)."""
 
 SCORE_STAGES = 3
 """Stages of the loads of `row_scores`."""
