@@ -50,6 +50,15 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         'load the model with attn_implementation="minference" after mpass.register_attention()',
     ),
     (
+        r"additive bias, no mask: .*(scatter|topk)",
+        "nothing: the model chooses keys itself, for each query (Doge above keep_window_size)",
+    ),
+    (
+        r"additive bias, no mask: .*(embedding|gather)",
+        "nothing: a bias looked up by distance (T5) runs dense; a number per key, as ALiBi, is "
+        "served",
+    ),
+    (
         r"this op is not understood",
         "write the mask with comparisons of positions, or add a mask rule",
     ),

@@ -200,7 +200,7 @@ MISTAKES = {
         any_view, MASKS | {"edits": ("late_write", "masked_fill_", "columns_hidden")}
     ),
     "scores set to zero": Mistake(
-        lambda m: m.setattr(prover, "seen_scores", lambda two: prover.visible(two[0])),
+        lambda m: m.setattr(prover, "seen_scores", lambda two, _one: prover.visible(two[0])),
         {"scores": ("zeroed", "own_zeroed", "plain"), "edits": ("window",)},
     ),
     "the maximum before sinks or tanh": Mistake(
@@ -252,7 +252,7 @@ MISTAKES = {
         {"scores": ("sdpa", "sdpa_scale")},
     ),
     "a factor after the mask": Mistake(
-        replaced(eager, "read_scores", lambda old, c: dataclasses.replace(old(c), problem="")),
+        replaced(eager, "read_scores", lambda old, *c: dataclasses.replace(old(*c), problem="")),
         {"scores": ("scaled_after", "tensor_scale", "plain")},
     ),
     "softmax over another dimension": Mistake(
