@@ -118,7 +118,7 @@ def replaced_scores(
     filled = op_name(op) == "masked_fill"
     condition = given.get("mask" if filled else "condition")
     other = given.get("value" if filled else "other")
-    if is_tensor(other):
+    if isinstance(other, fx.Node) and is_tensor(other):
         read = prover.reader.read(other, op)
         lowest = float(read) if read.is_number else None
     else:

@@ -64,6 +64,11 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (r"scores are also read|read more than once", "do not ask for the attention weights"),
     (r"without enable_gqa", "pass enable_gqa=True"),
+    (
+        r"^scores are scaled by what is not a constant",
+        "make the factor a Python number; hide keys by masked_fill or an added mask, not by a "
+        "product",
+    ),
     (r"is not a constant", "make it a Python number"),
     (r"sub-graph", "disable checkpointing for inference"),
     (r"log-sum-exp", "do not ask for it"),
