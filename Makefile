@@ -36,7 +36,7 @@ help:
 	@echo "  make lint     check the style and the format of the code"
 	@echo "  make format   repair the style and the format of the code"
 	@echo "  make types    check the types"
-	@echo "  make docs     write the documentation as a site to build/site, links checked"
+	@echo "  make docs     write the documentation as a site to build/site: links checked, notebook run"
 	@echo "  make venv     set up $(VENV) and nothing else"
 	@echo "  make clean    remove $(VENV), build outputs and caches"
 
@@ -100,9 +100,9 @@ types: venv
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
 	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --strict --follow-imports=silent $(CURDIR)/tests/typing
 
-# The site's own environment: it needs nothing of mpass but the sources.
-$(DOCS_VENV)/.installed: docs/site/requirements.txt
-	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+# The site's own environment. It reads mpass's sources, and borrows torch to run the notebook.
+$(DOCS_VENV)/.installed: docs/site/requirements.txt $(STAMP)
+	test -x $(DOCS_VENV)/bin/python || $(BIN)/python -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -r docs/site/requirements.txt
 	touch $@
 
@@ -110,7 +110,10 @@ docs: $(DOCS_VENV)/.installed
 	rm -rf build/types && mkdir -p build/types/mpass
 	for part in $(CURDIR)/mpass/* $(CURDIR)/lowering $(CURDIR)/patterns; do \
 	  ln -sfn $$part build/types/mpass/; done
-	$(DOCS_VENV)/bin/mkdocs build --strict
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  MPASS_PROGRESS=0 PYTHONPATH=$(CURDIR)/build/types:$$packages $(DOCS_VENV)/bin/python -m nbconvert \
+	  --log-level ERROR --to markdown --execute --output-dir build/notebooks examples/*.ipynb
+	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

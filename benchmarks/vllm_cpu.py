@@ -1,11 +1,13 @@
 """Time to the first token in vLLM on a CPU, sparse and dense by turns in one engine.
 
     .venv-vllm/bin/python benchmarks/vllm_cpu.py --model FOLDER [--chunk 2048] [--json FILE]
+    .venv-vllm/bin/python benchmarks/vllm_cpu.py --model FOLDER --short 32 [--json FILE]
 
 `make vllm` sets up the Python; the folder may be what mpass.models.load.model_folder gives for a
 packaged model. Dense is vLLM's own attention: the same engine with no request split off. CPU
 seconds are those of the process, on one thread; on a machine that does other work they are the
-figure to trust, and seconds of wall time are not.
+figure to trust, and seconds of wall time are not. `--short` asks what the plugin costs where
+nothing is sparse: prompts of 200 tokens at once, vLLM's own methods put back in every other turn.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 """Of the engine: in this process, on one thread, with 1 GiB for the cache."""
+
+SHORT, SHORT_TOKENS = 200, 8
+"""Tokens of a short prompt, and tokens that it generates."""
 
 ATTENTION = [0.0]
 """CPU seconds inside of attention since it was last set to 0."""
@@ -69,6 +74,53 @@ def dense(active: bool) -> Iterator[None]:
         yield
     finally:
         SparseBuilder.split_step = split_step
+
+
+@contextmanager
+def without_plugin() -> Iterator[None]:
+    """vLLM's own methods in place of the plugin's, in the same engine."""
+    from mpass.serving.vllm.cpu import SparseCPUBuilder, SparseCPUImpl
+
+    parents = {
+        (SparseCPUImpl, "forward"): SparseCPUImpl.parent_class.forward,
+        (SparseCPUBuilder, "build"): SparseCPUBuilder.parent_class.build,
+    }
+    ours = {(cls, name): getattr(cls, name) for cls, name in parents}
+    for (cls, name), method in parents.items():
+        setattr(cls, name, method)
+    try:
+        yield
+    finally:
+        for (cls, name), method in ours.items():
+            setattr(cls, name, method)
+
+
+def measure_short(llm: Any, ids: list[int], requests: int, repeats: int) -> dict[str, Any]:
+    """Many short requests at once, with the plugin and without it by turns."""
+    starts = range(0, 40 * requests, 40)
+    prompts = [ids[start : start + SHORT] for start in starts]
+    generate(llm, prompts[:2], SHORT_TOKENS, "sparse")
+    turns = []
+    for turn in range(2 * repeats):
+        # The first of a pair is one in one pair and the other in the next.
+        if turn % 4 in (0, 3):
+            turns.append(generate(llm, prompts, SHORT_TOKENS, "plugin"))
+        else:
+            with without_plugin():
+                turns.append(generate(llm, prompts, SHORT_TOKENS, "vllm"))
+    assert all(turn["tokens"] == turns[0]["tokens"] for turn in turns)
+    seconds = {
+        kind: [turn["cpu"] for turn in turns if turn["kind"] == kind] for kind in ("plugin", "vllm")
+    }
+    medians = {kind: statistics.median(found) for kind, found in seconds.items()}
+    return {
+        "requests": requests,
+        "tokens_generated": SHORT_TOKENS,
+        "cpu_seconds": seconds,
+        "medians": medians,
+        "ratio": round(medians["plugin"] / medians["vllm"], 4),
+        "ratio_of_least": round(min(seconds["plugin"]) / min(seconds["vllm"]), 4),
+    }
 
 
 def generate(llm: Any, prompts: list[list[int]], tokens: int, kind: str) -> dict[str, Any]:
@@ -140,6 +192,9 @@ def main() -> None:
     parser.add_argument(
         "--chunk", type=int, default=0, help="tokens of a step; 0 for whole prompts"
     )
+    parser.add_argument(
+        "--short", type=int, default=0, help="so many short requests at once, and nothing else"
+    )
     parser.add_argument("--prefix", action="store_true", help="cache prefixes, and use one")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--settings", type=json.loads, default={}, help="the plugin's, as JSON")
@@ -165,7 +220,7 @@ def main() -> None:
         model=str(arguments.model),
         dtype=arguments.dtype,
         max_model_len=arguments.length + 16,
-        max_num_seqs=4,
+        max_num_seqs=arguments.short or 4,
         max_num_batched_tokens=arguments.chunk or arguments.length + 16,
         enable_chunked_prefill=arguments.chunk > 0,
         enable_prefix_caching=arguments.prefix,
@@ -173,20 +228,24 @@ def main() -> None:
         additional_config={"minference": arguments.settings},
     )
     started = time.perf_counter() - started
-    time_attention()
+    if arguments.short:
+        measured = measure_short(llm, ids, arguments.short, arguments.repeats)
+    else:
+        time_attention()
+        measured = measure(llm, ids, arguments.length, arguments.repeats, arguments.prefix)
     found = {
         "vllm": version,
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "length": arguments.length,
+        "length": SHORT if arguments.short else arguments.length,
         "chunk": arguments.chunk,
         "prefix_caching": arguments.prefix,
         "dtype": arguments.dtype,
         "settings": arguments.settings,
         "seconds_to_start": round(started, 1),
-        **measure(llm, ids, arguments.length, arguments.repeats, arguments.prefix),
+        **measured,
         "counters": process_counters().as_dict(),
     }
     print(json.dumps(found, indent=1))

@@ -38,15 +38,15 @@ class ExactRows:
 
     rows: which of the queries, int64 [R]; counted: bool [B, R], False for padding and for rows
     that see nothing; weights: softmax weights, fp32 [B, H, R, J * BLOCK], 0 where a row sees no
-    key; mass: their sums per key block, [B, H, R, J]; output: fp32 [B, H, R, Dv]; stop: the
-    position after the last row that may be among them.
+    key; mass: their sums per key block, [B, H, R, J]; output: fp32 [B, H, R, Dv], None
+    where only masses were asked for; stop: the position after the last row that may be among them.
     """
 
     rows: Tensor
     counted: Tensor
     weights: Tensor
     mass: Tensor
-    output: Tensor
+    output: Tensor | None
     stop: int
 
 
@@ -61,8 +61,13 @@ def sampled_rows(num_queries: int, first: int, stop: int, count: int, device: ob
     return low + ((i * HASH % (1 << 32)) >> 8) % (high - low)
 
 
-def exact_rows(inputs: AttentionInputs, count: int = ROWS) -> Iterator[ExactRows]:
-    """The exact attention of `count` rows (of all if there are fewer), a chunk after the other."""
+def exact_rows(
+    inputs: AttentionInputs, count: int = ROWS, *, outputs: bool = True
+) -> Iterator[ExactRows]:
+    """The exact attention of `count` rows (of all if there are fewer), a chunk after the other.
+
+    outputs: whether their outputs are computed, too.
+    """
     query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
     batch, heads, num_queries, _ = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
@@ -70,7 +75,7 @@ def exact_rows(inputs: AttentionInputs, count: int = ROWS) -> Iterator[ExactRows
     few = FEW_ROWS if device_lowering(query.device).decides_by_cost else count
     at_once = max(1, min(few, CHUNK_BYTES // (4 * batch * heads * max(1, num_keys))))
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys, values = key.to(wide), value.to(wide)
+    keys, values = key.to(wide), value.to(wide) if outputs else None
     for first in range(0, count, at_once):
         last = min(count, first + at_once)
         rows = sampled_rows(num_queries, first, last, count, query.device)
@@ -85,8 +90,10 @@ def exact_rows(inputs: AttentionInputs, count: int = ROWS) -> Iterator[ExactRows
         if inputs.softcap > 0:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
         weights = row_weights(scores, allowed, inputs)
-        grouped = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-        output = grouped @ values[:, :, :seen]
+        output = None
+        if values is not None:
+            grouped = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+            output = (grouped @ values[:, :, :seen]).view(batch, heads, len(rows), -1)
         counted = allowed.any(-1)[:, 0].expand(batch, -1)
         if mask.key_mask is not None and num_keys >= mask.query_offset + num_queries:
             counted = counted & mask.key_mask[:, positions]
@@ -97,7 +104,7 @@ def exact_rows(inputs: AttentionInputs, count: int = ROWS) -> Iterator[ExactRows
             counted,
             weights,
             weights.unflatten(-1, (-1, BLOCK)).sum(-1),
-            output.view(batch, heads, len(rows), -1),
+            output,
             stop,
         )
 

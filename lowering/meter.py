@@ -1,9 +1,9 @@
 """What sparse attention lost while a model ran: measured on some rows of each call, as it runs.
 
 `options={"measure": True}` gives the attention op a number by which its losses are kept here; the
-rows are those of mpass.lowering.exact_rows. Nothing is read back: numbers stay on the device until
-somebody asks (`losses_of`). While a CUDA graph is captured nothing is measured, since a replay runs
-no Python. Letters: B batch, H query heads, Nq queries, R rows looked at.
+rows are those of mpass.lowering.exact_rows. Nobody waits for the numbers: they are sent to the host
+and added up when somebody asks (`loss_of`). While a CUDA graph is captured nothing is measured,
+since a replay runs no Python. Letters: B batch, H query heads, Nq queries, R rows looked at.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from mpass.lowering.exact_rows import exact_rows, kept_mass
 from mpass.lowering.index import SparseIndex
 from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.readback import Readback, read_later
 
 MOST_KEPT = 4096
 """Attentions whose losses are kept; the one measured least recently is forgotten."""
@@ -45,13 +46,12 @@ class Loss:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums of one attention since its prompt began: fp64 [4, H], and of rows [H].
+    """Sums of one attention since its prompt began, in parts: fp64 [5, H] each.
 
-    sums: squared error, square of the exact output, lost mass; worst: greatest lost mass.
+    parts: squared error, square of the exact output, lost mass, rows; greatest lost mass of a row.
     """
 
-    sums: Tensor | None = None
-    worst: Tensor | None = None
+    parts: list[Readback] = field(default_factory=list)
     calls: int = 0
     dense: int = 0
 
@@ -111,6 +111,7 @@ def measure_call(
         tally.dense += 1
         return
     for exact in exact_rows(inputs):
+        assert exact.output is not None
         real = exact.counted[:, None]
         gap = (out[:, :, exact.rows].to(exact.output.dtype) - exact.output).square().sum(-1)
         square = exact.output.square().sum(-1)
@@ -118,23 +119,27 @@ def measure_call(
         lost = (total - kept_mass(exact, inputs, index)).clamp(min=0.0)
         per_row = torch.stack([gap, square, lost, torch.ones_like(lost)]) * real
         sums = per_row.sum((1, 3), dtype=torch.float64)
-        worst = (lost * real).amax((0, 2))
-        tally.sums = sums if tally.sums is None else tally.sums + sums
-        tally.worst = worst if tally.worst is None else torch.maximum(tally.worst, worst)
+        worst = (lost * real).amax((0, 2))[None].to(sums.dtype)
+        tally.parts.append(read_later(torch.cat([sums, worst])))
 
 
 def loss_of(number: int) -> Loss | None:
-    """What an attention lost on its last prompt; None if it was not measured. Reads the device."""
+    """What an attention lost on its last prompt; None if it was not measured.
+
+    Waits for the device where its numbers are not there yet.
+    """
     tally = _meter.known.get(number)
     if tally is None or tally.calls == 0:
         return None
-    if tally.sums is None or tally.worst is None:
+    if not tally.parts:
         return Loss((), (), (), 0, tally.calls, tally.dense)
-    gap, square, lost, rows = tally.sums.cpu()
+    parts = torch.stack([part.read() for part in tally.parts])
+    gap, square, lost, rows = parts[:, :4].sum(0)
+    worst = parts[:, 4].amax(0)
     return Loss(
         error=tuple((gap / square.clamp(min=1e-30)).sqrt().tolist()),
         lost=tuple((lost / rows.clamp(min=1)).tolist()),
-        worst=tuple(tally.worst.tolist()),
+        worst=tuple(worst.tolist()),
         rows=int(rows.max()),
         calls=tally.calls,
         dense=tally.dense,

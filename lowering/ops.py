@@ -8,7 +8,7 @@ heads, Hk kv heads, Nq queries, Nk keys, D head_dim, Dv value dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mpass.failures import contain
 from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree, warn_of_lists
-from mpass.lowering.density import density, work_share
+from mpass.lowering.density import work_share
 from mpass.lowering.device import REFERENCE, Lowering
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
+from mpass.lowering.guard import lost_too_much
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.meter import measure_call
-from mpass.lowering.recorder import AttentionCall, CallInputs, active_log, tell_watcher
+from mpass.lowering.recorded_call import record_call
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
 
@@ -51,7 +52,10 @@ IndexTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OverIndex:
-    """A call of attention over an index; its arguments are those of ATTENTION_SCHEMA."""
+    """A call of attention over an index; its arguments are those of ATTENTION_SCHEMA.
+
+    most_lost: the share of a head's attention that it may lose (mpass.lowering.guard); 1 for all.
+    """
 
     inputs: AttentionInputs
     index: SparseIndex
@@ -59,6 +63,7 @@ class OverIndex:
     min_seq_len: int
     layer: int
     site: int
+    most_lost: float = 1.0
 
 
 def over_index(
@@ -102,7 +107,7 @@ def over_index(
 @torch.library.custom_op(
     f"{NAMESPACE}::sparse_attention",
     mutates_args=(),
-    schema=f"({ATTENTION_SCHEMA}, int measured=0) -> Tensor",
+    schema=f"({ATTENTION_SCHEMA}, int measured=0, float most_lost=1.0) -> Tensor",
 )
 def sparse_attention(*arguments: Any) -> Tensor:
     """Attention over the keys that the index selects; see lowering.reference for the meaning.
@@ -113,10 +118,15 @@ def sparse_attention(*arguments: Any) -> Tensor:
     very index; elsewhere the host would wait for it, and what an earlier call of the `site`
     selected counts (0: of no call). min_seq_len: run dense below this number of keys (where no
     guard could decide it). layer: for records only. measured: the number by which
-    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured.
+    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured. most_lost: run dense
+    where a head would lose more of its attention than this share, by some rows that are looked at
+    (mpass.lowering.guard).
     """
     call = over_index(*arguments[:ARGUMENTS])
-    measured = arguments[ARGUMENTS] if len(arguments) > ARGUMENTS else 0
+    extra = arguments[ARGUMENTS:]  # what has its default value may be left out
+    measured = extra[0] if extra else 0
+    most_lost = extra[1] if len(extra) > 1 else 1.0
+    call = replace(call, most_lost=most_lost)
     out, reason = attend(call, ATTENTION)
     if measured:
         measure_call(call.inputs, call.index, out, measured, dense=bool(reason))
@@ -169,6 +179,7 @@ def sparse_or_dense(
             min_seq_len=call.min_seq_len,
             site=call.site,
         )
+        reason = reason or lost_too_much(inputs, index, call.most_lost)
         doing = f"a kernel of {'dense' if reason else 'sparse'} attention ({lowering.name})"
         if reason:
             out = computation.dense(lowering, inputs)
@@ -210,41 +221,6 @@ def decide_dense(
     if share <= limit:
         return ""
     return f"{share:.0%} of the work or more is selected, sparse pays up to {limit:.0%}"
-
-
-def record_call(
-    lowering: Lowering,
-    inputs: AttentionInputs,
-    index: SparseIndex,
-    *,
-    layer: int,
-    dense_reason: str,
-) -> None:
-    """Tell the active log, if there is one, what ran.
-
-    dense_reason: of `attend`; what an estimator has noted before is the better reason.
-    """
-    tell_watcher()
-    log = active_log()
-    if log is None:
-        return
-    query, num_keys = inputs.query, inputs.key.shape[2]
-    sizes = {"batch": query.shape[0], "num_queries": query.shape[2], "num_keys": num_keys}
-    computed = density(index, inputs.mask, **sizes)
-    call = AttentionCall(
-        layer=layer,
-        lowering="dense" if dense_reason else lowering.name,
-        density=torch.ones_like(computed) if dense_reason else computed,
-        num_queries=query.shape[2],
-        num_keys=num_keys,
-        index_bytes=index.num_bytes(),
-        reason=log.dense_reason or dense_reason,
-    )
-    log.dense_reason = ""
-    log.calls.append(call)
-    if log.inspect is not None:
-        read = (inputs.query, inputs.key, index, inputs.mask, inputs.scale, inputs.softcap)
-        log.inspect(call, CallInputs(*read, inputs.sink_logits, inputs.value))
 
 
 @sparse_attention.register_fake

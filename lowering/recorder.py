@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mpass.lowering.index import AttentionMask, SparseIndex
+from mpass.lowering.readback import Readback
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,7 +22,8 @@ class AttentionCall:
 
     layer: the number that the layer has in the graph; -1 if it is unknown.
     lowering: "cpu", "triton", "reference" or "dense".
-    density: the share of the mask's cells that was computed, fp64 [B, H].
+    computed: the share of the mask's cells that was computed, fp64 [B, H], which a device may still
+    be about to count: `density` waits for it.
     num_queries, num_keys: the lengths.
     index_bytes: the memory of the index.
     reason: why every key was looked at, by dense attention or by a kernel whose estimator had
@@ -30,11 +32,19 @@ class AttentionCall:
 
     layer: int
     lowering: str
-    density: Tensor
+    computed: Readback
     num_queries: int
     num_keys: int
     index_bytes: int
     reason: str = ""
+
+    @property
+    def density(self) -> Tensor:
+        """The share of the mask's cells that was computed: fp64 [B, H] on the host.
+
+        It is NaN of a call that a CUDA graph has captured.
+        """
+        return self.computed.read()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

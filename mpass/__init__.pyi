@@ -16,6 +16,9 @@ from mpass.functional import sparse_attention as sparse_attention
 from mpass.inspection.doctor import diagnose as diagnose
 from mpass.inspection.explanation import explain as explain
 from mpass.inspection.profiling import profile as profile
+from mpass.lowering.kv_selection import KVSelection as KVSelection
+from mpass.lowering.kv_selection import SnapKV as SnapKV
+from mpass.lowering.kv_selection import select_keys as select_keys
 from mpass.lowering.recorder import record as record
 from mpass.patterns.a_shape import AShape as AShape
 from mpass.patterns.base import Pattern as Pattern
@@ -33,6 +36,7 @@ from mpass.patterns.vertical_slash import VerticalSlash as VerticalSlash
 from mpass.patterns.x_attention import XAttention as XAttention
 from mpass.report import Report as Report
 from mpass.report import reports as reports
+from mpass.serving.kv_cache import compress as compress
 from mpass.serving.transformers_attention import register_attention as register_attention
 from mpass.story.merge import last_report as last_report
 

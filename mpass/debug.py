@@ -166,6 +166,8 @@ def repro_options(options: Options) -> tuple[str, dict[str, object]]:
     config = options.sparse_config
     if config.default is not None:
         given["pattern"] = str(config.default)
+    elif options.max_loss is not None:
+        given["max_loss"] = options.max_loss
     about = "Floating-point inputs are generated: outputs are not those of the model."
     if config.layers:
         about += "\nThe config gave layers their own patterns; here all have the default."

@@ -43,6 +43,14 @@ class OptionValueError(MpassError):
         super().__init__(f"option {key!r} is {value!r}; allowed: {allowed}")
 
 
+class KVCacheError(MpassError):
+    """A cache that cannot be cut to what was selected, or not be shortened after that."""
+
+    def __init__(self, layer: int, problem: str) -> None:
+        where = f"layer {layer} of the cache" if layer >= 0 else "the cache"
+        super().__init__(f"{where} cannot be cut: {problem}")
+
+
 class ArgumentError(MpassError):
     """A number that a function of ours cannot take."""
 

@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+import mpass.lowering.key_bias  # noqa: F401  (defines minference::with_key_bias)
 from mpass.config.heads import heads_of
 from mpass.config.layer import PatternLike, as_pattern
 from mpass.config.operands import attention_mask, check_bias, check_numbers, checked_sinks

@@ -10,9 +10,11 @@ from typing import Any
 
 from mpass.config.layer import as_pattern, check_length
 from mpass.config.presets import PRESETS, with_preset
+from mpass.config.promise import LEAST, MOST
 from mpass.config.sparse_config import SparseConfig
 from mpass.errors import OptionValueError, UnknownOptionError, UnknownPatternError
 from mpass.lowering.device import SHORTEST_PROMPT
+from mpass.lowering.kv_selection import SnapKV
 from mpass.lowering.summaries import RUNS
 from mpass.patterns.base import Pattern, registered_patterns
 
@@ -36,6 +38,10 @@ class Options:
     pattern: one pattern for every head, an object or its name (then exclusive with config), or the
     name of a preset (mpass.config.presets).
     config: a SparseConfig, a pattern per layer and head, or the path of a file that holds one.
+    max_loss: how much the model may lose to sparse attention, in nats per token: heads that nothing
+    else names a pattern for keep what is expected to lose less (mpass.config.promise). It comes
+    before what is shipped with the model, and stands in the place of `pattern`. None for the
+    built-in default, which promises nothing.
     min_seq_len: prompts shorter than this stay dense; tokens. None for the config's value, else
     what the lowering of the device says, which is DEFAULT_MIN_SEQ_LEN on CPUs.
     dense_above: share of the dense work above which the op runs dense attention instead.
@@ -49,6 +55,8 @@ class Options:
     over the keys that were chosen and none through the choice; "dense" leaves it as it is.
     summaries: in attention that is not causal, each run of this many keys that is left out counts
     as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
+    kv_select: a mpass.SnapKV: causal sparse attention selects as well which keys a cache keeps, for
+    whoever listens (mpass.select_keys); None for no selection.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
@@ -58,6 +66,7 @@ class Options:
 
     pattern: Pattern | None = None
     config: SparseConfig | None = None
+    max_loss: float | None = None
     min_seq_len: int | None = None
     dense_above: float = 0.6
     inner_backend: str = "inductor"
@@ -66,6 +75,7 @@ class Options:
     linear: str | None = None
     training: str = "dense"
     summaries: int = 0
+    kv_select: SnapKV | None = None
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -133,6 +143,7 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     if config is not None and not isinstance(config, SparseConfig):
         raise OptionValueError("config", config, "a SparseConfig, or the path of its file")
     values["config_source"] = "options['config']" if config is not None else ""
+    check_max_loss(values)
     pattern = values.get("pattern")
     if isinstance(pattern, str) and pattern in PRESETS:
         values["pattern"] = None
@@ -170,12 +181,32 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     summaries = values.get("summaries", 0)
     if isinstance(summaries, bool) or summaries not in (0, *RUNS):
         raise OptionValueError("summaries", summaries, f"0, {', '.join(map(str, RUNS))}")
+    selecting = values.get("kv_select")
+    if selecting is not None and not isinstance(selecting, SnapKV):
+        raise OptionValueError("kv_select", selecting, "mpass.SnapKV(...) or None")
     measure = values.get("measure", False)
     if not isinstance(measure, bool):
         raise OptionValueError("measure", measure, "True or False")
     inner = values.get("inner_backend", "inductor")
     check_inner_backend(inner)
     return values
+
+
+def check_max_loss(values: dict[str, Any]) -> None:
+    """Raise OptionValueError for a loss that cannot be promised, or beside what decides instead."""
+    loss = values.get("max_loss")
+    if loss is None:
+        return
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not LEAST <= loss <= MOST:
+        raise OptionValueError("max_loss", loss, f"nats per token from {LEAST} to {MOST}, or None")
+    if values.get("pattern") is not None:
+        allowed = "not together with 'pattern', which says what to keep"
+        raise OptionValueError("max_loss", loss, allowed)
+    config = values.get("config")
+    if config is not None and config.default is not None:
+        allowed = "not together with a 'config' whose default says what to keep"
+        raise OptionValueError("max_loss", loss, allowed)
+    values["max_loss"] = float(loss)
 
 
 def check_inner_backend(name: object) -> None:

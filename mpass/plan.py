@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import Max, Min
 
+from mpass.config.promise import promised_share
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
@@ -26,11 +27,13 @@ from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_aga
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
+from mpass.lowering.kv_selection import SnapKV
 from mpass.options import Options
-from mpass.patterns.base import Pattern, registered_patterns
+from mpass.patterns.base import Pattern
+from mpass.patterns.base.registry import serving_both_ways
 from mpass.patterns.base.work import layer_work
 from mpass.patterns.dense import Dense
-from mpass.resolve import BUILTIN, ResolvedPatterns, resolve_site
+from mpass.resolve import BUILTIN, PROMISED, ResolvedPatterns, resolve_site
 
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 """What lengths are made by that the rewrite can build."""
@@ -60,7 +63,9 @@ class AttentionPlan:
     training: whether gradients are recorded, so that the op is one with a backward.
     summaries: keys per mean of what is left out; 0 for none.
     measured: the number by which the meter keeps what it loses; 0 where nothing is measured.
+    kv_select: how it selects the keys that a cache keeps; None for not at all.
     causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
+    most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
     """
 
     site: AttentionSite
@@ -73,6 +78,8 @@ class AttentionPlan:
     summaries: int = 0
     measured: int = 0
     causal_only: bool = False
+    kv_select: SnapKV | None = None
+    most_lost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -261,26 +268,15 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
     if not causal and other:
         return (
             f"not causal: {', '.join(other)} is defined for causal attention only; "
-            f"{both_ways()} serve it"
+            f"{serving_both_ways()} serve it"
         )
     windowed = site.mask is not None and site.mask.window
     if windowed or any(pattern.name != "dense" for pattern in resolved.patterns):
         return ""
-    if not causal and resolved.source == BUILTIN:
-        return (
-            f"not causal: dense by default, since such attention is diffuse; {both_ways()} serve it"
-        )
+    if not causal and resolved.source.startswith((BUILTIN, PROMISED)):
+        others = serving_both_ways()
+        return f"not causal: dense by default, since such attention is diffuse; {others} serve it"
     return "the config keeps every head of this layer dense"
-
-
-def both_ways() -> str:
-    """The patterns that serve attention to later keys, in words."""
-    *most, last = (
-        name
-        for name, pattern in sorted(registered_patterns().items())
-        if pattern.bidirectional and name != "dense"
-    )
-    return f"{', '.join(most)} and {last}"
 
 
 def can_be_built(expression: sympy.Expr) -> bool:
@@ -301,14 +297,18 @@ def decide_length(
     trained = is_trained(site)
     # Means of what is left out have no backward, and neither has the meter.
     summaries = options.summaries if takes_summaries(site) and not trained else 0
+    selecting = options.kv_select if feeds_a_cache(site) and not trained else None
     # The meter knows what a selection loses, and not what means give back.
-    metered = options.measure and not summaries and not trained
+    plain = not summaries and not trained and selecting is None
     plan = AttentionPlan(
         *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
         training=trained,
         summaries=summaries,
-        measured=meter_number(site) if metered else 0,
-        causal_only=site.read_mask is not None and BUILTIN in resolved.source,
+        measured=meter_number(site) if options.measure and plain else 0,
+        kv_select=selecting,
+        causal_only=site.read_mask is not None
+        and any(name in resolved.source for name in (BUILTIN, PROMISED)),
+        most_lost=promised_share(resolved.patterns, options.max_loss) if plain else 1.0,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
@@ -327,6 +327,12 @@ def takes_summaries(site: AttentionSite) -> bool:
     """Whether keys that are left out may count by their means: see mpass.lowering.summaries."""
     mask = site.mask
     return mask is not None and not mask.causal and not mask.window and site.softcap == 0
+
+
+def feeds_a_cache(site: AttentionSite) -> bool:
+    """Whether the keys may be those of a cache that can be cut: causal, of all positions."""
+    mask = site.mask
+    return mask is not None and mask.causal and not mask.window and site.layer >= 0
 
 
 def meter_number(site: AttentionSite) -> int:

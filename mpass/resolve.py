@@ -3,7 +3,7 @@
 Innermost first, head by head:
 
 1. decorators and regions (mpass.config.decorators), the innermost first;
-2. options["config"], or options["pattern"];
+2. options["config"], or options["pattern"], and for what these leave open options["max_loss"];
 3. `minference.json` beside the model's `config.json` (the folder that it was loaded from);
 4. the built-in default.
 
@@ -31,6 +31,7 @@ from mpass.options import Options
 from mpass.patterns.base import Pattern
 
 BUILTIN = "built-in default"
+PROMISED = "options['max_loss']"
 """The source of a pattern that nothing configures."""
 
 SHIPPED = "minference.json"
@@ -61,7 +62,8 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     root = root_module()
     overrides = overrides_of(site.output, root.module if root else None)
     given = options.sparse_config
-    shipped = None if covers_all(given) else shipped_config(site.output)
+    promised = options.max_loss is not None
+    shipped = None if promised or covers_all(given) else shipped_config(site.output)
     configs = [given] if shipped is None else [given, shipped[0]]
 
     layer = site.layer
@@ -90,8 +92,10 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     if shipped is not None:
         levels.append((str(shipped[1]), shipped[0].effective(layer)))
     window, causal = (site.mask.window, site.mask.causal) if site.mask else (0, True)
-    default = builtin_default(example(site.query).device.type, window, causal=causal)
-    levels.append((BUILTIN, LayerConfig(default)))
+    device, max_loss = example(site.query).device.type, options.max_loss
+    default = builtin_default(device, window, causal=causal, max_loss=max_loss)
+    last = BUILTIN if max_loss is None else f"{PROMISED} = {max_loss:g}"
+    levels.append((last, LayerConfig(default)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 
 

@@ -145,11 +145,10 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         index, slots = insert_index(graph, plan, key, visible)
         sinks = insert_sinks(graph, site)
         arguments = (site.query, key, value, *index, slots, key_mask, sinks)
-        summaries = plan.summaries
         output = graph.call_function(
             attention_op(plan),
             (
-                *([summaries] if summaries else []),
+                *leading_arguments(plan),
                 *arguments,
                 *visible[1:],
                 site.scale,
@@ -160,6 +159,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
                 site_number(plan),
                 *measured_by(plan),
             ),
+            guarded_by(plan),
         )
         if plan.training:
             results, output = output, graph.call_function(operator.getitem, (output, 0))
@@ -196,13 +196,28 @@ def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
         name = "sparse_attention_train"
     elif plan.summaries:
         name = "sparse_attention_summaries"
+    elif plan.kv_select is not None:
+        name = "sparse_attention_kv"
     op: torch._ops.OpOverload = getattr(ops, name).default
     return op
 
 
+def leading_arguments(plan: AttentionPlan) -> tuple[int | str, ...]:
+    """What an op of `attention_op` takes before all others."""
+    if plan.kv_select is not None:
+        return dataclasses.astuple(plan.kv_select)
+    return (plan.summaries,) if plan.summaries else ()
+
+
 def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
-    """The last argument of an attention that is measured; others do without."""
+    """The argument of an attention that is measured; others do without."""
     return (plan.measured,) if plan.measured else ()
+
+
+def guarded_by(plan: AttentionPlan) -> dict[str, bool | float]:
+    """The last arguments of an attention that is dense where it should be; others do without."""
+    guards: dict[str, bool | float] = {"causal_only": True} if plan.causal_only else {}
+    return guards | ({"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {})
 
 
 def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Node:
@@ -226,7 +241,7 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
                 *(plan.dense_above, plan.min_seq_len, site.layer),
                 *measured_by(plan),
             ),
-            {"causal_only": True} if plan.causal_only else {},
+            guarded_by(plan),
         )
         created = [*form, output]
         output = insert_dimensions(graph, site, output)

@@ -20,15 +20,18 @@ estimate than block_max.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Self
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, cast
 
 import sympy
+from torch import Tensor
 
 from mpass.errors import PatternValueError
 from mpass.lowering.estimators import VERTICAL_BLOCK, Estimator
-from mpass.lowering.index import BLOCK
+from mpass.lowering.index import BLOCK, SparseIndex
+from mpass.lowering.inputs import EstimateInputs
 from mpass.patterns.base import HEAD_DIM, LENGTH, Lost, register_pattern
 from mpass.patterns.base.checks import check_blocks, check_divisor, check_per, check_share
 from mpass.patterns.base.kv_groups import Per, Turns
@@ -51,6 +54,11 @@ CANDIDATE_SHARES = (
 
 CANDIDATE_ROWS = ((0.05, 256), (0.03, 256), (0.03, 512), (0.015, 512))
 """`row_share` and `columns` between them, where single rows decide more than the sum."""
+
+LONG_POWER = 0.5
+"""How fast `row_share` falls with the length beyond `at_length`: SmolLM2's divergence at 2048 to
+8192 tokens stays the same where share * length does, Gemma-3's from 8192 to 32768 where
+share * length ** 0.5 does."""
 
 
 @register_pattern
@@ -75,6 +83,8 @@ class VerticalBlock(ListPattern):
         index takes 4 * max_blocks bytes per 64 queries and head.
     last_queries: The columns are chosen by this many queries at the end of the prompt: 16, 32 or
         64.
+    at_length: `row_share` is meant for prompts of this many keys, and shorter prompts have a larger
+        one, longer prompts a smaller one (`at`). 0 for one share at every length.
     per: Blocks are chosen for each query "head", or once for the query heads of a "kv_head" that
         have these parameters, at the cost of one of them: they give the query rows in turn.
     """
@@ -90,6 +100,7 @@ class VerticalBlock(ListPattern):
     max_blocks: int = 256
     last_queries: int = 16
     per: Per = "head"
+    at_length: int = 0
 
     name: ClassVar[str] = "union"
     estimator: ClassVar[Estimator] = VERTICAL_BLOCK
@@ -111,6 +122,45 @@ class VerticalBlock(ListPattern):
             raise PatternValueError(self.name, "last_queries", self.last_queries, allowed)
         check_per(self)
 
+    def at(self, keys: int) -> Self:
+        """What this is where queries see `keys` keys: the same with one `row_share`, at any length.
+
+        Of fewer keys than `at_length` a block has a larger part to begin with, and the share grows
+        as the number of blocks falls. It falls with the root of their number beyond.
+        """
+        if not self.at_length:
+            return self
+        ratio = self.at_length / max(1, keys)
+        share = self.row_share * (ratio if ratio >= 1 else ratio**LONG_POWER)
+        return replace(self, row_share=min(1.0, share), at_length=0)
+
+    def numbers(self) -> dict[str, int | float | bool | str]:
+        """The estimator is told of one `row_share`, and not of the length that it is for."""
+        return {name: value for name, value in super().numbers().items() if name != "at_length"}
+
+    def __str__(self) -> str:
+        """`at_length` is left out where it says nothing."""
+        text = super().__str__()
+        return f"{text[:-1]}, at_length={self.at_length})" if self.at_length else text
+
+    def usual_density(self, length: int) -> float:
+        own = self.at(length)
+        return super().usual_density(length) if own is self else own.usual_density(length)
+
+    @classmethod
+    def estimate(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> SparseIndex:
+        return super().estimate(inputs, cls.all_at(inputs, patterns))
+
+    @classmethod
+    def select(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Tensor:
+        return super().select(inputs, cls.all_at(inputs, patterns))
+
+    @classmethod
+    def all_at(cls, inputs: EstimateInputs, patterns: Sequence[Self]) -> Sequence[Self]:
+        """The patterns as they are where queries see as many keys as those of a call do."""
+        found = patterns_at(tuple(patterns), keys_seen(inputs))
+        return cast("Sequence[Self]", found)
+
     def turns(self) -> Turns:
         """The rows that are looked at come from one head after the other, and so do the last 16."""
         length = BLOCK // self.rows
@@ -130,7 +180,7 @@ class VerticalBlock(ListPattern):
     def examples(cls) -> tuple[Self, ...]:
         return (
             cls(0.1, 0.9, 16, local_blocks=1),
-            cls(0.5, 0.3, 20),
+            cls(0.5, 0.15, 20, at_length=800),
             cls(0.8, 1.0, 5, 0, 1, rows=64, pool=64, max_blocks=3),
         )
 
@@ -171,6 +221,18 @@ class VerticalBlock(ListPattern):
     @classmethod
     def budget_hint(cls, lost: Lost) -> str:
         return "more columns" if lost == "vertical" else "a larger mass"
+
+
+def keys_seen(inputs: EstimateInputs) -> int:
+    """How many keys the last query of a call sees at most."""
+    window = inputs.mask.window
+    return min(inputs.num_keys, window) if window else inputs.num_keys
+
+
+@functools.lru_cache(maxsize=4096)
+def patterns_at(patterns: tuple[VerticalBlock, ...], keys: int) -> tuple[VerticalBlock, ...]:
+    """`VerticalBlock.at` of each pattern: the same heads ask in each call."""
+    return tuple(pattern.at(keys) for pattern in patterns)
 
 
 Union = VerticalBlock

@@ -79,6 +79,15 @@ def test_every_page_is_in_the_index_or_linked_from_a_page_that_is():
     assert {page for page in docs.rglob("*.md")} <= seen
 
 
+def test_every_page_but_parts_of_others_is_in_the_menu_of_the_site():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r"(\S+\.md)$", menu, re.MULTILINE)
+    made = {"api.md", *(f"{path.stem}.md" for path in (ROOT / "examples").glob("*.ipynb"))}
+    root = {page for page in listed if page.isupper() or page[:-3].isupper()}
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} | made == set(listed) - root
+    assert all((ROOT / page).is_file() for page in root)
+
+
 def test_citation_names_this_version_and_the_authors_of_the_licence():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {mpass.__version__}\n" in citation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -136,6 +137,25 @@ def test_imports_go_down_the_layers():
         if "mpass" not in (source, target) and layers[target] > layers[source]
     ]
     assert wrong == []
+
+
+def test_modules_import_what_defines_the_ops_that_they_call():
+    """An op is there once its module was imported; in a bare process nobody else has done that."""
+    texts = {name: path.read_text() for name, path in modules().items()}
+    defining = {
+        op: name
+        for name, text in texts.items()
+        for op in re.findall(r'f?"(?:minference|\{NAMESPACE\})::(\w+)",', text)
+        if "custom_op" in text
+    }
+    assert len(defining) > 10
+    graph = import_graph()
+    missing = []
+    for name, text in texts.items():
+        for op in re.findall(r"torch\.ops\.minference\.(\w+)", text):
+            if defining[op] != name and not nx.has_path(graph, name, defining[op]):
+                missing.append(f"{name} calls {op} and imports no {defining[op]}")
+    assert missing == []
 
 
 def test_the_packages_folder_reads_as_a_pipeline():

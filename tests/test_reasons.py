@@ -47,7 +47,6 @@ NO_REASONS = {
     "{} ({} now)",
     " at {}",
     "told by attn_implementation='minference'",
-    "{} and {}",
     "lists of blocks: those of mask_mod here, checked in each call",
     "rows that see no key are padding: zeros, not the mean of all values",
     "rows that see no key are the mean of all values, looked for in each call",

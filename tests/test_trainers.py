@@ -1,4 +1,4 @@
-"""Sparse training in the hands of others: transformers' Trainer, and DistributedDataParallel."""
+"""Sparse training in the hands of others: transformers' Trainer, and torch.distributed."""
 
 from __future__ import annotations
 
@@ -86,9 +86,11 @@ def test_a_trainer_of_low_rank_parts_learns_as_densely_over_every_key(checkpoint
         assert torch.allclose(parameter, expected[name], atol=1e-4), name
 
 
-def test_a_step_of_two_processes_equals_one_process(tmp_path):
-    """DistributedDataParallel over gloo: each has a half of the batch."""
-    run_python("-m", "tests.helpers.two_ranks_training", str(tmp_path), PYTHONPATH=str(ROOT))
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_a_step_of_two_processes_equals_one_process(kind, tmp_path):
+    """Over gloo, by DistributedDataParallel or fully_shard: each has a half of the batch."""
+    module = "tests.helpers.two_ranks_training"
+    run_python("-m", module, str(tmp_path), kind, PYTHONPATH=str(ROOT))
     expected = one_step(None)
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt")

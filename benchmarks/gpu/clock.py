@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,47 @@ def milliseconds(
         run()
     times: list[float] = []
     while not times or (sum(times) / 1e3 < budget and len(times) < most):
-        flush.zero_()
-        start_event, stop_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
-        run()
-        stop_event.record()
-        stop_event.synchronize()
-        times.append(start_event.elapsed_time(stop_event))
+        times.append(one_run(run, flush))
     return statistics.median(times)
+
+
+def one_run(run: Callable[[], Any], flush: torch.Tensor) -> float:
+    """Milliseconds between events around a run that finds nothing in the cache."""
+    flush.zero_()
+    start_event, stop_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    run()
+    stop_event.record()
+    stop_event.synchronize()
+    return start_event.elapsed_time(stop_event)
+
+
+def milliseconds_in_turns(
+    runs: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    budget: float = 1.5,
+    most: int = 40,
+    warm_ups: int = 3,
+) -> dict[str, float]:
+    """Median time of each run; they take turns, so that what changes meanwhile meets all alike.
+
+    As many rounds as fit `budget` seconds, 1 to `most`, after some that warm up.
+    """
+    if device.type != "cuda":
+        return {name: milliseconds(run, device) for name, run in runs.items()}
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(warm_ups):
+        for run in runs.values():
+            run()
+    torch.cuda.synchronize()
+    begun, rounds = time.perf_counter(), 0
+    while rounds == 0 or (time.perf_counter() - begun < budget and rounds < most):
+        for name, run in runs.items():
+            times[name].append(one_run(run, flush))
+        rounds += 1
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 class Results:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu first --out rows.json --seconds 440             # checks, then timings
     python -m benchmarks.gpu first --out rows.json --seconds 200 --model     # a model of 8 layers
+    python -m benchmarks.gpu first --out rows.json --checks 'check/training .*' --plan 'training/.*'
 
 A GPU that can be had for a quarter of an hour should not be spent on an order that suits nobody.
 Rows are written one by one and a call goes on from the file; `PLAN` is the order. Inputs are
@@ -42,7 +43,9 @@ CHECKS = (
     "check/all/bfloat16/(64|96|80|192|256)",
     "check/(plain|all)/float16/128",
     "check/plain/bfloat16/(64|256)",
-    "check/long .*",
+    "check/long .*/(8197|70001)",
+    "check/training (union|all)/bfloat16/128",
+    "check/call .*",
 )
 """What is checked first, in processes side by side: all that the defaults use."""
 
@@ -61,6 +64,7 @@ PLAN = (
     "attention/density 0.01/1048576",
     "whole/block top k 0.01/1048576",
     "layer/(union|union per kv head)/1048576",
+    "check/long (union|block top k|vertical slash)/1048576",
     "attention/cudnn/1048576",
     "attention/(flex 0.05|flex 128 0.05|density 0.05)/32768",
     "attention/(density 0.2|in-kernel gather)/131072",
@@ -71,6 +75,7 @@ PLAN = (
     "attention/densities of union/(32768|8192)",
     "attention/flash/(32768|8192)",
     "crossover/(2048|1024|512|256|128)",
+    "training/(union|block top k 0.05|cudnn|flash)/(32768|8192|131072)",
 )
 """What is timed, one thing at a time."""
 
@@ -92,6 +97,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--plan", nargs="*", help="names of timings instead of the plan's, in order"
     )
+    parser.add_argument(
+        "--checks",
+        nargs="*",
+        help="names of checks instead of the usual ones; nothing else is built",
+    )
     parser.add_argument("--workers", type=int, default=10, help="processes of the checks; 0: none")
     parser.add_argument("--share", help=argparse.SUPPRESS)  # i/n: a worker, its part of the checks
     parser.add_argument("--smoke", action="store_true", help="dry run on the CPU")
@@ -104,14 +114,14 @@ def main(arguments: Sequence[str]) -> int:
     lengths = (130,) if options.smoke else LENGTHS
     setting = Setting(device, options.smoke, lengths, planted=True)
     if options.share:
-        work_on_share(setting, options.out, options.share)
+        work_on_share(setting, options.out, options.share, options.checks)
         return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = Results(options.out, device, smoke=options.smoke)
     clocks = log_clocks(options.out.with_suffix(".clocks.csv"))
     try:
         if options.workers and not options.model:
-            run_checks(results, options.workers, options.smoke)
+            run_checks(results, options.workers, options.smoke, options.checks)
         plan = options.plan if options.plan is not None else MODEL if options.model else PLAN
         if options.model:
             setting = replace(setting, layers=LAYERS)
@@ -133,8 +143,10 @@ def chosen(setting: Setting, plan: Iterable[str]) -> list[Work]:
     return [(name, work[name]) for name in dict.fromkeys(names)]
 
 
-def run_checks(results: Results, workers: int, smoke: bool) -> None:
-    """All checks in processes of their own, and their rows into the results.
+def run_checks(
+    results: Results, workers: int, smoke: bool, checks: Sequence[str] | None = None
+) -> None:
+    """All checks, or those named, in processes of their own, and their rows into the results.
 
     The processes also build the kernels of the timings, so that none of these waits for one.
     """
@@ -144,7 +156,8 @@ def run_checks(results: Results, workers: int, smoke: bool) -> None:
         running = [
             subprocess.Popen(
                 [*wanted, "first", "--out", str(part), "--share", f"{i}/{workers}"]
-                + (["--smoke"] if smoke else []),
+                + (["--smoke"] if smoke else [])
+                + ([] if checks is None else ["--checks", *checks]),
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
             for i, part in enumerate(parts)
@@ -160,17 +173,25 @@ def run_checks(results: Results, workers: int, smoke: bool) -> None:
             rows: dict[str, Any] = json.loads(part.read_text())["rows"] if part.is_file() else {}
             for name, row in rows.items():
                 results.add(name, row)
-    checks = {name: row for name, row in results.rows.items() if name.startswith("check/")}
-    right = sum(bool(row.get("ok")) for row in checks.values())
-    print(f"checks: {right} of {len(checks)} right", flush=True)
+    found = {name: row for name, row in results.rows.items() if name.startswith("check/")}
+    right = sum(bool(row.get("ok")) for row in found.values())
+    print(f"checks: {right} of {len(found)} right", flush=True)
 
 
-def work_on_share(setting: Setting, out: Path, share: str) -> None:
-    """A worker's part: every n-th check, then every n-th of the timed layers, unmeasured."""
+def work_on_share(
+    setting: Setting, out: Path, share: str, checks: Sequence[str] | None = None
+) -> None:
+    """A worker's part: every n-th check, then every n-th of the timed layers, unmeasured.
+
+    checks: names of the only checks that are wanted; then no layers are built.
+    """
     place, count = (int(part) for part in share.split("/"))
     results = Results(out, setting.device, smoke=setting.smoke)
-    checks = ("check/long block top k/.*",) if setting.smoke else CHECKS
-    run_work(chosen(setting, checks)[place::count], results, float("inf"))
+    usual = ("check/long block top k/.*",) if setting.smoke else CHECKS
+    wanted = usual if checks is None else checks
+    run_work(chosen(setting, wanted)[place::count], results, float("inf"))
+    if checks is not None:
+        return
     lengths = [length for length in setting.lengths if length <= 131072]
     pairs = [] if setting.smoke else [(length, name) for length in lengths for name in ESTIMATORS]
     for length, name in pairs[place::count]:

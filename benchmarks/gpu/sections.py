@@ -14,13 +14,14 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.gpu import check, densities, models, rivals
+from benchmarks.gpu import check, check_calls, densities, models, rivals
 from benchmarks.gpu.check_long import check_long
 from benchmarks.gpu.clock import milliseconds
 from benchmarks.gpu.inputs import computed_flops, dense_index, list_index
 from benchmarks.gpu.layer import Estimator, time_layer
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.setting import SLASH, TOP_K, VERTICAL, Row, Setting, Work
+from benchmarks.gpu.training import training, training_checks
 from mpass.lowering.estimators import BLOCK_SPARSE, SAMPLE_ATTENTION, VERTICAL_SLASH
 from mpass.lowering.estimators import Estimator as IndexEstimator
 from mpass.lowering.index import BLOCK, AttentionMask, SparseIndex, num_query_blocks
@@ -43,6 +44,8 @@ def all_work(setting: Setting) -> Iterator[Work]:
     """Everything, in order of what is worth knowing first."""
     yield from checks(setting)
     yield from long_checks(setting)
+    yield from training_checks(setting)
+    yield from check_calls.calls(setting)
     yield from machine(setting)
     for length in setting.lengths:
         yield from layers(setting, length)
@@ -51,6 +54,7 @@ def all_work(setting: Setting) -> Iterator[Work]:
         yield from whole(setting, length)
         for name, estimate in ESTIMATORS.items():
             yield f"capture/{name}/{length}", functools.partial(capture, setting, length, estimate)
+    yield from training(setting, ESTIMATORS)
     yield from models.crossover(setting)
     yield from models.prefills(setting)
 
@@ -82,10 +86,17 @@ LONG_CHECKS = (8197, 70001)
 """Lengths beyond one chunk, and beyond one turn, of every kernel, and no multiple of a block."""
 
 
+LONGEST_CHECK = 1048576
+LONGEST_CHECKED = ("union", "block top k", "vertical slash")
+"""Checked at a length whose tensors have more elements than 32 bits can count, one at a time."""
+
+
 def long_checks(setting: Setting) -> Iterator[Work]:
     """Every estimator and its attention at lengths where short checks see nothing."""
-    for length in (131,) if setting.smoke else LONG_CHECKS:
+    for length in (131,) if setting.smoke else (*LONG_CHECKS, LONGEST_CHECK):
         for name, estimate in ESTIMATORS.items():
+            if length == LONGEST_CHECK and name not in LONGEST_CHECKED:
+                continue
             work = functools.partial(check_long, setting, length, estimate)
             yield f"check/long {name}/{length}", work
 

@@ -1,8 +1,8 @@
-"""What measuring a layer costs beside dense and sparse attention of it, in CPU time of one thread.
+"""What measuring and guarding a layer cost beside attention of it, in CPU time of one thread.
 
     python -m benchmarks.quality.meter_cost --length 8192
 
-The three are taken in turns in one process, the shortest of some runs of each. Queries and keys are
+They are taken in turns in one process, the shortest of some runs of each. Queries and keys are
 random, so that sparse attention is of no model; what the meter costs depends on sizes alone.
 """
 
@@ -15,6 +15,7 @@ import torch
 
 from mpass.calibration.kernel_cost import seconds_of
 from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.guard import lost_too_much
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.meter import measure_call
@@ -40,11 +41,12 @@ def main() -> None:
     )
     lowering = choose_lowering(inputs)
     out = lowering.sparse_attention(inputs, index)
-    dense, sparse, meter = seconds_of(
+    dense, sparse, meter, guard = seconds_of(
         [
             lambda: lowering.dense_attention(inputs),
             lambda: lowering.sparse_attention(inputs, index),
             lambda: measure_call(inputs, index, out, 1, dense=False),
+            lambda: lost_too_much(inputs, index, 0.999),
         ],
         query.device,
         5,
@@ -57,6 +59,8 @@ def main() -> None:
                 "sparse_ms": round(sparse * 1e3, 2),
                 "meter_ms": round(meter * 1e3, 2),
                 "of_dense": round(meter / dense, 4),
+                "guard_ms": round(guard * 1e3, 2),
+                "guard_of_dense": round(guard / dense, 4),
             }
         )
     )

@@ -28,6 +28,7 @@ from mpass.calibration.instrument import (
 )
 from mpass.calibration.probe import Probe
 from mpass.config.pattern_text import parse_pattern
+from mpass.config.promise import pattern_for_loss
 from mpass.evaluate.score import compare_all
 from mpass.lowering.density import density
 from mpass.lowering.exact_rows import ROWS, sampled_rows
@@ -141,8 +142,8 @@ def rounded(value: Any) -> Any:
 class Collector:
     """A model that is run on texts, dense and sparse, with every attention looked into."""
 
-    def __init__(self, name: str, length: int, scored: int | None) -> None:
-        self.name, self.length, self.scored = name, length, scored
+    def __init__(self, name: str, length: int, scored: int | None, pilot: bool = True) -> None:
+        self.name, self.length, self.scored, self.pilot = name, length, scored, pilot
         self.model, self.tokenizer = load_model(name, dtype=parse_dtype("bf16"))
         self.probe = Probe(self.model)
 
@@ -155,7 +156,7 @@ class Collector:
         layers: dict[int, Any] = {}
 
         def attend(operands: AttentionOperands) -> Tensor:
-            if operands.mask.window == 0:
+            if self.pilot and operands.mask.window == 0:
                 layers[operands.layer] = pilot(operands)
             return attend_dense(operands)
 
@@ -187,9 +188,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--scored", type=int, default=2048)
     parser.add_argument("--skip", type=int, default=0)
-    parser.add_argument("--settings", nargs="+", default=["union", "union(row_share=0.006)"])
+    parser.add_argument("--no-pilot", action="store_true", help="leave the dense lines out")
+    parser.add_argument("--settings", nargs="*", default=["union", "union(row_share=0.006)"])
+    parser.add_argument("--max-loss", nargs="*", type=float, default=[], help="of the option")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    arguments.settings += [pattern_for_loss(loss).in_words() for loss in arguments.max_loss]
     torch.set_num_threads(1)
     lines = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
     known = {
@@ -197,7 +201,7 @@ def main() -> None:
         for r in map(json.loads, lines)
     }
     for name in arguments.models:
-        collector = Collector(name, arguments.length, arguments.scored)
+        collector = Collector(name, arguments.length, arguments.scored, not arguments.no_pilot)
         for text in arguments.texts:
             key = (name, text, arguments.length, arguments.skip)
             todo = [s for s in ["dense", *arguments.settings] if (*key, s) not in known]
@@ -208,7 +212,7 @@ def main() -> None:
             exact_hidden, layers = collector.dense(tokens)
             print(text, f"dense {time.process_time() - start:.0f} CPU s", flush=True)
             results = []
-            if "dense" in todo:
+            if "dense" in todo and collector.pilot:
                 results.append(("dense", exact_hidden, layers))
             for setting in todo:
                 if setting == "dense":

@@ -1,20 +1,30 @@
 """The signals of benchmarks.quality.signals beside the losses, a line per text and setting.
 
-    python -m benchmarks.quality.signals_table FILE [--out SHORT]
+    python -m benchmarks.quality.signals_table FILES [--out SHORT]
 
 lost: softmax mass on keys that were not computed; error: squared error of an attention's output
 over its square; both are means over layers. The last columns are the divergence for each: the
-signal that predicts best is the one whose quotient varies least. SHORT gets the lines without what
-is said of single heads.
+signal that predicts best is the one whose quotient varies least. Below the table stands by what
+factor the quotient of each signal varies: over all lines, from text to text at one setting, and
+within a text from setting to setting. SHORT gets the lines without what is said of single heads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+SIGNALS = ("lost_mass", "relative_error", "value_lost")
+
+
+def wanted(line: dict[str, Any]) -> bool:
+    """Whether a line is one of a sparse prefill."""
+    return bool(line["setting"] != "dense")
 
 
 def mean(values: list[float]) -> float:
@@ -35,30 +45,58 @@ def shorten(line: dict[str, Any]) -> dict[str, Any]:
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in short.items()}
 
 
+def factor(logarithms: list[float]) -> float:
+    """One standard deviation of what these are the logarithms of, as a factor."""
+    return math.exp(statistics.pstdev(logarithms)) if len(logarithms) > 1 else 1.0
+
+
+def spreads(lines: list[dict[str, Any]]) -> Iterator[tuple[str, float, float, float]]:
+    """By what factor divergence over each signal varies: over all, over texts, over settings."""
+    for signal in SIGNALS:
+        quotients: dict[tuple[str, int], list[float]] = {}
+        for line in lines:
+            value = math.log(line["divergence"] / line[signal])
+            quotients.setdefault((line["text"], line["length"]), []).append(value)
+        everything = [value for values in quotients.values() for value in values]
+        means = [mean(values) for values in quotients.values()]
+        inside = [
+            value - mean(values)
+            for values in quotients.values()
+            if len(values) > 1
+            for value in values
+        ]
+        yield signal, factor(everything), factor(means), factor(inside)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    lines = [json.loads(line) for line in arguments.file.read_text("utf-8").splitlines()]
-    if any("layers" in line for line in lines):
-        lines = [shorten(line) for line in lines if line["setting"] != "dense"]
+    read = [line for file in arguments.files for line in file.read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in read]
+    lines = [line if "lost_mass" in line else shorten(line) for line in lines if wanted(line)]
+    lines.sort(key=lambda line: (line["length"], line["text"]))
     if arguments.out is not None:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         arguments.out.write_text(text, "utf-8")
     print(
-        "| text | setting | density | loss | last quarter | divergence | lost | error | d/l | d/e |"
+        "| tokens | text | setting | density | loss | last quarter | divergence | lost | error "
+        "| d/l | d/e |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for line in lines:
         divergence = line["divergence"]
         print(
-            f"| {line['text']} | `{line['setting']}` | {line['density']:.1%} "
+            f"| {line['length']} | {line['text']} | `{line['setting']}` | {line['density']:.1%} "
             f"| {line['loss']:+.4f} ±{line['error']:.4f} "
             f"| {line['last']:+.4f} ±{line['last_error']:.4f} | {divergence:.4f} "
             f"| {line['lost_mass']:.2%} | {line['relative_error']:.2%} "
             f"| {divergence / line['lost_mass']:.2f} | {divergence / line['relative_error']:.1f} |"
         )
+    print("\n| signal | varies in all | from text to text | within a text |\n|---|---|---|---|")
+    for signal, *factors in spreads(lines):
+        print(f"| {signal} | " + " | ".join(f"{value:.2f}" for value in factors) + " |")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ CODE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages of the root, the pictures of benchmarks, and the API reference."""
+    """Add pages of the root, pictures of benchmarks, notebooks that ran, and the API reference."""
     for name in PAGES:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     for picture in sorted((ROOT / "benchmarks" / "results").glob("*.svg")):
         uri = f"results/{picture.name}"
         files.append(File.generated(config, uri, abs_src_path=str(picture)))
+    for notebook in sorted((ROOT / "build" / "notebooks").glob("*.md")):
+        files.append(File.generated(config, notebook.name, abs_src_path=str(notebook)))
     files.append(File.generated(config, "api.md", content=api_page()))
     return files
 
@@ -87,6 +89,8 @@ def uri_of(file: Path) -> str | None:
         return "index.md"
     if file.parent == ROOT / "benchmarks" / "results" and file.suffix == ".svg":
         return f"results/{file.name}"
+    if file.parent == ROOT / "examples" and file.suffix == ".ipynb":
+        return f"{file.stem}.md"  # what it printed
     docs = ROOT / "docs"
     if file.is_relative_to(docs) and file.is_file():
         return file.relative_to(docs).as_posix()

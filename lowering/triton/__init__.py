@@ -23,6 +23,7 @@ LOWERING = Lowering(
     serves=Lazy(f"{HERE}.support:unsupported"),
     sparse_attention=Lazy(f"{HERE}.attention:sparse_attention"),
     sparse_attention_lse=Lazy(f"{HERE}.attention:sparse_attention_lse"),
+    attention_backward=Lazy(f"{HERE}.backward:attention_backward"),
     correct_as_listed=Lazy(f"{HERE}.listed:correct_as_listed"),
     estimators={
         BLOCK_SCORES: Lazy(f"{HERE}.block_scores:block_scores_index"),

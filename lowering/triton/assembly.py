@@ -53,6 +53,11 @@ class Loop:
         return sum(i.of("LDGSTS", "UTMALDG") for i in self.body)
 
     @property
+    def spills(self) -> int:
+        """Registers that a step stores to local memory or loads from there."""
+        return sum(i.of("STL", "LDL") for i in self.body)
+
+    @property
     def waits(self) -> tuple[int, ...]:
         """For each wait for copies, how many groups of them may still be under way after it."""
         return tuple(

@@ -35,11 +35,13 @@ RESERVED_SHARED = 1024
 
 POINTERS = {
     "*u8": ("key_mask", "table", "agree"),
+    "*fp16": ("parts",),
     "*i64": ("last",),
     "*fp32": (
         *("sinks", "scores", "largest", "weights", "maxima", "sums"),
         *("column_sums", "near_sums", "far_sums", "log_sums", "log_totals"),
         *("steps", "centre"),
+        *("lse", "exponents", "dots", "column_grad_key", "column_grad_value"),
     ),
 }
 """Types of the pointer arguments of fixed dtype; those not named here are int32."""
@@ -47,6 +49,7 @@ POINTERS = {
 SPEC_DTYPE = (
     *("query", "key", "value", "out", "column_key", "column_value"),
     *("rows", "means", "key_means"),
+    *("grad_out", "grad_query", "grad_key", "grad_value"),
 )
 """Pointer arguments of the spec's dtype."""
 

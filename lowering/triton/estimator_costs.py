@@ -182,7 +182,7 @@ def vertical_block(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     turns = chunks(scores)
     tiles = heads * shape.blocks * (rule.rows / BLOCK) / rule.pool
     yield run(
-        chip, "score_rows", moved=scores / 2, cycles=tiles * by_dim(1180, dim), turns=turns, ops=1
+        chip, "score_rows", moved=scores / 2, cycles=tiles * by_dim(690, dim), turns=turns, ops=1
     )
     yield list_step(chip, shape, shape.key_blocks, rule.max_blocks, turns)
     if rule.columns:

@@ -20,7 +20,7 @@ from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.triton.chips import H100, Chip, find_chip
 from mpass.lowering.triton.cost_constants import measured_chip
 from mpass.lowering.triton.cost_model import breakeven_share, predict
-from mpass.lowering.triton.decisions import FEWEST_PROBES, calls_until_probe, known
+from mpass.lowering.triton.decisions import FEWEST_PROBES, SURE, calls_until_probe, known
 from mpass.lowering.triton.decisions import least_lengths as least_lengths_of
 from mpass.lowering.triton.work_memory import Key, Limits, Reading, WorkMemory
 
@@ -86,7 +86,7 @@ def limits_of(
     """What decides about calls whose share of the dense work is known."""
     if not known(work):
         return Limits(dense_above, math.inf, math.inf, lambda sparse: FEWEST_PROBES)
-    most = breakeven_share(chip, work, queries=length, keys=length, batch=batch)
+    most = breakeven_share(chip, work, queries=length, keys=length, batch=batch, speedup=SURE)
     found = predict(chip, work, keys=length, batch=batch, density=share)
 
     def interval(sparse: float) -> int:

@@ -58,6 +58,7 @@ def render(spec: TritonKernelSpec) -> str:
             int8_dim=int8_dim,
             log2=math.log2,
             ln2=math.log(2),
+            log2_e=math.log2(math.e),
             last_queries=LAST_QUERIES,
             splits=SPLITS,
         )

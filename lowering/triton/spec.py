@@ -31,10 +31,13 @@ GROUP_TILE = 128
 SELECT_TILE = 128
 """Scores that a program of selection, which is one warp, reads at a time."""
 
-INT8_TARGETS = frozenset({"sm_80", "sm_90"})
-"""Chips whose matrix units take 8-bit integers at twice the rate of 16-bit numbers."""
+INT8_TARGETS = frozenset({"sm_80"})
+"""Chips that score means as 8-bit integers, which their matrix units take at twice the rate of
+16-bit numbers. On an H200 the products are not what takes the time, and 16-bit ones leave room for
+three programs on a multiprocessor: 9.8 ms of estimation at 128K tokens, 13.5 in 8 bits
+(benchmarks/results/gpu_h200_5.json)."""
 
-SCORE_STAGES = 2
+SCORE_STAGES = 3
 """Stages of the loads of `row_scores`."""
 
 HEAD_DIMS = range(16, 257)
@@ -118,6 +121,25 @@ def attention_tile(
     return Tile(64 if few <= most else 32, 8, stages)
 
 
+def gradient_tile(target: Target, template: str, head_dim: int, value_dim: int) -> Tile:
+    """The tile of a kernel of the backward pass: keys per step, or queries where it is of keys.
+
+    template: "query_gradients", "column_gradients" or "key_gradients". The tile is the largest that
+    spills nothing inside of a loop. Eight warps exchange weights through shared memory between the
+    products, four do not.
+    """
+    dim = max(head_dim, value_dim)
+    if target == "gfx942":
+        return Tile(32, 4 if dim <= 128 else 8, 1)
+    if dim <= 64:
+        return Tile(64, 4, 2)
+    if dim > 128:
+        return Tile(32, 8, 2)
+    if template == "query_gradients":
+        return Tile(64, 4, 2)
+    return Tile(64, 8, 2) if target == "sm_80" else Tile(32, 4, 2)
+
+
 def pack_warps(tile: Tile, pack: int) -> int:
     """Warps of a program that takes `pack` query heads: one warp group per 64 rows."""
     return min(8, tile.num_warps * pack)
@@ -142,6 +164,17 @@ def score_warps(head_dim: int) -> int:
 def score_lines(int8: bool) -> int:
     """Query rows that a program of `row_scores` takes together."""
     return BLOCK
+
+
+def score_programs(spec: TritonKernelSpec) -> int:
+    """Programs of `row_scores` that a multiprocessor is given.
+
+    No more than it holds at a time (tests/lowering/triton/test_compile.py asserts it): those that
+    had to wait would begin when the others, which share all work evenly, end.
+    """
+    if spec.target == "gfx942" or spec.num_warps > 4:
+        return 1
+    return 2 if spec.target == "sm_80" or spec.int8 else 3
 
 
 def int8_dim(head_dim: int) -> int:

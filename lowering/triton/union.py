@@ -28,8 +28,18 @@ from mpass.lowering.triton.list_blocks import (
 )
 from mpass.lowering.triton.pooled_keys import kernel_inputs, pooled_keys, score_arguments
 from mpass.lowering.triton.sample_attention import runs_of, sampled_sums
-from mpass.lowering.triton.spec import INT8_TARGETS, SCORE_STAGES, score_lines, score_warps
+from mpass.lowering.triton.spec import (
+    INT8_TARGETS,
+    SCORE_STAGES,
+    TritonKernelSpec,
+    score_lines,
+    score_programs,
+    score_warps,
+)
 from mpass.lowering.triton.vertical_slash import last_query_sums, list_columns
+
+INTERPRETED_PROGRAMS = 3
+"""Programs of `score_rows` in the interpreter: fewer than there are pieces of work, as on a GPU."""
 
 
 def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRule]) -> SparseIndex:
@@ -75,11 +85,19 @@ def vertical_block_index_by(
         )
         for start, stop in score_chunks(index, mask, count, num_blocks, 1):
             scores = torch.empty(batch, count, stop - start, num_blocks, device=query.device)
+            tiles = -(-(stop - start) * sampled // lines)
+            programs = min(tiles * count * batch, resident_programs(query.device, spec))
+            parts, maxima = kept_parts(spec, programs, num_blocks, query.device)
             launch(
                 spec,
                 "score_rows",
-                (-(-(stop - start) * sampled // lines), count, batch),
+                (programs,),
                 scores=scores,
+                parts=parts,
+                maxima=maxima,
+                num_tiles=tiles,
+                num_places=count,
+                num_pieces=tiles * count * batch,
                 row_shares=row_shares,
                 first_block=inputs.first_block + start,
                 stop_block=inputs.first_block + stop,
@@ -101,6 +119,30 @@ def vertical_block_index_by(
         sums = last_query_sums(inputs, looking)[0] if causal else spread_sums(inputs, looking)
         list_columns(index, sums, [rule.columns for rule in rules], least=0.0)
     return index
+
+
+def kept_parts(
+    spec: TritonKernelSpec, programs: int, num_blocks: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory in which the programs of `score_rows` keep sums per row and key block, and maxima."""
+    per_tile = spec.tile * spec.pool // BLOCK
+    tiles = -(-num_blocks // per_tile)
+    dtype = torch.float32 if spec.dtype == "fp32" else torch.float16
+    sums = torch.empty(programs, tiles, spec.lines, per_tile, dtype=dtype, device=device)
+    return sums, torch.empty(programs, tiles, spec.lines, device=device)
+
+
+def resident_programs(device: torch.device, spec: TritonKernelSpec) -> int:
+    """Programs of `score_rows` that a device runs at a time; a few where it is interpreted."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return multiprocessors(device) * score_programs(spec)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def spread_sums(inputs: EstimateInputs, counts: Sequence[int]) -> Tensor:

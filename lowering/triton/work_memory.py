@@ -132,7 +132,8 @@ class WorkMemory:
         if own.share is None:
             return ""
         found = limits(tuple(part for some in own.parts.values() for part in some), own.share)
-        if own.dense_calls >= found.interval(max(found.sparse, own.host)):
+        looked = own.pending is not None  # and what was seen is still to come
+        if not looked and own.dense_calls >= found.interval(max(found.sparse, own.host)):
             return ""
         if own.share > found.most:
             return (
@@ -166,4 +167,6 @@ class WorkMemory:
         looking = own.share is None or own.dense_calls > 0
         if own.pending is None and (looking or own.sparse_calls % CALLS_PER_READING == 0):
             own.pending = self.start(share())
+        # A look was taken: until it is read, what was known before counts.
+        own.dense_calls = 0
         own.sparse_calls += 1

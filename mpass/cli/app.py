@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -89,6 +90,8 @@ def system_refusal(error: Exception) -> str | None:
 
 def main() -> None:
     """Entry point of the console script; refusals are one line and exit status 2."""
+    # torch warns so where numpy, which nothing here needs, is not installed.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         app()
     except Exception as error:

@@ -25,6 +25,7 @@ from mpass.config.layer import (
     check_length,
 )
 from mpass.config.minference_format import config_to_minference
+from mpass.config.promise import pattern_for_loss
 from mpass.config.spans import Span, as_span
 from mpass.errors import ConfigFileError, ConfigMismatchError, MpassError, OptionValueError
 from mpass.lowering.dispatch import device_lowering
@@ -197,12 +198,22 @@ def first(entry: tuple[Span, LayerConfig]) -> int:
     return entry[0].first
 
 
-def builtin_default(device: str = "cpu", window: int = 0, *, causal: bool = True) -> Pattern:
-    """The pattern of a head that nothing configures.
+def builtin_default(
+    device: str = "cpu",
+    window: int = 0,
+    *,
+    causal: bool = True,
+    max_loss: float | None = None,
+) -> Pattern:
+    """The pattern of a head that nothing configures, or only what the model may lose.
 
     device: type of the device; window: sliding window of the attention in tokens, 0 for none.
     causal: whether no query sees later keys. Attention that sees both ways is diffuse: on the
         encoder that was measured no pattern kept enough (docs/systems.md), so that it is dense.
+    max_loss: nats per token, None where nothing is said of it.
     """
-    name = device_lowering(device).default_pattern
-    return find_pattern("dense" if 0 < window <= EXACT_WINDOW or not causal else name)()
+    if 0 < window <= EXACT_WINDOW or not causal:
+        return find_pattern("dense")()
+    if max_loss is not None:
+        return pattern_for_loss(max_loss)
+    return find_pattern(device_lowering(device).default_pattern)()

@@ -2,9 +2,8 @@
 
 Dynamo's guards are built after the backend returns, so a backend that looks at more than the graph
 (a layer's number, a model's folder) can still say what its result depends on: without such a guard
-one layer's graph would serve all layers. The live modules come from Dynamo's private tracing state,
-read in `root_locals` alone; where it is not there (torch.export, a graph made by hand) nothing is
-known about them.
+one layer's graph would serve all layers. The live modules are those of the outermost frame
+(frames.py); where there is none (torch.export, a graph made by hand) nothing is known about them.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
+from mpass.graph.frames import receiver, root_locals
 from mpass.graph.nodes import stack_frames
 
 LAYER_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number")
@@ -35,20 +34,9 @@ class LiveModule:
     source: Any
 
 
-def root_locals() -> Mapping[str, Any]:
-    """Local variables of the outermost frame being compiled; empty outside of Dynamo."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        found: Mapping[str, Any] = InstructionTranslator.current_tx().output.root_tx.f_locals
-        return found
-    except (ImportError, AttributeError):
-        return {}
-
-
 def root_module() -> LiveModule | None:
     """The module whose forward is compiled: `self` of the outermost frame."""
-    return live_module("L['self']")
+    return live_module(receiver())
 
 
 def live_module(path: str, node: fx.Node | None = None) -> LiveModule | None:

@@ -18,6 +18,8 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mpass.graph.frames import receiver
+
 TORCH = os.path.dirname(torch.__file__) + os.sep
 """Where torch's own Python files lie."""
 
@@ -86,7 +88,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['self'\]\.?|^L__self___", "", path)
+    path = re.sub(r"^L\['self'\]\.?|^L__self___", "", path.removeprefix(receiver()))
     path = re.sub(r"^L\['(\w+)'\]", r"\1", path)
     path = HOOKS.sub("", path)
     path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)

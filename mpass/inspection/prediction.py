@@ -144,7 +144,7 @@ def read_layer(
     window = window_of(config, number)
     given: SparseConfig = options.sparse_config
     given.check_site(number, heads, kv_heads)
-    default = builtin_default(DEVICE_TYPE, window)
+    default = builtin_default(DEVICE_TYPE, window, max_loss=options.max_loss)
     patterns = tuple(given.pattern(number, head) or default for head in range(heads))
     work = layer_work(
         patterns, dtype=dtype, head_dim=dim, value_dim=dim, kv_heads=kv_heads, window=window

@@ -144,7 +144,10 @@ def packaged_gguf(model: PackagedModel) -> Path:
         locations = list(spec.submodule_search_locations or []) if spec else []
         path = Path(locations[0]) / file if locations else None
         if path is None or not path.is_file():
-            raise MissingPackageError(requirement, model.install_command)
+            # What reads the weights is named with them: a second refusal would come right after.
+            readers = all(map(importlib.util.find_spec, ("transformers", "gguf")))
+            first = "" if readers else f"{MODELS_EXTRA} && "
+            raise MissingPackageError(requirement, first + model.install_command)
         parts.append(path)
     if len(parts) == 1:
         if file_sha256(parts[0]) != model.sha256:

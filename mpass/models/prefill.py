@@ -8,6 +8,7 @@ would be 1.6 GB in fp32 at 8192 tokens and a vocabulary of 49152.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,11 +118,14 @@ def continue_text(
     if count <= 1:
         return first[0, :count].cpu()
     prompt = torch.cat([tokens, first], dim=1)
+    # transformers 5.24 renamed the argument, and warns of the old name.
+    known = inspect.signature(type(model).forward).parameters
+    cache = {"cache" if "cache" in known else "past_key_values": output.past_key_values}
     with body_forward(model, forward):
         whole = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=output.past_key_values,
+            **cache,
             max_new_tokens=count - 1,
             do_sample=False,
         )

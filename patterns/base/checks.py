@@ -39,7 +39,7 @@ def check_blocks(pattern: Pattern) -> None:
 
     Fields: sink_blocks, last_blocks and columns may be 0; block_size is a multiple of BLOCK.
     """
-    check_positive(pattern, sink_blocks=True, last_blocks=True, columns=True)
+    check_positive(pattern, sink_blocks=True, last_blocks=True, columns=True, at_length=True)
     if hasattr(pattern, "block_size"):
         check_multiple(pattern, "block_size")
     check_room(pattern, forced_blocks(pattern), int(pattern.parameters()["max_blocks"]))

@@ -11,6 +11,7 @@ of a row, Nq queries, D head_dim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -27,6 +28,7 @@ Per = Literal["head", "kv_head"]
 """For what a selection is made: each query head, or the query heads of a kv head together."""
 
 
+@functools.cache
 def has_option(cls: type[Pattern]) -> bool:
     """Whether a class has a field `per` of these two values, and not another one of that name."""
     kind = parameter_kinds(cls).get("per")
@@ -78,7 +80,8 @@ def merge_heads(
     batch, _, num_queries, dim = inputs.query.shape
     query = inputs.query.new_empty(batch, inputs.key.shape[1] * most, num_queries, dim)
     offset = inputs.mask.query_offset
-    whole = [list(range(h, h + inputs.group)) for h in range(0, query.shape[1], inputs.group)]
+    num_heads = inputs.query.shape[1]
+    whole = [list(range(h, h + inputs.group)) for h in range(0, num_heads, inputs.group)]
     if heads == list(range(query.shape[1])) and members == whole and len(set(turns)) == 1:
         take_turns(query, inputs.query.unflatten(1, (len(members), -1)), turns[0], offset)
     else:

@@ -100,6 +100,7 @@ def attend_heads(
     layer: int = -1,
     site: int = 0,
     measured: int = 0,
+    most_lost: float = 1.0,
 ) -> Tensor:
     """Estimate the index of a layer and attend over it, now: [B, H, Nq, Dv].
 
@@ -111,6 +112,7 @@ def attend_heads(
             *(dense_above, min_seq_len, layer, site),
         ),
         measured,
+        most_lost,
     )
     return out
 

@@ -32,6 +32,7 @@ from mpass.lowering.mask_forms import (
 )
 from mpass.lowering.mask_op import as_four
 from mpass.lowering.meter import start_prompt
+from mpass.lowering.readback import Readback
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.patterns.base.layer import attend_heads, groups_of
 from mpass.patterns.base.pattern import Pattern
@@ -78,6 +79,7 @@ class Request:
     layer: int
     measured: int
     causal_only: bool
+    most_lost: float
 
 
 @torch.library.custom_op(
@@ -86,7 +88,7 @@ class Request:
     schema="(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
     "Tensor first, Tensor last, Tensor? sinks, str patterns, float scale, float softcap, "
     "bool written_out, float dense_above, SymInt min_seq_len, int layer, int measured=0, "
-    "bool causal_only=False) -> Tensor",
+    "bool causal_only=False, float most_lost=1.0) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def masked_attention(
@@ -108,6 +110,7 @@ def masked_attention(
     layer: int,
     measured: int = 0,
     causal_only: bool = False,
+    most_lost: float = 1.0,
 ) -> Tensor:
     """Attention under `mask`, sparse where its form allows it.
 
@@ -120,8 +123,8 @@ def masked_attention(
     """
     own = patterns_from_text(patterns)
     read = MaskForm.from_tensor(form)
-    limits = (dense_above, min_seq_len, layer, -measured)
-    request = Request(own, sinks, scale, softcap, written_out, *limits, causal_only)
+    limits = (dense_above, min_seq_len, layer, -measured, causal_only, most_lost)
+    request = Request(own, sinks, scale, softcap, written_out, *limits)
     if measured and read.offset == 0:
         start_prompt(measured)
     cells = as_four(mask)
@@ -238,6 +241,7 @@ def attend(
         min_seq_len=request.min_seq_len,
         layer=request.layer,
         measured=request.measured,
+        most_lost=request.most_lost,
     )
 
 
@@ -252,7 +256,7 @@ def attend_densely(
             recorder.AttentionCall(
                 layer=request.layer,
                 lowering="dense",
-                density=torch.ones(query.shape[:2], dtype=torch.float64),
+                computed=Readback(torch.ones(query.shape[:2], dtype=torch.float64)),
                 num_queries=query.shape[2],
                 num_keys=key.shape[2],
                 index_bytes=0,

@@ -72,7 +72,7 @@ def define_index_op(cls: type[Pattern]) -> None:
             reason = contain(error, f"the estimation of {cls.name}")
         note_dense(reason)
         rows = num_query_blocks(query.shape[2], query_offset)
-        slots = head_slots(own.patterns, heads, inputs.group)
+        slots = slots_of(own, tuple(heads), inputs.group)
         return whole_index(query, rows, own.width, slots).tensors()
 
     def fake(
@@ -136,6 +136,12 @@ def head_slots(patterns: Sequence[Pattern], heads: Sequence[int], group: int) ->
     if patterns[0].form == "lists":
         return index_rows(patterns, heads, group)
     return diagonal_slots(len(heads))
+
+
+@functools.lru_cache(maxsize=4096)
+def slots_of(own: HeadPatterns, heads: tuple[int, ...], group: int) -> tuple[int, ...]:
+    """`head_slots` of the heads of an op, which asks in each call."""
+    return head_slots(own.patterns, heads, group)
 
 
 def shared_slots(patterns: Sequence[Pattern], slots: Sequence[int]) -> tuple[int, ...]:

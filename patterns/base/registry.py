@@ -133,3 +133,13 @@ def find_pattern(name: str) -> type[Pattern]:
     if name in _failures:
         raise _failures[name]
     raise UnknownPatternError(name, patterns)
+
+
+def serving_both_ways() -> str:
+    """The patterns that serve attention to later keys, in words."""
+    *most, last = (
+        name
+        for name, pattern in sorted(registered_patterns().items())
+        if pattern.bidirectional and name != "dense"
+    )
+    return f"{', '.join(most)} and {last}"

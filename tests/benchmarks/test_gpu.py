@@ -22,6 +22,7 @@ from benchmarks.gpu.inputs import Shape, computed_flops, dense_index, list_index
 from benchmarks.gpu.sections import ESTIMATORS, all_work
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.summary import goals
+from benchmarks.gpu.training import worst_block
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference import attention as reference
 
@@ -64,12 +65,32 @@ def test_dry_run_measures_estimation_and_the_attention_after_it(tmp_path):
     assert row["share"] == row["ms"] / row["attention_ms"] and row["index_share_of_kv"] > 0
 
 
+def test_dry_run_of_training_checks_gradients_and_times_a_step(tmp_path):
+    path = tmp_path / "rows.json"
+    arguments = ["first", "--smoke", "--out", str(path), "--workers", "1"]
+    names = ["--checks", "check/training block top k/.*", "--plan", "training/(block.*2|sdpa)/130"]
+    assert main([*arguments, *names]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    check = rows.pop("check/training block top k/float32/32")
+    assert check["ok"] and check["repeats"] and check["key_block"] < 1e-5
+    assert set(rows) == {"training/block top k 0.2/130", "training/sdpa/130"}
+    assert all(row["ms"] > 0 and row["forward_ms"] > 0 for row in rows.values())
+
+
+def test_a_wrong_block_of_a_gradient_is_seen():
+    truth = torch.ones(1, 2, 640, 4)
+    found = truth.double()
+    found[0, 1, 70:74] = 0
+    assert (found - truth).norm() / truth.norm() < 0.08 < 0.2 < worst_block(found, truth)
+    assert worst_block(truth, truth) == 0.0
+
+
 @pytest.mark.slow
 def test_dry_run_of_every_section_has_a_figure_or_a_reason_in_every_row(tmp_path):
     rows = smoke(tmp_path / "rows.json", "/130")
     sections = {name.split("/")[0] for name in rows}
     timed = {"attention", "estimation", "whole", "capture", "crossover", "prefill"}
-    assert sections == timed | {"layer"}
+    assert sections == timed | {"layer", "training"}
     assert not [(name, row) for name, row in rows.items() if "error" in row]
 
 

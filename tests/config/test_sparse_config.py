@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import mpass
 from mpass.config.layer import LayerConfig
+from mpass.config.promise import pattern_for_loss
 from mpass.config.spans import Span
 from mpass.config.sparse_config import builtin_default
 from mpass.errors import ConfigMismatchError, MpassError, OptionValueError, UnknownPatternError
@@ -215,6 +217,42 @@ def test_presets_name_whole_configs(tmp_path):
         parse_options(None, {"pattern": "minferense"})
     with pytest.raises(OptionValueError, match="not together"):
         parse_options(None, {"pattern": "dense", "config": path})
+
+
+def test_a_promised_loss_decides_where_nothing_names_a_pattern(tmp_path):
+    shipped = tmp_path / "minference.json"
+    mpass.SparseConfig(mpass.AShape(1, 9)).save(shipped)
+    model = Decoder(depth=2)
+    model.config = types.SimpleNamespace(_name_or_path=str(tmp_path))
+    compiled(model, config=mpass.SparseConfig(layers={0: {0: mpass.AShape(4, 9)}}), max_loss=0.02)
+    promised = str(pattern_for_loss(0.02))
+    assert sites()[0].patterns == ("a_shape(4, 9)", *[promised] * 3)
+    assert sites()[1].patterns == (promised,) * 4
+    assert sites()[1].config_source == "options['max_loss'] = 0.02"
+
+
+def test_a_promised_loss_keeps_short_windows_whole():
+    assert builtin_default("cpu", window=512, max_loss=0.01) == mpass.Dense()
+    assert builtin_default("cpu", window=100_000, max_loss=0.01) == pattern_for_loss(0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_loss": 0.0}, "max_loss.*0.0.*nats per token from 0.001 to 0.1"),
+        ({"max_loss": 1}, "nats per token from 0.001"),
+        ({"max_loss": True}, "nats per token from 0.001"),
+        ({"max_loss": "1%"}, "nats per token from 0.001"),
+        ({"max_loss": math.nan}, "nats per token from 0.001"),
+        ({"max_loss": 0.01, "pattern": "union"}, "not together with 'pattern'"),
+        ({"max_loss": 0.01, "pattern": "auto"}, "not together with 'pattern'"),
+        ({"max_loss": 0.01, "pattern": "minference"}, "not together with 'pattern'"),
+        ({"max_loss": 0.01, "config": mpass.SparseConfig("union")}, "default says what to keep"),
+    ],
+)
+def test_a_loss_that_cannot_be_promised_is_refused(options, words):
+    with pytest.raises(OptionValueError, match=words):
+        parse_options(None, options)
 
 
 def test_options_take_the_path_of_a_file(tmp_path):

@@ -109,20 +109,28 @@ def stub_device(patch: pytest.MonkeyPatch) -> None:
 class Watched(TorchDispatchMode):
     """Counts the torch ops inside, and fails at one that the host waits for.
 
-    forbidden: names of ops, without their overloads. Copies between devices fail, too.
+    forbidden: names of ops, without their overloads. Copies between devices fail, too. host_reads:
+    whether numbers of a tensor on the CPU, one that has dimensions, may be read.
     ops: how often each ran; launches: those that launch something on a GPU, at least one kernel.
     """
 
-    def __init__(self, forbidden: set[str] = READS_THE_DEVICE | COPIES_FROM_THE_HOST) -> None:
+    def __init__(
+        self,
+        forbidden: set[str] = READS_THE_DEVICE | COPIES_FROM_THE_HOST,
+        *,
+        host_reads: bool = False,
+    ) -> None:
         super().__init__()
         self.forbidden = forbidden
+        self.host_reads = host_reads
         self.ops: Counter[str] = Counter()
         self.launches = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
         self.ops[name] += 1
-        if name in self.forbidden - COPIES_FROM_THE_HOST:
+        on_host = self.host_reads and devices(args[:1]) == {"cpu"}
+        if name in self.forbidden - COPIES_FROM_THE_HOST and not on_host:
             raise AssertionError(f"the host waits for {func}")
         if name.startswith("index_put") and True in args[3:]:
             raise AssertionError(f"{func} adds in the order of chance")

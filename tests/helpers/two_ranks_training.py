@@ -1,8 +1,9 @@
-"""One step of DistributedDataParallel on two processes, for tests/test_trainers.py.
+"""One step of distributed training on two processes, for tests/test_trainers.py.
 
-    python -m tests.helpers.two_ranks_training FOLDER
+    python -m tests.helpers.two_ranks_training FOLDER replicated
 
-starts two processes, each of which writes its parameters after the step to FOLDER/rank<n>.pt.
+starts two processes, each of which writes its parameters after the step to FOLDER/rank<n>.pt. They
+hold the model whole under DistributedDataParallel, or in halves (`sharded`) under fully_shard.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import mpass
@@ -46,30 +50,42 @@ class Attention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
 
-def one_step(rank: int | None) -> dict[str, Any]:
-    """Parameters after a step on this rank's half of a batch, or on all of it, and sparse sites."""
+def one_step(rank: int | None, kind: str = "") -> dict[str, Any]:
+    """Parameters after a step on this rank's half of a batch, or on all of it, and sparse sites.
+
+    kind: "replicated" or "sharded", of a rank.
+    """
     torch.manual_seed(0)
     torch._dynamo.reset()
     model: nn.Module = Attention()
     x = torch.randn(2, LENGTH, 64)
     if rank is not None:
         x = x[rank : rank + 1]
+    if kind == "replicated":
         model = nn.parallel.DistributedDataParallel(model)
+    elif kind == "sharded":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     run = torch.compile(model, backend="minference", options=OPTIONS)
     optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
     run(x).square().mean().backward()
     optimiser.step()
-    inner = model if rank is None else model.module
-    parameters = {name: parameter.detach() for name, parameter in inner.named_parameters()}
+    inner = model.module if kind == "replicated" else model
+    parameters = {name: whole(parameter) for name, parameter in inner.named_parameters()}
     return {**parameters, "sparse sites": len(mpass.last_report().sparse_sites)}
 
 
-def work(rank: int, folder: str) -> None:
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's numbers, gathered from all ranks where it is sharded."""
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def work(rank: int, folder: str, kind: str) -> None:
     """What one of the processes does."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save(one_step(rank), Path(folder) / f"rank{rank}.pt")
+    torch.save(one_step(rank, kind), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    mp.spawn(work, (sys.argv[1],), nprocs=2)
+    mp.spawn(work, (sys.argv[1], sys.argv[2]), nprocs=2)

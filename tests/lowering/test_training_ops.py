@@ -14,25 +14,9 @@ from mpass.lowering.lse_ops import every_key
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference.backward import ForwardResult, attention_backward, sink_gradient
 from tests.helpers.triton_cases import SLOTS, padding, random_index
-from tests.helpers.truth import random_attention
+from tests.helpers.truth import dense_gradients, random_attention
 
 WIDTH = IndexWidth(max_blocks=2, max_diagonals=2, max_columns=40)
-
-
-def true_gradients(
-    inputs: AttentionInputs, cells: torch.Tensor, grad_out: torch.Tensor
-) -> list[torch.Tensor]:
-    """fp64 gradients of query, key, value and sinks, by autograd over cells [B, H, Nq, Nk]."""
-    leaves = [inputs.query, inputs.key, inputs.value]
-    leaves += [] if inputs.sink_logits is None else [inputs.sink_logits]
-    leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    heads = inputs.query.shape[1]
-    query, keys, values = leaves[0], *(reference.repeat_kv(t, heads) for t in leaves[1:3])
-    scores = query @ keys.mT * inputs.scale
-    if inputs.softcap:
-        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-    weights = reference.masked_softmax(scores, cells, leaves[3] if len(leaves) > 3 else None)
-    return list(torch.autograd.grad(weights @ values, leaves, grad_out.double()))
 
 
 def arguments(inputs: AttentionInputs, index: SparseIndex, dense_above: float = 1.0) -> list:
@@ -80,7 +64,7 @@ def test_gradients_in_plain_torch_equal_autograd_over_the_computed_cells(case):
     result = ForwardResult(grad_out, out, lse)
     found = [*attention_backward(inputs, index, result)]
     found += [] if inputs.sink_logits is None else [sink_gradient(inputs, result)]
-    for one, expected in zip(found, true_gradients(inputs, cells, grad_out), strict=True):
+    for one, expected in zip(found, dense_gradients(inputs, cells, grad_out), strict=True):
         assert torch.allclose(one, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -133,5 +117,5 @@ def test_what_ran_dense_has_the_gradients_of_dense_attention():
     grad_out = torch.randn(out.shape)
     found = torch.autograd.grad(out, tensors, grad_out)
     cells = torch.ones(200, 200, dtype=torch.bool).tril()[None, None]
-    for one, expected in zip(found, true_gradients(inputs, cells, grad_out), strict=True):
+    for one, expected in zip(found, dense_gradients(inputs, cells, grad_out), strict=True):
         assert torch.allclose(one.double(), expected, rtol=1e-4, atol=1e-5)

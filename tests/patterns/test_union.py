@@ -148,6 +148,38 @@ def test_finer_runs_find_a_single_key_that_a_block_mean_hides():
     assert weights[0] < 0.9 < weights[1] == 1.0
 
 
+def test_share_at_a_length_is_another_one_at_other_lengths():
+    pattern = Union(row_share=0.01, at_length=8192)
+    assert pattern.at(8192).row_share == 0.01
+    assert pattern.at(2048).row_share == pytest.approx(0.04)
+    assert pattern.at(32768).row_share == pytest.approx(0.005)
+    assert pattern.at(16).row_share == 1.0
+    assert Union().at(100) == Union()
+
+
+@pytest.mark.parametrize("window", [0, 192])
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+def test_share_at_a_length_selects_what_the_share_of_this_prompt_does(window, per):
+    query, key, _ = random_attention(num_queries=LENGTH, head_dim=DIM)
+    query = query * 3
+    mask = AttentionMask(window=window)
+    keys = window or LENGTH
+    scaled = Union(0.1, 0.3, 0, per=per, at_length=2 * keys)
+    plain, other = Union(0.1, 0.6, 0, per=per), Union(0.1, 0.3, 0, per=per)
+    cells = [p.dense_mask(query, key, mask=mask) for p in (scaled, plain, other)]
+    assert torch.equal(cells[0], cells[1])
+    assert not torch.equal(cells[0], cells[2])
+    heads = range(query.shape[1])
+    inputs = EstimateInputs(query, key, mask, heads, SCALE)
+    indexes = [Union.estimate(inputs, [p] * len(heads)) for p in (scaled, plain)]
+    for mine, its in zip(*(index.tensors() for index in indexes), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_share_at_a_length_is_as_dense_as_the_share_of_that_length():
+    assert Union(row_share=0.009, at_length=8192).usual_density(4096) == Union().usual_density(4096)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -160,6 +192,7 @@ def test_finer_runs_find_a_single_key_that_a_block_mean_hides():
         ({"pool": 128}, "a divisor of 64"),
         ({"last_queries": 8}, "last_queries is 8; allowed: 16, 32, 64"),
         ({"max_blocks": 2}, "max_blocks is 2; allowed: 3 or more"),
+        ({"at_length": -1}, "at_length is -1"),
     ],
 )
 def test_bad_parameter_is_named(values, words):

@@ -37,7 +37,7 @@ KEY = "minference"
 
 ALWAYS = LeastLengths(0, 0)
 
-SETTINGS = ("enabled", "pattern", "config", "min_seq_len", "dense_above", "record")
+SETTINGS = ("enabled", "pattern", "config", "max_loss", "min_seq_len", "dense_above", "record")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Settings:
 
     given: the config or the pattern of the settings; shipped: the config beside the model, if there
     is one; given_by, shipped_by: where they come from, in words.
+    max_loss: as of the backend's option: it comes before what is shipped; None if not said.
     min_seq_len: keys from which prefills are sparse, before what a config says; None if not said.
     dense_above: as of the backend's option. record: whether densities are counted.
     """
@@ -54,6 +55,7 @@ class Settings:
     given_by: str = ""
     shipped: SparseConfig | None = None
     shipped_by: str = ""
+    max_loss: float | None = None
     min_seq_len: int | None = None
     dense_above: float = 0.6
     enabled: bool = True
@@ -88,7 +90,7 @@ def read_settings(additional_config: object, model: str) -> Settings:
     values = check_values(given)
     path = Path(model) / SHIPPED
     shipped = None
-    if model and path.is_file():
+    if model and path.is_file() and values.get("max_loss") is None:
         status = path.stat()
         shipped = load_shipped(path, status.st_mtime_ns, status.st_size)
     return Settings(
@@ -96,6 +98,7 @@ def read_settings(additional_config: object, model: str) -> Settings:
         given_by=values["config_source"].replace("options", f"additional_config[{KEY!r}]"),
         shipped=shipped,
         shipped_by="" if shipped is None else str(path),
+        max_loss=values.get("max_loss"),
         min_seq_len=values.get("min_seq_len"),
         dense_above=values.get("dense_above", 0.6),
         **flags,
@@ -183,7 +186,10 @@ def plan_layer(facts: LayerFacts, settings: Settings) -> LayerPlan:
     levels.append((settings.given_by, settings.given.effective(facts.layer)))
     if settings.shipped is not None:
         levels.append((settings.shipped_by, settings.shipped.effective(facts.layer)))
-    levels.append(("the built-in default", LayerConfig(builtin_default(facts.device))))
+    default = builtin_default(facts.device, max_loss=settings.max_loss)
+    promised = f"additional_config[{KEY!r}]['max_loss'] = {settings.max_loss}"
+    last = "the built-in default" if settings.max_loss is None else promised
+    levels.append((last, LayerConfig(default)))
     first = facts.rank * facts.num_heads
     heads = list(range(first, first + facts.num_heads))
     resolved = resolve_heads(facts.layer, heads, levels)

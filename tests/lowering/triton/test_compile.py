@@ -21,10 +21,13 @@ from mpass.lowering.triton.compile import (
 )
 from mpass.lowering.triton.spec import (
     GROUP_TILE,
+    SCORE_STAGES,
     SELECT_TILE,
     SHARED_MEMORY,
     TritonKernelSpec,
+    gradient_tile,
     parts,
+    score_programs,
     score_warps,
 )
 
@@ -69,6 +72,8 @@ def score_spec(template: str, head_dim: int, **values) -> TritonKernelSpec:
     """A kernel of estimation that multiplies query rows with means, or groups with groups."""
     lines = values.get("lines", BLOCK)
     shape = {"num_warps": score_warps(head_dim) * lines // BLOCK, "num_stages": 2}
+    if template == "row_scores":
+        shape["num_stages"] = SCORE_STAGES
     if template == "x_attention":
         shape = {"num_warps": 8, "num_stages": 3, "tile": GROUP_TILE}
     return TritonKernelSpec(template, head_dim=head_dim, **shape, **values)
@@ -83,6 +88,9 @@ SMALL_KERNELS = [
         ),
         "plan_rows",
     ),
+    (TritonKernelSpec("turned", num_warps=1), "mark_readers"),
+    (TritonKernelSpec("turned", num_warps=1), "list_readers"),
+    (TritonKernelSpec("turned", form="mixed", window=True, num_warps=1), "plan_keys"),
     (TritonKernelSpec("columns", head_dim=192, value_dim=128), "gather_columns"),
     (TritonKernelSpec("last_queries", head_dim=128, num_stages=2), "row_statistics"),
     (
@@ -151,11 +159,69 @@ def test_heads_of_a_static_pattern_together_do_not_spill():
     assert report.num_warps == 8
 
 
+GRADIENTS = ("query_gradients", "column_gradients", "key_gradients")
+"""Kernels of the backward pass, named as their templates."""
+
+MAX_OUTER_SPILL = 160
+"""Bytes that they may spill where no product is: a loop's own numbers, kept while others run."""
+
+
+def check_gradients(target: str, head_dim: int, kernel: str, **flags) -> None:
+    tile = gradient_tile(target, kernel, head_dim, head_dim)
+    sizes = {"head_dim": head_dim, "value_dim": head_dim, "tile": tile.keys, "target": target}
+    shape = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    spec = TritonKernelSpec(kernel, **sizes, **shape, **flags)
+    report = compile_kernel(spec, kernel)
+    assert report.spill_bytes <= MAX_OUTER_SPILL
+    assert report.shared_bytes <= SHARED_MEMORY[target]
+    assert not report.serialized
+    assert report.matrix_ops[MATRIX_UNIT[target]] > 0
+    loops = compiled_loops(spec, kernel)
+    # Full blocks and cut ones, and columns for queries; columns have a kernel of their own.
+    expected = {"query_gradients": 2 + spec.columns, "key_gradients": 2, "column_gradients": 1}
+    assert len(loops) == expected[kernel]
+    assert all(loop.copies for loop in loops)
+    assert not any(loop.spills for loop in loops)
+
+
+def test_gradients_spill_nothing_in_a_loop():
+    check_gradients("sm_90", 128, "key_gradients", columns=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["lists", "mixed_columns"])
+@pytest.mark.parametrize("kernel", GRADIENTS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_matrix_of_gradients_spills_nothing_in_a_loop(target, head_dim, kernel, flags):
+    if kernel == "column_gradients" and not FLAGS[flags].get("columns"):
+        pytest.skip("without columns there are no gradients of any")
+    check_gradients(target, head_dim, kernel, **FLAGS[flags])
+
+
 @pytest.mark.parametrize(("spec", "kernel"), SMALL_KERNELS, ids=lambda x: getattr(x, "template", x))
 def test_small_kernels_do_not_spill(spec, kernel):
     report = compile_kernel(spec, kernel)
     assert report.spill_bytes <= MAX_SPILL
     assert report.shared_bytes <= SHARED_MEMORY[spec.target]
+
+
+@pytest.mark.parametrize(
+    ("target", "values"),
+    [
+        ("sm_90", {}),
+        ("sm_90", {"head_dim": 256, "window": True, "padding": True}),
+        ("sm_90", {"int8": True, "padding": True}),
+        ("sm_90", {"rows": 64, "pool": 64}),
+        ("sm_80", {"window": True}),
+    ],
+)
+def test_a_multiprocessor_holds_the_programs_that_share_the_scoring_of_rows(target, values):
+    values = {"head_dim": 128, "rows": 16, "pool": 8} | values
+    spec = score_spec("row_scores", target=target, **values)
+    report = compile_kernel(spec, "score_rows")
+    assert report.spill_bytes <= MAX_SPILL
+    assert report.programs(SHARED_MEMORY[target]) >= score_programs(spec)
 
 
 @pytest.mark.parametrize(("target", "name"), [("sm_90", "IGMMA"), ("sm_80", "IMMA")])

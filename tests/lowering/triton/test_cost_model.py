@@ -53,15 +53,14 @@ def work(name: str = "union", heads: int = 32, kv_heads: int = 8, dim: int = 128
     )
 
 
-DENSE_MEASURED, MEASURED = (
-    json.loads((RESULTS / name).read_text()) for name in ("gpu_h200_1.json", "gpu_h200_3.json")
+DENSE_MEASURED, MEASURED, SCORED = (
+    json.loads((RESULTS / f"gpu_h200_{run}.json").read_text()) for run in (1, 3, 5)
 )
-"""Of the runs that dense attention's rates and our kernels' were fitted to."""
+"""Of the runs that dense attention's rates, our kernels' and the scoring of rows were fitted to."""
 
 LAYERS = {
     "vertical slash": "vertical_slash",
     "block top k": "block_sparse",
-    "union": "union",
     "block max": "block_max",
     "block top p": "block_top_p",
     "x_attention": "x_attention",
@@ -90,6 +89,16 @@ def test_the_model_is_near_what_an_h200_took(name):
     assert device * 1e3 == pytest.approx(row["replayed_ms"], rel=0.12)
 
 
+def test_the_estimation_of_union_is_near_what_an_h200_took():
+    row = SCORED["rows"]["estimation/union bf16 of 64 rows/131072"]
+    found = predict(H200, work(), keys=131072)
+    assert found.estimate * 1e3 == pytest.approx(row["ms"], rel=0.12)
+    for length in (32768, 131072):  # of which only the estimation is done otherwise now
+        row = MEASURED["rows"][f"layer/union/{length}"]
+        found = predict(H200, work(), keys=length, density=row["work"])
+        assert found.attention * 1e3 == pytest.approx(row["kernels"]["sparse_attention"], rel=0.05)
+
+
 def test_dense_attention_is_as_fast_as_on_an_h200():
     for name, row in DENSE_MEASURED["rows"].items():
         if name.startswith("attention/cudnn/"):
@@ -103,23 +112,24 @@ def test_dense_attention_is_as_fast_as_on_an_h200():
 def test_the_parts_of_a_prediction_make_its_speedup():
     found = predict(H200, work(), keys=32768, density=0.12)
     parts = found.estimate + found.plan + found.attention
-    assert found.sparse == max(parts, found.host) == parts
-    assert found.speedup == found.dense / parts
+    assert found.sparse == max(parts, found.host + found.attention) > parts
+    replayed = predict(H200, dataclasses.replace(work(), replayed=True), keys=32768, density=0.12)
+    assert (replayed.sparse, replayed.speedup) == (parts, found.dense / parts)
     assert found.estimate == pytest.approx(sum(step.seconds for step in found.steps))
 
 
 def test_what_the_host_launches_bounds_short_prompts():
     found = predict(H200, work(), keys=512, density=0.1)
-    assert found.sparse == found.host > found.estimate + found.plan + found.attention
+    assert found.sparse == found.host + found.attention > found.estimate + found.plan
 
 
 def test_the_bars_are_met_as_predicted():
     """Without what the host takes, as in a CUDA graph."""
     layer = dataclasses.replace(work(), replayed=True)
     assert predict(H200, layer, keys=8192, density=0.24).speedup >= 1.1
-    assert predict(H200, layer, keys=131072, density=0.08).speedup >= 4.0
+    assert predict(H200, layer, keys=131072, density=0.08).speedup >= 6.0
     shared = predict(H200, per_kv_head(layer), keys=131072, density=0.08)
-    assert shared.speedup >= 6.0
+    assert shared.speedup >= 8.0
     assert shared == predict(H200, layer, keys=131072, density=0.08, shared_index=True)
     assert predict(H200, work(), keys=8192, density=0.24).speedup < 1.0
 
@@ -160,7 +170,7 @@ def test_no_chunk_of_a_prompt_is_slower_than_dense_attention(chip, sizes):
 
 def test_short_prompts_and_small_models_stay_dense_longer():
     least = least_lengths(H100, work())
-    assert 8192 < least.keys <= 16384 and 128 <= least.queries <= least.keys
+    assert 8192 < least.keys <= 20480 and 128 <= least.queries <= least.keys
     assert least_lengths(H100, work("union", 9, 3, 64)).keys > least.keys
     assert least_lengths(CHIPS["b200"], work()).keys > least.keys
 

@@ -34,6 +34,19 @@ from tests.helpers.processes import run_python
 GOLDEN = Path(__file__).parent / "golden"
 
 ATTENTION = TritonKernelSpec("attention", head_dim=128, value_dim=128, num_stages=3)
+EVERYTHING = dataclasses.replace(
+    ATTENTION,
+    form="mixed",
+    head_dim=96,
+    value_dim=72,
+    tile=32,
+    columns=True,
+    window=True,
+    padding=True,
+    softcap=True,
+    sinks=True,
+    target="sm_80",
+)
 SPECS = {
     "attention_lists": ATTENTION,
     "attention_lists_packed": dataclasses.replace(ATTENTION, pack=2, num_warps=8),
@@ -41,20 +54,21 @@ SPECS = {
         ATTENTION, form="diagonals", columns=True, pack=2, num_warps=8
     ),
     "attention_diagonals_columns": dataclasses.replace(ATTENTION, form="diagonals", columns=True),
-    "attention_mixed_everything": dataclasses.replace(
-        ATTENTION,
-        form="mixed",
-        head_dim=96,
-        value_dim=72,
-        tile=32,
-        columns=True,
-        window=True,
-        padding=True,
-        softcap=True,
-        sinks=True,
-        target="sm_80",
-    ),
+    "attention_mixed_everything": EVERYTHING,
     "attention_bidirectional": dataclasses.replace(ATTENTION, causal=False, padding=True),
+    "query_gradients": dataclasses.replace(ATTENTION, template="query_gradients", num_stages=2),
+    "query_gradients_everything": dataclasses.replace(EVERYTHING, template="query_gradients"),
+    "key_gradients": dataclasses.replace(ATTENTION, template="key_gradients", tile=32),
+    "key_gradients_diagonals": dataclasses.replace(
+        ATTENTION, template="key_gradients", form="diagonals", causal=False, num_stages=2
+    ),
+    "column_gradients": dataclasses.replace(ATTENTION, template="column_gradients", tile=32),
+    "column_gradients_everything": dataclasses.replace(EVERYTHING, template="column_gradients"),
+    "key_gradients_everything": dataclasses.replace(EVERYTHING, template="key_gradients"),
+    "turned_lists": TritonKernelSpec("turned", num_warps=1),
+    "turned_mixed_window": TritonKernelSpec(
+        "turned", form="mixed", causal=False, window=True, num_warps=1
+    ),
     "rows_lists": TritonKernelSpec("rows", num_warps=1),
     "rows_mixed_everything": TritonKernelSpec(
         "rows", form="mixed", columns=True, window=True, padding=True, num_warps=1
@@ -132,7 +146,9 @@ def test_source_is_the_golden_text(name):
 
 
 def test_every_template_has_a_golden_text():
-    templates = {path.name.removesuffix(".py.jinja") for path in source.TEMPLATES.iterdir()}
+    templates = {
+        path.name.removesuffix(".py.jinja") for path in source.TEMPLATES.glob("*.py.jinja")
+    }
     assert templates == {spec.template for spec in SPECS.values()}
     assert {path.name.split(".")[0] for path in GOLDEN.iterdir()} == set(SPECS)
 

@@ -99,6 +99,16 @@ def test_dense_calls_are_followed_by_a_look_whether_sparse_pays_again():
     assert not any(calls.call(0.3) for _ in range(9))
 
 
+def test_a_look_that_is_not_read_yet_is_not_taken_again():
+    """A host that runs ahead of the device would otherwise launch one sparse call after another."""
+    calls = Calls(interval=3)
+    calls.call(0.8)
+    assert [calls.call(0.8, arrive=False) for _ in range(8)] == [True] * 3 + [False] + [True] * 4
+    assert len(calls.readings) == 2
+    calls.readings[-1].there = True
+    assert calls.call(0.8)
+
+
 def test_a_decision_stands_for_all_ops_of_a_call():
     calls = Calls()
     calls.call(0.8, arrive=False)
@@ -329,7 +339,8 @@ def test_limits_are_what_the_cost_model_says_of_the_chip():
     layer = union_layer(replayed=True)
     found = policy.limits_of(H200, layer, 32768, 1, 0.9, 1.0)
     predicted = predict(H200, layer, keys=32768, density=0.9)
-    assert found.most == breakeven_share(H200, layer, queries=32768, keys=32768, batch=1)
+    sizes = {"queries": 32768, "keys": 32768, "batch": 1}
+    assert found.most == breakeven_share(H200, layer, **sizes, speedup=decisions.SURE)
     assert (found.dense, found.sparse) == (predicted.dense, predicted.sparse)
     assert found.sparse > found.dense and found.most < 0.9
     assert found.interval(found.sparse) > found.interval(1.1 * found.dense) >= 4

@@ -11,6 +11,7 @@ import torch
 
 import mpass
 from mpass.config import SparseConfig
+from mpass.config.promise import pattern_for_loss
 from mpass.errors import (
     ConfigMismatchError,
     EngineSettingError,
@@ -89,6 +90,13 @@ def test_the_config_beside_the_model_fills_what_the_settings_leave_open(tmp_path
     given = settings(tmp_path, pattern="union", min_seq_len=900)
     plan = plan_layer(FACTS, given)
     assert {pattern.name for pattern in plan.patterns} == {"union"} and plan.least.keys == 900
+
+
+def test_a_promised_loss_stands_in_the_place_of_what_comes_with_the_model(tmp_path):
+    SparseConfig(default="a_shape").save(tmp_path / "minference.json")
+    plan = plan_layer(FACTS, settings(tmp_path, max_loss=0.02))
+    assert plan.patterns == (pattern_for_loss(0.02),) * 4
+    assert plan.source == "additional_config['minference']['max_loss'] = 0.02"
 
 
 def test_each_rank_takes_its_own_heads_of_a_config():

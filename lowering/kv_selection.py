@@ -1,0 +1,136 @@
+"""Selecting what a cache keeps while a prompt runs: `minference::sparse_attention_kv`.
+
+`options={"kv_select": SnapKV(...)}` puts this op in the place of sparse attention. It selects while
+somebody listens (`select_keys`), and only computes attention otherwise: the numbers of SnapKV
+stand in the graph, what is selected leaves through the object of the listener.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from mpass.errors import OptionValueError
+from mpass.lowering.inputs import AttentionInputs, EstimateInputs
+from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, NAMESPACE, attend, over_index
+from mpass.lowering.reference import kv_selection as reference
+from mpass.lowering.reference.attention import empty_output
+from mpass.lowering.reference.kv_selection import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class SnapKV:
+    """How the last queries of a prompt choose the keys that a cache keeps (arXiv 2404.14469).
+
+    budget: keys that each kv head keeps, the last `window` ones included.
+    window: so many queries at the end of the prompt look, and their own keys are kept.
+    kernel: attention is joined over this many neighbouring keys, an odd number; 1 for none.
+    pool: how it is joined, "avg" or "max".
+
+    Raises OptionValueError for a number that cannot be.
+    """
+
+    budget: int = 1024
+    window: int = 64
+    kernel: int = 5
+    pool: Pool = "avg"
+
+    def __post_init__(self) -> None:
+        numbers = (("window", 1), ("budget", max(1, self.window)), ("kernel", 1))
+        for name, least in numbers:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionValueError(f"SnapKV.{name}", value, f"an int >= {least}")
+        if self.kernel % 2 == 0:
+            raise OptionValueError("SnapKV.kernel", self.kernel, "an odd number")
+        if self.pool not in get_args(Pool):
+            raise OptionValueError("SnapKV.pool", self.pool, ", ".join(get_args(Pool)))
+
+
+@dataclass(slots=True)
+class KVSelection:
+    """What a prompt keeps, layer by layer, of the last forward pass that was listened to.
+
+    positions: per layer int32 [B, Hk, budget], the positions of the kept keys, ascending; -1 stands
+    behind them where a batch row has fewer real keys than the budget.
+    length: per layer, keys that the cache had when it was selected.
+    """
+
+    positions: dict[int, Tensor] = field(default_factory=dict)
+    length: dict[int, int] = field(default_factory=dict)
+
+
+LISTENER: ContextVar[KVSelection | None] = ContextVar("mpass_kv_selection", default=None)
+
+
+@contextmanager
+def select_keys() -> Iterator[KVSelection]:
+    """Listen to what models with `options={"kv_select": ...}` select in this block.
+
+    Yields the object that holds it. Of a prompt in chunks the last one decides.
+    """
+    selection = KVSelection()
+    token = LISTENER.set(selection)
+    try:
+        yield selection
+    finally:
+        LISTENER.reset(token)
+
+
+def keep_selection(
+    selection: KVSelection,
+    inputs: AttentionInputs,
+    layer: int,
+    numbers: tuple[int, int, int],
+    pool: Pool,
+) -> None:
+    """Select what one layer keeps. numbers: budget, window and kernel."""
+    query, key = inputs.query, inputs.key
+    heads = range(query.shape[1])
+    given = EstimateInputs(query, key, inputs.mask, heads, inputs.scale)
+    budget, window, kernel = numbers
+    selection.positions[layer] = reference.select_keys(
+        given, budget=budget, window=window, kernel=kernel, pool=pool
+    )
+    selection.length[layer] = key.shape[2]
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::sparse_attention_kv",
+    mutates_args=(),
+    schema=f"(int budget, int observed, int kernel, str pool, {ATTENTION_SCHEMA}) -> Tensor",
+)
+def sparse_attention_kv(
+    budget: int, observed: int, kernel: int, pool: Pool, *arguments: Any
+) -> Tensor:
+    """`minference::sparse_attention`, which see, and the selection of what a cache keeps.
+
+    budget, observed, kernel, pool: those of SnapKV, `observed` its window. The result is that of
+    attention; the selection goes to whoever listens, see `select_keys`.
+    """
+    call = over_index(*arguments)
+    out, _ = attend(call, ATTENTION)
+    selection = LISTENER.get()
+    if selection is not None:
+        keep_selection(selection, call.inputs, call.layer, (budget, observed, kernel), pool)
+    return out
+
+
+@sparse_attention_kv.register_fake
+def _(
+    budget: int,
+    observed: int,
+    kernel: int,
+    pool: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: object,
+) -> Tensor:
+    return empty_output(query, value)
