@@ -214,9 +214,9 @@ def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
     return (plan.measured,) if plan.measured else ()
 
 
-def guarded_by(plan: AttentionPlan) -> dict[str, bool | float]:
+def guarded_by(plan: AttentionPlan) -> dict[str, fx.node.Argument]:
     """The last arguments of an attention that is dense where it should be; others do without."""
-    guards: dict[str, bool | float] = {"causal_only": True} if plan.causal_only else {}
+    guards: dict[str, fx.node.Argument] = {"causal_only": True} if plan.causal_only else {}
     return guards | ({"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {})
 
 

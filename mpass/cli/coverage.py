@@ -34,7 +34,7 @@ def coverage(
         list[str] | None,
         typer.Option(
             help="Run every class of transformers of these kinds instead of families: causal, "
-            "image-text, encoder-decoder."
+            "image-text, encoder-decoder, encoder."
         ),
     ] = None,
     model_type: Annotated[

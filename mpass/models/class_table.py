@@ -50,6 +50,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config.moe_intermediate_size": 48,
     },
     "dots1": {**EXPERTS, "num_local_experts": 4, "n_group": 1, "topk_group": 1},
+    "esm": {"vocab_size": 512, "pad_token_id": 1, "mask_token_id": 2},
+    "esmc": {"vocab_size": 512},
     "granite4_vision": {
         "downsample_rate": "2/4",
         "deepstack_layer_map": [[0, 0]],

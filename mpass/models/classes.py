@@ -17,6 +17,7 @@ MAPPINGS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "encoder-decoder": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "encoder": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
 }
 """Names of transformers' mappings from a model type to the class of a task."""
 
@@ -40,8 +41,8 @@ PLAIN = (
 class ModelClass:
     """One entry of a mapping.
 
-    kind: "causal", "image-text" or "encoder-decoder". model_type: transformers' name of the config.
-    architecture: name of the model's class.
+    kind: "causal", "image-text", "encoder-decoder" or "encoder" (of text). model_type:
+    transformers' name of the config. architecture: name of the model's class.
     """
 
     kind: str
@@ -117,7 +118,8 @@ def build_class(entry: ModelClass, seed: int = 0) -> nn.Module:
 def family_of(entry: ModelClass, model: nn.Module) -> Family:
     """What the scenarios ask of a family, for a class: how its calls look."""
     config: Any = model.config
-    kind = "encoder_decoder" if getattr(config, "is_encoder_decoder", False) else "decoder"
+    kind = "encoder" if entry.kind == "encoder" else "decoder"
+    kind = "encoder_decoder" if getattr(config, "is_encoder_decoder", False) else kind
     static = bool(getattr(model, "_can_compile_fullgraph", False))
     return Family(entry.name, type(config).__name__, {}, kind=kind, static_cache=static)
 

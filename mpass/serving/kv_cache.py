@@ -58,8 +58,9 @@ def checked(number: int, layer: Any, selection: KVSelection) -> torch.Tensor | N
         )
     if positions.shape[-1] >= length:
         return None
-    if positions.shape[:2] != layer.keys.shape[:2]:
-        shapes = f"{tuple(layer.keys.shape[:2])}, the selection of {tuple(positions.shape[:2])}"
+    own: torch.Tensor = layer.keys  # type: ignore[assignment]
+    if positions.shape[:2] != own.shape[:2]:
+        shapes = f"{tuple(own.shape[:2])}, the selection of {tuple(positions.shape[:2])}"
         raise KVCacheError(number, f"its batch and heads are {shapes}")
     if bool((positions < 0).any()):
         raise KVCacheError(
@@ -76,7 +77,7 @@ def cut_layer_class() -> Any:
     except ImportError as error:
         raise MissingPackageError("transformers", "pip install 'mpass[models]'") from error
 
-    class CutLayer(DynamicLayer):  # type: ignore[misc,valid-type]
+    class CutLayer(DynamicLayer):
         """A DynamicLayer that tells the length that it would have uncut.
 
         Position ids follow that length; masks are made for the keys that are there.

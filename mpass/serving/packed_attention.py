@@ -143,7 +143,8 @@ class PackedAttention:
         plan = None
         if may_be_packed(query, cache, dropout, settings):
             plan = self.plan(module, query, key, value)
-            longest = max(settings["max_length_k"].values())
+            lengths = settings["max_length_k"]
+            longest = max(lengths.values()) if isinstance(lengths, dict) else lengths
             if longest < plan.least.keys or settings["max_length_q"] < plan.least.queries:
                 plan = None
         if plan is None or plan.reason:
@@ -154,9 +155,10 @@ class PackedAttention:
                 **{"scaling": scaling, "dropout": dropout, "cache": cache, **settings},
             )
             return served
-        key, value = cache.update(
-            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=settings
-        )
+        if cache is not None:
+            key, value = cache.update(
+                key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=settings
+            )
         requests = packed_requests(settings["cu_seq_lens_q"], settings["cu_seq_lens_k"])
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
@@ -205,13 +207,14 @@ def may_be_packed(query: Tensor, cache: Any, dropout: float, settings: dict[str,
     """Whether a call is a step of continuous batching that this attention knows how to serve.
 
     On a GPU it is not: the host would have to wait to know where requests begin, in each layer.
+    From transformers 5.24 on the layer itself has written to the cache, and hands on the keys of
+    all requests and numbers of this layer; before, the cache and the numbers of each kind of layer.
     """
-    if cache is None or torch.compiler.is_compiling() or query.device.type != "cpu":
+    if torch.compiler.is_compiling() or query.device.type != "cpu":
         return False
-    if (
-        not isinstance(settings.get("max_length_k"), dict)
-        or settings.get("block_table") is not None
-    ):
+    if settings.get("write_index") is None or settings.get("block_table") is not None:
+        return False
+    if not isinstance(settings.get("max_length_k"), int if cache is None else dict):
         return False
     others = ("sliding_window", "softcap", "s_aux", "position_bias")
     if dropout > 0 or any(settings.get(name) is not None for name in others):

@@ -60,6 +60,7 @@ def test_every_mapping_is_listed_whole():
     [
         ("causal", "gpt2"), ("causal", "bert"), ("causal", "deepseek_v3"), ("causal", "jamba"),
         ("causal", "emu3"), ("image-text", "qwen2_vl"), ("encoder-decoder", "t5"),
+        ("encoder", "esm"), ("encoder", "modernbert"),
     ],
 )  # fmt: skip
 def test_a_model_is_small(kind, model_type):
