@@ -83,7 +83,7 @@ def check_run(entry: ModelClass, scenario: str) -> None:
 
 @pytest.mark.parametrize(
     ("entry", "scenario"),
-    part_of_today([run for run in RUNS if run[0].name in QUICK], 79),
+    part_of_today([run for run in RUNS if run[0].name in QUICK], 113),
     ids=run_name,
 )
 def test_caches_and_turns_are_as_sparse_as_prompts(entry, scenario, plain_torch):
