@@ -137,7 +137,7 @@ def gradient_tile(target: Target, template: str, head_dim: int, value_dim: int) 
         return Tile(32, 8, 2)
     if template == "query_gradients":
         return Tile(64, 4, 2)
-    return Tile(64, 8, 2) if target == "sm_80" else Tile(32, 4, 2)
+    return Tile(64, 8, 2) if target == "sm_80" else Tile(32, 4, 3)
 
 
 def pack_warps(tile: Tile, pack: int) -> int:

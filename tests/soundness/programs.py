@@ -37,8 +37,9 @@ BEFORE = (
 SCORES = (
     "sdpa", "sdpa_additive", "sdpa_scale", "sdpa_both", "sdpa_one_zero", "plain", "einsum",
     "softcap", "sinks", "one_sink", "amax", "amax_softcap", "amax_sinks", "zeroed", "own_zeroed",
-    "shifted", "half", "byte", "scaled_after", "tensor_scale", "masked_twice", "by_where",
-    "weights_twice", "dropout", "wrong_dim", "double_softmax", "negative_scale", "autocast",
+    "shifted", "half", "byte", "scaled_after", "flipped_after", "tensor_scale", "masked_twice",
+    "by_where", "weights_twice", "dropout", "wrong_dim", "double_softmax", "negative_scale",
+    "autocast",
 )  # fmt: skip
 BETWEEN = ("", "key_written", "key_restored", "query_written", "value_written")
 AFTER = (
@@ -292,8 +293,8 @@ def attended(scores, between, query, key, value, mask, sinks):
         s = s.masked_fill(~mask, hidden)
     if scores == "masked_twice":
         s = s.masked_fill(~mask, -torch.inf)
-    if scores == "scaled_after":
-        s = s * 0.5
+    if scores in ("scaled_after", "flipped_after"):
+        s = s * (-0.5 if scores == "flipped_after" else 0.5)
     if scores in ("amax", "amax_sinks"):
         s = s - s.amax(-1, keepdim=True)
     if scores in ("sinks", "one_sink", "amax_sinks"):

@@ -25,7 +25,7 @@ from mpass.masks import conjuncts, emitter, prover, reader
 from mpass.masks.expressions import as_truth
 from mpass.masks.prover import RULES
 from mpass.masks.rules import indexing, values
-from mpass.match import eager, sdpa
+from mpass.match import eager, eager_scores, sdpa
 from tests.soundness.programs import drawn, wrong
 from tests.soundness.test_fuzz import examples
 
@@ -200,7 +200,7 @@ MISTAKES = {
         any_view, MASKS | {"edits": ("late_write", "masked_fill_", "columns_hidden")}
     ),
     "scores set to zero": Mistake(
-        lambda m: m.setattr(prover, "seen_scores", lambda two, _one: prover.visible(two[0])),
+        lambda m: m.setattr(prover, "seen_scores", lambda two, *_: prover.visible(two[0])),
         {"scores": ("zeroed", "own_zeroed", "plain"), "edits": ("window",)},
     ),
     "the maximum before sinks or tanh": Mistake(
@@ -251,9 +251,9 @@ MISTAKES = {
         lambda m: m.setattr(sdpa, "constant_scale", lambda _scale, _query: 0.25),
         {"scores": ("sdpa", "sdpa_scale")},
     ),
-    "a factor after the mask": Mistake(
-        replaced(eager, "read_scores", lambda old, *c: dataclasses.replace(old(*c), problem="")),
-        {"scores": ("scaled_after", "tensor_scale", "plain")},
+    "a negative factor after the mask": Mistake(
+        replaced(eager_scores, "constant_factor", lambda old, *a: (f := old(*a)) and abs(f)),
+        {"scores": ("flipped_after", "scaled_after", "plain")},
     ),
     "softmax over another dimension": Mistake(
         lambda m: m.setattr(eager, "is_softmax", lambda node: op_name(node) == "softmax"),
