@@ -11,7 +11,6 @@ of a row, Nq queries, D head_dim.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -28,7 +27,6 @@ Per = Literal["head", "kv_head"]
 """For what a selection is made: each query head, or the query heads of a kv head together."""
 
 
-@functools.cache
 def has_option(cls: type[Pattern]) -> bool:
     """Whether a class has a field `per` of these two values, and not another one of that name."""
     kind = parameter_kinds(cls).get("per")

@@ -114,7 +114,7 @@ class ListPattern(EstimatedPattern):
     required: ClassVar[tuple[str, ...]] = ("estimator", "cost")
 
     def per_kv_head(self) -> bool:
-        return has_option(type(self)) and getattr(self, "per", None) == "kv_head"
+        return getattr(self, "per", None) == "kv_head" and has_option(type(self))
 
     def turns(self) -> Turns:
         """How the heads of one row of the index take turns where the pattern is per kv head."""
