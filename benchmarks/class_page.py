@@ -36,8 +36,8 @@ mpass coverage --kind causal --kind image-text --kind encoder-decoder \\
 """
 
 NOTE = (
-    "They were made in parts, with the same versions of torch and transformers; classes with a "
-    "bias per key were run again after such biases were served. "
+    "They were made in parts, with the same versions of torch and transformers; classes that "
+    "stayed dense, or of which less was found than ran, were run again after later changes. "
     "Where Dynamo's own graph gives another output than the eager model, because the model chooses "
     "another mask while it is compiled, the pass is held against that graph."
 )
@@ -110,8 +110,10 @@ def main() -> None:
         "well, which run sparse or dense by what it is.\n",
         "## Why attention stays dense\n",
         *reasons(records),
-        f"\nOf {len(missed)} classes the pass saw fewer attentions than ran: {', '.join(missed)}. "
-        "Most break Dynamo's graph at a router that counts its tokens.\n",
+        f"\nOf {len(missed)} classes fewer attentions were found than ran: {', '.join(missed)}. "
+        "Where Dynamo breaks the graph in every layer, as at a router that counts its tokens, one "
+        "graph serves all layers that it fits, and its attention is counted once; "
+        "`mpass.last_report()` says how many others ran by it.\n",
         "## Classes\n",
         *classes(records),
     ]

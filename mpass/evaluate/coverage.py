@@ -123,8 +123,11 @@ class CompiledRun:
     breaks: int
 
 
-def run_compiled(model: nn.Module, call: dict[str, Any]) -> CompiledRun:
-    """One call through the pass, with every graph's report."""
+def run_compiled(model: nn.Module, *calls: dict[str, Any]) -> CompiledRun:
+    """Calls through the pass, one after the other, with the last one's graphs and output.
+
+    A call that needs no graph of its own has those of the call before.
+    """
     from torch._dynamo.utils import counters
 
     from mpass.backend import minference
@@ -136,13 +139,18 @@ def run_compiled(model: nn.Module, call: dict[str, Any]) -> CompiledRun:
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         compiled = minference(gm, example_inputs, options=FULL_BUDGET)
+        if not graphs:
+            sites.clear()
         sites.extend(reports()[-1].sites)
         graphs += 1
         return compiled
 
     torch._dynamo.reset()
     counters.clear()
-    output = main_output(torch.compile(model, backend=backend)(**call))
+    compiled = torch.compile(model, backend=backend)
+    for call in calls:
+        graphs = 0
+        output = main_output(compiled(**call))
     breaks = sum(counters["graph_break"].values())
     return CompiledRun(output, sites, graphs, breaks)
 

@@ -33,7 +33,7 @@ PARAMETERS: dict[str, str] = {
     "tanh contiguous clone detach float double half bfloat16": "input",
     "to": "input target",
     "type": "input dtype",
-    "type_as": "input other",
+    "type_as expand_as view_as reshape_as": "input other",
     "cat concat concatenate": "tensors dim",
     "getitem": "input index",
     "max": "input dim keepdim",

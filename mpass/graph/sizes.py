@@ -71,7 +71,13 @@ def true_now(condition: torch.SymBool) -> bool:
 
 
 def agree(left: Size, right: Size) -> bool:
-    """Whether two sizes are equal in every call that the graph serves, by a guard if need be."""
+    """Whether two sizes are equal in every call that the graph serves, by a guard if need be.
+
+    What both are made of needs no guard: lengths of caches may be compared beside new tokens whose
+    number has a range.
+    """
+    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt):
+        return holds(left - right == 0, left - right)
     return holds(left == right, left, right)
 
 

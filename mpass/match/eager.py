@@ -15,7 +15,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from mpass.graph.arguments import bind
+from mpass.graph.arguments import bind, place_of
 from mpass.graph.dead_code import is_unread
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
@@ -58,6 +58,9 @@ from mpass.match.products import Product, bind_scores, bind_value, operands
 from mpass.match.repeat_kv import made_from, original, original_pair
 from mpass.match.sink_gates import SinkGate, sink_gate
 from mpass.match.spelling import Spelling
+
+SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as"})
+"""Ops that make a tensor of the shape of another."""
 
 NO_PRODUCTS = (
     "the products are not of [B, H, N, D] tensors, nor of [B*H, N, D]: expand or reshape them"
@@ -106,12 +109,14 @@ def build_site(
     query, key, value = bound_operands(chain, weights, first, second, prover)
     folded = len(shape_of(chain.softmax)) == 3
     scores = read_scores(chain, prover)
+    own = frozenset() if gate is None else gate.nodes
+    own |= {step for step in weights.steps if op_name(step) == "type_as"}
     sinks = None if given_sinks is None or folded else sink_logits(given_sinks, output, prover)
     reason = (
         shape_reason(query, key, value)
         or scores.problem
         or ("sinks are not one number per head" if given_sinks and sinks is None else "")
-        or other_readers(chain, frozenset() if gate is None else gate.nodes)
+        or other_readers(chain, own)
         or written_late((query, key, value), product, output, prover)
         or gradient_reason(output)
     )
@@ -263,13 +268,24 @@ def repeated(node: fx.Node, heads: int, before: fx.Node) -> fx.Node:
     return new_node(before, torch.ops.aten.repeat.default, node, [heads])
 
 
-def other_readers(chain: Chain, gate: frozenset[fx.Node]) -> str:
-    """Why the scores must exist anyway: something reads them outside of the chain and its gate."""
+def other_readers(chain: Chain, own: frozenset[fx.Node]) -> str:
+    """Why the scores must exist anyway: something else reads them than the chain and what is `own`.
+
+    What takes their shape or their dtype alone, for the chain itself, is gone when that is gone.
+    """
+    known = chain.path | own
     for node in chain.path - {chain.softmax}:
         for user in node.users:
-            if user not in chain.path | gate and not is_unread(user):
+            if user in known or is_unread(user):
+                continue
+            if not (reads_no_values(user, node) and known.issuperset(user.users)):
                 return f"attention scores are also read by {user.name}"
     return ""
+
+
+def reads_no_values(op: fx.Node, given: fx.Node) -> bool:
+    """Whether an op takes no more than the shape or the dtype of a tensor."""
+    return op_name(op) in SHAPED_AS and place_of(op, given) == "other"
 
 
 def written_late(

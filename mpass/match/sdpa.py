@@ -24,7 +24,8 @@ from mpass.match.common import (
     shape_reason,
 )
 from mpass.match.folds import folds_to_four, four_dimensional, leading_sizes, readable
-from mpass.match.key_bias import first_row, is_key_bias, with_words
+from mpass.match.key_bias import first_row, with_words
+from mpass.match.masked_bias import bias_behind
 from mpass.match.repeat_kv import original_pair
 from mpass.match.spelling import Spelling
 
@@ -85,11 +86,9 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     mask, unproven = mask_of(node, call, prover, leading)
     bias = None
     if not reason and mask is None and leading is None and call.is_causal is False:
-        scores = (*shape_of(call.query)[:3], shape_of(key)[2])
-        if call.attn_mask is not None and is_key_bias(call.attn_mask, scores, prover):
-            bias = first_row(call.attn_mask, node)
-            seen = MaskMeaning(causal=False, proof=("no mask: every key is seen",))
-            mask, unproven = with_words(seen), ""
+        found = bias_behind(call.attn_mask, call.query, key, node, prover)
+        if found is not None:
+            bias, mask, unproven = first_row(found[0], node), with_words(found[1]), ""
     mask_tensor = None
     if (
         not reason

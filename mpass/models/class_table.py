@@ -194,12 +194,24 @@ def boxes(config: Any, call: dict[str, Any]) -> dict[str, Any]:
     return {"bbox": box.expand(batch_of(call), -1, 4).contiguous()}
 
 
+def prefix(config: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """Which tokens are of the prompt (0), as the processor says: those see each other.
+
+    Without this transformers leaves the mask out of a model that runs eagerly, so that every token
+    sees every other, and makes a causal one while it is compiled.
+    """
+    types = torch.ones_like(call["input_ids"])
+    types[:, : types.shape[1] // 2] = 0
+    return {"token_type_ids": types}
+
+
 INPUTS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     "causal:musicgen": codebooks,
     "causal:musicgen_melody": codebooks,
     "blip": image,
     "idefics": idefics,
     "kosmos-2": kosmos,
+    "paligemma": prefix,
     "pix2struct": patches,
     "pp_formulanet": page,
     "udop": boxes,

@@ -22,8 +22,19 @@ MAPPINGS = {
 """Names of transformers' mappings from a model type to the class of a task."""
 
 
-PLAIN = ("no_cache", "no_cache_left", "dynamic_prefill", "dynamic_chunk")
-"""How people run a long prompt: at once, padded, into a cache, and in parts."""
+TURNS = Scenario("turns", cache="dynamic", cached=37, new=23)
+"""A prompt in two parts and a second question, through one compiled model: see `turns_of`."""
+
+PLAIN = (
+    "no_cache",
+    "no_cache_left",
+    "dynamic_prefill",
+    "dynamic_chunk",
+    "static_prefill",
+    "static_chunk",
+    TURNS.name,
+)
+"""How people run a long prompt: at once, padded, into a cache, in parts, and with a next turn."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +120,24 @@ def family_of(entry: ModelClass, model: nn.Module) -> Family:
     config: Any = model.config
     kind = "encoder" if entry.kind == "encoder" else "decoder"
     kind = "encoder_decoder" if getattr(config, "is_encoder_decoder", False) else kind
-    return Family(entry.name, type(config).__name__, {}, kind=kind, static_cache=False)
+    static = bool(getattr(model, "_can_compile_fullgraph", False))
+    return Family(entry.name, type(config).__name__, {}, kind=kind, static_cache=static)
 
 
 def scenarios_of(entry: ModelClass, model: nn.Module) -> list[Scenario]:
     """The plain scenarios of a class: without a cache where its calls need more than tokens."""
-    allowed = [s for s in scenarios(family_of(entry, model)) if s.name in PLAIN]
+    family = family_of(entry, model)
+    allowed = [s for s in scenarios(family) if s.name in PLAIN]
+    allowed += [TURNS] * (family.kind == "decoder")
     return [s for s in allowed if not (s.cache and more_inputs(entry))]
+
+
+def turns_of(entry: ModelClass, model: nn.Module) -> list[dict[str, Any]]:
+    """Calls that follow each other on one cache: of 20, 17 and 23 tokens, for one batch row."""
+    family = family_of(entry, model)
+    first = inputs(family, model, Scenario("", cache="dynamic", new=TURNS.cached + TURNS.new), 1)
+    parts = first["input_ids"].split((20, TURNS.cached - 20, TURNS.new), dim=1)
+    return [{**first, "input_ids": part} for part in parts]
 
 
 def more_inputs(entry: ModelClass) -> Callable[[Any, dict[str, Any]], dict[str, Any]] | None:

@@ -50,11 +50,25 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         'load the model with attn_implementation="minference" after mpass.register_attention()',
     ),
     (
+        r"additive bias, no mask: .*(scatter|topk)",
+        "nothing: the model chooses keys itself, for each query (Doge above keep_window_size)",
+    ),
+    (
+        r"additive bias, no mask: .*(embedding|gather)",
+        "nothing: a bias looked up by distance (T5) runs dense; a number per key, as ALiBi, is "
+        "served",
+    ),
+    (
         r"this op is not understood",
         "write the mask with comparisons of positions, or add a mask rule",
     ),
     (r"scores are also read|read more than once", "do not ask for the attention weights"),
     (r"without enable_gqa", "pass enable_gqa=True"),
+    (
+        r"^scores are scaled by what is not a constant",
+        "make the factor a Python number; hide keys by masked_fill or an added mask, not by a "
+        "product",
+    ),
     (r"is not a constant", "make it a Python number"),
     (r"sub-graph", "disable checkpointing for inference"),
     (r"log-sum-exp", "do not ask for it"),

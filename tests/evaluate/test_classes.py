@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional
@@ -21,8 +23,11 @@ from mpass.evaluate.classes import (
     read_records,
     summarise,
 )
+from mpass.lowering import dispatch
+from mpass.lowering.cpu import LOWERING
 from mpass.models.class_table import NOT_BUILT
-from mpass.models.classes import model_classes
+from mpass.models.classes import TURNS, ModelClass, model_classes
+from tests.helpers.paths import ROOT
 from tests.helpers.rotation import part_of_today
 
 PACKAGES = ("PIL", "timm", "scipy")
@@ -43,6 +48,52 @@ def test_a_class_equals_eager(entry):
         assert record.equal, line(record)
         seen = record.sites >= record.attentions or record.breaks or entry.name in SEEN_IN_PART
         assert seen, line(record)
+
+
+OTHERS = ("no_cache_left", "dynamic_chunk", "static_prefill", "static_chunk", TURNS.name)
+"""How classes run beside `no_cache`; `dynamic_prefill` has no more in it than these."""
+
+RUNS = [(entry, name) for entry in model_classes(("causal",)) for name in OTHERS]
+
+RECORDS = read_records(ROOT / "benchmarks" / "results" / "classes.jsonl")
+QUICK = {record.name for record in RECORDS if record.seconds < 8}
+"""Classes that do not take long to compile, as those with a scan in plain torch do."""
+
+
+def run_name(part: ModelClass | str) -> str:
+    return part if isinstance(part, str) else part.name
+
+
+@pytest.fixture
+def plain_torch(monkeypatch):
+    """No kernels are compiled: what is tested is which graphs are rewritten, and into what."""
+    serves_nothing = dataclasses.replace(LOWERING, serves=lambda _inputs: "plain torch, for tests")
+    monkeypatch.setitem(dispatch._added, LOWERING.device, serves_nothing)
+
+
+def check_run(entry: ModelClass, scenario: str) -> None:
+    """A class in one scenario is as eager, and as sparse as it is without a cache."""
+    for record in cover_classes([entry], only=(scenario,)):
+        if record.not_run:
+            pytest.skip(record.not_run)
+        assert record.equal, line(record)
+        known = {other.name for other in RECORDS if other.dense or other.not_run}
+        assert not record.dense or entry.name in known, line(record)
+
+
+@pytest.mark.parametrize(
+    ("entry", "scenario"),
+    part_of_today([run for run in RUNS if run[0].name in QUICK], 113),
+    ids=run_name,
+)
+def test_caches_and_turns_are_as_sparse_as_prompts(entry, scenario, plain_torch):
+    check_run(entry, scenario)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("entry", "scenario"), RUNS, ids=run_name)
+def test_caches_and_turns_of_every_class(entry, scenario, plain_torch):
+    check_run(entry, scenario)
 
 
 def test_attentions_over_the_whole_prompt_are_counted():

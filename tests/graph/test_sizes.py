@@ -42,6 +42,24 @@ def test_a_condition_that_is_false_now_gets_no_guard():
     assert compare(lambda x, y: holds(x + 1 <= y, x, y), 3, 5) == ([False], 1)
 
 
+def test_a_range_of_what_both_sizes_hold_is_no_obstacle():
+    """New tokens whose number has a range, beside two caches of one length."""
+    answers: list[bool] = []
+
+    def backend(gm, _inputs):
+        tensors = filter(is_tensor, gm.graph.find_nodes(op="placeholder"))
+        new, keys, values = (shape_of(node)[0] for node in tensors)
+        answers.append(agree(new + keys, new + values))
+        answers.append(agree(new, keys))
+        return gm.forward
+
+    new = torch.ones(5)
+    torch._dynamo.mark_dynamic(new, 0, min=2, max=64)
+    run = torch.compile(lambda *x: [t + 1 for t in x], backend=backend, dynamic=True)
+    run(new, torch.ones(5), torch.ones(5))
+    assert answers == [True, False]  # a guard on the range itself would break the promise
+
+
 def test_no_guard_outside_of_dynamo():
     """An exported program has none, so nothing may depend on one."""
     n = torch.export.Dim("n")

@@ -70,10 +70,36 @@ def of_grouped_heads(x):
     return F.softmax(scores + causal(x.shape[2]), -1) @ shared
 
 
-def compiled_sites(program, x):
+def hidden_inside_of_the_mask(x):
+    """Falcon: ALiBi becomes the mask, with the causal one in it."""
+    bias = (alibi(x.shape[2]) / 4)[None].expand(B, H, 1, x.shape[2])
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.masked_fill(bias, causal(x.shape[2]) < -1, lowest)
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=mask.to(x.dtype).contiguous())
+
+
+def of_the_values(x):
+    """Doge up to its window: a number per kv head and key, repeated for the query heads."""
+    n = x.shape[2]
+    value = x[:, :2]
+    numbers = torch.exp(-F.softplus(value.sum(-1)))
+    mask = numbers[:, :, None, :].expand(-1, -1, n, -1)
+    mask = mask.masked_fill(causal(n) != 0, torch.finfo(x.dtype).min)
+    mask = mask[:, :, None].expand(B, 2, 2, n, n).reshape(B, 4, n, n)
+    return F.scaled_dot_product_attention(x, value, value, attn_mask=mask, enable_gqa=True)
+
+
+def added_to_a_mask_for_sdpa(x):
+    bias = (x.sum((1, 3)) / 3)[:, None, None]
+    mask = bias + causal(x.shape[2]).to(x.dtype)
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def compiled_sites(program, x, **options):
     torch._dynamo.reset()
+    options = FULL_BUDGET | {"inner_backend": "eager"} | options
     with torch.no_grad():
-        found = torch.compile(program, backend="minference", options=FULL_BUDGET)(x)
+        found = torch.compile(program, backend="minference", options=options)(x)
     return found, reports()[-1].sites
 
 
@@ -85,6 +111,9 @@ PROGRAMS = (
     given_to_sdpa,
     expanded_to_all_rows,
     of_grouped_heads,
+    hidden_inside_of_the_mask,
+    of_the_values,
+    added_to_a_mask_for_sdpa,
 )
 
 
@@ -115,11 +144,35 @@ def written_later(x):
     return out @ x
 
 
-@pytest.mark.parametrize("program", [bias_of_each_row, under_a_softcap, written_later])
+def best_keys_of_each_row(x):
+    """Doge above its window: each query keeps the best keys of its prefix."""
+    n = x.shape[2]
+    mask = torch.exp(x.sum(-1))[:, :, None].expand(-1, -1, n, -1)
+    mask = mask.masked_fill(causal(n) != 0, torch.finfo(x.dtype).min)
+    best = torch.zeros_like(mask).scatter(-1, mask.topk(16, -1).indices, 1.0)
+    mask = mask.masked_fill(best == 0, torch.finfo(x.dtype).min)
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def of_each_row_in_the_mask(x):
+    mask = (x[:, :, :, :1] * torch.arange(x.shape[2])).masked_fill(causal(x.shape[2]) != 0, -1e30)
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+NO_BIAS_PER_KEY = (
+    bias_of_each_row,
+    under_a_softcap,
+    written_later,
+    best_keys_of_each_row,
+    of_each_row_in_the_mask,
+)
+
+
+@pytest.mark.parametrize("program", NO_BIAS_PER_KEY)
 def test_what_is_no_bias_per_key_stays_dense(program):
     x = torch.randn(B, H, N, D, generator=torch.Generator().manual_seed(0))
     expected = program(x)
-    found, sites = compiled_sites(program, x)
+    found, sites = compiled_sites(program, x, read_masks=False)
     assert [site.status for site in sites] == ["dense"]
     assert torch.allclose(found, expected, atol=1e-4)
 

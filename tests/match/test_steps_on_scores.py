@@ -85,7 +85,16 @@ class GatedBySinks(nn.Module):
         return F.softmax(scores, -1) @ x * gate.unsqueeze(-1)
 
 
+def masked_in_the_shape_of_the_scores(x):
+    """XLM: the scores give a mask their shape, and the weights their dtype."""
+    scores = x @ x.mT / 4
+    hidden = (causal(N) != 0).expand_as(scores)
+    scores.masked_fill_(hidden, LOWEST)
+    return F.softmax(scores.float(), -1).type_as(scores) @ x
+
+
 SERVED = (
+    masked_in_the_shape_of_the_scores,
     not_below_the_lowest,
     clamped,
     masked_before_the_scale,
@@ -167,7 +176,13 @@ class GatedWithoutSinks(GatedBySinks):
         return F.softmax(scores, -1) @ x * gate.unsqueeze(-1)
 
 
+def shape_of_the_scores_given_away(x):
+    scores = x @ x.mT / 4 + causal(N)
+    return F.softmax(scores, -1) @ x + x[:, :, :, :1].expand_as(scores)[..., :D]
+
+
 DENSE = {
+    shape_of_the_scores_given_away: "also read by expand_as",
     cut_off: "scores are changed by clamp",
     turned_round: "after the mask",
     hidden_too_little: "additive bias",
