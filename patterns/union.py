@@ -83,10 +83,10 @@ class VerticalBlock(ListPattern):
         index takes 4 * max_blocks bytes per 64 queries and head.
     last_queries: The columns are chosen by this many queries at the end of the prompt: 16, 32 or
         64.
-    at_length: `row_share` is meant for prompts of this many keys, and shorter prompts have a larger
-        one, longer prompts a smaller one (`at`). 0 for one share at every length.
     per: Blocks are chosen for each query "head", or once for the query heads of a "kv_head" that
         have these parameters, at the cost of one of them: they give the query rows in turn.
+    at_length: `row_share` is meant for prompts of this many keys, and shorter prompts have a larger
+        one, longer prompts a smaller one (`at`). 0 for one share at every length.
     """
 
     mass: float = 0.6
