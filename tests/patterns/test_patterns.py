@@ -209,7 +209,7 @@ def test_unknown_pattern_names_the_nearest():
         ({"enable_gqa": False}, "enable_gqa=True"),
         ({"query_offset": 5}, "query_offset 5"),
         ({"window": -1}, "window is -1"),
-        ({"is_causal": False, "pattern": "union"}, "causal attention only"),
+        ({"is_causal": False, "pattern": "vertical_slash"}, "causal attention only"),
         ({"key_mask": torch.ones(1, 3, dtype=torch.bool)}, "key_mask"),
     ],
 )

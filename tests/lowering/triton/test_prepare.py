@@ -275,7 +275,7 @@ MOST = {
     "sample_attention": (5, 47),
     "strided": (3, 41),
     "tri_shape": (3, 43),
-    "union": (10, 8),
+    "union": (9, 8),
     "vertical_slash": (8, 11),
     "x_attention": (5, 3),
 }
