@@ -53,7 +53,7 @@ def exact_estimates():
 
 
 @pytest.mark.usefixtures("exact_estimates")
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", part_of_today(PATTERNS, share=2), ids=str)
 @settings(max_examples=12)
 @given(tensors=attentions())
 def test_pattern_computes_dense_attention_under_its_computed_mask(pattern, tensors):
@@ -84,7 +84,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize(
-    ("pattern", "dtype"), part_of_today(itertools.product(PATTERNS, DTYPES), share=2), ids=str
+    ("pattern", "dtype"), part_of_today(itertools.product(PATTERNS, DTYPES), share=4), ids=str
 )
 def test_pattern_serves_padding_windows_and_dtypes(pattern, dtype):
     query, key, value = random_attention(batch=3, num_queries=300, dtype=dtype)

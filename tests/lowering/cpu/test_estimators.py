@@ -36,6 +36,7 @@ from tests.helpers.cpu_cases import (
     needs_kernels,
 )
 from tests.helpers.pairwise import pairwise
+from tests.helpers.rotation import part_of_today
 from tests.lowering.cpu.test_source import EMULATED_TILES
 
 pytestmark = needs_kernels
@@ -156,7 +157,11 @@ SOURCES = list(itertools.product(ESTIMATORS, DTYPES, instruction_sets()))
 """Each makes another generated source."""
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "instruction_set", "window", "place"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "instruction_set", "window", "place"),
+    part_of_today(CASES, share=2),
+    ids=str,
+)
 def test_generated_code_selects_what_plain_torch_selects(
     kernel: str, dtype: torch.dtype, instruction_set: str, window: int, place: tuple[int, bool]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -170,8 +171,9 @@ def test_means_in_8_bits_are_those_of_the_keys_less_one_vector(size):
         assert (found.weights[:, head].exp2() - counts).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("lines", [64, 128])
-@pytest.mark.parametrize("mask", MASKS_TODAY)
+@pytest.mark.parametrize(
+    ("mask", "lines"), part_of_today(itertools.product(MASKS_TODAY, (64, 128)), share=3)
+)
 def test_union_in_8_bits_selects_nearly_what_the_reference_selects(mask, lines):
     mask = MASKS[mask]
     query, key = tensors(mask, head_dim=80)
