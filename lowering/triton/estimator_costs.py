@@ -18,7 +18,7 @@ from typing import Any
 from mpass.lowering.index import BLOCK
 from mpass.lowering.triton.chips import Chip
 from mpass.lowering.triton.list_blocks import SCORE_BYTES
-from mpass.lowering.triton.spec import power_of_two
+from mpass.lowering.triton.spec import INT8_TARGETS, power_of_two
 
 BANDWIDTH = 0.9
 """Share of a chip's bandwidth that kernels reach which only move bytes."""
@@ -176,7 +176,8 @@ def list_step(chip: Chip, shape: Shape, candidates: float, max_blocks: int, turn
 def vertical_block(chip: Chip, shape: Shape, rule: Any) -> Iterator[Step]:
     heads, dim = shape.heads, shape.head_dim
     yield run(chip, "buffers", launches=0, ops=1)
-    yield run(chip, "find_centre")
+    if chip.target in INT8_TARGETS:
+        yield run(chip, "find_centre")
     yield run(chip, "pool_runs", moved=1.125 * shape.key_bytes / RUNS)
     scores = 4.0 * heads * shape.query_blocks * shape.key_blocks
     turns = chunks(scores)
