@@ -12,6 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpass.lowering.index import BLOCK, SparseIndex
 
+BACKENDS: dict[str, SDPBackend | None] = {
+    "sdpa": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+"""Dense attention of torch, by its own choice and by each backend that is worth it."""
+
 FLEX_LIMIT = 131072
 """Beyond this FlexAttention's block mask, an entry per pair of blocks, outgrows the memory."""
 

@@ -119,12 +119,7 @@ def attention(setting: Setting, length: int) -> Iterator[Work]:
             f"attention/densities of {name}/{length}",
             functools.partial(recorded_attention, setting, length, name),
         )
-    backends = {
-        "sdpa": None,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-    }
-    for name, backend in backends.items():
+    for name, backend in rivals.BACKENDS.items():
         if not (setting.smoke and backend):
             yield f"attention/{name}/{length}", functools.partial(dense, setting, length, backend)
     if length <= rivals.FLEX_LIMIT:

@@ -126,8 +126,9 @@ def check_gradients(
     out, lse = reference.sparse_attention_lse(wide, index)
     result = ForwardResult(grad_out.double(), out, lse)
     truth = list(reference_backward.attention_backward(wide, index, result))
-    if sinks is not None:
-        truth.append(reference_backward.sink_gradient(wide, result))  # type: ignore[arg-type]
+    grad_sinks = reference_backward.sink_gradient(wide, result)
+    if grad_sinks is not None:
+        truth.append(grad_sinks)
     row: Row = {"seed": seed, "repeats": all(map(torch.equal, *runs))}
     for name, one, right in zip(("query", "key", "value", "sinks"), runs[0], truth, strict=False):
         row[name] = float((one.double() - right).norm() / right.norm())
@@ -222,12 +223,7 @@ def training(setting: Setting, estimators: dict[str, Estimator]) -> Iterator[Wor
             measured[f"block top k {density:g}"] = functools.partial(top_k, top_k=count)
         for name, estimate in measured.items():
             yield f"training/{name}/{length}", functools.partial(step, setting, length, estimate)
-        backends = {
-            "sdpa": None,
-            "flash": SDPBackend.FLASH_ATTENTION,
-            "cudnn": SDPBackend.CUDNN_ATTENTION,
-        }
-        for name, backend in backends.items():
+        for name, backend in rivals.BACKENDS.items():
             if not (setting.smoke and backend):
                 work = functools.partial(dense_step, setting, length, backend)
                 yield f"training/{name}/{length}", work

@@ -58,7 +58,8 @@ def checked(number: int, layer: Any, selection: KVSelection) -> torch.Tensor | N
         )
     if positions.shape[-1] >= length:
         return None
-    own: torch.Tensor = layer.keys  # type: ignore[assignment]
+    own = layer.keys
+    assert own is not None, "a layer that has a length has keys"
     if positions.shape[:2] != own.shape[:2]:
         shapes = f"{tuple(own.shape[:2])}, the selection of {tuple(positions.shape[:2])}"
         raise KVCacheError(number, f"its batch and heads are {shapes}")
