@@ -203,6 +203,25 @@ def test_other_steps_are_seen_and_stay_dense(program):
     assert torch.equal(found, program(x))
 
 
+@pytest.mark.parametrize("keeps_last", [False, True], ids=["[B, H, Nq]", "[B, H, Nq, 1]"])
+def test_a_number_per_query_is_no_sink_where_there_are_as_many_heads(keeps_last):
+    """Of fewer dimensions than the log-sum-exps, a tensor's second one may be the queries."""
+    heads = N
+    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(1))
+
+    def program(x):
+        given = sinks.view(1, -1, 1) if keeps_last else sinks.view(1, -1)
+        scores = x @ x.mT / 4 + causal(N)
+        gate = (torch.logsumexp(scores, -1, keepdim=keeps_last) - given).sigmoid()
+        return F.softmax(scores, -1) @ x * (gate if keeps_last else gate.unsqueeze(-1))
+
+    x = torch.randn(1, heads, N, D, generator=torch.Generator().manual_seed(2))
+    options = FULL_BUDGET | {"inner_backend": "eager", "validate": "off"}
+    found, sites = compiled(program, x, options)
+    assert [site.status for site in sites] == ["dense"], sites
+    assert torch.equal(found, program(x))
+
+
 def test_layers_between_products_are_no_attention():
     """A router's softmax of what attention gave, whose widths are alike by chance."""
 
