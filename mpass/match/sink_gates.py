@@ -55,7 +55,9 @@ def sink_gate(chain: Chain, weights: Weights) -> SinkGate | None:
             if place_of(user, node) != "input" or given.keys() - {"input", "other"}:
                 return None
             # Of fewer dimensions their second one would meet another one of the log-sum-exps.
-            if not is_tensor(sinks) or len(shape_of(sinks)) != len(shape_of(node)):
+            if not isinstance(sinks, fx.Node) or not is_tensor(sinks):
+                return None
+            if len(shape_of(sinks)) != len(shape_of(node)):
                 return None
         elif name == "sigmoid" and sinks is not None and not is_gate:
             is_gate = True
