@@ -28,6 +28,7 @@ from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.lowering.kv_selection import SnapKV
+from mpass.match.top_keys import kept_reason
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.patterns.base.registry import serving_both_ways
@@ -47,6 +48,9 @@ UNKNOWN_SIZE = "a size is known at run time only ({}, as Tensor.item() gives it)
 
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
+
+KEPT_SHORTEST = 512
+"""Keys from which it pays to skip those that a model's own mask leaves out (docs/training.md)."""
 
 LARGEST = torch.finfo(torch.float32).max
 """The largest scale of scores that is a number in fp32, which the kernels compute in."""
@@ -138,7 +142,7 @@ def reason_to_skip(site: AttentionSite) -> str:
     if not abs(site.scale) <= LARGEST:
         return f"scale is {site.scale:g}: scores are no numbers"
     query, key, value = (example(node) for node in (site.query, site.key, site.value))
-    reason = dtype_reason(site)
+    reason = dtype_reason(site) or kept_reason(site)
     if reason:
         return reason
     if device_lowering(query.device) is REFERENCE:
@@ -203,8 +207,6 @@ def training_reason(site: AttentionSite) -> str:
         return f"no backward kernels are generated for device {query.device.type!r}"
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
-    if site.key_bias is not None:
-        return "trained with a bias per key: that op has no backward"
     if site.listed is not None:
         return "trained under lists of blocks: that op has no backward"
     if site.mask is not None and site.mask.mean_of_hidden:
@@ -298,10 +300,11 @@ def decide_length(
     # Means of what is left out have no backward, and neither has the meter.
     summaries = options.summaries if takes_summaries(site) and not trained else 0
     selecting = options.kv_select if feeds_a_cache(site) and not trained else None
+    source = "the model" if site.kept is not None else resolved.source
     # The meter knows what a selection loses, and not what means give back.
-    plain = not summaries and not trained and selecting is None
+    plain = not summaries and not trained and selecting is None and site.kept is None
     plan = AttentionPlan(
-        *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
+        *(site, resolved.patterns, options.dense_above, 0, source, shortest),
         training=trained,
         summaries=summaries,
         measured=meter_number(site) if options.measure and plain else 0,
@@ -332,7 +335,8 @@ def takes_summaries(site: AttentionSite) -> bool:
 def feeds_a_cache(site: AttentionSite) -> bool:
     """Whether the keys may be those of a cache that can be cut: causal, of all positions."""
     mask = site.mask
-    return mask is not None and mask.causal and not mask.window and site.layer >= 0
+    own = mask is not None and mask.causal and not mask.window and site.kept is None
+    return own and site.layer >= 0
 
 
 def meter_number(site: AttentionSite) -> int:
@@ -361,6 +365,8 @@ def least_lengths(
     """
     lowering = device_lowering(example(site.query).device)
     keys = resolved.min_seq_len
+    if keys is None and site.kept is not None:
+        keys = KEPT_SHORTEST
     ask = lowering.least_lengths
     if keys is None and ask is not None and options.dense_above < 1.0 and site.mask is not None:
         work = layer_work(

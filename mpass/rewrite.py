@@ -24,7 +24,7 @@ from mpass.graph.lengths import as_argument
 from mpass.graph.new_nodes import Known, copy_meta, nodes_between, propagate, value_key
 from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.printing import count_ops, without_guards
-from mpass.graph.site import AttentionSite, MaskMeaning
+from mpass.graph.site import AttentionSite, KeptKeys, MaskMeaning
 from mpass.match import OpenedCall, settle_calls
 from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
@@ -134,6 +134,8 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     site, mask = plan.site, plan.site.mask
     if site.read_mask is not None:
         return insert_masked(graph, plan, site.read_mask)
+    if site.kept is not None:
+        return insert_kept(graph, plan, site.kept)
     if mask is None:
         raise AssertionError(f"site {site.path or site.output.name} was planned without a mask")
     with graph.inserting_before(site.output):
@@ -244,6 +246,30 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
             guarded_by(plan),
         )
         created = [*form, output]
+        output = insert_dimensions(graph, site, output)
+        created.append(output)
+    for node in created:
+        copy_meta(site.output, node)
+    return output
+
+
+def insert_kept(graph: fx.Graph, plan: AttentionPlan, kept: KeptKeys) -> fx.Node:
+    """Attention to the keys that the model itself chooses for each query."""
+    site, mask = plan.site, plan.site.mask
+    if mask is None or site.key_bias is None:
+        raise AssertionError(f"site {site.path or site.output.name} keeps keys without a bias")
+    with graph.inserting_before(site.output):
+        site = insert_casts(graph, site)
+        key, value, key_mask = insert_keys(graph, site, mask)
+        results = graph.call_function(
+            torch.ops.minference.dynamic_mask_attention.default,
+            (
+                *(site.query, key, value, site.key_bias, key_mask, kept.keep, kept.hidden, False),
+                *(as_argument(graph, mask.query_offset), site.scale),
+            ),
+        )
+        output = graph.call_function(operator.getitem, (results, 0))
+        created = [results, output]
         output = insert_dimensions(graph, site, output)
         created.append(output)
     for node in created:

@@ -132,11 +132,7 @@ def choose_keys(call: Units, mask: DynamicMask) -> tuple[Tensor, Tensor]:
     comparable = numbers.isfinite() & (numbers > mask.hidden)
     if not bool((comparable | ~real).all()):
         return torch.zeros_like(numbers, dtype=torch.int32), torch.ones_like(real)
-    return search(numbers)(numbers, real, mask.keep)
-
-
-def search(numbers: Tensor):  # type: ignore[no-untyped-def]
-    return find_expiries
+    return find_expiries(numbers, real, mask.keep)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +144,9 @@ class Strip:
     visible: Tensor
 
 
-def strips(expiry: Tensor, tied: Tensor, num_queries: int, offset: int, size: int) -> Iterator[Strip]:
+def strips(
+    expiry: Tensor, tied: Tensor, num_queries: int, offset: int, size: int
+) -> Iterator[Strip]:
     """Rows that are not tied, `size` at a time, with every key that one of them sees."""
     count = expiry.shape[0]
     device = expiry.device
@@ -268,8 +266,9 @@ def dynamic_mask_backward(
     grads = grad_out.to(wide).reshape(*call.query.shape[:3], -1)
     dots = (grad_out.to(wide) * out.to(wide)).sum(-1).reshape(call.query.shape[:3])
     sums = lse.to(wide).reshape(dots.shape).clamp(min=torch.finfo(wide).min)
-    grad_query, grad_key = torch.zeros_like(call.query), torch.zeros_like(call.key)
-    grad_value, grad_bias = torch.zeros_like(call.value), call.key.new_zeros(call.numbers.shape)
+    grad_query, grad_key, grad_value, grad_bias = (
+        call.query.new_zeros(t.shape) for t in (call.query, call.key, call.value, call.numbers)
+    )
 
     def differentiate(
         at: slice, rows: slice | Tensor, own: Units, visible: Tensor

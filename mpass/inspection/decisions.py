@@ -39,9 +39,7 @@ def decision_as_dict(decision: AttentionPlan | Skip) -> dict[str, Any]:
         "softcap": site.softcap,
         "decision": "dense" if isinstance(decision, Skip) else "sparse",
         "reason": decision.reason if isinstance(decision, Skip) else "",
-        "patterns": ""
-        if isinstance(decision, Skip)
-        else patterns_of_heads([str(pattern) for pattern in decision.patterns]),
+        "patterns": "" if isinstance(decision, Skip) else patterns_of_heads(pattern_names(decision)),
         "patterns from": decision.config_source,
         "mask": str(mask_formula(site.mask)) if site.mask else "unproven",
         "proof": list(site.mask.proof) if site.mask else [site.unproven],
