@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.lowering.ops import NAMESPACE
+from mpass.lowering.define import NAMESPACE
 from mpass.lowering.reference import dynamic_mask as reference
 from mpass.lowering.reference.attention import empty_lse, empty_output
 from mpass.lowering.reference.dynamic_mask import DynamicMask
@@ -45,10 +45,10 @@ def dynamic_mask_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention to the `keep` visible keys whose numbers are largest, with these numbers added.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> the output [B, H, Nq, Dv], laid
-    out as [B, Nq, H, Dv], and the log-sum-exps [B, H, Nq] in fp32. bias: [B or 1, H or Hk or 1, 1,
-    Nk]. keep, hidden, early, query_offset, key_mask: see `DynamicMask`. Rows that see no key are
-    zeros.
+    query [B, H, Nq, D], key [B, Hk, Nk, D], value [B, Hk, Nk, Dv] -> the output [B, H, Nq, Dv],
+    laid out as [B, Nq, H, Dv], and the log-sum-exps [B, H, Nq] in fp32. bias: [B or 1, H or Hk or
+    1, 1, Nk]. keep, hidden, early, query_offset, key_mask: see `DynamicMask`. Rows that see no key
+    are zeros.
     """
     *mask, scale = rest
     return reference.dynamic_mask_attention(query, key, value, mask_of(*mask), scale)

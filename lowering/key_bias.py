@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpass.lowering.define import define_op, fake_of
+from mpass.lowering.define import NAMESPACE
 
 PARTS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 3, torch.float16: 3}
 """Channels that hold one bias: what one number of the dtype cannot say, the next ones do."""
@@ -89,9 +89,10 @@ def as_rows(bias: Tensor, batch: int, heads: int) -> Tensor:
     return rows.reshape(batch, heads, -1) if rows.shape[0] == batch * heads else rows[None]
 
 
-@define_op(
-    "with_key_bias",
-    "(Tensor query, Tensor key, Tensor bias, float factor, float scale, bool shifted) -> "
+@torch.library.custom_op(
+    f"{NAMESPACE}::with_key_bias",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor bias, float factor, float scale, bool shifted) -> "
     "(Tensor, Tensor)",
 )
 def with_key_bias_op(
@@ -109,7 +110,7 @@ def with_key_bias_op(
     return with_key_bias(query, key, rows.expand(*rows.shape[:2], key.shape[2]), scale)
 
 
-@fake_of("with_key_bias")
+@with_key_bias_op.register_fake
 def _(
     query: Tensor, key: Tensor, bias: Tensor, factor: float, scale: float, shifted: bool
 ) -> tuple[Tensor, Tensor]:

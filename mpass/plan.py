@@ -28,7 +28,7 @@ from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.lowering.kv_selection import SnapKV
-from mpass.match.top_keys import kept_reason
+from mpass.match.top_keys import KEPT_SHORTEST, kept_reason
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.patterns.base.registry import serving_both_ways
@@ -48,9 +48,6 @@ UNKNOWN_SIZE = "a size is known at run time only ({}, as Tensor.item() gives it)
 
 FEWEST_QUERIES = 128
 """A chunk of fewer queries stays dense: packing the keys would cost as much as it saves."""
-
-KEPT_SHORTEST = 512
-"""Keys from which it pays to skip those that a model's own mask leaves out (docs/training.md)."""
 
 LARGEST = torch.finfo(torch.float32).max
 """The largest scale of scores that is a number in fp32, which the kernels compute in."""
@@ -300,11 +297,10 @@ def decide_length(
     # Means of what is left out have no backward, and neither has the meter.
     summaries = options.summaries if takes_summaries(site) and not trained else 0
     selecting = options.kv_select if feeds_a_cache(site) and not trained else None
-    source = "the model" if site.kept is not None else resolved.source
     # The meter knows what a selection loses, and not what means give back.
     plain = not summaries and not trained and selecting is None and site.kept is None
     plan = AttentionPlan(
-        *(site, resolved.patterns, options.dense_above, 0, source, shortest),
+        *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
         training=trained,
         summaries=summaries,
         measured=meter_number(site) if options.measure and plain else 0,

@@ -133,7 +133,7 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         spelling=site.spelling,
         mask=site.mask.proof if site.mask else decided_later(decision),
         source=site.source,
-        config_source=decision.config_source,
+        config_source="the model" if sparse and site.kept else decision.config_source,
         module=innermost_module(site.output),
         training=isinstance(decision, AttentionPlan) and decision.training,
         measured=decision.measured if isinstance(decision, AttentionPlan) else 0,

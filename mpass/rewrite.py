@@ -17,8 +17,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+import mpass.lowering.dynamic_mask  # noqa: F401  (defines minference::dynamic_mask_attention)
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
+from mpass.graph.layout_nodes import insert_dimensions, insert_layout
 from mpass.graph.layouts import difference, is_rearranged, layout_order, same_layout
 from mpass.graph.lengths import as_argument
 from mpass.graph.new_nodes import Known, copy_meta, nodes_between, propagate, value_key
@@ -277,19 +279,6 @@ def insert_kept(graph: fx.Graph, plan: AttentionPlan, kept: KeptKeys) -> fx.Node
     return output
 
 
-def insert_dimensions(graph: fx.Graph, site: AttentionSite, output: fx.Node) -> fx.Node:
-    """A result [B, H, Nq, Dv] with the dimensions of the site's output."""
-    if site.output_transposed:
-        return graph.call_function(aten.transpose.int, (output, 1, 2))
-    if not site.output_folded:
-        return output
-    *leading, _, _ = shape_of(site.output)
-    if len(leading) == 1:
-        return graph.call_function(aten.flatten.using_ints, (output, 0, 1))
-    sizes = [as_argument(graph, size) for size in leading[:-1]]
-    return graph.call_function(aten.unflatten.int, (output, 0, sizes))
-
-
 def insert_casts(graph: fx.Graph, site: AttentionSite) -> AttentionSite:
     """The site with query, key and value as autocast narrows them."""
 
@@ -329,23 +318,6 @@ def insert_sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
     node = graph.call_function(aten.clone.default, (sinks,), dict(CONTIGUOUS))
     copy_meta(site.output, node)
     return node
-
-
-def insert_layout(
-    graph: fx.Graph, origin: fx.Node, output: fx.Node, order: tuple[int, ...]
-) -> fx.Node:
-    """A copy of the output whose dimensions lie in memory in an order."""
-    back = tuple(order.index(dim) for dim in range(len(order)))
-    with graph.inserting_before(origin):
-        for target, arguments, settings in (
-            (aten.permute.default, (list(order),), {}),
-            (aten.clone.default, (), CONTIGUOUS),
-            (aten.permute.default, (list(back),), {}),
-        ):
-            output = graph.call_function(target, (output, *arguments), dict(settings))
-            copy_meta(origin, output)
-            propagate(output, origin)
-    return output
 
 
 def insert_check(

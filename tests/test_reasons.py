@@ -102,7 +102,8 @@ UNREACHED = {
     "no backward kernels are generated for device {}": "test_training.py",
     "trained under a mask that is read at run time: that op has no backward": "test_training.py",
     "trained under lists of blocks: that op has no backward": "torch refuses it on CPUs",
-    "the best keys are chosen by numbers of few digits, of which many are equal": "test_top_keys.py",
+    "the best keys are chosen by numbers of few digits, of which many are equal": "see "
+    "test_top_keys.py",
     "the best keys of each query are found by the host: on CPUs only": "there is no GPU in tests",
     "trained where rows without a key get a mean: that op has no backward": "test_training.py",
     "a checkpoint with a context_fn chooses itself what is recomputed": "test_training.py",

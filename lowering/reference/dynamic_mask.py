@@ -6,9 +6,10 @@ do not depend on the query, so that a key once dropped never returns: what every
 by one position per key, its *expiry*, and key j is seen from position j to its expiry.
 
 Where the last number that is kept equals the first that is dropped, which of them is kept is
-torch.topk's own affair: such rows are *tied*, and torch.topk is asked, row by row. Letters: B batch,
-H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim, Dv value dim; U units that choose keys
-together: B times Hk, or B times H where each query head has numbers of its own.
+torch.topk's own affair: such rows are *tied*, and torch.topk is asked, row by row.
+
+Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim, Dv value dim; U units
+that choose keys together: B times Hk, or B times H where each query head has numbers of its own.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def choose_keys(call: Units, mask: DynamicMask) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Strip:
-    """Some rows of all units: lists of keys [U, M], and what each row sees of them, [U, rows, M]."""
+    """Some rows of all units: lists of keys [U, M], and what rows see of them, [U, rows, M]."""
 
     rows: slice
     keys: Tensor

@@ -18,6 +18,9 @@ from mpass.masks.prover import MaskProver
 from mpass.masks.scores import ROUNDS_SCORES_OFF
 from mpass.match.common import constant_number
 
+KEPT_SHORTEST = 512
+"""Keys from which it pays to skip those that a model's own mask leaves out (docs/training.md)."""
+
 ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 
 

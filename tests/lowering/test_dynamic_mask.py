@@ -33,7 +33,7 @@ def written_out(
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
     )
-    return torch.where(mask.amax(-1, keepdim=True) > -torch.inf, out, 0.0)
+    return out.masked_fill((mask == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 @st.composite
