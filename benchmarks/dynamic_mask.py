@@ -51,7 +51,7 @@ class Stage:
 
 
 STAGES = {
-    "recall": (Stage(32, 4, 8, 160), Stage(64, 8, 16, 60), Stage(128, 8, 16, 140)),
+    "recall": (Stage(32, 4, 8, 140), Stage(64, 8, 16, 60), Stage(128, 8, 16, 120)),
     "text": (Stage(256, 0, 0, 160),),
 }
 
@@ -64,9 +64,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=int, default=32, help="keys that a query sees")
     parser.add_argument("--dim", type=int, default=128, help="two heads")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a batch")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch")
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--every", type=int, default=40, help="steps from evaluation to evaluation")
+    parser.add_argument("--every", type=int, default=20, help="steps from evaluation to evaluation")
     parser.add_argument("--held-out", type=int, default=64, help="sequences that are evaluated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
@@ -151,7 +151,9 @@ def train(
     torch._dynamo.reset()
     model = doge(options, task, kind)
     plain = model.model
-    optimiser = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.1
+    )
     start = 0
     if known and saved.is_file():
         state = torch.load(saved)
