@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpass.failures import contain
+from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.denoising import GRAPH, RUN, DenoisingRun, Kept
 from mpass.lowering.device import Lowering
 from mpass.lowering.dispatch import choose_lowering
@@ -29,7 +30,7 @@ from mpass.lowering.index import (
 )
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.lse_ops import dense_attention_lse
-from mpass.lowering.ops import ATTENTION_SCHEMA, NAMESPACE, OverIndex, decide_dense, over_index
+from mpass.lowering.ops import ATTENTION_SCHEMA, OverIndex, decide_dense, over_index
 from mpass.lowering.recorded_call import record_call
 from mpass.lowering.reference.attention import empty_output, selected_blocks
 from mpass.lowering.reference.dense import dense_attention
@@ -207,10 +208,9 @@ def bytes_needed(run: DenoisingRun, inputs: AttentionInputs) -> int:
     return size * (1 + run.schedule.order) + 4 * rows * run.schedule.ratio
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::sparse_attention_steps",
-    mutates_args=(),
-    schema=f"(int number, {ATTENTION_SCHEMA}) -> Tensor",
+@define_op(
+    "sparse_attention_steps",
+    f"(int number, {ATTENTION_SCHEMA}) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay one step for all
 )
 def sparse_attention_steps(number: int, *arguments: Any) -> Tensor:
@@ -236,6 +236,6 @@ def sparse_attention_steps(number: int, *arguments: Any) -> Tensor:
     return out
 
 
-@sparse_attention_steps.register_fake
+@fake_of("sparse_attention_steps")
 def _(number: int, query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return empty_output(query, value)

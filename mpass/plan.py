@@ -305,8 +305,8 @@ def decide_length(
     shortest = least.keys
     trained = is_trained(site)
     # Means of what is left out have no backward, and neither has the meter.
-    summaries = options.summaries if takes_summaries(site) and not trained else 0
-    selecting = options.kv_select if feeds_a_cache(site) and not trained else None
+    summaries = options.summaries if site.is_two_sided and site.softcap == 0 and not trained else 0
+    selecting = options.kv_select if site.feeds_a_cache and not trained else None
     # The meter knows what a selection loses, and not what means give back.
     kept = options.denoising and site.is_two_sided and not trained
     plain = not summaries and not trained and selecting is None and not kept
@@ -332,17 +332,6 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
-
-
-def takes_summaries(site: AttentionSite) -> bool:
-    """Whether keys that are left out may count by their means: see mpass.lowering.summaries."""
-    return site.is_two_sided and site.softcap == 0
-
-
-def feeds_a_cache(site: AttentionSite) -> bool:
-    """Whether the keys may be those of a cache that can be cut: causal, of all positions."""
-    mask = site.mask
-    return mask is not None and mask.causal and not mask.window and site.layer >= 0
 
 
 def queries_needed(num_queries: Length, num_keys: Length, least: LeastLengths) -> int:
