@@ -30,20 +30,21 @@ _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 def define_op(
-    name: str, schema: str, *, tags: Sequence[torch.Tag] = ()
+    name: str, schema: str, *, chooses: bool = False, tags: Sequence[torch.Tag] = ()
 ) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Make a function the op `minference::<name>`, on every device, instead of any before it.
 
     schema: of the arguments and results, as torch.library.define takes it; results are new tensors.
-    The op raises GradientError where an argument needs a gradient that is being recorded.
+    chooses: the results are indexes, counts and truth values, to which no gradient flows. Any other
+    op raises GradientError where an argument needs a gradient that is being recorded.
     """
 
     def decorate(function: Callable[..., Any]) -> torch._ops.OpOverload:
         forget_op(name)
         library = torch.library.Library(NAMESPACE, "FRAGMENT")
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-        kernel = torch._disable_dynamo(without_gradients(name, function))
-        library.impl(name, kernel, "CompositeExplicitAutograd")
+        kernel = function if chooses else without_gradients(name, function)
+        library.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
         _LIBRARIES[name], FUNCTIONS[name] = library, function
         op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
         return op

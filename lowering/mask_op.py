@@ -22,6 +22,7 @@ def as_four(mask: Tensor) -> Tensor:
 @define_op(
     "read_mask",
     "(Tensor mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    chooses=True,
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -330,6 +330,7 @@ def fill_rows_without_keys(out: Tensor, value: Tensor, key_mask: Tensor) -> None
     "join_indexes",
     "(Tensor[] parts, int[] head_slots, int[] heads, int[] num_heads) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    chooses=True,
 )
 def join(
     parts: Sequence[Tensor],

@@ -95,7 +95,7 @@ def define_index_op(cls: type[Pattern]) -> None:
         slots = head_slots(own.patterns, heads, query.shape[1] // key.shape[1])
         return empty_index(query, rows, own.width, slots).tensors()
 
-    define_op(cls.name, schema)(estimate)
+    define_op(cls.name, schema, chooses=True)(estimate)
     fake_of(cls.name)(fake)
 
 

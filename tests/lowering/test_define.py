@@ -55,6 +55,18 @@ def test_an_input_that_needs_a_gradient_is_refused_at_once(twice):
         assert torch.equal(twice(given, [1]), torch.ones(2))
 
 
+def test_no_gradient_flows_to_a_choice():
+    """A backend that runs the graph as it is calls estimators where gradients are recorded."""
+
+    @define_op("largest_of_a_test", "(Tensor given) -> Tensor", chooses=True)
+    def op(given):
+        return given.argmax(-1)
+
+    chosen = op(torch.ones(2, 3, requires_grad=True))
+    assert not chosen.requires_grad
+    forget_op("largest_of_a_test")
+
+
 def test_a_forgotten_op_is_gone(twice):
     forget_op("twice_of_a_test")
     assert not hasattr(torch.ops.minference, "twice_of_a_test")
