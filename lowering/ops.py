@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mpass.failures import contain
 from mpass.lowering.block_mask import BlockLists, attend_as_listed, lists_agree, warn_of_lists
+from mpass.lowering.define import NAMESPACE, define_op, fake_of
 from mpass.lowering.density import work_share
 from mpass.lowering.device import REFERENCE, Lowering
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
@@ -26,8 +27,6 @@ from mpass.lowering.meter import measure_call, rows_of_call
 from mpass.lowering.recorded_call import record_call
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
-
-NAMESPACE = "minference"
 
 INDEX_SCHEMA = (
     "Tensor block_count, Tensor block_index, Tensor diagonal_count, Tensor diagonal_index, "
@@ -121,10 +120,9 @@ def over_index(
     return OverIndex(inputs, index, dense_above, min_seq_len, layer, site)
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::sparse_attention",
-    mutates_args=(),
-    schema=f"({ATTENTION_SCHEMA}, int measured=0, float most_lost=1.0) -> Tensor",
+@define_op(
+    "sparse_attention",
+    f"({ATTENTION_SCHEMA}, int measured=0, float most_lost=1.0) -> Tensor",
 )
 def sparse_attention(*arguments: Any) -> Tensor:
     """Attention over the keys that the index selects; see lowering.reference for the meaning.
@@ -251,15 +249,14 @@ def decide_dense(
     return f"{share:.0%} of the work or more is selected, sparse pays up to {limit:.0%}"
 
 
-@sparse_attention.register_fake
+@fake_of("sparse_attention")
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return empty_output(query, value)
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? sinks, "
+@define_op(
+    "attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? sinks, "
     "SymInt query_offset, int window, bool causal, float scale, float softcap) -> Tensor",
 )
 def attention(
@@ -285,7 +282,7 @@ def attention(
     )
 
 
-@attention.register_fake
+@fake_of("attention")
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return empty_output(query, value)
 
@@ -357,11 +354,11 @@ def fill_rows_without_keys(out: Tensor, value: Tensor, key_mask: Tensor) -> None
     out.copy_(torch.where(missing[:, None, None, None], mean, out))
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::join_indexes",
-    mutates_args=(),
-    schema="(Tensor[] parts, int[] head_slots, int[] heads, int[] num_heads) -> "
+@define_op(
+    "join_indexes",
+    "(Tensor[] parts, int[] head_slots, int[] heads, int[] num_heads) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    chooses=True,
 )
 def join(
     parts: Sequence[Tensor],
@@ -383,7 +380,7 @@ def join(
     return join_indexes(indexes, head_lists).tensors()
 
 
-@join.register_fake
+@fake_of("join_indexes")
 def _(
     parts: Sequence[Tensor],
     head_slots: Sequence[int],

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mpass.failures import contain
+from mpass.lowering.define import NAMESPACE
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.lse_ops import ATTENTION_LSE, every_key, fake_attention_lse
-from mpass.lowering.ops import ATTENTION_SCHEMA, INDEX_SCHEMA, NAMESPACE, attend, over_index
+from mpass.lowering.ops import ATTENTION_SCHEMA, INDEX_SCHEMA, attend, over_index
 from mpass.lowering.reference.backward import ForwardResult, attention_backward, sink_gradient
 
 SINKS, SOFTCAP = 11, 16

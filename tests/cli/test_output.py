@@ -37,7 +37,7 @@ CHEAP = [
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A tiny model with a tokenizer in a folder, and a text for it."""
-    from tests.test_examples import save_tiny_llama
+    from tests.examples.test_examples import save_tiny_llama
 
     folder = tmp_path_factory.mktemp("model")
     save_tiny_llama(folder)

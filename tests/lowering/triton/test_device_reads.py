@@ -10,7 +10,6 @@ from dataclasses import astuple
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
 
 import mpass
 import mpass.serving.transformers_attention  # its op is among those that are walked
@@ -27,7 +26,6 @@ from mpass.lowering.index import (
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.kv_selection import SnapKV, select_keys
 from mpass.lowering.mask_forms import UNKNOWN
-from mpass.lowering.ops import NAMESPACE
 from mpass.lowering.recorder import record
 from mpass.lowering.reference.dense import dense_attention
 from mpass.lowering.reference.flex_prefill import distance_sums
@@ -42,6 +40,7 @@ from tests.helpers.fake_gpu import (
     Watched,
     meta_gpu,
 )
+from tests.helpers.op_functions import op_functions
 
 QUERIES, KEYS, HEADS = 700, 740, 4
 
@@ -160,14 +159,14 @@ def calls_under_a_mask(name, query, key, value, sinks):
         if name == "read_mask":
             yield (mask,)
             continue
-        read = OPDEFS[f"{NAMESPACE}::read_mask"]._init_fn(mask)
+        read = op_functions()["read_mask"](mask)
         text = patterns_as_text([registered_patterns()["a_shape"]()] * HEADS)
         for softcap, written_out in ((0.0, False), (2.0, True)):
             rest = (text, 0.2, softcap, written_out, 0.5, 0, 3)
             yield (query, key, value, mask, *read, None if written_out else sinks, *rest)
 
 
-OPS = sorted(name.split("::")[1] for name in OPDEFS if name.startswith(f"{NAMESPACE}::"))
+OPS = sorted(op_functions())
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -175,7 +174,7 @@ OPS = sorted(name.split("::")[1] for name in OPDEFS if name.startswith(f"{NAMESP
 def test_no_op_reads_the_device(name, mask, device):
     arguments = list(calls(name, device, *mask))
     assert arguments
-    implementation = OPDEFS[f"{NAMESPACE}::{name}"]._init_fn
+    implementation = op_functions()[name]
     # Which way the forward pass ran lies on the CPU already.
     backward = name == "sparse_attention_backward"
     forbidden = ADDS_BY_ATOMICS if backward else set()
@@ -200,7 +199,7 @@ def test_attend_reads_no_tensor_on_the_way_to_its_ops(patterns, queries, device)
 def test_a_mask_that_only_running_tells_is_not_read_there(device):
     mask = torch.zeros(2, 1, QUERIES, KEYS, dtype=torch.bool, device=device)
     with Watched():
-        form, *_ = OPDEFS[f"{NAMESPACE}::read_mask"]._init_fn(mask)
+        form, *_ = op_functions()["read_mask"](mask)
     assert int(form[0]) == UNKNOWN
 
 
