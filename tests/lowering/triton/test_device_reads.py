@@ -95,6 +95,8 @@ def calls(name, device, offset, window, padded):
                 rest = (softcap, 0.5, shortest, 3)
                 yield (query, key, value, *index, key_mask, sinks, *words, *rest)
                 yield (query, key, value, *index, key_mask, None, *words, *rest)
+                yield (query, key, value, *index, key_mask, None, *words, *rest, 5, 0, 0.4)
+                yield (query, key, value, *index, key_mask, sinks, *words, *rest, 5, 9, 0.4)
     elif name == "attention":
         one = query[:, :, :1]
         yield (query, key, value, key_mask, None, *words, 0.0)
