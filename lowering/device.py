@@ -18,7 +18,7 @@ from mpass.lowering.block_mask import BlockLists
 from mpass.lowering.crossover import EstimatedWork, LayerWork, LeastLengths, PatternWork
 from mpass.lowering.estimators import EstimateFunction, Estimator
 from mpass.lowering.index import SparseIndex
-from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.inputs import AttentionInputs, RowLosses
 from mpass.lowering.reference import attention, dense, linear
 from mpass.lowering.reference.backward import ForwardResult, Gradients
 
@@ -76,6 +76,7 @@ class Lowering:
     shapes only, so that fake tensors will do.
     sparse_attention, sparse_attention_lse, dense_attention: as their references in
     mpass.lowering.reference.
+    row_losses: as in mpass.lowering.exact_rows.
     correct_as_listed: as in mpass.lowering.block_mask; asked for where costs do not decide.
     attention_backward: as in mpass.lowering.reference.backward; None where nothing is trained.
     estimators: its own implementations; the reference serves where there is none.
@@ -113,6 +114,9 @@ class Lowering:
     attention_backward: (
         Callable[[AttentionInputs, SparseIndex, ForwardResult], Gradients] | None
     ) = None
+    row_losses: Callable[[AttentionInputs, SparseIndex, int, bool], RowLosses] = Lazy(
+        "mpass.lowering.exact_rows:row_losses"
+    )
     dense_attention: Callable[[AttentionInputs], Tensor] = dense.dense_attention
     correct_as_listed: Callable[[Tensor, AttentionInputs, BlockLists], None] = (
         block_mask.correct_as_listed

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpass.lowering.define import define_op, fake_of
+
 PARTS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 3, torch.float16: 3}
 """Channels that hold one bias: what one number of the dtype cannot say, the next ones do."""
 
@@ -85,10 +87,9 @@ def as_rows(bias: Tensor, batch: int, heads: int) -> Tensor:
     return rows.reshape(batch, heads, -1) if rows.shape[0] == batch * heads else rows[None]
 
 
-@torch.library.custom_op(
-    "minference::with_key_bias",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor bias, float factor, float scale, bool shifted) -> "
+@define_op(
+    "with_key_bias",
+    "(Tensor query, Tensor key, Tensor bias, float factor, float scale, bool shifted) -> "
     "(Tensor, Tensor)",
 )
 def with_key_bias_op(
@@ -106,7 +107,7 @@ def with_key_bias_op(
     return with_key_bias(query, key, rows.expand(*rows.shape[:2], key.shape[2]), scale)
 
 
-@with_key_bias_op.register_fake
+@fake_of("with_key_bias")
 def _(
     query: Tensor, key: Tensor, bias: Tensor, factor: float, scale: float, shifted: bool
 ) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from mpass.errors import OptionValueError
+from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
-from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, NAMESPACE, attend, over_index
+from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, attend, over_index
 from mpass.lowering.reference import kv_selection as reference
 from mpass.lowering.reference.attention import empty_output
 from mpass.lowering.reference.kv_selection import Pool
@@ -101,10 +101,9 @@ def keep_selection(
     selection.length[layer] = key.shape[2]
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::sparse_attention_kv",
-    mutates_args=(),
-    schema=f"(int budget, int observed, int kernel, str pool, {ATTENTION_SCHEMA}) -> Tensor",
+@define_op(
+    "sparse_attention_kv",
+    f"(int budget, int observed, int kernel, str pool, {ATTENTION_SCHEMA}) -> Tensor",
 )
 def sparse_attention_kv(
     budget: int, observed: int, kernel: int, pool: Pool, *arguments: Any
@@ -115,14 +114,14 @@ def sparse_attention_kv(
     attention; the selection goes to whoever listens, see `select_keys`.
     """
     call = over_index(*arguments)
-    out, _ = attend(call, ATTENTION)
+    out = attend(call, ATTENTION).result
     selection = LISTENER.get()
     if selection is not None:
         keep_selection(selection, call.inputs, call.layer, (budget, observed, kernel), pool)
     return out
 
 
-@sparse_attention_kv.register_fake
+@fake_of("sparse_attention_kv")
 def _(
     budget: int,
     observed: int,

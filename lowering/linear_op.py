@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mpass.failures import contain
+from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.reference import linear
 
@@ -19,9 +20,7 @@ FEWEST_ROWS = 128
 """Rows of the input from which other numbers pay: decoding reads a weight once for each row."""
 
 
-@torch.library.custom_op(
-    "minference::quantize_rows", mutates_args=(), schema="(Tensor rows) -> (Tensor, Tensor)"
-)
+@define_op("quantize_rows", "(Tensor rows) -> (Tensor, Tensor)")
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [.., K] of an input as levels, uint8 [.., K], and steps, fp32 [.., 1]."""
     try:
@@ -31,15 +30,13 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         return linear.quantize_rows(rows)
 
 
-@quantize_rows.register_fake
+@fake_of("quantize_rows")
 def _(rows: Tensor) -> tuple[Tensor, Tensor]:
     levels = rows.new_empty(rows.shape, dtype=torch.uint8)
     return levels, rows.new_empty((*rows.shape[:-1], 1), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "minference::multiply_rows", mutates_args=(), schema="(Tensor levels, Tensor weight) -> Tensor"
-)
+@define_op("multiply_rows", "(Tensor levels, Tensor weight) -> Tensor")
 def multiply_rows(levels: Tensor, weight: Tensor) -> Tensor:
     """Levels [.., K] times a weight [M, K] in 8 bits -> [.., M] in the weight's dtype.
 
@@ -52,7 +49,7 @@ def multiply_rows(levels: Tensor, weight: Tensor) -> Tensor:
         return linear.multiply_rows(levels, weight)
 
 
-@multiply_rows.register_fake
+@fake_of("multiply_rows")
 def _(levels: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty((*levels.shape[:-1], weight.shape[0]))
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mpass.failures import contain
+from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.device import Lowering
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import (
@@ -23,7 +23,7 @@ from mpass.lowering.index import (
     whole_index,
 )
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.ops import ATTENTION_SCHEMA, NAMESPACE, Computation, attend, over_index
+from mpass.lowering.ops import ATTENTION_SCHEMA, Computation, attend, over_index
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference.attention import empty_lse, empty_output
 
@@ -53,25 +53,19 @@ ATTENTION_LSE: Computation[tuple[Tensor, Tensor]] = Computation(
 )
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::sparse_attention_lse",
-    mutates_args=(),
-    schema=f"({ATTENTION_SCHEMA}) -> (Tensor, Tensor)",
-)
+@define_op("sparse_attention_lse", f"({ATTENTION_SCHEMA}) -> (Tensor, Tensor)")
 def sparse_attention_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`minference::sparse_attention`, which see, and the log-sum-exps [B, H, Nq] in fp32.
 
     A log-sum-exp is the natural logarithm of the sum of e^score over the keys that were computed,
     sinks included; scores are scaled and capped. It is that of all keys where dense attention ran.
     """
-    results, _ = attend(over_index(*arguments), ATTENTION_LSE)
-    return results
+    return attend(over_index(*arguments), ATTENTION_LSE).result
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::attention_lse",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? sinks, "
+@define_op(
+    "attention_lse",
+    "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? sinks, "
     "SymInt query_offset, int window, bool causal, float scale, float softcap) -> "
     "(Tensor, Tensor)",
 )
@@ -105,5 +99,5 @@ def fake_attention_lse(
     return empty_output(query, value), empty_lse(query)
 
 
-sparse_attention_lse.register_fake(fake_attention_lse)
-attention_lse.register_fake(fake_attention_lse)
+for name in ("sparse_attention_lse", "attention_lse"):
+    fake_of(name)(fake_attention_lse)

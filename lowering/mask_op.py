@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpass.failures import contain
+from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.mask_forms import MaskForm, read_mask
 
@@ -18,10 +19,10 @@ def as_four(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.dim())]
 
 
-@torch.library.custom_op(
-    "minference::read_mask",
-    mutates_args=(),
-    schema="(Tensor mask) -> (Tensor, Tensor, Tensor, Tensor)",
+@define_op(
+    "read_mask",
+    "(Tensor mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    chooses=True,
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,7 +47,7 @@ def read_mask_op(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return MaskForm().tensor(), key_mask, first, first.clone()
 
 
-@read_mask_op.register_fake
+@fake_of("read_mask")
 def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, num_queries, num_keys = as_four(mask).shape
     return (

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.index import (
     BLOCK,
     SparseIndex,
@@ -24,7 +25,7 @@ from mpass.lowering.index import (
     num_key_blocks,
 )
 from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, NAMESPACE, Computation, over_index
+from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, Computation, over_index
 from mpass.lowering.ops import attend as attend_or_dense
 from mpass.lowering.reference.attention import (
     empty_output,
@@ -97,10 +98,9 @@ def run_means(
     return mean(key), mean(value), counts
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::sparse_attention_summaries",
-    mutates_args=(),
-    schema=f"(int run, {ATTENTION_SCHEMA}) -> Tensor",
+@define_op(
+    "sparse_attention_summaries",
+    f"(int run, {ATTENTION_SCHEMA}) -> Tensor",
 )
 def sparse_attention_summaries(run: int, *arguments: Any) -> Tensor:
     """`minference::sparse_attention`, which see, and a key for each run of `run` keys left out.
@@ -119,10 +119,9 @@ def sparse_attention_summaries(run: int, *arguments: Any) -> Tensor:
     # Means are work, too: they take the place of as many selected keys, and of a softmax in torch.
     if call.dense_above < 1.0:
         call = replace(call, dense_above=max(0.0, call.dense_above - 2.0 / run))
-    out, _ = attend_or_dense(call, computation)
-    return out
+    return attend_or_dense(call, computation).result
 
 
-@sparse_attention_summaries.register_fake
+@fake_of("sparse_attention_summaries")
 def _(run: int, query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return empty_output(query, value)

@@ -27,6 +27,7 @@ from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
 from mpass.graph.snapshot import snapshot
 from mpass.lowering.activity import activity
+from mpass.lowering.denoising import identified
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.lowering.recorder import tell_watcher
 from mpass.match import find_attention, inline_subgraphs, open_calls
@@ -68,6 +69,8 @@ def minference(
         compiled = compile_rest(gm, example_inputs, parsed)
     trace.mark("inner compiler")
     finish_trace(trace)
+    if parsed.denoising:
+        compiled = identified(compiled)
     # Only now: Dynamo may restart the analysis from inside of the inner compiler.
     keep_graph(report, parsed)
     return compiled

@@ -61,6 +61,8 @@ class Options:
     as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
     kv_select: a mpass.SnapKV: causal sparse attention selects as well which keys a cache keeps, for
     whoever listens (mpass.select_keys); None for no selection.
+    denoising: attention that is not causal keeps over the steps of a sampler what it leaves out, in
+    the runs of mpass.denoising, and is dense elsewhere; it needs a pattern.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
@@ -80,6 +82,7 @@ class Options:
     training: str = "dense"
     summaries: int = 0
     kv_select: SnapKV | None = None
+    denoising: bool = False
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -188,6 +191,11 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     selecting = values.get("kv_select")
     if selecting is not None and not isinstance(selecting, SnapKV):
         raise OptionValueError("kv_select", selecting, "mpass.SnapKV(...) or None")
+    denoising = values.get("denoising", False)
+    if not isinstance(denoising, bool):
+        raise OptionValueError("denoising", denoising, "True or False")
+    if denoising and summaries:
+        raise OptionValueError("denoising", denoising, "False together with 'summaries'")
     measure = values.get("measure", False)
     if not isinstance(measure, bool):
         raise OptionValueError("measure", measure, "True or False")

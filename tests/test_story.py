@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpass
+from mpass.lowering.recorder import record
 from mpass.story.graphs import kept_graphs
 from tests.helpers.toys import EVERY_KEY, OPTIONS, Attention, Decoder, compile_toy, tiny_llama
 
@@ -199,6 +200,47 @@ def test_the_recompile_limit_and_the_layers_beyond_it_are_named():
     text = str(report)
     assert f"{reason}: raise torch._dynamo.config.recompile_limit" in text
     assert "recompile_limit (2) was reached by 'torch_dynamo_resume_in_call" in text
+
+
+class Wrapped(nn.Module):
+    """Three layers behind a function that differs by a number, as hooks for offloading do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(3))
+
+    def forward(self, x):
+        for number, layer in enumerate(self.layers):
+            x = self.hook(layer, x, number)
+        return x
+
+    def hook(self, layer, x, number):
+        torch._dynamo.graph_break()
+        return self.call(layer, x + torch.zeros(1) * number)
+
+    @staticmethod
+    def call(layer, x):
+        torch._dynamo.graph_break()
+        return layer(x)
+
+
+@torch.no_grad()
+def test_layers_below_a_function_over_the_limit_are_not_said_to_be_never_compiled():
+    """What the function calls runs by a graph that is there where that fits."""
+    model = Wrapped().eval()
+    model.compile(backend="minference", options=OPTIONS, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1), record() as log:
+        model(torch.randn(1, 300, 32))
+    report = mpass.last_report()
+    assert len(log.calls) == 3
+    assert [site.path for site in report.sites] == ["layers.0"]
+    assert any(
+        "recompile_limit (1) was reached by 'torch_dynamo_resume_in_hook" in note
+        for note in report.notes
+    )
+    assert any("raise torch._dynamo.config.recompile_limit" in note for note in report.notes)
+    (note,) = (note for note in report.notes if "2 other modules of type Attention" in note)
+    assert note.endswith("such as that of layers.0, or without the compiler")
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ LOWERING = Lowering(
     sparse_attention=Lazy(f"{HERE}.attention:sparse_attention"),
     sparse_attention_lse=Lazy(f"{HERE}.attention:sparse_attention_lse"),
     attention_backward=Lazy(f"{HERE}.backward:attention_backward"),
+    row_losses=Lazy(f"{HERE}.row_losses:row_losses"),
     dense_attention=Lazy(f"{HERE}.dense:dense_attention"),
     breakeven_density=Lazy(f"{HERE}.dense:breakeven_density"),
     estimation_worthwhile=Lazy(f"{HERE}.dense:estimation_worthwhile"),

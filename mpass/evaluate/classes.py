@@ -45,9 +45,10 @@ class ClassRecord:
 
     kind, model_type, architecture: the class. scenario: how it was called, "" if it was not.
     attentions: how many over the whole prompt ran eagerly, each a softmax over queries and keys or
-    an SDPA. sites: attentions that the pass found; sparse: of these. dense: reasons of the others,
-    with how often each. breaks: of Dynamo's graph. difference: largest to eager, at tokens that are
-    no padding. of_dynamo: the same number where Dynamo's graph without the pass gives the output of
+    an SDPA. sites: attentions that the pass found, one that ran for several layers for each;
+    sparse: of these. dense: reasons of the others, with how often each.
+    breaks: of Dynamo's graph. difference: largest to eager, at tokens that are no padding.
+    of_dynamo: the same number where Dynamo's graph without the pass gives the output of
     the pass: some models choose another mask while they are compiled.
     not_run: why the class itself does not run here. error: what the pass raised.
     """
@@ -160,8 +161,8 @@ def cover_class(entry: ModelClass, model: nn.Module, scenario: Scenario) -> Clas
         return ClassRecord(**record, error=f"{type(error).__name__}: {error}"[:500])
     return ClassRecord(
         **record,
-        sites=len(run.sites),
-        sparse=sum(site.status == "sparse" for site in run.sites),
+        sites=len(run.sites) + run.again,
+        sparse=sum(site.status == "sparse" for site in run.sites) + run.again,
         dense=dict(Counter(here(site.reason) for site in run.sites if site.status != "sparse")),
         breaks=run.breaks,
         difference=difference,

@@ -115,12 +115,17 @@ def cover(
 
 @dataclass(frozen=True)
 class CompiledRun:
-    """Output of a compiled call and what the pass did in it."""
+    """Output of a compiled call and what the pass did in it.
+
+    again: how many sparse attentions ran by a graph that had served another layer already: where a
+    graph breaks in every layer, one serves all that it fits, and `sites` has its attention once.
+    """
 
     output: Tensor
     sites: list[Any]
     graphs: int
     breaks: int
+    again: int = 0
 
 
 def run_compiled(model: nn.Module, *calls: dict[str, Any]) -> CompiledRun:
@@ -131,6 +136,7 @@ def run_compiled(model: nn.Module, *calls: dict[str, Any]) -> CompiledRun:
     from torch._dynamo.utils import counters
 
     from mpass.backend import minference
+    from mpass.lowering.recorder import record
     from mpass.report import reports
 
     sites: list[Any] = []
@@ -150,9 +156,12 @@ def run_compiled(model: nn.Module, *calls: dict[str, Any]) -> CompiledRun:
     compiled = torch.compile(model, backend=backend)
     for call in calls:
         graphs = 0
-        output = main_output(compiled(**call))
+        with record() as log:
+            output = main_output(compiled(**call))
     breaks = sum(counters["graph_break"].values())
-    return CompiledRun(output, sites, graphs, breaks)
+    ran = sum(made.lowering != "dense" for made in log.calls)
+    sparse = sum(site.status == "sparse" for site in sites)
+    return CompiledRun(output, sites, graphs, breaks, again=max(0, ran - sparse))
 
 
 def largest_difference(output: Tensor, expected: Tensor, rows: Tensor | None) -> float:

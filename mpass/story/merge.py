@@ -27,6 +27,12 @@ NOTHING_COMPILED = (
     "nn.TransformerEncoder, is compiled only as a part of a module of yours"
 )
 
+OVER_THE_LIMIT = (
+    "layers that such a function calls may have run without the compiler, dense: raise "
+    "torch._dynamo.config.recompile_limit and accumulated_recompile_limit above the number of "
+    "layers before the first call"
+)
+
 Key = tuple[int, int, str, str, int]
 
 
@@ -146,6 +152,8 @@ def shared_notes(sites: Sequence[SiteReport], graphs: Sequence[CompiledGraph]) -
     if not isinstance(owner, nn.Module):
         return []
     named = [(name, module) for name, module in owner.named_modules() if id(module) in shown]
+    limits = limits_reached(owner, graphs[0].number)
+    uncompiled = ", or without the compiler" if limits else ""
     notes = []
     for kind in dict.fromkeys(type(module) for _, module in named):
         count = sum(type(m) is kind and id(m) not in shown for m in owner.modules())
@@ -154,7 +162,7 @@ def shared_notes(sites: Sequence[SiteReport], graphs: Sequence[CompiledGraph]) -
             others = f"{count} other module{'s' * (count > 1)}"
             notes.append(
                 f"{others} of type {kind.__name__} had no graph of their own: those that ran did "
-                f"so by a graph of this table, such as that of {first or 'the model'}"
+                f"so by a graph of this table, such as that of {first or 'the model'}{uncompiled}"
             )
     return notes
 
@@ -213,11 +221,11 @@ def never_compiled(
     served by the graph of another.
     """
     owner = owner_of(graphs)
-    files = {graph.frame[0] for graph in graphs if graph.frame and graph.report.sites}
+    frames = {graph.frame[:2] for graph in graphs if graph.frame and graph.report.sites}
     limits = [
         limit
         for limit in limits_reached(owner, graphs[0].number)
-        if any(file in limit.function for file in files)
+        if any(limit.function.startswith(f"'{name}' ({file}:") for file, name in frames)
     ]
     if not limits or not isinstance(owner, nn.Module):
         return []
@@ -242,9 +250,14 @@ def never_compiled(
 
 
 def limit_notes(graphs: Sequence[CompiledGraph]) -> list[str]:
-    """Which functions were compiled too often; what is over the limit runs without the compiler."""
+    """Which functions were compiled too often, and what to do.
+
+    What is over the limit runs without the compiler, and so does what it calls, unless a graph that
+    is there fits: which layers these are is not known.
+    """
     limits = limits_reached(owner_of(graphs), graphs[0].number)
-    return [
+    notes = [
         f"Dynamo's {limit.name} ({limit.value}) was reached by {limit.function}: {limit.why}"
         for limit in limits[:SHOWN]
     ]
+    return [*notes, OVER_THE_LIMIT] if notes else []

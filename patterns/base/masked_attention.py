@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpass.lowering import recorder
+from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.mask_forms import (
     EVERY,
@@ -82,10 +83,9 @@ class Request:
     most_lost: float
 
 
-@torch.library.custom_op(
-    "minference::masked_attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
+@define_op(
+    "masked_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
     "Tensor first, Tensor last, Tensor? sinks, str patterns, float scale, float softcap, "
     "bool written_out, float dense_above, SymInt min_seq_len, int layer, int measured=0, "
     "bool causal_only=False, float most_lost=1.0) -> Tensor",
@@ -165,7 +165,7 @@ def masked_attention(
     return out
 
 
-@masked_attention.register_fake
+@fake_of("masked_attention")
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return empty_output(query, value)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mpass.failures import contain
+from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.index import (
     AttentionMask,
     diagonal_slots,
@@ -21,7 +22,7 @@ from mpass.lowering.index import (
     whole_index,
 )
 from mpass.lowering.inputs import EstimateInputs
-from mpass.lowering.ops import NAMESPACE, IndexTensors
+from mpass.lowering.ops import IndexTensors
 from mpass.lowering.recorder import note_dense
 from mpass.patterns.base.crossover import HeadPatterns, reason_for_dense
 from mpass.patterns.base.kv_groups import index_rows
@@ -94,10 +95,8 @@ def define_index_op(cls: type[Pattern]) -> None:
         slots = head_slots(own.patterns, heads, query.shape[1] // key.shape[1])
         return empty_index(query, rows, own.width, slots).tensors()
 
-    op = torch.library.custom_op(
-        f"{NAMESPACE}::{cls.name}", estimate, mutates_args=(), schema=schema
-    )
-    op.register_fake(fake)
+    define_op(cls.name, schema, chooses=True)(estimate)
+    fake_of(cls.name)(fake)
 
 
 def split_site(arguments: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], int]:

@@ -24,7 +24,7 @@ from mpass.errors import (
     PatternNameTakenError,
     UnknownPatternError,
 )
-from mpass.lowering.ops import NAMESPACE
+from mpass.lowering.define import NAMESPACE
 from mpass.patterns.base.op import define_index_op
 from mpass.patterns.base.parameters import parameter_kinds
 from mpass.patterns.base.pattern import Pattern

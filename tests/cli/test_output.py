@@ -20,8 +20,8 @@ from mpass.patterns.base import registered_patterns
 from tests.helpers.paths import ROOT
 from tests.helpers.toys import Decoder
 
-WITHOUT_RESULT = {"serve"}
-"""Commands that run until they are stopped, and print no result."""
+WITHOUT_RESULT = {"serve", "pattern"}
+"""A command that runs until it is stopped, and a group of other commands."""
 
 CHEAP = [
     ["env"],
@@ -37,7 +37,7 @@ CHEAP = [
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A tiny model with a tokenizer in a folder, and a text for it."""
-    from tests.test_examples import save_tiny_llama
+    from tests.examples.test_examples import save_tiny_llama
 
     folder = tmp_path_factory.mktemp("model")
     save_tiny_llama(folder)

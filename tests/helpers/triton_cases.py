@@ -1,8 +1,7 @@
 """Random indexes and masks for the Triton tests: every form, ragged counts, every mask.
 
 What these tests interpret takes 2 minutes of CPU time in one process of one thread (AMD EPYC,
-Zen 4, Triton 3.7): `OMP_NUM_THREADS=1 pytest tests/test_triton_{attention,blocks,estimate,source,
-sync,plan}.py --durations=15`.
+Zen 4, Triton 3.7): `OMP_NUM_THREADS=1 pytest tests/lowering/triton --durations=15`.
 """
 
 from __future__ import annotations

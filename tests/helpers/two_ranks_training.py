@@ -1,4 +1,4 @@
-"""One step of distributed training on two processes, for tests/test_trainers.py.
+"""One step of distributed training on two processes, for tests/training/test_trainers.py.
 
     python -m tests.helpers.two_ranks_training FOLDER replicated
 

@@ -1,7 +1,9 @@
-"""A prompt that comes in parts over a DynamicCache: chunks, and turns of a conversation.
+"""Prompts through `generate()`: in turns over one cache, in chunks, and into a static cache.
 
-From the second part on Dynamo makes the lengths of the cache dynamic, each tensor's by a symbol of
-its own. Every part must stay sparse, in one graph, and give the tokens that eager attention gives.
+From the second part on Dynamo makes the lengths of a DynamicCache dynamic, each tensor's by a
+symbol of its own; for a static cache transformers builds the mask outside of the compiled model.
+Every layer of every part must be sparse, in few graphs, and give the tokens that eager attention
+gives.
 """
 
 from __future__ import annotations
@@ -30,17 +32,15 @@ SIZES = {
     "eos_token_id": 2,
 }
 
+BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+
 MODELS = {
     "llama": ("LlamaConfig", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "mistral": ("MistralConfig", {"sliding_window": 48}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        {
-            "sliding_window": 48,
-            "head_dim": 16,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-    ),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 48, "head_dim": 16, **BOTH_KINDS}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "phi3": ("Phi3Config", {}),
 }
 """Full attention, a sliding window in every layer, and both in one model."""
 
@@ -65,12 +65,15 @@ def tokens(count: int, seed: int) -> torch.Tensor:
 
 def answer(model, text: torch.Tensor, **more) -> torch.Tensor:
     settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
-    return model.generate(text, attention_mask=torch.ones_like(text), **settings, **more)
+    return model.generate(text, **{"attention_mask": torch.ones_like(text)} | settings | more)
 
 
-def converse(model) -> tuple[list[torch.Tensor], list[int]]:
-    """What a model says in four turns over one cache, and how many graphs each turn made."""
-    cache = transformers.DynamicCache(config=model.config)
+# -- how people run a prompt: each gives all tokens, and how many graphs each turn made -------
+
+Ran = tuple[list[torch.Tensor], list[int]]
+
+
+def converse(model, cache) -> Ran:
     text = torch.empty(1, 0, dtype=torch.int64)
     said, graphs = [], []
     for seed, count in enumerate((120, 60, 80, 50)):
@@ -81,34 +84,84 @@ def converse(model) -> tuple[list[torch.Tensor], list[int]]:
     return said, graphs
 
 
-def compiled(name: str):
+def turns(model) -> Ran:
+    return converse(model, transformers.DynamicCache(config=model.config))
+
+
+def static_turns(model) -> Ran:
+    return converse(model, transformers.StaticCache(config=model.config, max_cache_len=400))
+
+
+def once(model, text: torch.Tensor, **more) -> Ran:
+    before = counters["minference"]["graphs"]
+    said = answer(model, text, **more)
+    return [said], [counters["minference"]["graphs"] - before]
+
+
+def chunks(model) -> Ran:
+    return once(model, tokens(300, 7), prefill_chunk_size=50)
+
+
+def static(model) -> Ran:
+    return once(model, tokens(120, 7), cache_implementation="static")
+
+
+def static_chunks(model) -> Ran:
+    return once(model, tokens(300, 7), prefill_chunk_size=50, cache_implementation="static")
+
+
+def static_padded(model) -> Ran:
+    text = torch.cat([tokens(120, 7), tokens(120, 8)])
+    mask = torch.ones_like(text)
+    mask[1, :40] = 0
+    return once(model, text, attention_mask=mask, cache_implementation="static")
+
+
+WAYS = {
+    turns: (4, [2, 2, 1, 0]),
+    static_turns: (4, [2, 2, 1, 0]),
+    chunks: (6, [4]),
+    static: (1, [2]),
+    static_chunks: (6, [4]),
+    static_padded: (1, [2]),
+}
+"""Of each way: into how many parts a prompt is cut, and how many graphs each turn may make.
+
+The first turn makes its prefill and decoding, the second one the graphs of a dynamic cache, and one
+more is allowed in all later ones. Chunks make the first, the second, all others, and decoding.
+"""
+
+RUNS = [(name, way) for name in MODELS for way in WAYS]
+
+
+def check(name: str, way) -> None:
+    expected, _ = way(build(name))
     model = build(name)
     model.forward = torch.compile(model.forward, backend="minference", options=OPTIONS)
-    return model
+    with record() as log:
+        said, graphs = way(model)
+    assert all(map(torch.equal, said, expected))
+    parts, allowed = WAYS[way]
+    assert ran_sparse(log, parts), [
+        (c.layer, c.lowering, c.num_queries, c.reason) for c in log.calls
+    ]
+    assert sum(graphs) <= sum(allowed) and sum(graphs[2:]) <= 1, graphs
 
 
 def ran_sparse(log: Log, parts: int) -> bool:
-    return len(log.calls) == 2 * parts and all(call.lowering != "dense" for call in log.calls)
+    """Whether both layers of each part ran sparse; decoding is left out."""
+    prefills = [call for call in log.calls if call.num_queries > 1]
+    return len(prefills) == 2 * parts and all(call.lowering != "dense" for call in prefills)
 
 
-@pytest.mark.parametrize("name", part_of_today(MODELS, share=3))
-def test_turns_over_one_cache_stay_sparse_in_one_graph(name):
-    expected, _ = converse(build(name))
-    with record() as log:
-        said, graphs = converse(compiled(name))
-    assert all(map(torch.equal, said, expected))
-    assert ran_sparse(log, parts=4)
-    # The first turn makes its prefill and decoding, the second one the graphs of a dynamic cache.
-    assert graphs[2:] == [0, 0]
+@pytest.mark.parametrize(
+    ("name", "way"), part_of_today(RUNS, share=9), ids=lambda of: getattr(of, "__name__", of)
+)
+def test_every_part_of_a_prompt_is_sparse_in_few_graphs(name, way):
+    check(name, way)
 
 
-@pytest.mark.parametrize("name", ["mistral"])
-def test_chunks_of_a_prompt_stay_sparse_in_one_graph(name):
-    text = tokens(300, 7)
-    expected = answer(build(name), text)
-    with record() as log:
-        said = answer(compiled(name), text, prefill_chunk_size=50)
-    assert torch.equal(said, expected)
-    assert ran_sparse(log, parts=6)
-    # The first chunk, the second, all others, and decoding.
-    assert counters["minference"]["graphs"] <= 4
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "way"), RUNS, ids=lambda of: getattr(of, "__name__", of))
+def test_every_model_in_every_way(name, way):
+    check(name, way)

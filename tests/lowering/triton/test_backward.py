@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
 
 import mpass.lowering.training_ops  # noqa: F401  (defines the op)
 from mpass.lowering.index import ALL_BLOCKS, AttentionMask, IndexWidth, SparseIndex, list_slots
@@ -16,6 +15,7 @@ from mpass.lowering.triton import LOWERING, turned
 from mpass.lowering.triton.backward import attention_backward
 from mpass.lowering.triton.dry_run import dry_run
 from tests.helpers.fake_gpu import meta_gpu
+from tests.helpers.op_functions import op_functions
 from tests.helpers.pairwise import pairwise
 from tests.helpers.triton_cases import SLOTS, padding, poisoned_memory, random_index
 from tests.helpers.truth import dense_gradients, random_attention
@@ -166,7 +166,7 @@ def test_a_gpu_trains_by_the_generated_kernels(monkeypatch):
     inputs = AttentionInputs(query, key, key, AttentionMask(), 0.2)
     index = every_key(inputs)
     assert LOWERING.attention_backward is not None
-    backward = OPDEFS["minference::sparse_attention_backward"]._init_fn
+    backward = op_functions()["sparse_attention_backward"]
     with dry_run() as run:
         gradients = backward(
             *(query, query, query[..., 0].float(), torch.tensor([False]), query, key, key),

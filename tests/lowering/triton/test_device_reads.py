@@ -10,10 +10,10 @@ from dataclasses import astuple
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
 
 import mpass
 import mpass.serving.transformers_attention  # its op is among those that are walked
+from mpass.lowering.denoising import denoising
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.estimators import ESTIMATORS
 from mpass.lowering.index import (
@@ -27,7 +27,6 @@ from mpass.lowering.index import (
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.lowering.kv_selection import SnapKV, select_keys
 from mpass.lowering.mask_forms import UNKNOWN
-from mpass.lowering.ops import NAMESPACE
 from mpass.lowering.recorder import record
 from mpass.lowering.reference.dense import dense_attention
 from mpass.lowering.reference.flex_prefill import distance_sums
@@ -42,10 +41,11 @@ from tests.helpers.fake_gpu import (
     Watched,
     meta_gpu,
 )
+from tests.helpers.op_functions import op_functions
 
 QUERIES, KEYS, HEADS = 700, 740, 4
 
-KINDS = ("lse", "train", "backward", "summaries", "kv")
+KINDS = ("lse", "train", "backward", "summaries", "kv", "steps")
 """Of sparse attention that gives more than its output, or takes more."""
 
 SNAP = astuple(SnapKV(budget=64, window=16))
@@ -95,6 +95,8 @@ def calls(name, device, offset, window, padded):
                 rest = (softcap, 0.5, shortest, 3)
                 yield (query, key, value, *index, key_mask, sinks, *words, *rest)
                 yield (query, key, value, *index, key_mask, None, *words, *rest)
+                yield (query, key, value, *index, key_mask, None, *words, *rest, 5, 0, 0.4)
+                yield (query, key, value, *index, key_mask, sinks, *words, *rest, 5, 9, 0.4)
     elif name == "attention":
         one = query[:, :, :1]
         yield (query, key, value, key_mask, None, *words, 0.0)
@@ -133,7 +135,7 @@ def calls_with_lse(name, device, offset, window, key_mask):
     """Of the ops whose attention comes with its log-sum-exps."""
     query, key, value = tensors(device)
     sinks = torch.ones(HEADS, device=device)
-    causal = name != "sparse_attention_summaries"
+    causal = name not in ("sparse_attention_summaries", "sparse_attention_steps")
     words = (offset, window, True, 0.2) if causal else (0, 0, False, 0.2)
     if name == "attention_lse":
         yield (query, key, value, key_mask, sinks, *words, 2.0)
@@ -148,6 +150,7 @@ def calls_with_lse(name, device, offset, window, key_mask):
                 yield (out, out, lse, torch.tensor([shortest > 0]), *given)
             else:
                 first = {"sparse_attention_summaries": (16,), "sparse_attention_kv": SNAP}
+                first["sparse_attention_steps"] = (1,)
                 yield (*first.get(name, ()), *given, 0.5, shortest, 3)
 
 
@@ -158,14 +161,14 @@ def calls_under_a_mask(name, query, key, value, sinks):
         if name == "read_mask":
             yield (mask,)
             continue
-        read = OPDEFS[f"{NAMESPACE}::read_mask"]._init_fn(mask)
+        read = op_functions()["read_mask"](mask)
         text = patterns_as_text([registered_patterns()["a_shape"]()] * HEADS)
         for softcap, written_out in ((0.0, False), (2.0, True)):
             rest = (text, 0.2, softcap, written_out, 0.5, 0, 3)
             yield (query, key, value, mask, *read, None if written_out else sinks, *rest)
 
 
-OPS = sorted(name.split("::")[1] for name in OPDEFS if name.startswith(f"{NAMESPACE}::"))
+OPS = sorted(op_functions())
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -173,14 +176,16 @@ OPS = sorted(name.split("::")[1] for name in OPDEFS if name.startswith(f"{NAMESP
 def test_no_op_reads_the_device(name, mask, device):
     arguments = list(calls(name, device, *mask))
     assert arguments
-    implementation = OPDEFS[f"{NAMESPACE}::{name}"]._init_fn
+    implementation = op_functions()[name]
     # Which way the forward pass ran lies on the CPU already.
     backward = name == "sparse_attention_backward"
     forbidden = ADDS_BY_ATOMICS if backward else set()
     forbidden = forbidden | READS_THE_DEVICE | COPIES_FROM_THE_HOST
     for given in arguments:
-        with record(), Watched(forbidden, host_reads=backward), dry_run(), select_keys():
-            implementation(*given)
+        watched = Watched(forbidden, host_reads=backward)
+        with record(), watched, dry_run(), select_keys(), denoising(9, full=1, every=9) as run:
+            for _ in run.over(range(2 if name == "sparse_attention_steps" else 1)):
+                implementation(*given)
 
 
 @pytest.mark.parametrize("queries", [1, QUERIES])
@@ -198,7 +203,7 @@ def test_attend_reads_no_tensor_on_the_way_to_its_ops(patterns, queries, device)
 def test_a_mask_that_only_running_tells_is_not_read_there(device):
     mask = torch.zeros(2, 1, QUERIES, KEYS, dtype=torch.bool, device=device)
     with Watched():
-        form, *_ = OPDEFS[f"{NAMESPACE}::read_mask"]._init_fn(mask)
+        form, *_ = op_functions()["read_mask"](mask)
     assert int(form[0]) == UNKNOWN
 
 
