@@ -54,11 +54,7 @@ def _(levels: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty((*levels.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op(
-    "minference::linear_in_fp32",
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
-)
+@define_op("linear_in_fp32", "(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
 def linear_in_fp32(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer of rows [.., K] and a weight [M, K], multiplied in fp32 -> [.., M]."""
     if rows.shape[:-1].numel() < FEWEST_ROWS:
@@ -70,6 +66,6 @@ def linear_in_fp32(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(rows, weight, bias)
 
 
-@linear_in_fp32.register_fake
+@fake_of("linear_in_fp32")
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
