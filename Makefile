@@ -23,7 +23,7 @@ QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.
 # torch's installation page:  make vllm VLLM_INDEX='--extra-index-url URL'
 VLLM_INDEX ?=
 
-.PHONY: help venv demo test check slow vllm lint format types clean
+.PHONY: help venv demo test check slow vllm walk lint format types docs clean
 
 help:
 	@echo "Every target sets up $(VENV) first if need be. ARGS= is passed on to the command."
@@ -32,6 +32,7 @@ help:
 	@echo "  make test     run the tests"
 	@echo "  make check    run lint, the format check, the types and the quick tests"
 	@echo "  make slow     run whole matrices: model families, kernels for every chip"
+	@echo "  make walk     go through README from a wheel, in a Python without this repository"
 	@echo "  make vllm     run tests of the real vLLM, in a Python of its own (3.5 GB)"
 	@echo "  make lint     check the style and the format of the code"
 	@echo "  make format   repair the style and the format of the code"
@@ -67,6 +68,10 @@ slow: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m slow $(ARGS)
 	for day in 0 1 2; do OMP_NUM_THREADS=1 MPASS_SEED=$$day $(BIN)/pytest -n $(WORKERS) \
 	  tests/evaluate tests/inspection || exit 1; done
+
+# A Python of its own, build/walk/venv, is kept for the next walk.
+walk:
+	$(PYTHON) -m tests.helpers.walk $(ARGS)
 
 # vLLM has its own torch. PyPI's builds of the packages that are removed need CUDA to be imported,
 # and models of text need none of them.
