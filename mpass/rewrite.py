@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,6 +22,7 @@ from mpass.graph.layouts import difference, is_rearranged, layout_order, same_la
 from mpass.graph.lengths import as_argument
 from mpass.graph.new_nodes import Known, copy_meta, nodes_between, propagate, value_key
 from mpass.graph.nodes import example, same_size, shape_of, value_of
+from mpass.graph.numbers import kept_number, site_number
 from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, MaskMeaning
 from mpass.match import OpenedCall, settle_calls
@@ -156,7 +156,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
                 plan.dense_above,
                 plan.min_seq_len,
                 site.layer,
-                site_number(plan),
+                site_number(site, plan.patterns),
                 *measured_by(plan),
             ),
             guarded_by(plan),
@@ -175,19 +175,6 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     return output
 
 
-def site_number(plan: AttentionPlan) -> int:
-    """What an op remembers its calls by, the same in every process; 0 for none.
-
-    Dense attention with a softcap or sinks is not as fast as lowerings take it to be: there nothing
-    that is remembered may choose it.
-    """
-    site = plan.site
-    if site.softcap > 0 or site.sinks is not None:
-        return 0
-    name = f"{site.layer} {site.path} {site.output.name} {patterns_as_text(plan.patterns)}"
-    return 1 + zlib.crc32(name.encode())
-
-
 def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
     """The op that a plan puts into the graph; no plan asks for means and for gradients."""
     ops = torch.ops.minference
@@ -198,6 +185,8 @@ def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
         name = "sparse_attention_summaries"
     elif plan.kv_select is not None:
         name = "sparse_attention_kv"
+    elif plan.denoising:
+        name = "sparse_attention_steps"
     op: torch._ops.OpOverload = getattr(ops, name).default
     return op
 
@@ -206,6 +195,8 @@ def leading_arguments(plan: AttentionPlan) -> tuple[int | str, ...]:
     """What an op of `attention_op` takes before all others."""
     if plan.kv_select is not None:
         return dataclasses.astuple(plan.kv_select)
+    if plan.denoising:
+        return (kept_number(plan.site),)
     return (plan.summaries,) if plan.summaries else ()
 
 
@@ -374,7 +365,7 @@ def insert_index(
     for group in heads.groups:
         arguments = (site.query, key, key_mask, group.heads, offset, window, causal, site.scale)
         limits = (plan.dense_above, plan.min_seq_len)
-        number = site_number(plan)
+        number = site_number(site, plan.patterns)
         given = (*arguments, *limits, *group.parameters, number)
         estimate = graph.call_function(named_op(group.name), given)
         copy_meta(site.output, estimate)

@@ -100,6 +100,7 @@ UNREACHED = {
     "a size is known at run time only ({}, as Tensor.item() gives it)": "test_hostile.py",
     "no backward kernels are generated for device {}": "test_training.py",
     "trained under a mask that is read at run time: that op has no backward": "test_training.py",
+    "what is kept over denoising steps needs a proven mask: {}": "lowering/test_denoising.py",
     "trained under lists of blocks: that op has no backward": "torch refuses it on CPUs",
     "trained with a bias per key: that op has no backward": "test_training.py",
     "trained where rows without a key get a mean: that op has no backward": "test_training.py",

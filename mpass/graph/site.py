@@ -99,6 +99,18 @@ class AttentionSite:
         return self.mask_tensor if self.mask is None else None
 
     @property
+    def is_two_sided(self) -> bool:
+        """Whether every query sees every key but padding, as in diffusion transformers."""
+        mask = self.mask
+        return mask is not None and not mask.causal and not mask.window
+
+    @property
+    def feeds_a_cache(self) -> bool:
+        """Whether the keys may be those of a cache that can be cut: causal, of all positions."""
+        mask = self.mask
+        return mask is not None and mask.causal and not mask.window and self.layer >= 0
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What query, key and value are in when they are multiplied: autocast may narrow them."""
         return self.dtype or example(self.query).dtype
