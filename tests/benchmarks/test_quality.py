@@ -19,7 +19,8 @@ def test_a_text_is_predicted_by_the_others_alone():
     assert predictions(lines, "lost_mass") == pytest.approx(
         [0.1, 0.2 * (0.2 * 1.8 * 2) ** (1 / 3), 0.2 * (0.2 * 1.8 * 0.5) ** (1 / 3), 0.5]
     )
-    assert draw(lines, "lost_mass", [0.1, 0.2, 0.3, 0.4]).count("<circle") == 4 + 3  # and the legend
+    picture = draw(lines, "lost_mass", [0.1, 0.2, 0.3, 0.4])
+    assert picture.count("<circle") == 4 + 3  # three in the legend
 
 
 def test_layers_that_matter_less_lose_more_at_the_same_divergence():
