@@ -73,14 +73,19 @@ def ways(length: int) -> dict[str, Callable[[Forward, Tensor], Tensor]]:
     }
 
 
-def cells(log: Log) -> float:
-    """The share of the causal cells that the calls of a log computed."""
-    done = whole = 0.0
-    for call in log.calls:
-        of_call = call.num_queries * (call.num_keys - call.num_queries / 2)
-        done += of_call * float(call.density.mean())
-        whole += of_call
-    return done / max(1.0, whole)
+def cells(log: Log, layers: int) -> float:
+    """The share of the causal cells that was computed, of the last row of a batch.
+
+    layers: of the model. What is not in the log, as chunks over few keys, was dense.
+    """
+    length = max((call.num_keys for call in log.calls), default=1)
+    left_out = sum(
+        call.num_queries
+        * (call.num_keys - call.num_queries / 2)
+        * float(1 - call.density[-1].mean())
+        for call in log.calls
+    )
+    return 1 - left_out / (layers * length**2 / 2)
 
 
 @torch.no_grad()
@@ -122,7 +127,7 @@ def main() -> None:
             )
             line = dict(zip(fields, (*key, way), strict=True))
             line |= {
-                "density": cells(log),
+                "density": cells(log, model.config.num_hidden_layers),
                 "sparse_calls": sum(call.lowering != "dense" for call in log.calls),
                 "calls": len(log.calls),
                 "loss": loss.sparse - loss.dense,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks.quality.layers import PROMISES
 from benchmarks.quality.layers_table import curves_of, divide, totals
 from benchmarks.quality.parts import cells
 from benchmarks.quality.signals_table import draw, predictions
-from mpass.lowering.recorder import Log
+from mpass.lowering.readback import Readback
+from mpass.lowering.recorder import AttentionCall, Log
 
 
 def test_a_text_is_predicted_by_the_others_alone():
@@ -37,5 +39,8 @@ def test_layers_that_matter_less_lose_more_at_the_same_divergence():
     assert divide([curves[0]] * 2, totals(curves[:1] * 2, [20, 20])[1])[0] in (19, 20)
 
 
-def test_no_calls_compute_no_cells():
-    assert cells(Log()) == 0.0
+def test_chunks_that_are_not_recorded_were_dense():
+    assert cells(Log(), 2) == 1.0
+    density = Readback(torch.tensor([[1.0, 1.0], [0.25, 0.75]], dtype=torch.float64))
+    call = AttentionCall(0, "cpu", density, 4, 8, 0)
+    assert cells(Log(calls=[call]), 1) == 1 - 0.5 * 4 * 6 / 32
