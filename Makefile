@@ -6,6 +6,8 @@ VENV ?= .venv
 DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
+OPENVINO_VENV ?= .venv-openvino
+LLAMA_VENV ?= .venv-llama
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.
 # torch's installation page:  make vllm VLLM_INDEX='--extra-index-url URL'
 VLLM_INDEX ?=
 
-.PHONY: help venv demo test check slow vllm lint format types clean
+.PHONY: help venv demo test check slow vllm walk lint format types docs clean
 
 help:
 	@echo "Every target sets up $(VENV) first if need be. ARGS= is passed on to the command."
@@ -32,7 +34,9 @@ help:
 	@echo "  make test     run the tests"
 	@echo "  make check    run lint, the format check, the types and the quick tests"
 	@echo "  make slow     run whole matrices: model families, kernels for every chip"
+	@echo "  make walk     take the first steps from a wheel, in a Python without this repository"
 	@echo "  make vllm     run tests of the real vLLM, in a Python of its own (3.5 GB)"
+	@echo "  make peers    install what benchmarks/peers runs beside mpass, each in a Python of its own (6 GB)"
 	@echo "  make lint     check the style and the format of the code"
 	@echo "  make format   repair the style and the format of the code"
 	@echo "  make types    check the types"
@@ -68,6 +72,10 @@ slow: venv
 	for day in 0 1 2; do OMP_NUM_THREADS=1 MPASS_SEED=$$day $(BIN)/pytest -n $(WORKERS) \
 	  tests/evaluate tests/inspection || exit 1; done
 
+# A Python of its own, build/walk/venv, is kept for the next walk.
+walk:
+	$(PYTHON) -m tests.helpers.walk $(ARGS)
+
 # vLLM has its own torch. PyPI's builds of the packages that are removed need CUDA to be imported,
 # and models of text need none of them.
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
@@ -82,6 +90,22 @@ $(VLLM_VENV)/.installed: pyproject.toml
 vllm: venv $(VLLM_VENV)/.installed
 	MPASS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest -n 0 -v -m vllm tests/serving/vllm $(ARGS)
+
+# What benchmarks/peers compares with. The torchvision that optimum brings is of another torch.
+# llama.cpp is compiled for this processor, which takes ten minutes and more.
+peers: venv $(VLLM_VENV)/.installed $(OPENVINO_VENV)/.installed $(LLAMA_VENV)/.installed
+
+$(OPENVINO_VENV)/.installed: benchmarks/peers/requirements-openvino.txt
+	test -x $(OPENVINO_VENV)/bin/python || $(PYTHON) -m venv $(OPENVINO_VENV)
+	$(OPENVINO_VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	$(OPENVINO_VENV)/bin/python -m pip uninstall -q -y torchvision
+	touch $@
+
+$(LLAMA_VENV)/.installed: benchmarks/peers/requirements-llama.txt
+	test -x $(LLAMA_VENV)/bin/python || $(PYTHON) -m venv $(LLAMA_VENV)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(LLAMA_VENV)/bin/python -m pip install -q \
+	  --disable-pip-version-check -r $<
+	touch $@
 
 lint: venv
 	$(BIN)/ruff check .
@@ -116,4 +140,4 @@ docs: $(DOCS_VENV)/.installed
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(OPENVINO_VENV) $(LLAMA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,10 +1,10 @@
 """A pattern of one's own: every `step`-th key block before the query's, and the query's own.
 
     python examples/own_pattern.py
-    mpass check examples/own_pattern.py:Comb
+    mpass pattern check examples/own_pattern.py:Comb
 
-The index that a pattern estimates is all that the kernels need. `mpass check` holds it against
-the pattern's meaning, its output against fp64 attention, and its cost formula.
+The index that a pattern estimates is all that the kernels need. The command draws it and holds it
+against the pattern's meaning, its output against fp64 attention, and its cost formula.
 """
 
 import sys

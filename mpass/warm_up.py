@@ -27,11 +27,14 @@ from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
     IndexWidth,
+    SparseIndex,
     diagonal_slots,
     join_indexes,
     whole_index,
 )
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
+from mpass.lowering.lse_ops import every_key
+from mpass.lowering.reference.backward import ForwardResult
 from mpass.patterns.base import Pattern, shared_slots
 from mpass.plan import AttentionPlan
 
@@ -51,13 +54,18 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
         query, key, value = (example(node) for node in (site.query, site.key, site.value))
         inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
         lowering = device_lowering(query.device)
-        if not lowering.builds_ahead or lowering.serves(inputs):
+        if site.kept is not None or not lowering.builds_ahead or lowering.serves(inputs):
             continue
         if lowering.prepare is not None:
             threads |= dict.fromkeys(start_foreseen(lowering, plan, foreseen))
             continue
         dtype, head_dim, value_dim = site.compute_dtype, int(query.shape[-1]), int(value.shape[-1])
-        threads[start_attention(lowering, dtype, head_dim, value_dim, site.softcap)] = None
+        sizes = (dtype, head_dim, value_dim, site.softcap)
+        threads[start_attention(lowering, *sizes)] = None
+        if plan.training:
+            threads[start_training(lowering, *sizes)] = None
+        if plan.measured or plan.most_lost < 1.0:
+            threads[start_row_losses(lowering, *sizes)] = None
         for cls in dict.fromkeys(map(type, plan.patterns)):
             threads[start_estimator(lowering, cls, dtype, head_dim)] = None
     return list(threads)
@@ -100,7 +108,10 @@ class FakeTensorLike:
 
 @dataclass(frozen=True)
 class FakeLayer:
-    """One layer as its launchers will see it; fields as of AttentionInputs and AttentionMask."""
+    """One layer as its launchers will see it; fields as of AttentionInputs and AttentionMask.
+
+    training: whether gradients are computed as well.
+    """
 
     patterns: tuple[Pattern, ...]
     query: FakeTensorLike
@@ -113,6 +124,7 @@ class FakeLayer:
     window: int
     scale: float
     softcap: float
+    training: bool = False
 
 
 def fake_layer(plan: AttentionPlan) -> FakeLayer:
@@ -146,6 +158,7 @@ def fake_layer(plan: AttentionPlan) -> FakeLayer:
         window=mask.window,
         scale=site.scale,
         softcap=site.softcap,
+        training=plan.training,
     )
 
 
@@ -180,7 +193,19 @@ def run_layer(lowering: Lowering, layer: FakeLayer) -> None:
         slots = shared_slots(layer.patterns, index.head_slots)
         sinks = None if layer.sinks is None else layer.sinks.make()
         inputs = AttentionInputs(query, key, value, mask, layer.scale, layer.softcap, sinks)
-        lowering.sparse_attention(inputs, replace(index, head_slots=slots))
+        index = replace(index, head_slots=slots)
+        if layer.training:
+            train_layer(lowering, inputs, index)
+        else:
+            lowering.sparse_attention(inputs, index)
+
+
+def train_layer(lowering: Lowering, inputs: AttentionInputs, index: SparseIndex) -> None:
+    """Attention and its gradients, over the chosen keys and over every key: a call decides."""
+    for own in (index, every_key(inputs)):
+        out, lse = lowering.sparse_attention_lse(inputs, own)
+        if lowering.attention_backward is not None:
+            lowering.attention_backward(inputs, own, ForwardResult(out, out, lse))
 
 
 @functools.cache
@@ -197,6 +222,37 @@ def start_attention(
         lowering.sparse_attention(inputs, index)
 
     return start(run, f"attention, {dtype}, D={head_dim}, DV={value_dim}")
+
+
+@functools.cache
+def start_row_losses(
+    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+) -> threading.Thread:
+    """What one block of queries loses."""
+
+    def run() -> None:
+        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
+        value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
+        index = whole_index(query, 1, IndexWidth(), diagonal_slots(1))
+        inputs = AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap)
+        lowering.row_losses(inputs, index, 1, True)
+
+    return start(run, f"losses, {dtype}, D={head_dim}, DV={value_dim}")
+
+
+@functools.cache
+def start_training(
+    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+) -> threading.Thread:
+    """One block of attention and its gradients."""
+
+    def run() -> None:
+        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
+        value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
+        inputs = AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap)
+        train_layer(lowering, inputs, every_key(inputs))
+
+    return start(run, f"gradients, {dtype}, D={head_dim}, DV={value_dim}")
 
 
 @functools.cache

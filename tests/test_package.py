@@ -62,6 +62,9 @@ LAYERS = [
 
 MOST_LINES = 400
 
+LARGEST_WHEEL = 1e6
+"""Bytes of a wheel."""
+
 MOST_ENTRIES = 30
 """Files and folders directly in mpass/ stay below this: more do not read as a pipeline."""
 
@@ -307,7 +310,13 @@ def test_wheel_holds_one_top_level_package(tmp_path):
     for path in [*(ROOT / "lowering").rglob("*.jinja"), *(ROOT / "lowering").rglob("*.h")]:
         assert f"mpass/lowering/{path.relative_to(ROOT / 'lowering')}" in names, path
     assert "mpass/py.typed" in names
+    assert wheel.stat().st_size < LARGEST_WHEEL
     assert wheel.name.startswith(f"mpass-{mpass.__version__}-")
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     text = zipfile.ZipFile(wheel).read(entry_points).decode()
     assert "[torch_dynamo_backends]\nminference = mpass.backend:minference" in text
+    metadata = next(name for name in names if name.endswith("METADATA"))
+    shown = zipfile.ZipFile(wheel).read(metadata).decode().partition("\n\n")[2]
+    assert "# mpass" in shown and "https://arxiv.org" in shown
+    inside = re.findall(r"\]\((?!https?:)[^)]*\)", shown)
+    assert inside == [], "links that lead nowhere on a package index"

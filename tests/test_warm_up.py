@@ -13,13 +13,15 @@ from mpass import warm_up
 from mpass.lowering.cpu import LOWERING, library
 from tests.helpers.cpu_cases import needs_kernels
 
+KINDS = (warm_up.start_attention, warm_up.start_estimator, warm_up.start_training)
+
 
 @pytest.fixture(autouse=True)
 def nothing_started() -> Iterator[None]:
-    for function in (warm_up.start_attention, warm_up.start_estimator):
+    for function in KINDS:
         function.cache_clear()
     yield
-    for function in (warm_up.start_attention, warm_up.start_estimator):
+    for function in KINDS:
         function.cache_clear()
 
 
@@ -85,3 +87,21 @@ def test_a_failure_in_the_background_stays_there() -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert thread.daemon
+
+
+@needs_kernels
+def test_gradients_are_built_where_a_model_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    start = warm_up.start
+
+    def watched(run, name):
+        names.append(name.split(",")[0])
+        return start(run, name)
+
+    monkeypatch.setattr(warm_up, "start", watched)
+    options = {"min_seq_len": 128, "inner_backend": "eager", "training": "sparse"}
+    for needs_gradient in (False, True):
+        torch._dynamo.reset()
+        x = torch.randn(1, 2, 200, 24, requires_grad=needs_gradient)
+        torch.compile(model, backend="minference", options=options)(x)
+        assert ("gradients" in names) == needs_gradient

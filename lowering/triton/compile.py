@@ -81,9 +81,12 @@ class Report:
         return min(by_registers, by_shared, 64 // self.num_warps)
 
 
-def compile_kernel(spec: TritonKernelSpec, kernel: str) -> Report:
-    """Compile one kernel of a spec's module for the spec's target; raises what Triton raises."""
-    compiled = machine_code(spec, kernel)
+def compile_kernel(spec: TritonKernelSpec, kernel: str, architecture: str = "") -> Report:
+    """Compile one kernel of a spec's module; raises what Triton raises.
+
+    architecture: of the chip that it is compiled for, such as "sm_120"; the spec's target if empty.
+    """
+    compiled = machine_code(spec, kernel, architecture)
     shared = int(compiled.metadata.shared)
     if spec.target.startswith("gfx"):
         return report_amd(spec, kernel, compiled.asm["amdgcn"], shared)
@@ -96,8 +99,8 @@ def compiled_loops(spec: TritonKernelSpec, kernel: str) -> list[Loop]:
 
 
 @functools.lru_cache(maxsize=32)
-def machine_code(spec: TritonKernelSpec, kernel: str) -> Any:
-    """What Triton makes of one kernel for the spec's target: all its stages by name, as `asm`."""
+def machine_code(spec: TritonKernelSpec, kernel: str, architecture: str = "") -> Any:
+    """What Triton makes of one kernel for a chip: all its stages by name, as `asm`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -110,10 +113,11 @@ def machine_code(spec: TritonKernelSpec, kernel: str) -> Any:
         for p in function.params
         if signature[p.name].startswith("*") or "stride" in p.name
     }
-    if spec.target.startswith("gfx"):
-        target = GPUTarget("hip", spec.target, 64)
+    architecture = architecture or spec.target
+    if architecture.startswith("gfx"):
+        target = GPUTarget("hip", architecture, 64)
     else:
-        target = GPUTarget("cuda", int(spec.target.removeprefix("sm_")), 32)
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     source = ASTSource(function, signature, {}, aligned)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     return triton.compile(source, target=target, options=options)
@@ -137,10 +141,10 @@ def report_nvidia(spec: TritonKernelSpec, kernel: str, ptx: str, shared: int) ->
     """Registers and spills from `ptxas -v`, matrix instructions from the PTX."""
     from triton import knobs
 
-    blackwell = spec.target == "sm_100"
-    tool = knobs.nvidia.ptxas_blackwell if blackwell else knobs.nvidia.ptxas
     arch = re.search(r"^\.target (\S+?),?\s*(?:debug)?$", ptx, re.MULTILINE)
     name = arch[1].rstrip(",") if arch else spec.target
+    blackwell = int(re.sub(r"\D", "", name)) >= 100
+    tool = knobs.nvidia.ptxas_blackwell if blackwell else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)

@@ -64,6 +64,15 @@ def options(
 
 COMMANDS = (demo, explain, doctor, profile, calibrate, coverage, patterns, draw, check, env)
 
+about_patterns = typer.Typer(
+    no_args_is_help=True,
+    help="List, draw and check patterns; these are commands of their own, too.",
+)
+about_patterns.command("list")(patterns)
+about_patterns.command()(draw)
+about_patterns.command()(check)
+
+app.add_typer(about_patterns, name="pattern")
 app.command("eval")(evaluate)
 app.command(context_settings=PASSED_ON)(serve)
 for command in COMMANDS:

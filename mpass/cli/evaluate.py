@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from mpass.cli import prompt
-from mpass.cli.output import AS_JSON, STANDARD_OUTPUT, as_json_text, check_output
+from mpass.cli.output import AS_JSON, STANDARD_OUTPUT, as_json_text, check_folder, check_output
 from mpass.cli.progress import steps, waiting
 from mpass.errors import OptionValueError
 
@@ -71,8 +71,6 @@ def evaluate(
     the most likely one. Perplexity is compared with dense attention on the same windows of text.
     """
     check_output(output)
-    if plots is not None and plots.exists() and not plots.is_dir():
-        raise OptionValueError("plots", str(plots), "a folder")
     # transformers warns that generation leaves the model's positions: the last tokens may.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with waiting("Starting"):
@@ -98,6 +96,7 @@ def evaluate(
             generate=generate,
         )
         check_plan(plan)
+        check_folder(plots, "plots")
     with tempfile.TemporaryDirectory() as folder, steps(len(list(list_inputs(plan)))) as tell:
         kept = Path(folder) / "eval.jsonl" if output == STANDARD_OUTPUT else output
         lines = run_plan(plan, kept, tell)

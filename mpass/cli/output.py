@@ -48,6 +48,18 @@ def check_output(output: Path | None, option: str = "output") -> None:
         raise OptionValueError(option, str(output), allowed) from None
 
 
+def check_folder(folder: Path | None, option: str) -> None:
+    """Make a folder before anything runs, and refuse one that cannot be made or written."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / "file")
+    except OSError as error:
+        allowed = f"a folder that can be written ({error.strerror})"
+        raise OptionValueError(option, str(folder), allowed) from None
+
+
 def as_json_text(data: object) -> str:
     """JSON as commands print and save it."""
     return json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n"

@@ -23,6 +23,9 @@ from mpass.graph.frames import receiver
 TORCH = os.path.dirname(torch.__file__) + os.sep
 """Where torch's own Python files lie."""
 
+SHARED_FILES = os.path.join("transformers", "integrations", "")
+"""Part of the path of files that models of transformers share: they tell no model from another."""
+
 MADE_HERE = "minference_made"
 """Key of the meta of nodes that the backend made, and may remove again."""
 
@@ -127,10 +130,12 @@ def stack_frames(node: fx.Node) -> list[tuple[str, str, str]]:
 def source_line(node: fx.Node) -> str:
     """The innermost line of the user's model that a node came from: `file:line, in name`.
 
-    Lines inside of torch (flex_attention is one of its Python functions) say nothing to a user.
+    Lines inside of torch (flex_attention is one of its Python functions) say nothing to a user, nor
+    does the one file through which every model of transformers calls attention.
     """
     frames = stack_frames(node)
     own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
+    own = [frame for frame in own if SHARED_FILES not in frame[0]] or own
     return "{}:{}, in {}".format(*own[-1]) if own else ""
 
 

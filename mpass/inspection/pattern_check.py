@@ -1,4 +1,4 @@
-"""Hold a pattern of one's own against its own truth: `mpass check FILE.py:Name`.
+"""Hold a pattern of one's own against its own truth: `mpass pattern check FILE.py:Name`.
 
 Each instance of `examples()` and the default one are run on small random inputs, as a whole prompt,
 as its second half after a cached prefix, and with padding.
@@ -18,7 +18,8 @@ from torch import Tensor
 from mpass.config.operands import attention_mask
 from mpass.errors import MpassError, PatternFileError, in_one_line
 from mpass.functional import computed_mask, sparse_attention
-from mpass.lowering.index import AttentionMask
+from mpass.inspection.draw import Picture, draw_pattern
+from mpass.lowering.index import BLOCK, AttentionMask
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference import attention as reference
 from mpass.patterns.base import (
@@ -33,6 +34,9 @@ from mpass.patterns.base.scored import EstimatedPattern
 
 TOKENS = 400
 """Keys of a prompt: some blocks, the last of them not full."""
+
+ROWS = 16
+"""Rows of a picture, one per block of its prompt."""
 
 TOLERANCE = 1e-4
 """Largest difference between fp32 kernels and fp64 attention over the same cells."""
@@ -86,6 +90,14 @@ def check_pattern(cls: type[Pattern]) -> Iterator[Check]:
             except Exception as error:
                 fault = f"raises {in_one_line(error)}"
             yield Check(pattern.in_words(), what, fault)
+
+
+def picture_of(cls: type[Pattern]) -> Picture | None:
+    """What the default pattern selects, small enough for a terminal; None where it raises."""
+    try:
+        return draw_pattern(cls(), num_tokens=ROWS * BLOCK, resolution=ROWS)
+    except Exception:  # the checks have told it
+        return None
 
 
 def check_cost(pattern: Pattern) -> str:

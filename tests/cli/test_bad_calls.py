@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sys
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from typer.models import ArgumentInfo, OptionInfo
 
-from mpass.cli.app import main
+from mpass.cli.app import COMMANDS, main
+from mpass.cli.evaluate import evaluate
 
 BAD_VALUES = {
     "--pattern": ["nonsense", "a_shape(", "a_shape(-1)", "a_shape(1, 2, 3, 4)", "a_shape(x=1)", ""],
@@ -19,11 +23,11 @@ BAD_VALUES = {
     "--min-seq-len": ["-5", "x"],
     "--output": ["/nowhere/page.html", "/", "/proc/page.html"],
 }
-COMMANDS = ["explain", "doctor", "profile"]
+OF_A_MODEL = ["explain", "doctor", "profile"]
 
 GENERATED = [
     [command, "smollm2", f"{option}={value}"]
-    for command, (option, values) in itertools.product(COMMANDS, BAD_VALUES.items())
+    for command, (option, values) in itertools.product(OF_A_MODEL, BAD_VALUES.items())
     for value in values
 ]
 BY_HAND = [
@@ -109,6 +113,75 @@ BY_HAND = [
 ]
 
 
+DRAWN = 120
+"""Calls that are drawn from what the commands themselves say of their options."""
+
+POSITIONAL = {"draw": ["a_shape"], "check": ["a_shape"]} | {
+    name: ["smollm2"] for name in ("explain", "doctor", "profile", "calibrate", "eval")
+}
+
+
+WRITTEN = {"--output", "--picture", "--state"}
+READ = {"--config", "--text", "--held-out"}
+PATTERNS = {"--pattern", "--patterns", "--beside"}
+
+
+def options_of(command) -> dict[str, object]:
+    """The options of a command with their types, as its function has them."""
+    found = {}
+    for name, annotation in get_type_hints(command, include_extras=True).items():
+        if get_origin(annotation) is Annotated:
+            kind, *more = get_args(annotation)
+            info = next(each for each in more if isinstance(each, OptionInfo | ArgumentInfo))
+            if isinstance(info, OptionInfo):
+                spelled = [word for word in info.param_decls or () if word.startswith("--")]
+                found[spelled[0] if spelled else f"--{name.replace('_', '-')}"] = kind
+    return found
+
+
+def bad_values(option: str, kind: object) -> list[str]:
+    """Values that an option cannot take, whatever the command does with it; none for flags."""
+    if option in WRITTEN:
+        return ["/", "/nowhere/made.json", "/proc/made.json"]
+    if option == "--plots":
+        return ["/proc/made", "/proc/self/mem"]
+    if option in READ:
+        return ["/", "/nowhere/there.json", "", "\0"]
+    if option in PATTERNS:
+        return ["unoin", "a_shape(", "a_shape(-3)", "a_shape(1e99)", "\0", "9" * 99]
+    if option == "--device" or Literal in (get_origin(kind), *map(get_origin, get_args(kind))):
+        return ["nonsense", "\0"]
+    if {int, float} & {kind, *get_args(kind)}:
+        return ["many", "1e9x", "0x", ""]
+    return []
+
+
+def drawn_calls() -> list[list[str]]:
+    """Calls with one to three bad values, the same in each run."""
+    generator = random.Random(26)
+    known = {
+        command.__name__.replace("evaluate", "eval"): [
+            (option, bad)
+            for option, kind in options_of(command).items()
+            for bad in bad_values(option, kind)
+        ]
+        for command in (*COMMANDS, evaluate)
+    }
+    calls = []
+    while len(calls) < DRAWN:
+        name = generator.choice(sorted(known))
+        chosen = dict(generator.sample(known[name], generator.randint(1, 3)))
+        given = [f"{option}={bad}" for option, bad in chosen.items()]
+        calls.append([name, *POSITIONAL.get(name, []), *given])
+    return calls
+
+
+def test_drawn_calls_reach_every_command_and_most_options():
+    drawn = [(call[0], word.partition("=")[0]) for call in drawn_calls() for word in call[1:]]
+    assert {name for name, _ in drawn} == {c.__name__ for c in COMMANDS} | {"eval"}
+    assert len(set(drawn)) > 50
+
+
 @pytest.fixture
 def no_model_is_loaded(monkeypatch):
     """Loading a real model is work that no refusal may come after."""
@@ -124,7 +197,10 @@ def no_model_is_loaded(monkeypatch):
     monkeypatch.setattr(load, "load_model", refuse_or_fail)
 
 
-@pytest.mark.parametrize("arguments", GENERATED + BY_HAND, ids=lambda call: " ".join(call)[:60])
+CALLS = [*GENERATED, *BY_HAND, *drawn_calls()]
+
+
+@pytest.mark.parametrize("arguments", CALLS, ids=lambda call: repr(" ".join(call))[:60])
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_a_bad_call_is_refused_in_a_line(arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

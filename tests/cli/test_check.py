@@ -58,7 +58,7 @@ def call(monkeypatch, capsys):
     known = registry.registered_patterns()
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mpass", "check", *arguments])
+        monkeypatch.setattr(sys, "argv", ["mpass", "pattern", "check", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
         return ended.value.code, capsys.readouterr().out
@@ -85,3 +85,18 @@ def test_patterns_of_mpass_are_right(name, call):
     code, said = call(name)
     assert code == 0, said
     assert f"{name}, whole prompt: right" in said
+
+
+def test_a_pattern_that_is_checked_is_drawn(call, tmp_path):
+    code, said = call("a_shape", "-o", str(tmp_path / "drawn.svg"))
+    assert code == 0
+    assert "a_shape(128, 1024) at 1024 tokens: density" in said and "██" in said
+    assert (tmp_path / "drawn.svg").read_text().startswith("<svg")
+
+
+def test_a_pattern_that_raises_is_not_drawn(call, tmp_path):
+    path = tmp_path / "mine.py"
+    body, _ = FAULTS["raises"]
+    path.write_text(PATTERN.replace("NAME", "checked_undrawn").replace("BODY", body))
+    code, said = call(f"{path}:Mine")
+    assert code == 1 and "raises ValueError: no" in said and "█" not in said

@@ -20,8 +20,8 @@ from mpass.patterns.base import registered_patterns
 from tests.helpers.paths import ROOT
 from tests.helpers.toys import Decoder
 
-WITHOUT_RESULT = {"serve"}
-"""Commands that run until they are stopped, and print no result."""
+WITHOUT_RESULT = {"serve", "pattern"}
+"""A command that runs until it is stopped, and a group of other commands."""
 
 CHEAP = [
     ["env"],

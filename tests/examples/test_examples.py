@@ -81,6 +81,15 @@ def test_second_turn_example_attends_to_the_cache_sparse(llama_folder, tmp_path,
 
 
 @pytest.mark.usefixtures("fresh")
+def test_denoising_example_is_closer_with_the_residual(capsys):
+    run("denoising", 640, 6)
+    shown = capsys.readouterr().out
+    errors = [float(line.rsplit(" ", 1)[1]) for line in shown.splitlines() if "relative" in line]
+    assert errors[0] < errors[1] / 2
+    assert "2 of 2 attention layers" in shown
+
+
+@pytest.mark.usefixtures("fresh")
 def test_encoder_example_is_sparse_without_causality(capsys):
     run("encoder", 1024)
     printed = capsys.readouterr().out
@@ -202,3 +211,13 @@ def test_client_example_asks_about_each_file(tmp_path, capsys):
     assert [line.rpartition(": ")[2] for line in printed] == [
         f"/v1/chat/completions text of {file.name} Why?" for file in files
     ]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_train_dma_example_trains_through_the_keys_that_it_keeps(capsys):
+    run("train_dma", 2, 150)
+    printed = capsys.readouterr().out
+    assert "step 2: loss" in printed and "of the answers right" in printed
+    sites = mpass.last_report().sites
+    assert [set(site.patterns) for site in sites] == [{"dynamic_mask(64)"}] * 2
+    assert all(site.training for site in sites)

@@ -87,9 +87,12 @@ def press(browser, selector, key):
     )
 
 
-def width(browser: Browser, pixels: int) -> None:
-    metrics = {"width": pixels, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+def width(browser: Browser, pixels: int, height: int = 900) -> None:
+    """Make the screen this wide; 0 gives the window its own size back."""
+    metrics = {"width": pixels, "height": height, "deviceScaleFactor": 1, "mobile": False}
     command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics}
+    if not pixels:
+        command = {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}}
     browser.call("POST", f"{browser.session}/goog/cdp/execute", command)
 
 
@@ -242,11 +245,7 @@ def test_a_narrow_screen_never_scrolls_sideways(browser, pages, name):
         room = browser.run("return [document.documentElement.scrollWidth, innerWidth]")
         assert room[0] <= room[1] == NARROW
     finally:
-        browser.call(
-            "POST",
-            f"{browser.session}/goog/cdp/execute",
-            {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}},
-        )
+        width(browser, 0)
 
 
 @pytest.mark.parametrize("name", ["one", "two", "none", "dense"])

@@ -228,6 +228,31 @@ def test_compiling_a_program_prepares_its_layers(compiled):
     assert compiled == []
 
 
+def test_a_trained_program_finds_its_gradients_compiled(compiled, monkeypatch):
+    """Over the chosen keys and over every key, for a call may decide for either."""
+    started: list[threading.Thread] = []
+    start_kernels = warm_up.start_kernels
+    monkeypatch.setattr(
+        "mpass.backend.start_kernels", lambda plans: started.extend(start_kernels(plans)) or started
+    )
+
+    def program(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+
+    inputs = [tensor.normal_().detach().requires_grad_() for tensor in tensors(300, 300)]
+    options = {"pattern": "union", "min_seq_len": 128, "training": "sparse", "dense_above": 1.0}
+    torch._dynamo.reset()
+    out = torch.compile(program, backend="minference", options=options)(*inputs)
+    for thread in started:
+        thread.join(60)
+    assert {"query_gradients", "key_gradients", "column_gradients"} <= set(compiled)
+    compiled.clear()
+    out.sum().backward()
+    assert compiled == []
+
+
 def test_a_launch_waits_for_the_thread_that_compiles_its_kernel():
     spec = TritonKernelSpec("ints", num_warps=1)
     begun, go_on, order = threading.Event(), threading.Event(), []
