@@ -22,7 +22,7 @@ SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor bias, Tensor? key_mask, int keep, "
     "float hidden, bool early, SymInt query_offset, float scale"
 )
-"""The arguments of both ops; the backward one takes three tensors before them."""
+"""The arguments of both ops; the backward one takes the gradient of the output before them."""
 
 TENSORS = 4
 """Arguments that have gradients: query, key, value and bias."""
@@ -62,13 +62,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
 @torch.library.custom_op(
     f"{NAMESPACE}::dynamic_mask_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor out, Tensor lse, {SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_out, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def dynamic_mask_backward(
     grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -76,13 +73,10 @@ def dynamic_mask_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias, contiguous.
 
-    grad_out: of `out`; out, lse: what `minference::dynamic_mask_attention` returned. The keys are
-    chosen again, from the same numbers, and so are the same.
+    grad_out: of the output. The keys are chosen again, from the same numbers, and so are the same.
     """
     *mask, scale = rest
-    found = reference.dynamic_mask_backward(
-        grad_out, out, lse, query, key, value, mask_of(*mask), scale
-    )
+    found = reference.dynamic_mask_backward(grad_out, query, key, value, mask_of(*mask), scale)
     query_gradient, key_gradient, value_gradient, bias_gradient = (g.contiguous() for g in found)
     return query_gradient, key_gradient, value_gradient, bias_gradient
 
@@ -90,8 +84,6 @@ def dynamic_mask_backward(
 @dynamic_mask_backward.register_fake
 def _(
     grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -103,12 +95,12 @@ def _(
 
 
 def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save the arguments and the results: all of them are O(N)."""
+    """Save the arguments: all of them are O(N)."""
     *tensors, key_mask = inputs[: TENSORS + 1]
     ctx.mark_non_differentiable(output[1])
     ctx.masked = key_mask is not None
     ctx.rest = inputs[TENSORS + 1 :]
-    ctx.save_for_backward(*output, *tensors, *([key_mask] if ctx.masked else []))
+    ctx.save_for_backward(*tensors, *([key_mask] if ctx.masked else []))
 
 
 def backward(ctx: Any, grad_out: Tensor | None, *unused: object) -> tuple[Any, ...]:

@@ -250,8 +250,6 @@ def dynamic_mask_attention(
 
 def dynamic_mask_backward(
     grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -265,8 +263,7 @@ def dynamic_mask_backward(
     call = units(query, key, value, mask)
     wide = call.query.dtype
     grads = grad_out.to(wide).reshape(*call.query.shape[:3], -1)
-    dots = (grad_out.to(wide) * out.to(wide)).sum(-1).reshape(call.query.shape[:3])
-    sums = lse.to(wide).reshape(dots.shape).clamp(min=torch.finfo(wide).min)
+    lowest = torch.finfo(wide).min
     grad_query, grad_key, grad_value, grad_bias = (
         call.query.new_zeros(t.shape) for t in (call.query, call.key, call.value, call.numbers)
     )
@@ -276,9 +273,12 @@ def dynamic_mask_backward(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         part, grad = call.query[at][:, :, rows], grads[at][:, :, rows]
         scores = scores_of(part, own.key, own.numbers, visible, scale)
-        weights = scores.sub_(sums[at][:, :, rows, None]).exp_()
-        change = times(grad, own.value.transpose(1, 2))
-        change = change.sub_(dots[at][:, :, rows, None]).mul_(weights)
+        # All keys of a row are here: what softmax takes from the gradients comes from these very
+        # weights, so that its rounding does not add up in the gradient of the numbers.
+        weights = scores.sub_(scores.amax(-1, keepdim=True).clamp(min=lowest)).exp_()
+        weights = weights.div_(weights.sum(-1, keepdim=True).clamp(min=1.0))
+        change = times(grad, own.value.transpose(1, 2)).mul_(weights)
+        change = change.sub_(weights * change.sum(-1, keepdim=True))
         turned = change.flatten(1, 2).transpose(1, 2)
         return (
             times(change, own.key) * scale,

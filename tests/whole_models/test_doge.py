@@ -12,14 +12,14 @@ from torch import Tensor, nn
 import mpass
 
 
-def doge(keep: int, ties: bool = False) -> nn.Module:
-    """Two layers with masks as after some training; ties: as before it, A is zero."""
+def doge(keep: int, ties: bool = False, layers: int = 2) -> nn.Module:
+    """A model with masks as after some training; ties: as before it, A is zero."""
     torch.manual_seed(0)
     config = transformers.DogeConfig(
         vocab_size=64,
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         use_cache=False,
@@ -45,8 +45,10 @@ def logits_and_gradients(model: nn.Module, ids: Tensor, real: Tensor | None) -> 
     return [logits, *torch.autograd.grad((logits * weights).sum(), list(model.parameters()))]
 
 
-def compare(length: int, keep: int, ties: bool = False, padding: int = 0, **options) -> None:
-    model = doge(keep, ties)
+def compare(
+    length: int, keep: int, ties: bool = False, padding: int = 0, layers: int = 2, **options
+) -> None:
+    model = doge(keep, ties, layers)
     torch.manual_seed(1)
     batch = 2 if padding else 1
     ids = torch.randint(1, 64, (batch, length))
@@ -59,7 +61,7 @@ def compare(length: int, keep: int, ties: bool = False, padding: int = 0, **opti
     found = logits_and_gradients(sparse, ids, real)
     expected = logits_and_gradients(model, ids, real)
     sites = mpass.last_report().sites
-    assert [set(site.patterns) for site in sites] == [{f"dynamic_mask({keep})"}] * 2
+    assert [set(site.patterns) for site in sites] == [{f"dynamic_mask({keep})"}] * layers
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
@@ -75,9 +77,10 @@ def test_logits_and_all_gradients_are_those_of_transformers(keep, ties, padding)
 @pytest.mark.parametrize("length", [1024, 2048, 4096])
 @pytest.mark.parametrize("keep", [64, 512, 2048])
 def test_longer_prompts_and_windows(length, keep):
+    """One layer: what rounds otherwise in a layer may turn the order of two keys in the next."""
     if keep >= length:
         pytest.skip("every key is kept: the mask has no topk")
-    compare(length, keep, inner_backend="eager")
+    compare(length, keep, layers=1, inner_backend="eager")
 
 
 @pytest.mark.slow
