@@ -34,7 +34,7 @@ def coverage(
         list[str] | None,
         typer.Option(
             help="Run every class of transformers of these kinds instead of families: causal, "
-            "image-text, encoder-decoder, encoder."
+            "image-text, encoder-decoder, encoder; or those of diffusers: diffusion."
         ),
     ] = None,
     model_type: Annotated[
@@ -99,10 +99,10 @@ def run_classes(
 ) -> None:
     """Run classes of transformers' mappings; go on where a file of records ends."""
     from mpass.evaluate.classes import append, cover_classes, line, read_records, summarise
-    from mpass.models.classes import MAPPINGS, PLAIN, model_classes
+    from mpass.models.classes import KINDS, PLAIN, model_classes
 
-    for name in set(kinds) - set(MAPPINGS):
-        raise OptionValueError("kind", name, ", ".join(MAPPINGS))
+    for name in set(kinds) - set(KINDS):
+        raise OptionValueError("kind", name, ", ".join(KINDS))
     for name in set(scenarios or ()) - set(PLAIN):
         raise OptionValueError("scenario", name, ", ".join(PLAIN))
     entries = model_classes(tuple(kinds))

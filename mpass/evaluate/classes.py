@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mpass.errors import MissingPackageError
 from mpass.evaluate.coverage import largest_difference, run_compiled
 from mpass.models.class_table import NOT_BUILT
 from mpass.models.classes import (
+    DIFFUSION,
     TURNS,
     ModelClass,
     build_class,
@@ -33,10 +35,14 @@ from mpass.models.classes import (
     scenarios_of,
     turns_of,
 )
+from mpass.models.diffusion import MODELS
 from mpass.models.tiny import Scenario, main_output, real_rows
 
 SECONDS = 180
 """Longest run of one class in one scenario."""
+
+LEAST_KEYS = 200
+"""Of a tiny diffusion transformer: its latents have more tokens than this, its text fewer."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,22 @@ class CountAttentions(TorchFunctionMode):
         return result
 
 
+class CountLong(TorchFunctionMode):
+    """Counts the calls of SDPA from a number of queries and keys on."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "scaled_dot_product_attention":
+            query, key = (*args, kwargs.get("query"), kwargs.get("key"))[:2]
+            self.count += min(query.shape[-2], key.shape[-2]) >= self.least
+        return func(*args, **kwargs)
+
+
 def cover_classes(
     entries: Iterable[ModelClass], only: Collection[str] | None = None
 ) -> Iterator[ClassRecord]:
@@ -113,6 +135,9 @@ def cover_classes(
     only: names of scenarios, of those that a class has.
     """
     for entry in entries:
+        if entry.kind == DIFFUSION:
+            yield cover_diffusion(entry)
+            continue
         try:
             model = build_class(entry)
         except Exception as error:
@@ -123,6 +148,40 @@ def cover_classes(
         for one in scenarios_of(entry, model):
             if only is None or one.name in only:
                 yield cover_class(entry, model, one)
+
+
+def cover_diffusion(entry: ModelClass) -> ClassRecord:
+    """Run one denoising step of a model of diffusers, eagerly and through the pass.
+
+    Attentions count from LEAST_KEYS keys on: shorter ones are those over the text.
+    """
+    started = time.perf_counter()
+    record: dict[str, Any] = {**asdict(entry), "scenario": "step"}
+    made = MODELS[entry.model_type]
+    try:
+        with seeded():
+            model, call = made.build(), made.call()
+            with CountLong(LEAST_KEYS) as counted:
+                expected = main_output(model(**call))
+    except MissingPackageError:
+        raise
+    except Exception as error:
+        return ClassRecord(**record, not_run=why_not(entry, error))
+    record["attentions"] = counted.count
+    try:
+        with seeded(), limit(SECONDS):
+            run = run_compiled(model, call)
+    except Exception as error:  # recorded, so that one class does not hide the others
+        return ClassRecord(**record, error=f"{type(error).__name__}: {error}"[:500])
+    return ClassRecord(
+        **record,
+        sites=len(run.sites) + run.again,
+        sparse=sum(site.status == "sparse" for site in run.sites) + run.again,
+        dense=dict(Counter(here(site.reason) for site in run.sites if site.status != "sparse")),
+        breaks=run.breaks,
+        difference=largest_difference(run.output, expected, None),
+        seconds=round(time.perf_counter() - started, 2),
+    )
 
 
 def why_not(entry: ModelClass, error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mpass.models.class_table import BUILT_BY_HAND, CHANGES, INPUTS
+from mpass.models.diffusion import MODELS
 from mpass.models.shrink import shrunk
 from mpass.models.tiny import Family, Scenario, inputs, scenarios
 
@@ -21,6 +22,12 @@ MAPPINGS = {
 }
 """Names of transformers' mappings from a model type to the class of a task."""
 
+
+DIFFUSION = "diffusion"
+"""The kind of the transformers of diffusers, which has no mapping: mpass.models.diffusion."""
+
+KINDS = (*MAPPINGS, DIFFUSION)
+"""Every kind of class."""
 
 TURNS = Scenario("turns", cache="dynamic", cached=37, new=23)
 """A prompt in two parts and a second question, through one compiled model: see `turns_of`."""
@@ -41,8 +48,9 @@ PLAIN = (
 class ModelClass:
     """One entry of a mapping.
 
-    kind: "causal", "image-text", "encoder-decoder" or "encoder" (of text). model_type:
-    transformers' name of the config. architecture: name of the model's class.
+    kind: "causal", "image-text", "encoder-decoder", "encoder" (of text) or "diffusion".
+    model_type: transformers' name of the config, or a name of mpass.models.diffusion.MODELS.
+    architecture: name of the model's class.
     """
 
     kind: str
@@ -56,13 +64,18 @@ class ModelClass:
 
 
 def model_classes(kinds: tuple[str, ...] = tuple(MAPPINGS)) -> list[ModelClass]:
-    """All entries of the mappings, in their order."""
+    """All entries of the mappings, in their order, and the models of diffusers if asked for."""
     from transformers.models.auto import modeling_auto
 
     return [
         ModelClass(kind, model_type, names if isinstance(names, str) else names[0])
         for kind in kinds
+        if kind != DIFFUSION
         for model_type, names in getattr(modeling_auto, MAPPINGS[kind]).items()
+    ] + [
+        ModelClass(DIFFUSION, name, model.architecture)
+        for name, model in MODELS.items()
+        if DIFFUSION in kinds
     ]
 
 

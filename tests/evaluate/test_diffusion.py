@@ -1,0 +1,73 @@
+"""Tiny transformers of diffusers: one step through the pass, and a sampler that tells its steps."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import mpass
+from mpass.errors import MissingPackageError
+from mpass.evaluate.classes import cover_classes
+from mpass.models.classes import DIFFUSION, KINDS, MAPPINGS, model_classes
+from mpass.models.diffusion import MODELS
+
+
+def test_models_of_diffusers_are_listed_only_if_asked_for():
+    assert set(KINDS) == {*MAPPINGS, DIFFUSION}
+    entries = model_classes((DIFFUSION,))
+    assert [entry.model_type for entry in entries] == list(MODELS)
+    assert len({entry.architecture for entry in entries}) == len(entries) >= 20
+
+
+def test_without_diffusers_the_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    entry = model_classes((DIFFUSION,))[0]
+    with pytest.raises(
+        MissingPackageError, match=r"diffusers is not installed.*mpass\[diffusion\]"
+    ):
+        list(cover_classes([entry]))
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+def test_a_step_is_sparse_and_equal_to_eager(name):
+    pytest.importorskip("diffusers", reason="diffusers is not installed: make diffusion")
+    entry = next(e for e in model_classes((DIFFUSION,)) if e.model_type == name)
+    (record,) = cover_classes([entry])
+    assert record.equal and record.difference < 1e-5, record
+    assert record.sparse == record.sites >= record.attentions > 0
+
+
+@pytest.mark.parametrize("calls", [1, 2], ids=["one call", "two calls"])
+def test_a_scheduler_of_diffusers_tells_the_steps(calls):
+    """Under guidance as one call of twice the batch, and as two calls."""
+    diffusers = pytest.importorskip(
+        "diffusers", reason="diffusers is not installed: make diffusion"
+    )
+    plain, model = MODELS["dit"].build(), MODELS["dit"].build()
+    options = {"min_seq_len": 64, "dense_above": 2.0, "inner_backend": "eager"}
+    mpass.compile(model, pattern="a_shape(0, 32)", denoising=True, **options)
+    scheduler = diffusers.DDIMScheduler()
+
+    @torch.no_grad()
+    def sample(transformer, parts):
+        x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+        kinds = torch.tensor([1, 2, 9, 9])
+        scheduler.set_timesteps(6)
+        for t in scheduler.timesteps:
+            given = torch.cat([x, x]).chunk(parts), kinds.chunk(parts)
+            made = [
+                transformer(own, timestep=t.expand(len(own)), class_labels=kind).sample
+                for own, kind in zip(*given, strict=True)
+            ]
+            wanted, other = torch.cat(made)[:, :4].chunk(2)
+            x = scheduler.step(other + 2 * (wanted - other), t, x).prev_sample
+        return x
+
+    dense = sample(plain, 1)
+    errors = []
+    for keep in ("residual", "nothing"):
+        with mpass.denoising(6, full=2, every=4, keep=keep, scheduler=scheduler):
+            errors.append(float((sample(model, calls) - dense).norm() / dense.norm()))
+    assert 0 < errors[0] < errors[1] / 2
