@@ -33,7 +33,7 @@ help:
 	@echo "  make test     run the tests"
 	@echo "  make check    run lint, the format check, the types and the quick tests"
 	@echo "  make slow     run whole matrices: model families, kernels for every chip"
-	@echo "  make walk     go through README from a wheel, in a Python without this repository"
+	@echo "  make walk     take the first steps from a wheel, in a Python without this repository"
 	@echo "  make vllm     run tests of the real vLLM, in a Python of its own (3.5 GB)"
 	@echo "  make diffusion  run tiny transformers of diffusers, in a Python of its own"
 	@echo "  make lint     check the style and the format of the code"

@@ -97,7 +97,8 @@ class Lowering:
     breakeven_density: the share of the dense work up to which sparse attention is no slower.
     estimation_worthwhile: whether estimating an index and using it can be faster than dense.
     linear_reason: why linear layers of a dtype do not run in 8 bits here; "" if they do.
-    quantize_rows, multiply_rows: as in mpass.lowering.reference.linear.
+    quantize_rows, multiply_rows, linear_in_fp32: as in mpass.lowering.reference.linear.
+    fp32_linear_pays: whether linear layers of a dtype are faster with their numbers made fp32.
     language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
     dtype, a head_dim and a softcap or none.
     synchronize: waits until a device has done its work.
@@ -138,6 +139,8 @@ class Lowering:
     linear_reason: Callable[[torch.dtype], str] = no_linear
     quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]] = linear.quantize_rows
     multiply_rows: Callable[[Tensor, Tensor], Tensor] = linear.multiply_rows
+    fp32_linear_pays: Callable[[torch.dtype], bool] = lambda dtype: False
+    linear_in_fp32: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear.linear_in_fp32
     language: str = ""
     made_for: Callable[[Any, torch.dtype, int, bool], bool] = lambda *_: False
     synchronize: Callable[[torch.device], None] = no_wait

@@ -28,6 +28,7 @@ from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.lowering.kv_selection import SnapKV
+from mpass.match.top_keys import KEPT_SHORTEST, kept_reason
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.patterns.base.registry import serving_both_ways
@@ -140,7 +141,7 @@ def reason_to_skip(site: AttentionSite) -> str:
     if not abs(site.scale) <= LARGEST:
         return f"scale is {site.scale:g}: scores are no numbers"
     query, key, value = (example(node) for node in (site.query, site.key, site.value))
-    reason = dtype_reason(site)
+    reason = dtype_reason(site) or kept_reason(site)
     if reason:
         return reason
     if device_lowering(query.device) is REFERENCE:
@@ -205,8 +206,6 @@ def training_reason(site: AttentionSite) -> str:
         return f"no backward kernels are generated for device {query.device.type!r}"
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
-    if site.key_bias is not None:
-        return "trained with a bias per key: that op has no backward"
     if site.listed is not None:
         return "trained under lists of blocks: that op has no backward"
     if site.mask is not None and site.mask.mean_of_hidden:
@@ -309,7 +308,8 @@ def decide_length(
     selecting = options.kv_select if site.feeds_a_cache and not trained else None
     # The meter knows what a selection loses, and not what means give back.
     kept = options.denoising and site.is_two_sided and not trained
-    plain = not summaries and not trained and selecting is None and not kept
+    measurable = not trained and site.kept is None
+    plain = not summaries and measurable and selecting is None and not kept
     plan = AttentionPlan(
         *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
         training=trained,
@@ -354,6 +354,8 @@ def least_lengths(
     """
     lowering = device_lowering(example(site.query).device)
     keys = resolved.min_seq_len
+    if keys is None and site.kept is not None:
+        keys = KEPT_SHORTEST
     ask = lowering.least_lengths
     if keys is None and ask is not None and options.dense_above < 1.0 and site.mask is not None:
         work = layer_work(

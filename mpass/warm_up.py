@@ -54,7 +54,7 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
         query, key, value = (example(node) for node in (site.query, site.key, site.value))
         inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
         lowering = device_lowering(query.device)
-        if not lowering.builds_ahead or lowering.serves(inputs):
+        if site.kept is not None or not lowering.builds_ahead or lowering.serves(inputs):
             continue
         if lowering.prepare is not None:
             threads |= dict.fromkeys(start_foreseen(lowering, plan, foreseen))
