@@ -85,7 +85,7 @@ $(DIFFUSION_VENV)/.installed: pyproject.toml
 
 diffusion: $(DIFFUSION_VENV)/.installed
 	$(DIFFUSION_VENV)/bin/mpass coverage --kind diffusion $(ARGS)
-	$(DIFFUSION_VENV)/bin/pytest -n 0 tests/evaluate/test_diffusion.py
+	$(DIFFUSION_VENV)/bin/pytest -n 0 tests/evaluate/test_made_by_hand.py
 
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
 

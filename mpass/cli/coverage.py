@@ -34,7 +34,8 @@ def coverage(
         list[str] | None,
         typer.Option(
             help="Run every class of transformers of these kinds instead of families: causal, "
-            "image-text, encoder-decoder, encoder; or those of diffusers: diffusion."
+            "image-text, encoder-decoder, encoder; or tiny models made by hand: perception (of "
+            "pictures and sound), diffusion (of diffusers)."
         ),
     ] = None,
     model_type: Annotated[

@@ -26,7 +26,7 @@ from mpass.errors import MissingPackageError
 from mpass.evaluate.coverage import largest_difference, run_compiled
 from mpass.models.class_table import NOT_BUILT
 from mpass.models.classes import (
-    DIFFUSION,
+    BY_HAND,
     TURNS,
     ModelClass,
     build_class,
@@ -35,14 +35,13 @@ from mpass.models.classes import (
     scenarios_of,
     turns_of,
 )
-from mpass.models.diffusion import MODELS
 from mpass.models.tiny import Scenario, main_output, real_rows
 
 SECONDS = 180
 """Longest run of one class in one scenario."""
 
 LEAST_KEYS = 200
-"""Of a tiny diffusion transformer: its latents have more tokens than this, its text fewer."""
+"""Pictures, sound and latents have more tokens than this in tiny models, texts fewer."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ def cover_classes(
     only: names of scenarios, of those that a class has.
     """
     for entry in entries:
-        if entry.kind == DIFFUSION:
-            yield cover_diffusion(entry)
+        if entry.kind in BY_HAND:
+            yield cover_by_hand(entry)
             continue
         try:
             model = build_class(entry)
@@ -150,14 +149,14 @@ def cover_classes(
                 yield cover_class(entry, model, one)
 
 
-def cover_diffusion(entry: ModelClass) -> ClassRecord:
-    """Run one denoising step of a model of diffusers, eagerly and through the pass.
+def cover_by_hand(entry: ModelClass) -> ClassRecord:
+    """Run one call of a model that was made by hand, eagerly and through the pass.
 
-    Attentions count from LEAST_KEYS keys on: shorter ones are those over the text.
+    Attentions count from LEAST_KEYS keys on: of diffusion, shorter ones are those over the text.
     """
     started = time.perf_counter()
-    record: dict[str, Any] = {**asdict(entry), "scenario": "step"}
-    made = MODELS[entry.model_type]
+    record: dict[str, Any] = {**asdict(entry), "scenario": "call"}
+    made = BY_HAND[entry.kind][entry.model_type]
     try:
         with seeded():
             model, call = made.build(), made.call()

@@ -1,4 +1,4 @@
-"""Tiny transformers of diffusers: one step through the pass, and a sampler that tells its steps."""
+"""Tiny models made by hand: encoders, and transformers of diffusers with their scheduler."""
 
 from __future__ import annotations
 
@@ -10,30 +10,41 @@ import torch
 import mpass
 from mpass.errors import MissingPackageError
 from mpass.evaluate.classes import cover_classes
-from mpass.models.classes import DIFFUSION, KINDS, MAPPINGS, model_classes
+from mpass.models.classes import BY_HAND, KINDS, MAPPINGS, model_classes
 from mpass.models.diffusion import MODELS
 
 
-def test_models_of_diffusers_are_listed_only_if_asked_for():
-    assert set(KINDS) == {*MAPPINGS, DIFFUSION}
-    entries = model_classes((DIFFUSION,))
-    assert [entry.model_type for entry in entries] == list(MODELS)
-    assert len({entry.architecture for entry in entries}) == len(entries) >= 20
+def test_models_made_by_hand_are_listed_if_asked_for():
+    assert set(KINDS) == {*MAPPINGS, "diffusion", "perception"}
+    for kind, least in (("diffusion", 20), ("perception", 25)):
+        entries = model_classes((kind,))
+        assert [entry.model_type for entry in entries] == list(BY_HAND[kind])
+        assert len({entry.architecture for entry in entries}) == len(entries) >= least
 
 
 def test_without_diffusers_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    entry = model_classes((DIFFUSION,))[0]
+    entry = model_classes(("diffusion",))[0]
     with pytest.raises(
         MissingPackageError, match=r"diffusers is not installed.*mpass\[diffusion\]"
     ):
         list(cover_classes([entry]))
 
 
+@pytest.mark.parametrize("name", ["vit", "wavlm"])
+def test_an_encoder_of_pictures_or_sound_is_equal_to_eager(name):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    entry = next(e for e in model_classes(("perception",)) if e.model_type == name)
+    (record,) = cover_classes([entry])
+    assert record.equal and record.difference < 1e-5, record
+    # WavLM asks for its weights.
+    assert (record.sparse, record.sites) == ((2, 2) if name == "vit" else (0, 2)), record
+
+
 @pytest.mark.parametrize("name", ["dit", "flux", "wan"])
 def test_a_step_is_sparse_and_equal_to_eager(name):
     pytest.importorskip("diffusers", reason="diffusers is not installed: make diffusion")
-    entry = next(e for e in model_classes((DIFFUSION,)) if e.model_type == name)
+    entry = next(e for e in model_classes(("diffusion",)) if e.model_type == name)
     (record,) = cover_classes([entry])
     assert record.equal and record.difference < 1e-5, record
     assert record.sparse == record.sites >= record.attentions > 0
