@@ -38,8 +38,8 @@ def coverage(
         list[str] | None,
         typer.Option(
             help="Run every class of transformers of these kinds instead of families: causal, "
-            "image-text, encoder-decoder, encoder; or library, for libraries beside transformers; or "
-            "tiny models made by hand: perception (of pictures and sound), diffusion (of diffusers)."
+            "image-text, encoder-decoder, encoder; library, for libraries beside transformers; or "
+            "tiny models made by hand: perception (pictures and sound), diffusion (diffusers)."
         ),
     ] = None,
     model_type: Annotated[
