@@ -18,7 +18,7 @@ from mpass.lowering.block_mask import BlockLists
 from mpass.lowering.crossover import EstimatedWork, LayerWork, LeastLengths, PatternWork
 from mpass.lowering.estimators import EstimateFunction, Estimator
 from mpass.lowering.index import SparseIndex
-from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.inputs import AttentionInputs, RowLosses
 from mpass.lowering.reference import attention, dense, linear
 from mpass.lowering.reference.backward import ForwardResult, Gradients
 
@@ -76,6 +76,7 @@ class Lowering:
     shapes only, so that fake tensors will do.
     sparse_attention, sparse_attention_lse, dense_attention: as their references in
     mpass.lowering.reference.
+    row_losses: as in mpass.lowering.exact_rows.
     correct_as_listed: as in mpass.lowering.block_mask; asked for where costs do not decide.
     attention_backward: as in mpass.lowering.reference.backward; None where nothing is trained.
     estimators: its own implementations; the reference serves where there is none.
@@ -96,7 +97,8 @@ class Lowering:
     breakeven_density: the share of the dense work up to which sparse attention is no slower.
     estimation_worthwhile: whether estimating an index and using it can be faster than dense.
     linear_reason: why linear layers of a dtype do not run in 8 bits here; "" if they do.
-    quantize_rows, multiply_rows: as in mpass.lowering.reference.linear.
+    quantize_rows, multiply_rows, linear_in_fp32: as in mpass.lowering.reference.linear.
+    fp32_linear_pays: whether linear layers of a dtype are faster with their numbers made fp32.
     language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
     dtype, a head_dim and a softcap or none.
     synchronize: waits until a device has done its work.
@@ -112,6 +114,9 @@ class Lowering:
     attention_backward: (
         Callable[[AttentionInputs, SparseIndex, ForwardResult], Gradients] | None
     ) = None
+    row_losses: Callable[[AttentionInputs, SparseIndex, int, bool], RowLosses] = Lazy(
+        "mpass.lowering.exact_rows:row_losses"
+    )
     dense_attention: Callable[[AttentionInputs], Tensor] = dense.dense_attention
     correct_as_listed: Callable[[Tensor, AttentionInputs, BlockLists], None] = (
         block_mask.correct_as_listed
@@ -134,6 +139,8 @@ class Lowering:
     linear_reason: Callable[[torch.dtype], str] = no_linear
     quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]] = linear.quantize_rows
     multiply_rows: Callable[[Tensor, Tensor], Tensor] = linear.multiply_rows
+    fp32_linear_pays: Callable[[torch.dtype], bool] = lambda dtype: False
+    linear_in_fp32: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear.linear_in_fp32
     language: str = ""
     made_for: Callable[[Any, torch.dtype, int, bool], bool] = lambda *_: False
     synchronize: Callable[[torch.device], None] = no_wait

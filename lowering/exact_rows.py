@@ -1,8 +1,9 @@
 """The exact attention of some query rows, spread over a call by a fixed rule.
 
-What an index loses is known of these rows: every key of theirs is weighed. They are taken a few at
-a time, so that no more than CHUNK_BYTES of weights exist. Letters: B batch, H query heads, Hk kv
-heads, Nq queries, Nk keys, D head_dim, Dv value dim, R rows of a chunk, J key blocks.
+What an index loses is known of these rows: every key of theirs is weighed. This is what kernels of
+a lowering mean by it (`Lowering.row_losses`). The rows are taken a few at a time, so that no more
+than CHUNK_BYTES of weights exist. Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk
+keys, D head_dim, Dv value dim, R rows of a chunk, J key blocks.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from mpass.lowering.dispatch import device_lowering
 from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, BLOCK, SparseIndex, first_query_block
-from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.inputs import AttentionInputs, RowLosses
 from mpass.lowering.reference.attention import allowed_cells, masked_softmax
 
-ROWS = 64
-"""Query rows of a call that are computed exactly."""
+QUERIES_PER_ROW, LEAST_ROWS = 128, 4
+"""One row is looked at of so many queries, but never fewer than that many: then what rows cost is a
+share of what the queries cost, whatever came before them."""
 
 CHUNK_BYTES = 1 << 26
 """Most memory of weights at a time."""
@@ -50,6 +52,11 @@ class ExactRows:
     stop: int
 
 
+def rows_to_look_at(num_queries: int, most: int) -> int:
+    """How many query rows of a call are looked at, `most` of a long one."""
+    return min(num_queries, most, max(LEAST_ROWS, num_queries // QUERIES_PER_ROW))
+
+
 def sampled_rows(num_queries: int, first: int, stop: int, count: int, device: object) -> Tensor:
     """Row `i` of `count` equal parts of the queries for first <= i < stop: int64 [stop - first].
 
@@ -61,9 +68,7 @@ def sampled_rows(num_queries: int, first: int, stop: int, count: int, device: ob
     return low + ((i * HASH % (1 << 32)) >> 8) % (high - low)
 
 
-def exact_rows(
-    inputs: AttentionInputs, count: int = ROWS, *, outputs: bool = True
-) -> Iterator[ExactRows]:
+def exact_rows(inputs: AttentionInputs, count: int, *, outputs: bool = True) -> Iterator[ExactRows]:
     """The exact attention of `count` rows (of all if there are fewer), a chunk after the other.
 
     outputs: whether their outputs are computed, too.
@@ -95,8 +100,8 @@ def exact_rows(
             grouped = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3)
             output = (grouped @ values[:, :, :seen]).view(batch, heads, len(rows), -1)
         counted = allowed.any(-1)[:, 0].expand(batch, -1)
-        if mask.key_mask is not None and num_keys >= mask.query_offset + num_queries:
-            counted = counted & mask.key_mask[:, positions]
+        real = real_rows(inputs, rows)
+        counted = counted if real is None else counted & real
         if seen % BLOCK:
             weights = torch.nn.functional.pad(weights, (0, -seen % BLOCK))
         yield ExactRows(
@@ -107,6 +112,29 @@ def exact_rows(
             output,
             stop,
         )
+
+
+def real_rows(inputs: AttentionInputs, rows: Tensor) -> Tensor | None:
+    """Which rows are no padding, bool [B, R], where that can be told of queries; None for all."""
+    mask = inputs.mask
+    beyond = mask.query_offset + inputs.query.shape[2] > inputs.key.shape[2]
+    return None if mask.key_mask is None or beyond else mask.key_mask[:, rows + mask.query_offset]
+
+
+def row_losses(inputs: AttentionInputs, index: SparseIndex, count: int, outputs: bool) -> RowLosses:
+    """What an index loses of `count` rows, by a fixed rule spread over the queries.
+
+    outputs: whether what dense attention gives for these rows is computed, too.
+    """
+    rows, counted, lost, exact = [], [], [], []
+    for part in exact_rows(inputs, count, outputs=outputs):
+        rows.append(part.rows)
+        counted.append(part.counted)
+        left_out = (part.mass.sum(-1) - kept_mass(part, inputs, index)).clamp(min=0.0)
+        lost.append(left_out * part.counted[:, None])
+        exact += [] if part.output is None else [part.output]
+    found = torch.cat(exact, 2) if exact else None
+    return RowLosses(torch.cat(rows), torch.cat(counted, 1), torch.cat(lost, 2), found)
 
 
 def row_weights(scores: Tensor, allowed: Tensor, inputs: AttentionInputs) -> Tensor:

@@ -36,6 +36,22 @@ class AttentionInputs:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowLosses:
+    """What an index loses of some query rows, and what their outputs should be.
+
+    rows: which of the queries, int64 [R], ascending; counted: bool [B, R], False for padding and
+    for rows that see nothing; lost: the share of softmax mass on keys that the index leaves out,
+    fp32 [B, H, R], 0 where a row does not count; exact: outputs of dense attention, fp32 (fp64 for
+    inputs of fp64) [B, H, R, Dv], or None.
+    """
+
+    rows: Tensor
+    counted: Tensor
+    lost: Tensor
+    exact: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EstimateInputs:
     """What an estimator reads to decide which keys some heads look at.
 

@@ -11,10 +11,12 @@ Letters: B batch, H query heads, Hk kv heads, Nq queries, Nk keys, D head_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mpass.lowering.define import define_op, fake_of
+from mpass.lowering.define import NAMESPACE
 
 PARTS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 3, torch.float16: 3}
 """Channels that hold one bias: what one number of the dtype cannot say, the next ones do."""
@@ -87,9 +89,10 @@ def as_rows(bias: Tensor, batch: int, heads: int) -> Tensor:
     return rows.reshape(batch, heads, -1) if rows.shape[0] == batch * heads else rows[None]
 
 
-@define_op(
-    "with_key_bias",
-    "(Tensor query, Tensor key, Tensor bias, float factor, float scale, bool shifted) -> "
+@torch.library.custom_op(
+    f"{NAMESPACE}::with_key_bias",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor bias, float factor, float scale, bool shifted) -> "
     "(Tensor, Tensor)",
 )
 def with_key_bias_op(
@@ -107,7 +110,7 @@ def with_key_bias_op(
     return with_key_bias(query, key, rows.expand(*rows.shape[:2], key.shape[2]), scale)
 
 
-@fake_of("with_key_bias")
+@with_key_bias_op.register_fake
 def _(
     query: Tensor, key: Tensor, bias: Tensor, factor: float, scale: float, shifted: bool
 ) -> tuple[Tensor, Tensor]:
@@ -127,3 +130,45 @@ def _(
 def statically_one(size: int) -> bool:
     """Whether a size is the number 1 and no symbol."""
     return isinstance(size, int) and size == 1
+
+
+def bias_gradient(
+    grad_key: Tensor, bias: Tensor, heads: int, dim: int, factor: float, scale: float
+) -> Tensor:
+    """The gradient of a bias from that of the wider keys, in the bias's shape and dtype.
+
+    grad_key: [B, Hk, Nk, D + C], whose channel D + r is scale times the sum over queries of the
+    gradients of the scores of the r-th query head. What is taken from all numbers of a row (see
+    `shifted`) has no gradient, since softmax does not see it.
+    """
+    batch, kv_heads, num_keys, _ = grad_key.shape
+    rows = as_rows(bias, batch, heads)
+    own = heads // kv_heads if rows.shape[1] == heads else 1
+    wide = torch.promote_types(grad_key.dtype, torch.float32)
+    larger = 2.0**6 if grad_key.dtype == torch.float16 else 1.0
+    found = grad_key[..., dim : dim + own].to(wide).transpose(2, 3) * (factor / scale / larger)
+    found = found.reshape(batch, kv_heads * own, num_keys)
+    for place, size in enumerate(rows.shape):
+        if statically_one(size):
+            found = found.sum(place, keepdim=True)
+    if bias.dim() == 3 and not statically_one(bias.shape[0]) and rows.shape[0] == 1:
+        found = found[0][:, None]
+    return found.reshape(bias.shape).to(bias.dtype)
+
+
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save what the shape of the bias is, and the numbers; no value of a tensor is needed."""
+    query, key, bias, factor, scale, _ = inputs
+    ctx.save_for_backward(bias)
+    ctx.numbers = (query.shape[1], key.shape[3], factor, scale)
+
+
+def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Any, ...]:
+    """The autograd formula: gradients of query, key and bias."""
+    (bias,) = ctx.saved_tensors
+    heads, dim, factor, scale = ctx.numbers
+    grad_bias = bias_gradient(grad_key, bias, heads, dim, factor, scale)
+    return grad_query[..., :dim], grad_key[..., :dim], grad_bias, None, None, None
+
+
+with_key_bias_op.register_autograd(backward, setup_context=keep_for_backward)

@@ -114,7 +114,7 @@ def sparse_attention_kv(
     attention; the selection goes to whoever listens, see `select_keys`.
     """
     call = over_index(*arguments)
-    out, _ = attend(call, ATTENTION)
+    out = attend(call, ATTENTION).result
     selection = LISTENER.get()
     if selection is not None:
         keep_selection(selection, call.inputs, call.layer, (budget, observed, kernel), pool)

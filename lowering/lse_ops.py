@@ -60,8 +60,7 @@ def sparse_attention_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
     A log-sum-exp is the natural logarithm of the sum of e^score over the keys that were computed,
     sinks included; scores are scaled and capped. It is that of all keys where dense attention ran.
     """
-    results, _ = attend(over_index(*arguments), ATTENTION_LSE)
-    return results
+    return attend(over_index(*arguments), ATTENTION_LSE).result
 
 
 @define_op(

@@ -17,10 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpass.lowering.exact_rows import exact_rows, kept_mass
+from mpass.lowering.dispatch import choose_lowering
+from mpass.lowering.exact_rows import rows_to_look_at
 from mpass.lowering.index import SparseIndex
-from mpass.lowering.inputs import AttentionInputs
+from mpass.lowering.inputs import AttentionInputs, RowLosses
 from mpass.lowering.readback import Readback, read_later
+
+ROWS = 48
+"""Most query rows of a call that are computed exactly: 0.6% of a prompt of 8192 tokens."""
 
 MOST_KEPT = 4096
 """Attentions whose losses are kept; the one measured least recently is forgotten."""
@@ -94,33 +98,50 @@ def start_prompt(number: int) -> None:
         _meter.tally(number, fresh=True)
 
 
+def rows_of_call(query: Tensor) -> int:
+    """How many rows of a call are measured: none while paused.
+
+    None either while a CUDA graph is captured, since that runs no Python later.
+    """
+    if _paused.get() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return 0
+    return rows_to_look_at(query.shape[2], ROWS)
+
+
 def measure_call(
-    inputs: AttentionInputs, index: SparseIndex, out: Tensor, number: int, *, dense: bool
+    inputs: AttentionInputs,
+    index: SparseIndex,
+    out: Tensor,
+    number: int,
+    *,
+    dense: bool,
+    losses: RowLosses | None = None,
 ) -> None:
     """Add to what is known of an attention what one call of it lost.
 
     out: [B, H, Nq, Dv], what was computed; number: of the attention, negative where the call is a
     part of one whose `start_prompt` the caller has told; else a call without a prefix begins a
-    prompt. dense: whether the call computed every key, and so lost nothing.
+    prompt. dense: whether the call computed every key, and so lost nothing. losses: of
+    `rows_of_call` rows with outputs, where somebody has looked before.
     """
-    if _paused.get() or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+    rows = rows_of_call(inputs.query)
+    if not rows:
         return
     tally = _meter.tally(abs(number), fresh=number > 0 and inputs.mask.query_offset == 0)
     tally.calls += 1
     if dense:
         tally.dense += 1
         return
-    for exact in exact_rows(inputs):
-        assert exact.output is not None
-        real = exact.counted[:, None]
-        gap = (out[:, :, exact.rows].to(exact.output.dtype) - exact.output).square().sum(-1)
-        square = exact.output.square().sum(-1)
-        total = exact.mass.sum(-1)
-        lost = (total - kept_mass(exact, inputs, index)).clamp(min=0.0)
-        per_row = torch.stack([gap, square, lost, torch.ones_like(lost)]) * real
-        sums = per_row.sum((1, 3), dtype=torch.float64)
-        worst = (lost * real).amax((0, 2))[None].to(sums.dtype)
-        tally.parts.append(read_later(torch.cat([sums, worst])))
+    found = losses or choose_lowering(inputs).row_losses(inputs, index, rows, True)
+    assert found.exact is not None
+    real = found.counted[:, None]
+    exact = found.exact
+    gap = (out[:, :, found.rows].to(exact.dtype) - exact).square().sum(-1)
+    square = exact.square().sum(-1)
+    per_row = torch.stack([gap, square, found.lost, torch.ones_like(found.lost)]) * real
+    sums = per_row.sum((1, 3), dtype=torch.float64)
+    worst = (found.lost * real).amax((0, 2))[None].to(sums.dtype)
+    tally.parts.append(read_later(torch.cat([sums, worst])))
 
 
 def loss_of(number: int) -> Loss | None:

@@ -20,10 +20,10 @@ from mpass.lowering.define import NAMESPACE, define_op, fake_of
 from mpass.lowering.density import work_share
 from mpass.lowering.device import REFERENCE, Lowering
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
-from mpass.lowering.guard import lost_too_much
+from mpass.lowering.guard import guarded
 from mpass.lowering.index import AttentionMask, SparseIndex, join_indexes
-from mpass.lowering.inputs import AttentionInputs
-from mpass.lowering.meter import measure_call
+from mpass.lowering.inputs import AttentionInputs, RowLosses
+from mpass.lowering.meter import measure_call, rows_of_call
 from mpass.lowering.recorded_call import record_call
 from mpass.lowering.reference.attention import empty_output, repeat_kv
 from mpass.lowering.reference.dense import dense_attention
@@ -54,6 +54,7 @@ class OverIndex:
     """A call of attention over an index; its arguments are those of ATTENTION_SCHEMA.
 
     most_lost: the share of a head's attention that it may lose (mpass.lowering.guard); 1 for all.
+    measured: rows that the meter looks at afterwards; 0 for none.
     """
 
     inputs: AttentionInputs
@@ -63,6 +64,22 @@ class OverIndex:
     layer: int
     site: int
     most_lost: float = 1.0
+    measured: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attended(Generic[Result]):
+    """What a call has computed.
+
+    reason: why dense attention ran, or ""; index: what sparse attention computed; losses: what that
+    loses of some rows, where somebody has looked.
+    """
+
+    lowering: Lowering
+    result: Result
+    reason: str
+    index: SparseIndex
+    losses: RowLosses | None = None
 
 
 def over_index(
@@ -116,19 +133,20 @@ def sparse_attention(*arguments: Any) -> Tensor:
     very index; elsewhere the host would wait for it, and what an earlier call of the `site`
     selected counts (0: of no call). min_seq_len: run dense below this number of keys (where no
     guard could decide it). layer: for records only. measured: the number by which
-    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured. most_lost: run dense
-    where a head would lose more of its attention than this share, by some rows that are looked at
-    (mpass.lowering.guard).
+    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured. most_lost: a head that
+    would lose more of its attention than this share, by some rows that are looked at, keeps every
+    key (mpass.lowering.guard).
     """
     call = over_index(*arguments[:ARGUMENTS])
     extra = arguments[ARGUMENTS:]  # what has its default value may be left out
     measured = extra[0] if extra else 0
     most_lost = extra[1] if len(extra) > 1 else 1.0
-    call = replace(call, most_lost=most_lost)
-    out, reason = attend(call, ATTENTION)
-    if measured:
-        measure_call(call.inputs, call.index, out, measured, dense=bool(reason))
-    return out
+    rows = rows_of_call(call.inputs.query) if measured else 0
+    done = attend(replace(call, most_lost=most_lost, measured=rows), ATTENTION)
+    if rows:
+        dense, losses = bool(done.reason), done.losses
+        measure_call(call.inputs, done.index, done.result, measured, dense=dense, losses=losses)
+    return done.result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,17 +168,15 @@ ATTENTION: Computation[Tensor] = Computation(
 )
 
 
-def attend(call: OverIndex, computation: Computation[Result]) -> tuple[Result, str]:
-    """Sparse or dense attention, recorded, and why dense attention ran, or ""."""
-    lowering, result, reason = sparse_or_dense(call, computation)
-    record_call(lowering, call.inputs, call.index, layer=call.layer, dense_reason=reason)
-    return result, reason
+def attend(call: OverIndex, computation: Computation[Result]) -> Attended[Result]:
+    """Sparse or dense attention, recorded."""
+    done = sparse_or_dense(call, computation)
+    record_call(done.lowering, call.inputs, done.index, layer=call.layer, dense_reason=done.reason)
+    return done
 
 
-def sparse_or_dense(
-    call: OverIndex, computation: Computation[Result]
-) -> tuple[Lowering, Result, str]:
-    """What was computed, the lowering that was asked, and why dense attention ran, or "".
+def sparse_or_dense(call: OverIndex, computation: Computation[Result]) -> Attended[Result]:
+    """What was computed, by the lowering that was asked.
 
     Where a kernel of ours fails, whether it cannot be built or raises, plain torch computes dense
     attention: its own kernels may be what failed.
@@ -168,6 +184,7 @@ def sparse_or_dense(
     inputs, index = call.inputs, call.index
     lowering = choose_lowering(inputs)
     doing = "choosing sparse or dense attention"
+    losses = None
     try:
         reason = decide_dense(
             lowering,
@@ -177,7 +194,11 @@ def sparse_or_dense(
             min_seq_len=call.min_seq_len,
             site=call.site,
         )
-        reason = reason or lost_too_much(inputs, index, call.most_lost)
+        if not reason:
+            found = guarded(inputs, index, call.most_lost, measured=call.measured)
+            index, losses = found.index, found.losses
+            if found.why and not pays(lowering, inputs, index, call.dense_above):
+                reason = found.why
         doing = f"a kernel of {'dense' if reason else 'sparse'} attention ({lowering.name})"
         if reason:
             out = computation.dense(lowering, inputs)
@@ -185,10 +206,17 @@ def sparse_or_dense(
             out = computation.sparse(lowering, inputs, index)
         if call.dense_above < 1.0:
             lowering.end_call(inputs, index, call.site)
-        return lowering, out, reason
+        return Attended(lowering, out, reason, index, losses)
     except Exception as error:
         reason = contain(error, doing)
-    return lowering, computation.plain(inputs), reason
+    return Attended(lowering, computation.plain(inputs), reason, call.index)
+
+
+def pays(
+    lowering: Lowering, inputs: AttentionInputs, index: SparseIndex, dense_above: float
+) -> bool:
+    """Whether an index that the host may read selects so little that sparse attention pays."""
+    return not decide_dense(lowering, inputs, index, dense_above=dense_above, min_seq_len=0)
 
 
 def decide_dense(

@@ -119,8 +119,7 @@ def sparse_attention_summaries(run: int, *arguments: Any) -> Tensor:
     # Means are work, too: they take the place of as many selected keys, and of a softmax in torch.
     if call.dense_above < 1.0:
         call = replace(call, dense_above=max(0.0, call.dense_above - 2.0 / run))
-    out, _ = attend_or_dense(call, computation)
-    return out
+    return attend_or_dense(call, computation).result
 
 
 @fake_of("sparse_attention_summaries")

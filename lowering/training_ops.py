@@ -35,8 +35,8 @@ def sparse_attention_train(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     Returns the output, the log-sum-exps [B, H, Nq] in fp32 and, bool [1] on the CPU, whether every
     key was computed: the backward pass must compute the same cells, whatever decided about them.
     """
-    (out, lse), reason = attend(over_index(*arguments), ATTENTION_LSE)
-    return out, lse, torch.tensor([bool(reason)], device="cpu")
+    done = attend(over_index(*arguments), ATTENTION_LSE)
+    return *done.result, torch.tensor([bool(done.reason)], device="cpu")
 
 
 @sparse_attention_train.register_fake

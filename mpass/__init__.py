@@ -24,6 +24,8 @@ _EXPORTS = {
     "SampleAttention": "mpass.patterns.sample_attention",
     "SnapKV": "mpass.lowering.kv_selection",
     "KVSelection": "mpass.lowering.kv_selection",
+    "denoising": "mpass.lowering.denoising",
+    "DenoisingRun": "mpass.lowering.denoising",
     "select_keys": "mpass.lowering.kv_selection",
     "compress": "mpass.serving.kv_cache",
     "Pattern": "mpass.patterns.base",

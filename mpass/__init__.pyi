@@ -16,6 +16,8 @@ from mpass.functional import sparse_attention as sparse_attention
 from mpass.inspection.doctor import diagnose as diagnose
 from mpass.inspection.explanation import explain as explain
 from mpass.inspection.profiling import profile as profile
+from mpass.lowering.denoising import DenoisingRun as DenoisingRun
+from mpass.lowering.denoising import denoising as denoising
 from mpass.lowering.kv_selection import KVSelection as KVSelection
 from mpass.lowering.kv_selection import SnapKV as SnapKV
 from mpass.lowering.kv_selection import select_keys as select_keys

@@ -21,17 +21,18 @@ from mpass.config.model_check import check_model
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
 from mpass.errors import ModuleTypeError
 from mpass.failures import contain
-from mpass.graph.linear_layers import narrow_linear_layers
+from mpass.graph.linear_layers import narrow_linear_layers, widen_linear_layers
 from mpass.graph.observation import shared_observations
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
 from mpass.graph.snapshot import snapshot
 from mpass.lowering.activity import activity
+from mpass.lowering.denoising import identified
 from mpass.lowering.kernel_sources import KernelSource
 from mpass.lowering.recorder import tell_watcher
 from mpass.match import find_attention, inline_subgraphs, open_calls
 from mpass.match.common import training_allowed
-from mpass.options import Options, parse_options
+from mpass.options import BACKENDS_OF_TORCH, Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
 from mpass.report import Report, make_report
 from mpass.rewrite import rewrite_attention
@@ -68,6 +69,8 @@ def minference(
         compiled = compile_rest(gm, example_inputs, parsed)
     trace.mark("inner compiler")
     finish_trace(trace)
+    if parsed.denoising:
+        compiled = identified(compiled)
     # Only now: Dynamo may restart the analysis from inside of the inner compiler.
     keep_graph(report, parsed)
     return compiled
@@ -127,7 +130,10 @@ def apply_passes(
             trace.mark("validate")
             start_kernels([plan for plan in decisions if isinstance(plan, AttentionPlan)])
             decisions = rewrite_attention(gm, decisions, opened)
-            notes = narrow_linear_layers(gm) if options.linear else ()
+            if options.linear == "int8":
+                notes = narrow_linear_layers(gm)
+            elif options.linear == "auto" and options.inner_backend in BACKENDS_OF_TORCH:
+                notes = widen_linear_layers(gm)
             trace.mark("rewrite")
     except Exception as error:
         reason = contain(error, "rewriting a graph", count_ops(gm))

@@ -51,6 +51,18 @@ class KVCacheError(MpassError):
         super().__init__(f"{where} cannot be cut: {problem}")
 
 
+class DenoisingMemoryError(MpassError):
+    """A denoising run that would keep more than it may."""
+
+    def __init__(self, needed: int, allowed: int, sites: int) -> None:
+        attentions = f"{sites} attention{'s' if sites > 1 else ''}"
+        super().__init__(
+            f"mpass.denoising would keep {needed:,} bytes for the {attentions} seen so far, and "
+            f"memory is {allowed:,}; give memory={needed} or more, make fewer layers sparse, or "
+            f"run in a narrower dtype"
+        )
+
+
 class ArgumentError(MpassError):
     """A number that a function of ours cannot take."""
 

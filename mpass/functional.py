@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,13 @@ from torch import Tensor
 import mpass.lowering.key_bias  # noqa: F401  (defines minference::with_key_bias)
 from mpass.config.heads import heads_of
 from mpass.config.layer import PatternLike, as_pattern
-from mpass.config.operands import attention_mask, check_bias, check_numbers, checked_sinks
+from mpass.config.operands import (
+    attention_mask,
+    check_bias,
+    check_most_lost,
+    check_numbers,
+    checked_sinks,
+)
 from mpass.errors import (
     ShapeError,
     TooLargeError,
@@ -47,6 +53,7 @@ def attend(
     window: int = 0,
     dense_above: float = DENSE_ABOVE,
     layer: int = -1,
+    most_lost: float = 1.0,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -67,6 +74,7 @@ def attend(
     window: int = 0,
     dense_above: float = DENSE_ABOVE,
     layer: int = -1,
+    most_lost: float = 1.0,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -86,6 +94,7 @@ def attend(
     window: int = 0,
     dense_above: float = DENSE_ABOVE,
     layer: int = -1,
+    most_lost: float = 1.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute causal attention now, as the backend does in a graph, with a pattern per head.
@@ -114,6 +123,9 @@ def attend(
         what an earlier call of the same layer selected decides.
     layer: its number, for records, messages and what is remembered; -1 is an unknown one, of which
         nothing is remembered.
+    most_lost: the share of a head's attention that may be lost, above 0; 1 for all. Up to 16 query
+        rows are weighed exactly before, and a head that loses more of them keeps every key. It is
+        not told together with `return_lse`.
     return_lse: return the log-sum-exps as well, fp32 [B, H, Nq]: the natural logarithm of the sum
         of e^score over the keys that were computed, sinks included, with scores scaled and capped;
         minus infinity for a row without any. Attentions over parts of the keys are joined by them.
@@ -130,6 +142,7 @@ def attend(
     """
     mask = attention_mask(query, key, value, True, True, query_offset, window, key_mask)
     check_numbers(scale, softcap, dense_above, layer)
+    check_most_lost(most_lost, return_lse)
     if sinks is not None:
         sinks = checked_sinks(sinks, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -154,16 +167,12 @@ def attend(
         return result
     # As in graphs: dense attention with a softcap or sinks is slower than lowerings take it to be.
     remembered = layer >= 0 and softcap == 0 and sinks is None
-    run = attend_heads_lse if return_lse else attend_heads
-    return run(
-        *(query, key, value, heads, mask),
-        scale=scale,
-        softcap=float(softcap),
-        sinks=sinks,
-        dense_above=float(dense_above),
-        layer=layer,
-        site=1 + layer if remembered else 0,
-    )
+    numbers: dict[str, Any] = {"scale": scale, "softcap": float(softcap), "sinks": sinks}
+    numbers |= {"dense_above": float(dense_above), "layer": layer}
+    numbers |= {"site": 1 + layer if remembered else 0}
+    if return_lse:
+        return attend_heads_lse(query, key, value, heads, mask, **numbers)
+    return attend_heads(query, key, value, heads, mask, most_lost=float(most_lost), **numbers)
 
 
 @overload

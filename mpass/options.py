@@ -24,8 +24,11 @@ DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
 VALIDATIONS = ("off", "sample", "full")
 """How much of a proven mask is held against the mask that the model computes."""
 
-LINEAR = (None, "int8")
+LINEAR = ("auto", "int8", None)
 """What linear layers can multiply in."""
+
+BACKENDS_OF_TORCH = ("inductor", "aot_eager", "eager")
+"""Inner backends whose passes leave our linear layers as they are (docs/linear.md)."""
 
 TRAININGS = ("dense", "sparse")
 """What attention is where gradients are recorded."""
@@ -50,13 +53,16 @@ class Options:
     "sample" looks at some rows of a mask, "full" at every cell, "off" at nothing.
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
-    linear: "int8" multiplies in 8 bits in linear layers too, on CPUs; None leaves them as they are.
+    linear: "auto" multiplies linear layers of bf16 in fp32 on CPUs that are faster at that, which
+    loses nothing; "int8" multiplies in 8 bits in linear layers too, on CPUs; None leaves them.
     training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
     over the keys that were chosen and none through the choice; "dense" leaves it as it is.
     summaries: in attention that is not causal, each run of this many keys that is left out counts
     as one key, their mean: 8, 16, 32 or 64; 0 leaves them out.
     kv_select: a mpass.SnapKV: causal sparse attention selects as well which keys a cache keeps, for
     whoever listens (mpass.select_keys); None for no selection.
+    denoising: attention that is not causal keeps over the steps of a sampler what it leaves out, in
+    the runs of mpass.denoising, and is dense elsewhere; it needs a pattern.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
@@ -72,10 +78,11 @@ class Options:
     inner_backend: str = "inductor"
     validate: str = "sample"
     read_masks: bool = True
-    linear: str | None = None
+    linear: str | None = "auto"
     training: str = "dense"
     summaries: int = 0
     kv_select: SnapKV | None = None
+    denoising: bool = False
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -125,7 +132,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         patches[name] = value
 
     parsed = Options(**check_values(values), inductor=tuple(sorted(patches.items())))
-    if parsed.linear and parsed.inner_backend not in ("inductor", "aot_eager", "eager"):
+    if parsed.linear == "int8" and parsed.inner_backend not in BACKENDS_OF_TORCH:
         # zentorch's passes change what the ops of 8-bit layers give: see docs/linear.md.
         raise OptionValueError("linear", parsed.linear, "None with another package's inner_backend")
     if parsed.inductor and parsed.inner_backend != "inductor":
@@ -172,9 +179,9 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     read_masks = values.get("read_masks", True)
     if not isinstance(read_masks, bool):
         raise OptionValueError("read_masks", read_masks, "True or False")
-    linear = values.get("linear")
+    linear = values.get("linear", "auto")
     if linear not in LINEAR:
-        raise OptionValueError("linear", linear, "'int8' or None")
+        raise OptionValueError("linear", linear, "'auto', 'int8' or None")
     training = values.get("training", "dense")
     if training not in TRAININGS:
         raise OptionValueError("training", training, ", ".join(TRAININGS))
@@ -184,6 +191,11 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     selecting = values.get("kv_select")
     if selecting is not None and not isinstance(selecting, SnapKV):
         raise OptionValueError("kv_select", selecting, "mpass.SnapKV(...) or None")
+    denoising = values.get("denoising", False)
+    if not isinstance(denoising, bool):
+        raise OptionValueError("denoising", denoising, "True or False")
+    if denoising and summaries:
+        raise OptionValueError("denoising", denoising, "False together with 'summaries'")
     measure = values.get("measure", False)
     if not isinstance(measure, bool):
         raise OptionValueError("measure", measure, "True or False")

@@ -6,7 +6,6 @@ Nothing here edits a graph. A guard on the prompt's length may be installed, see
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.utils._sympy.functions import Max, Min
 from mpass.config.promise import promised_share
 from mpass.errors import ConfigMismatchError
 from mpass.graph.nodes import example, number_now, shape_of
+from mpass.graph.numbers import meter_number
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.graph.sizes import holds, is_unbacked, may_guard
 from mpass.lowering.crossover import LeastLengths
@@ -28,6 +28,7 @@ from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.lowering.kv_selection import SnapKV
+from mpass.match.top_keys import KEPT_SHORTEST, kept_reason
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 from mpass.patterns.base.registry import serving_both_ways
@@ -66,6 +67,7 @@ class AttentionPlan:
     kv_select: how it selects the keys that a cache keeps; None for not at all.
     causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
     most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
+    denoising: whether what it leaves out is kept over the steps of a sampler.
     """
 
     site: AttentionSite
@@ -80,6 +82,7 @@ class AttentionPlan:
     causal_only: bool = False
     kv_select: SnapKV | None = None
     most_lost: float = 1.0
+    denoising: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
         return Skip(site, f"not causal, and {error}")
     site = dataclasses.replace(site, layer=resolved.layer)
     resolved = with_exact_windows(site, resolved)
-    reason = pattern_reason(site, resolved)
+    reason = pattern_reason(site, resolved) or steps_reason(site, options)
     if reason:
         return Skip(site, reason, resolved.source)
     return decide_length(site, resolved, options)
@@ -138,7 +141,7 @@ def reason_to_skip(site: AttentionSite) -> str:
     if not abs(site.scale) <= LARGEST:
         return f"scale is {site.scale:g}: scores are no numbers"
     query, key, value = (example(node) for node in (site.query, site.key, site.value))
-    reason = dtype_reason(site)
+    reason = dtype_reason(site) or kept_reason(site)
     if reason:
         return reason
     if device_lowering(query.device) is REFERENCE:
@@ -203,8 +206,6 @@ def training_reason(site: AttentionSite) -> str:
         return f"no backward kernels are generated for device {query.device.type!r}"
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
-    if site.key_bias is not None:
-        return "trained with a bias per key: that op has no backward"
     if site.listed is not None:
         return "trained under lists of blocks: that op has no backward"
     if site.mask is not None and site.mask.mean_of_hidden:
@@ -279,6 +280,13 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
     return "the config keeps every head of this layer dense"
 
 
+def steps_reason(site: AttentionSite, options: Options) -> str:
+    """Why nothing can be kept over denoising steps, so that it stays dense, or the empty string."""
+    if not options.denoising or site.read_mask is None:
+        return ""
+    return f"what is kept over denoising steps needs a proven mask: {site.unproven}"
+
+
 def can_be_built(expression: sympy.Expr) -> bool:
     """Whether the rewrite can build this length from the symbols that the graph's inputs hold."""
     return all(
@@ -296,10 +304,12 @@ def decide_length(
     shortest = least.keys
     trained = is_trained(site)
     # Means of what is left out have no backward, and neither has the meter.
-    summaries = options.summaries if takes_summaries(site) and not trained else 0
-    selecting = options.kv_select if feeds_a_cache(site) and not trained else None
+    summaries = options.summaries if site.is_two_sided and site.softcap == 0 and not trained else 0
+    selecting = options.kv_select if site.feeds_a_cache and not trained else None
     # The meter knows what a selection loses, and not what means give back.
-    plain = not summaries and not trained and selecting is None
+    kept = options.denoising and site.is_two_sided and not trained
+    measurable = not trained and site.kept is None
+    plain = not summaries and measurable and selecting is None and not kept
     plan = AttentionPlan(
         *(site, resolved.patterns, options.dense_above, 0, resolved.source, shortest),
         training=trained,
@@ -309,6 +319,7 @@ def decide_length(
         causal_only=site.read_mask is not None
         and any(name in resolved.source for name in (BUILTIN, PROMISED)),
         most_lost=promised_share(resolved.patterns, options.max_loss) if plain else 1.0,
+        denoising=kept,
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
@@ -321,24 +332,6 @@ def decide_length(
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)
-
-
-def takes_summaries(site: AttentionSite) -> bool:
-    """Whether keys that are left out may count by their means: see mpass.lowering.summaries."""
-    mask = site.mask
-    return mask is not None and not mask.causal and not mask.window and site.softcap == 0
-
-
-def feeds_a_cache(site: AttentionSite) -> bool:
-    """Whether the keys may be those of a cache that can be cut: causal, of all positions."""
-    mask = site.mask
-    return mask is not None and mask.causal and not mask.window and site.layer >= 0
-
-
-def meter_number(site: AttentionSite) -> int:
-    """What the meter knows an attention by, the same in every process; never 0."""
-    name = f"{site.layer} {site.path} {site.output.name} {site.source}"
-    return 1 + zlib.crc32(name.encode())
 
 
 def queries_needed(num_queries: Length, num_keys: Length, least: LeastLengths) -> int:
@@ -361,6 +354,8 @@ def least_lengths(
     """
     lowering = device_lowering(example(site.query).device)
     keys = resolved.min_seq_len
+    if keys is None and site.kept is not None:
+        keys = KEPT_SHORTEST
     ask = lowering.least_lengths
     if keys is None and ask is not None and options.dense_above < 1.0 and site.mask is not None:
         work = layer_work(

@@ -129,17 +129,23 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         head_dim=site.head_dim,
         status="sparse" if sparse else "dense",
         reason="" if isinstance(decision, AttentionPlan) else decision.reason,
-        patterns=tuple(str(p) for p in decision.patterns)
-        if isinstance(decision, AttentionPlan)
-        else (),
+        patterns=pattern_names(decision) if isinstance(decision, AttentionPlan) else (),
         spelling=site.spelling,
         mask=site.mask.proof if site.mask else decided_later(decision),
         source=site.source,
-        config_source=decision.config_source,
+        config_source="the model" if sparse and site.kept else decision.config_source,
         module=innermost_module(site.output),
         training=isinstance(decision, AttentionPlan) and decision.training,
         measured=decision.measured if isinstance(decision, AttentionPlan) else 0,
     )
+
+
+def pattern_names(plan: AttentionPlan) -> tuple[str, ...]:
+    """What each query head does, in words; a model that chooses keys itself has no pattern."""
+    kept = plan.site.kept
+    if kept is not None:
+        return (f"dynamic_mask({kept.keep})",) * plan.site.num_heads
+    return tuple(map(str, plan.patterns))
 
 
 def innermost_module(node: fx.Node) -> int:

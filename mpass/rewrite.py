@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+import mpass.lowering.dynamic_mask  # noqa: F401  (defines minference::dynamic_mask_attention)
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
+from mpass.graph.layout_nodes import insert_dimensions, insert_layout
 from mpass.graph.layouts import difference, is_rearranged, layout_order, same_layout
 from mpass.graph.lengths import as_argument
 from mpass.graph.new_nodes import Known, copy_meta, nodes_between, propagate, value_key
 from mpass.graph.nodes import example, same_size, shape_of, value_of
+from mpass.graph.numbers import kept_number, site_number
 from mpass.graph.printing import count_ops, without_guards
-from mpass.graph.site import AttentionSite, MaskMeaning
+from mpass.graph.site import AttentionSite, KeptKeys, MaskMeaning
 from mpass.match import OpenedCall, settle_calls
 from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
@@ -134,6 +136,8 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     site, mask = plan.site, plan.site.mask
     if site.read_mask is not None:
         return insert_masked(graph, plan, site.read_mask)
+    if site.kept is not None:
+        return insert_kept(graph, plan, site.kept)
     if mask is None:
         raise AssertionError(f"site {site.path or site.output.name} was planned without a mask")
     with graph.inserting_before(site.output):
@@ -156,7 +160,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
                 plan.dense_above,
                 plan.min_seq_len,
                 site.layer,
-                site_number(plan),
+                site_number(site, plan.patterns),
                 *measured_by(plan),
             ),
             guarded_by(plan),
@@ -175,19 +179,6 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     return output
 
 
-def site_number(plan: AttentionPlan) -> int:
-    """What an op remembers its calls by, the same in every process; 0 for none.
-
-    Dense attention with a softcap or sinks is not as fast as lowerings take it to be: there nothing
-    that is remembered may choose it.
-    """
-    site = plan.site
-    if site.softcap > 0 or site.sinks is not None:
-        return 0
-    name = f"{site.layer} {site.path} {site.output.name} {patterns_as_text(plan.patterns)}"
-    return 1 + zlib.crc32(name.encode())
-
-
 def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
     """The op that a plan puts into the graph; no plan asks for means and for gradients."""
     ops = torch.ops.minference
@@ -198,6 +189,8 @@ def attention_op(plan: AttentionPlan) -> torch._ops.OpOverload:
         name = "sparse_attention_summaries"
     elif plan.kv_select is not None:
         name = "sparse_attention_kv"
+    elif plan.denoising:
+        name = "sparse_attention_steps"
     op: torch._ops.OpOverload = getattr(ops, name).default
     return op
 
@@ -206,6 +199,8 @@ def leading_arguments(plan: AttentionPlan) -> tuple[int | str, ...]:
     """What an op of `attention_op` takes before all others."""
     if plan.kv_select is not None:
         return dataclasses.astuple(plan.kv_select)
+    if plan.denoising:
+        return (kept_number(plan.site),)
     return (plan.summaries,) if plan.summaries else ()
 
 
@@ -251,17 +246,28 @@ def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Nod
     return output
 
 
-def insert_dimensions(graph: fx.Graph, site: AttentionSite, output: fx.Node) -> fx.Node:
-    """A result [B, H, Nq, Dv] with the dimensions of the site's output."""
-    if site.output_transposed:
-        return graph.call_function(aten.transpose.int, (output, 1, 2))
-    if not site.output_folded:
-        return output
-    *leading, _, _ = shape_of(site.output)
-    if len(leading) == 1:
-        return graph.call_function(aten.flatten.using_ints, (output, 0, 1))
-    sizes = [as_argument(graph, size) for size in leading[:-1]]
-    return graph.call_function(aten.unflatten.int, (output, 0, sizes))
+def insert_kept(graph: fx.Graph, plan: AttentionPlan, kept: KeptKeys) -> fx.Node:
+    """Attention to the keys that the model itself chooses for each query."""
+    site, mask = plan.site, plan.site.mask
+    if mask is None or site.key_bias is None:
+        raise AssertionError(f"site {site.path or site.output.name} keeps keys without a bias")
+    with graph.inserting_before(site.output):
+        site = insert_casts(graph, site)
+        key, value, key_mask = insert_keys(graph, site, mask)
+        results = graph.call_function(
+            torch.ops.minference.dynamic_mask_attention.default,
+            (
+                *(site.query, key, value, site.key_bias, key_mask, kept.keep, kept.hidden, False),
+                *(as_argument(graph, mask.query_offset), site.scale),
+            ),
+        )
+        output = graph.call_function(operator.getitem, (results, 0))
+        created = [results, output]
+        output = insert_dimensions(graph, site, output)
+        created.append(output)
+    for node in created:
+        copy_meta(site.output, node)
+    return output
 
 
 def insert_casts(graph: fx.Graph, site: AttentionSite) -> AttentionSite:
@@ -303,23 +309,6 @@ def insert_sinks(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
     node = graph.call_function(aten.clone.default, (sinks,), dict(CONTIGUOUS))
     copy_meta(site.output, node)
     return node
-
-
-def insert_layout(
-    graph: fx.Graph, origin: fx.Node, output: fx.Node, order: tuple[int, ...]
-) -> fx.Node:
-    """A copy of the output whose dimensions lie in memory in an order."""
-    back = tuple(order.index(dim) for dim in range(len(order)))
-    with graph.inserting_before(origin):
-        for target, arguments, settings in (
-            (aten.permute.default, (list(order),), {}),
-            (aten.clone.default, (), CONTIGUOUS),
-            (aten.permute.default, (list(back),), {}),
-        ):
-            output = graph.call_function(target, (output, *arguments), dict(settings))
-            copy_meta(origin, output)
-            propagate(output, origin)
-    return output
 
 
 def insert_check(
@@ -374,7 +363,7 @@ def insert_index(
     for group in heads.groups:
         arguments = (site.query, key, key_mask, group.heads, offset, window, causal, site.scale)
         limits = (plan.dense_above, plan.min_seq_len)
-        number = site_number(plan)
+        number = site_number(site, plan.patterns)
         given = (*arguments, *limits, *group.parameters, number)
         estimate = graph.call_function(named_op(group.name), given)
         copy_meta(site.output, estimate)

@@ -54,7 +54,7 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
         query, key, value = (example(node) for node in (site.query, site.key, site.value))
         inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
         lowering = device_lowering(query.device)
-        if not lowering.builds_ahead or lowering.serves(inputs):
+        if site.kept is not None or not lowering.builds_ahead or lowering.serves(inputs):
             continue
         if lowering.prepare is not None:
             threads |= dict.fromkeys(start_foreseen(lowering, plan, foreseen))
@@ -64,6 +64,8 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
         threads[start_attention(lowering, *sizes)] = None
         if plan.training:
             threads[start_training(lowering, *sizes)] = None
+        if plan.measured or plan.most_lost < 1.0:
+            threads[start_row_losses(lowering, *sizes)] = None
         for cls in dict.fromkeys(map(type, plan.patterns)):
             threads[start_estimator(lowering, cls, dtype, head_dim)] = None
     return list(threads)
@@ -220,6 +222,22 @@ def start_attention(
         lowering.sparse_attention(inputs, index)
 
     return start(run, f"attention, {dtype}, D={head_dim}, DV={value_dim}")
+
+
+@functools.cache
+def start_row_losses(
+    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+) -> threading.Thread:
+    """What one block of queries loses."""
+
+    def run() -> None:
+        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
+        value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
+        index = whole_index(query, 1, IndexWidth(), diagonal_slots(1))
+        inputs = AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap)
+        lowering.row_losses(inputs, index, 1, True)
+
+    return start(run, f"losses, {dtype}, D={head_dim}, DV={value_dim}")
 
 
 @functools.cache

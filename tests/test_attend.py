@@ -297,3 +297,25 @@ def test_wrong_tensors_are_named():
         mpass.attend(np.zeros((1, 4, 64, 16), np.float32), key, value, patterns="union")
     with pytest.raises(ShapeError, match="3 query heads do not divide"):
         mpass.attend(query[:, :3], key, value, patterns="union")
+
+
+def test_a_head_that_would_lose_too_much_keeps_every_key():
+    query, key, value = random_attention(num_queries=300)
+    cells = torch.ones(300, 300, dtype=torch.bool).tril()[None, None]
+    truth = dense_attention(query, key, value, cells, query.shape[-1] ** -0.5)
+    given = {"patterns": "a_shape(1, 64)", "dense_above": 2.0}
+    out = mpass.attend(query, key, value, **given)
+    assert not torch.allclose(out.double(), truth, atol=1e-3)
+    guarded = mpass.attend(query, key, value, most_lost=0.2, **given)
+    assert torch.allclose(guarded.double(), truth, atol=1e-4)
+    assert torch.equal(mpass.attend(query, key, value, most_lost=0.99, **given), out)
+
+
+@pytest.mark.parametrize("given", [{"most_lost": 0}, {"most_lost": 1.5}, {"most_lost": True}])
+def test_a_share_that_is_none_is_refused(given):
+    with pytest.raises(ArgumentError, match="most_lost"):
+        mpass.attend(*random_attention(num_queries=64), patterns="dense", **given)
+    with pytest.raises(ArgumentError, match="return_lse"):
+        mpass.attend(
+            *random_attention(num_queries=64), patterns="dense", most_lost=0.5, return_lse=True
+        )

@@ -33,6 +33,7 @@ SOURCES = sorted([*FOLDER.glob("match/*.py"), *FOLDER.glob("masks/**/*.py"), FOL
 
 NO_REASONS = {
     "a bias per key is added to the scores",  # of a proof
+    "each query keeps the {} keys with the largest bias that it may see",
     "is_causal=True: k <= q",
     "no mask: every key is seen",
     "every key is seen",
@@ -100,8 +101,11 @@ UNREACHED = {
     "a size is known at run time only ({}, as Tensor.item() gives it)": "test_hostile.py",
     "no backward kernels are generated for device {}": "test_training.py",
     "trained under a mask that is read at run time: that op has no backward": "test_training.py",
+    "what is kept over denoising steps needs a proven mask: {}": "lowering/test_denoising.py",
     "trained under lists of blocks: that op has no backward": "torch refuses it on CPUs",
-    "trained with a bias per key: that op has no backward": "test_training.py",
+    "the best keys are chosen by numbers of few digits, of which many are equal": "see "
+    "test_top_keys.py",
+    "the best keys of each query are found by the host: on CPUs only": "there is no GPU in tests",
     "trained where rows without a key get a mean: that op has no backward": "test_training.py",
     "a checkpoint with a context_fn chooses itself what is recomputed": "test_training.py",
     # Arguments that torch refuses, or that nothing but a graph made by hand has.

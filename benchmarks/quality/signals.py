@@ -31,17 +31,20 @@ from mpass.config.pattern_text import parse_pattern
 from mpass.config.promise import pattern_for_loss
 from mpass.evaluate.score import compare_all
 from mpass.lowering.density import density
-from mpass.lowering.exact_rows import ROWS, sampled_rows
+from mpass.lowering.exact_rows import sampled_rows
 from mpass.lowering.index import BLOCK
 from mpass.lowering.reference import attention as reference
 from mpass.models.load import load_model, parse_dtype
 from mpass.models.texts import load_tokens
 
+ROWS = 64
+"""Query rows of a layer that are looked at."""
+
 GRID = [0.072, 0.036, 0.018, 0.0127, 0.009, 0.0064, 0.0045, 0.0032, 0.0016, 0.0008]
 
 
 def rows_of(operands: AttentionOperands) -> Tensor:
-    """The rows that the meter looks at too."""
+    """Some rows, spread over the prompt."""
     return sampled_rows(operands.query.shape[2], 0, ROWS, ROWS, operands.query.device)
 
 

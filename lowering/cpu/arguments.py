@@ -27,6 +27,8 @@ POINTER_TYPES = {
     "levels": "uint8_t*",
     "steps": "float*",
     "dots": "const float*",
+    **dict.fromkeys(("lost", "exact"), "float*"),
+    "positions": "const int64_t*",
     **dict.fromkeys(("grad_query", "grad_key", "grad_value"), "void*"),
     "key_mask": "const uint8_t*",
     "sinks": "const float*",
@@ -86,6 +88,19 @@ class BackwardArguments(ctypes.Structure):
         *fields(ctypes.c_void_p, "grad_out dots grad_query grad_key grad_value"),
         *strided("grad_out"),
         *fields(ctypes.c_int64, "parts"),
+    ]
+
+
+class RowLossArguments(ctypes.Structure):
+    """What a call of `row_losses` takes beside the arguments of the attention.
+
+    positions: `count` rows of the queries, int64, ascending; lost: fp32 [B, H, count]; exact: fp32
+    [B, H, count, Dv], null where nobody asks.
+    """
+
+    _fields_: ClassVar = [
+        *fields(ctypes.c_void_p, "positions lost exact"),
+        *fields(ctypes.c_int64, "count"),
     ]
 
 

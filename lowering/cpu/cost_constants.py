@@ -30,9 +30,19 @@ from torch.nn import functional as F
 
 from mpass.files import cache_dir, write_whole
 from mpass.lowering.cpu.attention import run_attention
-from mpass.lowering.cpu.cost_model import CELLS, LENGTH, CostConstants, EstimatorConstants
+from mpass.lowering.cpu.cost_model import (
+    CELLS,
+    LENGTH,
+    CostConstants,
+    EstimatorConstants,
+    LinearConstants,
+)
 from mpass.lowering.cpu.spec import KernelSpec
-from mpass.lowering.cpu.support import best_instruction_set, dtype_name
+from mpass.lowering.cpu.support import (
+    attention_instruction_set,
+    best_instruction_set,
+    dtype_name,
+)
 from mpass.lowering.index import (
     ALL_DIAGONALS,
     BLOCK,
@@ -46,7 +56,7 @@ from mpass.lowering.inputs import AttentionInputs
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T", CostConstants, EstimatorConstants)
+T = TypeVar("T", CostConstants, EstimatorConstants, LinearConstants)
 
 VERSION = 6
 """Of the measurement and of the file; files of another version are replaced."""
@@ -88,7 +98,7 @@ def machine_constants(dtype: torch.dtype, head_dim: int, value_dim: int) -> Cost
 
     They hold for one CPU model, version of torch and instruction set.
     """
-    spec = KernelSpec(dtype_name(dtype), head_dim, value_dim, best_instruction_set(dtype))
+    spec = KernelSpec(dtype_name(dtype), head_dim, value_dim, attention_instruction_set(dtype))
     found = kept_or_measured(
         str(spec),
         lambda numbers: CostConstants(**numbers),

@@ -75,6 +75,14 @@ class CostConstants:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearConstants:
+    """CPU seconds of one linear layer on bf16 numbers: as torch has it, and in fp32."""
+
+    bf16: float
+    fp32: float
+
+
+@dataclass(frozen=True, slots=True)
 class EstimatorConstants:
     """CPU seconds of one estimator: per call, and per head and token or squared token."""
 

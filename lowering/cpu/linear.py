@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits on CPUs: rows by generated C++, products by oneDNN.
+"""Linear layers on CPUs, in 8 bits (rows by generated C++, products by oneDNN) and in fp32.
 
 The meaning is mpass.lowering.reference.linear.
 """
@@ -6,6 +6,8 @@ The meaning is mpass.lowering.reference.linear.
 from __future__ import annotations
 
 import ctypes
+import functools
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpass.lowering.cpu.arguments import QuantizeArguments, pointer, rows_contiguous
+from mpass.lowering.cpu.cost_constants import kept_or_measured, least_seconds, one_thread
+from mpass.lowering.cpu.cost_model import LinearConstants
 from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.spec import INPUT_TYPES, KernelSpec
 from mpass.lowering.cpu.support import best_instruction_set, dtype_name, has, machine_reason
@@ -105,3 +109,99 @@ def multiply_rows(levels: Tensor, weight: Tensor) -> Tensor:
         flat, 1.0, ZERO, ready.packed, ready.steps, ready.zeros, None, 1.0, 0, dtype, "none", [], ""
     )
     return out.to(weight.dtype).view(*levels.shape[:-1], weight.shape[0])
+
+
+FP32_NUMBERS = 1 << 21
+"""Numbers of an operand that are made fp32 at a time: they stay in a cache."""
+
+FP32_ROWS, FP32_OUTPUTS = 1024, 128
+"""Most rows at a time, and least outputs: products of fewer are slow."""
+
+
+def linear_in_fp32(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer of bf16 rows [.., K] and weight [M, K], multiplied in fp32 -> bf16 [.., M].
+
+    The weight is made fp32 anew in each call, which costs as much as some 20 rows.
+    """
+    flat = rows.reshape(-1, rows.shape[-1])
+    (count, inputs), outputs = flat.shape, weight.shape[0]
+    out = torch.empty(count, outputs, dtype=rows.dtype, device="cpu")
+    height = min(count, FP32_ROWS, max(FP32_OUTPUTS, FP32_NUMBERS // max(inputs, 1)))
+    width = min(outputs, max(FP32_OUTPUTS, FP32_NUMBERS // max(inputs, 1)))
+    shapes = ((height, inputs), (width, inputs), (height, width))
+    part, slab, sums = parts_of_scratch([*shapes])
+    for column in range(0, outputs, max(width, 1)):
+        columns = slice(column, min(column + width, outputs))
+        wide = slab[: columns.stop - column].copy_(weight[columns]).t()
+        wide_bias = None if bias is None else bias[columns].float()
+        for row in range(0, count, max(height, 1)):
+            chosen = slice(row, min(row + height, count))
+            narrow = part[: chosen.stop - row].copy_(flat[chosen])
+            found = sums[: chosen.stop - row, : wide.shape[1]]
+            # Into memory that is there: autocast leaves such products alone, too.
+            if wide_bias is None:
+                torch.mm(narrow, wide, out=found)
+            else:
+                torch.addmm(wide_bias, narrow, wide, out=found)
+            out[chosen, columns].copy_(found)
+    return out.view(*rows.shape[:-1], outputs)
+
+
+def parts_of_scratch(shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """Tensors of these shapes, fp32, whose content is any, in memory that this thread keeps.
+
+    Memory that is given back comes from the system anew, page by page, which would take 8% of a
+    prefill. What is too large for that is made for this call.
+    """
+    sizes = [height * width for height, width in shapes]
+    kept = scratch(threading.get_ident()) if sum(sizes) <= 3 * FP32_NUMBERS else None
+    if kept is None:
+        kept = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
+    flat = kept[: sum(sizes)].split(sizes)
+    return [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
+
+
+@functools.lru_cache(maxsize=4)
+def scratch(thread: int) -> Tensor:
+    """Memory of a thread: 24 MiB, of which only what is used is ever taken from the system."""
+    with torch.inference_mode(False):
+        return torch.empty(3 * FP32_NUMBERS, dtype=torch.float32, device="cpu")
+
+
+LINEAR_SIZE = (1024, 1024, 768)
+"""Rows, inputs and outputs of the layer that is timed."""
+
+LINEAR_REPEATS = 8
+
+
+@functools.cache
+def fp32_linear_pays(dtype: torch.dtype) -> bool:
+    """Whether linear layers of a dtype are faster with their numbers made fp32 here."""
+    if dtype != torch.bfloat16:
+        return False
+    found = kept_or_measured(
+        "linear layers in bf16 and in fp32",
+        lambda numbers: LinearConstants(**numbers),
+        measure_linear,
+        lambda constants: "" if constants.bf16 > 0 < constants.fp32 else "they took no time",
+    )
+    return found is not None and found.bf16 > found.fp32
+
+
+def measure_linear() -> LinearConstants:
+    """Time a linear layer in bf16 and with its numbers made fp32, in turns, on one thread."""
+    rows, inputs, outputs = LINEAR_SIZE
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, weight = (
+        torch.randn(size, inputs, device="cpu", generator=generator).to(torch.bfloat16)
+        for size in (rows, outputs)
+    )
+    with one_thread():
+        seconds = least_seconds(
+            [
+                lambda: torch.nn.functional.linear(x, weight),
+                lambda: linear_in_fp32(x, weight),
+            ],
+            LINEAR_REPEATS,
+        )
+    return LinearConstants(*seconds)

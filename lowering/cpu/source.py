@@ -17,6 +17,7 @@ from mpass.lowering.cpu.arguments import (
     BackwardArguments,
     EstimateArguments,
     QuantizeArguments,
+    RowLossArguments,
     c_fields,
     list_c_fields,
 )
@@ -40,6 +41,12 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
 }
 """What a kernel is called with that is no estimator."""
 
+BESIDE: dict[str, type[ctypes.Structure]] = {
+    "attention_backward": BackwardArguments,
+    "row_losses": RowLossArguments,
+}
+"""What a kernel is called with beside the arguments of the attention."""
+
 
 def generate_source(spec: KernelSpec) -> str:
     """The C++ translation unit of a spec; its text keys the cache of compiled libraries."""
@@ -50,8 +57,9 @@ def generate_spec_header(spec: KernelSpec) -> str:
     """The text of `spec.h`: all that the headers in kernels/ know of a spec."""
     if spec.attends:
         structures = {"AttentionArguments": argument_fields("attention")}
-        if spec.kernel == "attention_backward":
-            structures["BackwardArguments"] = c_fields(BackwardArguments)
+        if spec.kernel in BESIDE:
+            more = BESIDE[spec.kernel]
+            structures[more.__name__] = c_fields(more)
     else:
         structure = STRUCTURES.get(spec.kernel, EstimateArguments).__name__
         structures = {structure: argument_fields(spec.kernel)}
@@ -68,7 +76,7 @@ def generate_example_header() -> str:
     structures = {
         "AttentionArguments": argument_fields("attention"),
         "QuantizeArguments": argument_fields("quantize_rows"),
-        "BackwardArguments": c_fields(BackwardArguments),
+        **{more.__name__: c_fields(more) for more in BESIDE.values()},
         "EstimateArguments": list(estimators.items()),
     }
     title = "An example for language servers: the real one is generated (lowering/cpu/source.py)."

@@ -25,9 +25,9 @@ INPUT_TYPES = ("float32", "bfloat16", "float16")
 class KernelSpec:
     """One library of generated kernels.
 
-    kernel: "attention" or "attention_backward"; for estimators (value_dim is then head_dim)
-    "fixed_budget" or one of LIST_KERNELS; "quantize_rows" for linear layers. kernels/<kernel>.h is
-    its source.
+    kernel: "attention", "attention_backward" or "row_losses"; for estimators (value_dim is then
+    head_dim) "fixed_budget" or one of LIST_KERNELS; "quantize_rows" for linear layers.
+    kernels/<kernel>.h is its source.
     input: dtype of q, k, v and out, without `torch.`.
     """
 
@@ -48,8 +48,8 @@ class KernelSpec:
 
     @property
     def attends(self) -> bool:
-        """Whether it computes attention or its gradients, and no index."""
-        return self.kernel in ("attention", "attention_backward")
+        """Whether it computes attention, its gradients or its losses, and no index."""
+        return self.kernel in ("attention", "attention_backward", "row_losses")
 
     @property
     def amx(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.cpu.library import compiler_fault
+from mpass.lowering.cpu.rates import pairs_are_slower
 from mpass.lowering.cpu.spec import INPUT_TYPES, MAX_HEAD_DIM, STRIP, KernelSpec
 from mpass.lowering.inputs import AttentionInputs
 
@@ -99,7 +100,7 @@ def kernel_spec(inputs: AttentionInputs) -> KernelSpec:
         dtype_name(dtype),
         inputs.query.shape[-1],
         inputs.value.shape[-1],
-        best_instruction_set(dtype),
+        attention_instruction_set(dtype),
         softcap=inputs.softcap > 0,
     )
 
@@ -118,7 +119,10 @@ def made_for(spec: KernelSpec, dtype: torch.dtype, head_dim: int, softcap: bool)
     """Whether a kernel serves an attention of this kind here."""
     estimator = not spec.attends  # these multiply in bf16 whatever the dtype
     found = (spec.input, spec.head_dim, spec.instruction_set, spec.strip)
-    chosen = best_instruction_set(torch.bfloat16 if estimator else dtype)
+    if estimator:
+        chosen = best_instruction_set(torch.bfloat16)
+    else:
+        chosen = attention_instruction_set(dtype)
     wanted = (dtype_name(dtype), head_dim, chosen, STRIP)
     return found == wanted and (estimator or spec.softcap == softcap)
 
@@ -140,3 +144,14 @@ def best_instruction_set(dtype: torch.dtype) -> str:
     if dtype != torch.bfloat16:
         sets = tuple(name for name in sets if name in ("avx512", "avx2"))
     return next((name for name in sets if not compiler_fault(name)), "avx2")
+
+
+@functools.cache
+def attention_instruction_set(dtype: torch.dtype) -> str:
+    """The set with which attention in a dtype is fastest.
+
+    Where this processor is slower at pairs of bf16 than in fp32, that is fp32 arithmetic.
+    Estimators keep the pairs: with them come products of 8-bit numbers.
+    """
+    chosen = best_instruction_set(dtype)
+    return "avx512" if chosen == "avx512_bf16" and pairs_are_slower() else chosen

@@ -1,10 +1,12 @@
-"""Linear layers in 8 bits, in plain torch: what the ops and the kernels of a device mean.
+"""Linear layers in other numbers, in plain torch: what the ops and kernels of a device mean.
 
-Rows of the input and rows of the weight are multiplied by the same orthogonal matrix, which changes
-no product, and rounded to 8 bits. The matrix is a Hadamard matrix of `GROUP` on the diagonal: it
-spreads what is large in a few channels over its group, so that the levels of a row are not spent on
-them (QuaRot, Ashkboos et al., arXiv 2404.00456, section 4, with one small matrix for all models).
-Nothing is calibrated. Letters: K channels of the input, M of the output.
+In fp32 a layer of bf16 loses nothing: its products are exact, and its sums are of fp32 anyway.
+
+In 8 bits, rows of the input and rows of the weight are multiplied by the same orthogonal matrix,
+which changes no product, and rounded to 8 bits. The matrix is a Hadamard matrix of `GROUP` on the
+diagonal: it spreads what is large in a few channels over its group, so that the levels of a row are
+not spent on them (QuaRot, Ashkboos et al., arXiv 2404.00456, section 4, with one small matrix for
+all models). Nothing is calibrated. Letters: K channels of the input, M of the output.
 """
 
 from __future__ import annotations
@@ -68,3 +70,11 @@ def multiply_rows(levels: Tensor, weight: Tensor) -> Tensor:
     # fp64 holds such sums exactly, as the integers of a kernel do.
     sums = (levels.double() - ZERO) @ weights.double().t()
     return (sums * steps).to(weight.dtype)
+
+
+def linear_in_fp32(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer of rows [.., K], weight [M, K] in fp32 -> [.., M] in the rows' dtype."""
+    wide = torch.nn.functional.linear(
+        rows.float(), weight.float(), None if bias is None else bias.float()
+    )
+    return wide.to(rows.dtype)

@@ -31,6 +31,15 @@ def check_numbers(scale: object, softcap: object, dense_above: object, layer: ob
         raise ArgumentError("layer", layer, "the number of a layer, or -1 for an unknown one")
 
 
+def check_most_lost(most_lost: object, return_lse: bool) -> None:
+    """Raise ArgumentError for a share that is none, or one beside log-sum-exps."""
+    number = isinstance(most_lost, int | float) and not isinstance(most_lost, bool)
+    if not number or not 0 < most_lost <= 1:  # type: ignore[operator]
+        raise ArgumentError("most_lost", most_lost, "a share above 0, or 1 for no limit")
+    if return_lse and most_lost != 1:
+        raise ArgumentError("most_lost", most_lost, "1 where return_lse is true")
+
+
 def checked_sinks(sinks: Tensor, query: Tensor) -> Tensor:
     """One logit per query head, one after the other in memory, as kernels read them."""
     if not isinstance(sinks, Tensor):

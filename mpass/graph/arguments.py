@@ -44,6 +44,9 @@ PARAMETERS: dict[str, str] = {
     "clamp clip": "input min max",
     "clamp_min": "input min",
     "dropout feature_dropout": "input p train",
+    "eq": "input other",
+    "topk": "input k dim largest sorted",
+    "scatter": "input dim index src",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal",
     "native_multi_head_attention": "query key value embed_dim num_head qkv_weight qkv_bias "
     "proj_weight proj_bias mask need_weights average_attn_weights mask_type",

@@ -1,9 +1,10 @@
-"""Linear layers in 8 bits, where `options={"linear": "int8"}` asks for them.
+"""Linear layers in other numbers: in fp32 where that is faster, in 8 bits where it is asked for.
 
-A layer whose weight is a parameter reads levels of its rotated input
-(lowering/reference/linear.py), which the layers that read the same tensor share. The rest of the
-graph sees a tensor of the same dtype. What is not served keeps its products, and the report counts
-why.
+Layers of bf16 are multiplied in fp32 where this processor is faster at that, which loses nothing:
+`options={"linear": "auto"}`, the default. With `options={"linear": "int8"}` a layer whose weight is
+a parameter reads levels of its rotated input (lowering/reference/linear.py), which the layers that
+read the same tensor share. The rest of the graph sees a tensor of the same dtype. What is not
+served keeps its products, and the report counts why.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from mpass.graph.nodes import example, number_now, op_name, value_of
 from mpass.graph.writes import StorageWrites
 from mpass.lowering import linear_op
 from mpass.lowering.dispatch import device_lowering
+from mpass.lowering.linear_op import FEWEST_ROWS
 from mpass.lowering.reference.linear import GROUP
-
-FEWEST_ROWS = 128
-"""Rows of the input from which 8 bits pay: decoding reads a weight once for each row."""
 
 VOCABULARY = 8
 """A layer with that many times more outputs than inputs makes logits, which 8 bits would blur."""
@@ -62,6 +61,38 @@ def narrow_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
     return (f"{done} of {len(layers)} linear layers in 8 bits" + (f" ({why})" if why else ""),)
 
 
+def widen_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Multiply linear layers of bf16 in fp32 where this processor is faster at that.
+
+    Returns a sentence for the report if there are any.
+    """
+    layers = [node for node in gm.graph.nodes if is_linear(node)]
+    if not layers or foreign_pass():
+        return ()
+    writes = StorageWrites(gm.graph)
+    done = 0
+    for node in layers:
+        found = bind(node)
+        weight = example(found["weight"])
+        if reason_against_change(node, writes) or few_rows(node):
+            continue
+        if not device_lowering(weight.device).fp32_linear_pays(weight.dtype):
+            continue
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(
+                torch.ops.minference.linear_in_fp32.default,
+                (found["input"], found["weight"], found.get("bias")),
+            )
+            copy_meta(node, new)
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)
+        done += 1
+    if not done:
+        return ()
+    gm.recompile()
+    return (f"{done} of {len(layers)} linear layers of bf16 multiply in fp32, faster here",)
+
+
 def foreign_pass() -> bool:
     """Whether another package has a pass of Inductor's edit graphs after this one.
 
@@ -84,9 +115,23 @@ def is_linear(node: fx.Node) -> bool:
 
 def reason_against(node: fx.Node, writes: StorageWrites) -> str:
     """Why a linear layer keeps its products; "" where 8 bits serve it."""
+    if reason := reason_against_change(node, writes):
+        return reason
+    weight = example(bind(node)["weight"])
+    outputs, inputs = (number_now(size) for size in weight.shape[-2:])
+    if outputs > VOCABULARY * inputs:
+        return "makes logits"
+    if inputs % GROUP:
+        return f"the number of inputs is no multiple of {GROUP}"
+    if few_rows(node):
+        return f"fewer than {FEWEST_ROWS} rows"
+    return device_lowering(weight.device).linear_reason(weight.dtype)
+
+
+def reason_against_change(node: fx.Node, writes: StorageWrites) -> str:
+    """Why a linear layer must stay as it is, whatever its products are taken in."""
     found = bind(node)
     rows, weight, out = example(found["input"]), example(found["weight"]), example(node)
-    outputs, inputs = (number_now(size) for size in weight.shape[-2:])
     if out.requires_grad:
         return "gradients are recorded"
     if found["weight"].op not in ("placeholder", "get_attr") or not isinstance(
@@ -99,16 +144,17 @@ def reason_against(node: fx.Node, writes: StorageWrites) -> str:
         return "the weight is written to"
     if not rows.dtype == weight.dtype == out.dtype:
         return "autocast chooses the dtype"
-    if outputs > VOCABULARY * inputs:
-        return "makes logits"
-    if inputs % GROUP or not all(isinstance(size, int) for size in weight.shape):
-        return f"the number of inputs is no multiple of {GROUP}"
+    if weight.dim() != 2 or not all(isinstance(size, int) for size in weight.shape):
+        return "the size of the weight is not known"
+    return ""
+
+
+def few_rows(node: fx.Node) -> bool:
+    """Whether the input of a linear layer has fewer rows than other numbers need to pay."""
     count = 1
-    for size in rows.shape[:-1]:
+    for size in example(bind(node)["input"]).shape[:-1]:
         count *= max(number_now(size), 0)
-    if count < FEWEST_ROWS:
-        return f"fewer than {FEWEST_ROWS} rows"
-    return device_lowering(weight.device).linear_reason(weight.dtype)
+    return count < FEWEST_ROWS
 
 
 def replace_layer(
@@ -139,4 +185,4 @@ def replace_layer(
     graph.erase_node(node)
 
 
-__all__ = ["linear_op", "narrow_linear_layers"]
+__all__ = ["linear_op", "narrow_linear_layers", "widen_linear_layers"]

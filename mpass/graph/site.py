@@ -52,6 +52,17 @@ class ListedBlocks:
 
 
 @dataclass(frozen=True)
+class KeptKeys:
+    """What a mask keeps of each row: of the keys that may be seen the `keep` with the best numbers.
+
+    The numbers are those of the bias per key. hidden: the number in the place of hidden ones.
+    """
+
+    keep: int
+    hidden: float
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One matched attention. Nodes are those of the captured graph.
 
@@ -69,6 +80,7 @@ class AttentionSite:
     key_bias: the node of numbers that are added to the scores of each key, the same in every row:
     [B or 1, H or 1, 1, Nk], or with fewer dimensions as lowering/key_bias.py reads them; times
     bias_factor. None for none.
+    kept: which keys each query keeps of those that the mask lets it see; None for all.
     """
 
     output: fx.Node
@@ -92,11 +104,25 @@ class AttentionSite:
     dtype: torch.dtype | None = None
     key_bias: fx.Node | None = None
     bias_factor: float = 1.0
+    kept: KeptKeys | None = None
 
     @property
     def read_mask(self) -> fx.Node | None:
         """The mask that decides at run time: only where no meaning of it is proven."""
         return self.mask_tensor if self.mask is None else None
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether every query sees every key but padding, as in diffusion transformers."""
+        mask = self.mask
+        return mask is not None and not mask.causal and not mask.window
+
+    @property
+    def feeds_a_cache(self) -> bool:
+        """Whether the keys may be those of a cache that can be cut: causal, of all positions."""
+        mask = self.mask
+        own = mask is not None and mask.causal and not mask.window and self.kept is None
+        return own and self.layer >= 0
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ from mpass.graph.nodes import example
 from mpass.graph.site import MaskMeaning
 from mpass.inspection.text_table import patterns_of_heads
 from mpass.plan import AttentionPlan, Skip
+from mpass.report import pattern_names
 
 
 def decision_as_text(decision: AttentionPlan | Skip) -> str:
@@ -41,7 +42,7 @@ def decision_as_dict(decision: AttentionPlan | Skip) -> dict[str, Any]:
         "reason": decision.reason if isinstance(decision, Skip) else "",
         "patterns": ""
         if isinstance(decision, Skip)
-        else patterns_of_heads([str(pattern) for pattern in decision.patterns]),
+        else patterns_of_heads(pattern_names(decision)),
         "patterns from": decision.config_source,
         "mask": str(mask_formula(site.mask)) if site.mask else "unproven",
         "proof": list(site.mask.proof) if site.mask else [site.unproven],

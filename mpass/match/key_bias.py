@@ -14,9 +14,9 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.arguments import argument, tensor_arguments
+from mpass.graph.arguments import argument, subject, tensor_arguments
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
-from mpass.graph.site import Length, MaskMeaning
+from mpass.graph.site import KeptKeys, Length, MaskMeaning
 from mpass.graph.sizes import agree
 from mpass.masks.conjuncts import visible
 from mpass.masks.expressions import NotUnderstood, axis
@@ -71,11 +71,24 @@ def has_equal_rows(bias: fx.Node, prover: MaskProver) -> bool:
 
 
 def first_row(bias: fx.Node, before: fx.Node) -> fx.Node:
-    """The bias with one row: a view of it, made by a new node where it has more."""
+    """The bias with one row: what was expanded, or a view of it, made by a new node.
+
+    The gradient of a view has the size of the whole, which for expanded rows is that of the scores.
+    """
     shape = shape_of(bias)
     if len(shape) == 1 or is_one(shape[-2]):
         return bias
+    whole = subject(bias)
+    if op_name(bias) == "expand" and isinstance(whole, fx.Node) and is_tensor(whole):
+        sizes = shape_of(whole)
+        if len(sizes) == len(shape) and is_one(sizes[-2]) and same_sizes_but_rows(sizes, shape):
+            return whole
     return new_node(before, torch.ops.aten.slice.Tensor, bias, -2, 0, 1)
+
+
+def same_sizes_but_rows(sizes: Sequence[Length], shape: Sequence[Length]) -> bool:
+    """Whether nothing but rows, or what may have the size 1, was expanded."""
+    return all(is_one(one) or agree(one, other) for one, other in zip(sizes, shape, strict=True))
 
 
 def is_one(size: object) -> bool:
@@ -118,6 +131,14 @@ def bias_of_product(product: fx.Node, prover: MaskProver) -> tuple[KeyBias | Non
     if beta is not None and is_key_bias(bias, shape_of(product), prover):
         return KeyBias(bias, beta), ""
     return None, "baddbmm adds to the scores what differs from row to row: add one number per key"
+
+
+def with_choice(meaning: MaskMeaning, kept: KeptKeys | None) -> MaskMeaning:
+    """A meaning that tells of the keys that each query keeps as well."""
+    if kept is None:
+        return meaning
+    words = f"each query keeps the {kept.keep} keys with the largest bias that it may see"
+    return dataclasses.replace(meaning, proof=(*meaning.proof, words))
 
 
 def with_words(meaning: MaskMeaning) -> MaskMeaning:

@@ -1,28 +1,41 @@
 """A bias per key inside of the mask that SDPA is given: ALiBi with a causal mask, as Falcon has it.
 
 The mask is walked backwards through what hides keys (masked_fill, where, adding a mask) to a tensor
-with one number per key. What the steps after that do to it is proven as if it were the scores.
+with one number per key. What the steps after that do to it is proven as if it were the scores. One
+of the steps may hide all but the best keys of each query, as Doge does: see top_keys.py.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import fx
 
 from mpass.graph.arguments import bind, tensor_arguments
 from mpass.graph.nodes import example, op_name, shape_of
-from mpass.graph.site import MaskMeaning
+from mpass.graph.site import KeptKeys, MaskMeaning
 from mpass.masks.conjuncts import visible
 from mpass.masks.prover import MaskProver
 from mpass.match.eager_scores import CASTS
 from mpass.match.key_bias import is_key_bias
 from mpass.match.repeat_kv import original
+from mpass.match.top_keys import kept_keys
 
 MAX_STEPS = 8
 
 
+@dataclass(frozen=True)
+class MaskedBias:
+    """A bias per key, what the mask around it means, and which of the keys are kept."""
+
+    node: fx.Node
+    meaning: MaskMeaning
+    best: KeptKeys | None = None
+
+
 def bias_behind(
     mask: fx.Node | None, query: fx.Node, key: fx.Node, at: fx.Node, prover: MaskProver
-) -> tuple[fx.Node, MaskMeaning] | None:
+) -> MaskedBias | None:
     """A bias per key, and what the mask around it means, as the attention `at` reads them.
 
     mask: added to the scores of query [B, H, Nq, D] and key [B, Hk, Nk, D]. It may be repeated for
@@ -33,20 +46,47 @@ def bias_behind(
         return None
     scores = (*shape_of(query)[:3], shape_of(key)[2])
     if is_key_bias(mask, scores, prover):
-        return mask, MaskMeaning(causal=False, proof=("no mask: every key is seen",))
+        seen = MaskMeaning(causal=False, proof=("no mask: every key is seen",))
+        return MaskedBias(mask, seen)
     node = original(mask, at, at, prover) if len(shape_of(mask)) == 4 else mask
     steps: list[tuple[fx.Node, fx.Node]] = []
+    best: KeptKeys | None = None
     for _ in range(MAX_STEPS):
-        if is_key_bias(node, scores, prover):
-            proof = prover.prove_steps(steps[::-1], query, key, at)
-            meaning = proof.meaning
-            return None if meaning is None or meaning.mean_of_hidden else (node, meaning)
         carried = biased_argument(node, prover)
+        found = None if carried is None else kept_keys(node, carried, prover)
+        if found is None and is_key_bias(node, scores, prover):
+            return proven_bias(node, steps[::-1], best, query, key, at, prover)
         if carried is None or prover.writes.ever_written(node):
             return None
-        steps.append((node, carried))
+        if found is None:
+            steps.append((node, carried))
+        elif best is not None or any(op_name(op) not in CASTS for op, _ in steps):
+            return None  # a mask after the choice: then rows may see no key at all
+        best = found or best
         node = carried
     return None
+
+
+def proven_bias(
+    bias: fx.Node,
+    steps: list[tuple[fx.Node, fx.Node]],
+    best: KeptKeys | None,
+    query: fx.Node,
+    key: fx.Node,
+    at: fx.Node,
+    prover: MaskProver,
+) -> MaskedBias | None:
+    """What the steps after a bias mean, and the best keys that are kept of what they let be seen.
+
+    The keys that are best in each prefix say it all where a query sees a prefix, and padding.
+    """
+    meaning = prover.prove_steps(steps, query, key, at).meaning
+    if meaning is None or meaning.mean_of_hidden:
+        return None
+    prefix = meaning.causal and not meaning.window and meaning.valid_keys is None
+    if best is not None and not (prefix and len(shape_of(bias)) == 4):
+        return None
+    return MaskedBias(bias, meaning, best)
 
 
 def biased_argument(op: fx.Node, prover: MaskProver) -> fx.Node | None:

@@ -24,7 +24,7 @@ from mpass.match.common import (
     shape_reason,
 )
 from mpass.match.folds import folds_to_four, four_dimensional, leading_sizes, readable
-from mpass.match.key_bias import first_row, with_words
+from mpass.match.key_bias import first_row, with_choice, with_words
 from mpass.match.masked_bias import bias_behind
 from mpass.match.repeat_kv import original_pair
 from mpass.match.spelling import Spelling
@@ -84,11 +84,12 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     if not reason and leading is None:
         key, value = original_pair(key, value, node, node, prover)
     mask, unproven = mask_of(node, call, prover, leading)
-    bias = None
+    bias = kept = None
     if not reason and mask is None and leading is None and call.is_causal is False:
         found = bias_behind(call.attn_mask, call.query, key, node, prover)
         if found is not None:
-            bias, mask, unproven = first_row(found[0], node), with_words(found[1]), ""
+            bias, mask, unproven = first_row(found.node, node), with_words(found.meaning), ""
+            mask, kept = with_choice(mask, found.best), found.best
     mask_tensor = None
     if (
         not reason
@@ -107,6 +108,7 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         unproven=unproven,
         mask_tensor=mask_tensor,
         key_bias=bias,
+        kept=kept,
         dense_reason=reason,
         output_folded=leading is not None,
         dtype=example(node).dtype,

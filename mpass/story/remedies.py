@@ -33,8 +33,13 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"^trained under a mask",
         "load the model with attn_implementation='sdpa' and give it a padding mask [B, N] or none",
     ),
-    (r"^trained (with a bias|under lists|where rows)", "nothing: it is trained dense"),
+    (r"^trained (under lists|where rows)", "nothing: it is trained dense"),
     (r"^a checkpoint with a context_fn", "checkpoint without context_fn"),
+    (
+        r"^the best keys are chosen by numbers of few digits",
+        "compute in float32, or under autocast with the bias in float32",
+    ),
+    (r"^the best keys of each query are found", "run on a CPU"),
     (r"dropout p=", "call model.eval()"),
     (r"^dtype ", "cast the model to a dtype that is served"),
     (r"Triton kernels take bfloat16", "cast the model, or use torch.autocast"),
@@ -51,7 +56,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"additive bias, no mask: .*(scatter|topk)",
-        "nothing: the model chooses keys itself, for each query (Doge above keep_window_size)",
+        "keep keys by topk, scatter and masked_fill after causality, as transformers' Doge does",
     ),
     (
         r"additive bias, no mask: .*(embedding|gather)",

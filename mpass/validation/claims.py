@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from mpass.graph.nodes import MADE_HERE, example
-from mpass.graph.site import AttentionSite, MaskMeaning
+from mpass.graph.site import AttentionSite, KeptKeys, MaskMeaning
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.key_bias import as_rows
 from mpass.lowering.mask_forms import HIDDEN
@@ -26,7 +26,7 @@ def claim_key(site: AttentionSite) -> tuple[Any, ...]:
     """What a site claims, comparable between layers of one graph."""
     mask = site.mask or MaskMeaning(causal=False)
     inputs = (*map(shape_now, (site.query, site.key, site.value)), site.compute_dtype)
-    numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed)
+    numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed, site.kept)
     meaning = (site.read_mask, mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
     return (*inputs, *numbers, *meaning, str(mask.valid_keys), site.key_bias, site.bias_factor)
 
@@ -46,7 +46,18 @@ def claimed_cells(mask: MaskMeaning | None, run: Run, site: AttentionSite, rows:
     cells = allowed_cells(words, rows.to(device) + offset, num_keys)
     if mask.valid_keys is not None:
         cells = cells & (torch.arange(num_keys, device=device) < size_now(mask.valid_keys))
-    return cells
+    return cells if site.kept is None else kept_cells(site, site.kept, cells, run)
+
+
+def kept_cells(site: AttentionSite, kept: KeptKeys, cells: Tensor, run: Run) -> Tensor:
+    """Of cells [B or 1, 1, rows, Nk] those that each row keeps: [B, H, rows, Nk]."""
+    assert site.key_bias is not None
+    heads = shape_now(site.query)[1]
+    bias = run.whole(site.key_bias)
+    numbers = bias.expand(-1, -1, cells.shape[2], -1).masked_fill(~cells, kept.hidden)
+    best = numbers.topk(min(kept.keep, cells.shape[3]), -1, sorted=False).indices
+    marks = torch.zeros_like(numbers, dtype=torch.bool).scatter_(-1, best, True)
+    return repeat_kv(marks & cells, heads)
 
 
 def read_cells(mask: fx.Node, run: Run) -> Tensor:
@@ -74,6 +85,8 @@ def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
     scores = site.softcap * torch.tanh(scores / site.softcap) if site.softcap > 0 else scores
     if site.key_bias is not None:
         bias = as_rows(run.whole(site.key_bias).double(), *query.shape[:2])
+        if bias.shape[1] > 1:  # a number per kv head counts for its query heads
+            bias = repeat_kv(bias, query.shape[1])
         scores = scores + bias[:, :, None] * site.bias_factor
     added = site.read_mask
     if added is None or example(added).dtype == torch.bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import mpass.lowering.lse_ops
+import mpass.lowering.steps_op
 import mpass.lowering.training_ops  # noqa: F401  (defines minference::sparse_attention_train)
 from mpass.lowering.index import AttentionMask, join_slots
 from mpass.patterns.base.op import head_slots, named_op, shared_slots

@@ -81,6 +81,15 @@ def test_second_turn_example_attends_to_the_cache_sparse(llama_folder, tmp_path,
 
 
 @pytest.mark.usefixtures("fresh")
+def test_denoising_example_is_closer_with_the_residual(capsys):
+    run("denoising", 640, 6)
+    shown = capsys.readouterr().out
+    errors = [float(line.rsplit(" ", 1)[1]) for line in shown.splitlines() if "relative" in line]
+    assert errors[0] < errors[1] / 2
+    assert "2 of 2 attention layers" in shown
+
+
+@pytest.mark.usefixtures("fresh")
 def test_encoder_example_is_sparse_without_causality(capsys):
     run("encoder", 1024)
     printed = capsys.readouterr().out

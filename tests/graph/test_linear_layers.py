@@ -184,5 +184,63 @@ def test_backends_of_other_packages_are_refused():
 
 
 def test_another_word_is_refused():
-    with pytest.raises(OptionValueError, match="'int8' or None"):
+    with pytest.raises(OptionValueError, match="'auto', 'int8' or None"):
         mpass.compile(Layer(), linear="int4")
+
+
+@pytest.fixture
+def fp32_pays(monkeypatch):
+    """A processor that is faster in fp32 than with pairs of bf16, whatever this one is."""
+    from mpass.lowering.cpu import linear
+
+    monkeypatch.setattr(linear, "fp32_linear_pays", lambda dtype: dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@torch.no_grad()
+def test_layers_of_bf16_multiply_in_fp32_where_that_is_faster(inner, fp32_pays):
+    layer, x = Layer(torch.bfloat16), torch.randn(2, 100, 64).bfloat16()
+    out, notes = compiled(layer, linear="auto", inner_backend=inner)(x)
+    assert notes == ("3 of 3 linear layers of bf16 multiply in fp32, faster here",)
+    wanted = layer.double()(x.double())
+    assert out.dtype == torch.bfloat16
+    own = (Layer(torch.bfloat16)(x).double() - wanted).norm()
+    assert (out.double() - wanted).norm() <= 1.05 * own  # no more than bf16 products lose
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"linear": "auto"}),
+        (torch.bfloat16, {"linear": None}),
+        (torch.bfloat16, {"linear": "auto", "inner_backend": "cudagraphs"}),
+    ],
+)
+@torch.no_grad()
+def test_layers_are_left_alone_otherwise(dtype, options, fp32_pays):
+    layer, x = Layer(dtype), torch.randn(1, 200, 64).to(dtype)
+    out, notes = compiled(layer, **options)(x)
+    assert not notes
+    assert torch.equal(out, layer(x))
+
+
+@pytest.mark.parametrize("kind", ["computed", "autocast", "gradients", "subclass", "short"])
+def test_layers_that_must_stay_are_not_made_fp32(kind, fp32_pays):
+    program, x = Odd(kind), torch.randn(1, 5 if kind == "short" else 200, 64)
+    if kind not in ("autocast", "subclass"):
+        program, x = program.bfloat16(), x.bfloat16()
+    with torch.set_grad_enabled(kind == "gradients"):
+        out, notes = compiled(program, linear="auto")(x)
+        assert torch.equal(out, program(x))
+    assert not notes
+
+
+@torch.no_grad()
+def test_one_graph_serves_prompts_and_single_tokens_in_fp32(fp32_pays):
+    layer = Layer(torch.bfloat16)
+    run = torch.compile(
+        layer, backend="minference", options={"inner_backend": "eager"}, dynamic=True
+    )
+    for rows in (200, 3, 300):
+        x = torch.randn(1, rows, 64).bfloat16()
+        assert torch.allclose(run(x), layer(x), atol=0.02)

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 
 from mpass.lowering.cpu.attention import run_attention
 from mpass.lowering.cpu.spec import KernelSpec
-from mpass.lowering.cpu.support import best_instruction_set, dtype_name, unsupported
+from mpass.lowering.cpu.support import (
+    attention_instruction_set,
+    best_instruction_set,
+    dtype_name,
+    unsupported,
+)
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -46,7 +51,8 @@ def serves(dtype: torch.dtype, instruction_set: str) -> bool:
 
 def kernels_of_today(kernels: Iterable[Kernel]) -> set[Kernel]:
     """Of pairs of dtype and instruction set the best for each dtype, and some of the others."""
-    best = {(dtype, best_instruction_set(dtype)) for dtype in DTYPES}
+    choices = (best_instruction_set, attention_instruction_set)
+    best = {(dtype, choice(dtype)) for dtype in DTYPES for choice in choices}
     return best | set(part_of_today([kernel for kernel in kernels if kernel not in best], share=3))
 
 

@@ -10,8 +10,9 @@ from torch import nn
 
 import mpass
 from mpass.config.promise import left_out, most_lost, pattern_for_loss
-from mpass.lowering.guard import lost_too_much
-from mpass.lowering.index import AttentionMask
+from mpass.lowering.exact_rows import rows_to_look_at
+from mpass.lowering.guard import guarded
+from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, AttentionMask
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
 from mpass.patterns.union import Union
 from tests.helpers.toys import compile_toy
@@ -125,9 +126,53 @@ def test_estimates_that_are_wrong_of_a_head_are_noticed():
     )
     lost = lost_mass(query, key, patterns[0].dense_mask(query, key))
     assert lost > most_lost(0.01) == 2 * left_out(0.01)
-    assert "of a head's attention would be lost, 40% may be" in lost_too_much(inputs, index, 0.4)
-    assert lost_too_much(inputs, index, min(0.99, lost + 0.1)) == ""
-    assert lost_too_much(inputs, index, 1.0) == ""
+    found = guarded(inputs, index, 0.4)
+    assert "of a head's attention would be lost, 40% may be" in found.why
+    assert guarded(inputs, index, min(0.99, lost + 0.2)).index is index
+    assert guarded(inputs, index, 1.0).index is index
+
+
+def test_one_wrong_head_keeps_every_key_and_others_what_they_kept():
+    query, key, value = random_attention(heads=HEADS, kv_heads=1, num_queries=600, head_dim=DIM)
+    mask = AttentionMask()
+    inputs = AttentionInputs(query, key, value, mask, DIM**-0.5)
+    patterns = [Union(0.1, 1.0, 0, 1, 1, max_blocks=2), Union(1.0, columns=0)]
+    index = Union.estimate(EstimateInputs(query, key, mask, range(HEADS), DIM**-0.5), patterns)
+    found = guarded(inputs, index, 0.2, measured=48)
+    assert bool((found.index.block_count[:, 0] == ALL_BLOCKS).all())
+    assert torch.equal(found.index.block_count[:, 1], index.block_count[:, 1])
+    assert float(found.losses.lost.max()) < 1e-5
+    assert found.losses.exact.shape == (1, HEADS, 48, DIM)
+    shared = guarded(inputs, replace(index, head_slots=(0, 0)), 0.2).index
+    assert bool((shared.block_count[:, 0] == ALL_BLOCKS).all())
+
+
+def test_heads_of_diagonals_are_made_whole_as_well():
+    query, key, value = random_attention(heads=2, kv_heads=1, num_queries=600, head_dim=DIM)
+    mask = AttentionMask()
+    index = mpass.AShape.estimate(
+        EstimateInputs(query, key, mask, range(2), 0.2), [mpass.AShape(1, 64), mpass.AShape(1, 900)]
+    )
+    found = guarded(AttentionInputs(query, key, value, mask, 0.2), index, 0.2).index
+    assert found.diagonal_count[0].tolist() == [ALL_DIAGONALS, int(index.diagonal_count[0, 1])]
+
+
+def test_each_row_of_a_batch_is_judged_alone():
+    query, key, value = random_attention(batch=2, num_queries=600, head_dim=DIM)
+    query[1] = 0.0  # even attention, of which a local window loses most
+    query[0] = 40 * key[0].repeat_interleave(2, 0)  # each query sees itself alone
+    mask = AttentionMask()
+    index = mpass.AShape.estimate(
+        EstimateInputs(query, key, mask, range(4), 1.0), [mpass.AShape(1, 64)] * 4
+    )
+    found = guarded(AttentionInputs(query, key, value, mask, 1.0), index, 0.3).index
+    assert bool((found.diagonal_count[0] == index.diagonal_count[0]).all())
+    assert bool((found.diagonal_count[1] == ALL_DIAGONALS).all())
+
+
+@pytest.mark.parametrize(("queries", "rows"), [(1, 1), (300, 4), (1024, 8), (2048, 16), (9000, 16)])
+def test_fewer_rows_are_looked_at_where_there_are_fewer_queries(queries, rows):
+    assert rows_to_look_at(queries, 16) == rows
 
 
 def test_rows_of_padding_and_heads_that_keep_all_are_not_what_is_lost():
@@ -139,9 +184,9 @@ def test_rows_of_padding_and_heads_that_keep_all_are_not_what_is_lost():
         inputs = AttentionInputs(*own, visible, DIM**-0.5)
         estimate = EstimateInputs(*own[:2], visible, range(4), DIM**-0.5)
         whole = Union.estimate(estimate, [Union(1.0, columns=0)] * 4)
-        assert lost_too_much(inputs, whole, 0.0001) == ""
+        assert guarded(inputs, whole, 0.0001).why == ""
         part = Union.estimate(estimate, [Union(0.05, 1.0, 0, 0, 1, max_blocks=1)] * 4)
-        assert lost_too_much(inputs, part, 0.2)
+        assert guarded(inputs, part, 0.2).why
 
 
 def test_less_may_be_lost_the_less_is_promised():

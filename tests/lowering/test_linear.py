@@ -115,3 +115,32 @@ def test_a_weight_that_was_written_to_is_rounded_anew():
         cpu.multiply_rows(levels, other)
         other.mul_(3)
         assert torch.equal(cpu.multiply_rows(levels, other), reference.multiply_rows(levels, other))
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs"), [((2, 70, 40), 24), ((1300, 64), 130), ((3, 50, 20000), 260), ((0, 8), 4)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_in_fp32_is_the_exact_one_rounded_once(shape, outputs, bias):
+    """Shapes of one part, of several parts of rows, and of several slabs of the weight."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(shape, generator=generator).bfloat16()
+    weight = torch.randn(outputs, shape[-1], generator=generator).bfloat16()
+    added = torch.randn(outputs, generator=generator).bfloat16() if bias else None
+    found = cpu.linear_in_fp32(rows, weight, added)
+    exact = torch.nn.functional.linear(
+        rows.double(), weight.double(), None if added is None else added.double()
+    )
+    assert found.dtype == torch.bfloat16 and found.shape == exact.shape
+    rounding = exact.abs() * 2**-8 + 1e-4 * shape[-1] ** 0.5
+    assert ((found.double() - exact).abs() <= rounding).all()
+    assert torch.equal(found, cpu.linear_in_fp32(rows, weight, added))
+
+
+def test_memory_for_layers_in_fp32_serves_both_kinds_of_tensors():
+    """It is kept between calls, and a tensor made under inference mode could not be written to."""
+    cpu.scratch.cache_clear()
+    rows, weight = torch.randn(200, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+    with torch.inference_mode():
+        first = cpu.linear_in_fp32(rows, weight)
+    assert torch.equal(first, cpu.linear_in_fp32(rows, weight))

@@ -144,16 +144,6 @@ def written_later(x):
     return out @ x
 
 
-def best_keys_of_each_row(x):
-    """Doge above its window: each query keeps the best keys of its prefix."""
-    n = x.shape[2]
-    mask = torch.exp(x.sum(-1))[:, :, None].expand(-1, -1, n, -1)
-    mask = mask.masked_fill(causal(n) != 0, torch.finfo(x.dtype).min)
-    best = torch.zeros_like(mask).scatter(-1, mask.topk(16, -1).indices, 1.0)
-    mask = mask.masked_fill(best == 0, torch.finfo(x.dtype).min)
-    return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
-
-
 def of_each_row_in_the_mask(x):
     mask = (x[:, :, :, :1] * torch.arange(x.shape[2])).masked_fill(causal(x.shape[2]) != 0, -1e30)
     return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
@@ -163,7 +153,6 @@ NO_BIAS_PER_KEY = (
     bias_of_each_row,
     under_a_softcap,
     written_later,
-    best_keys_of_each_row,
     of_each_row_in_the_mask,
 )
 

@@ -276,14 +276,25 @@ class Biased(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.project = nn.Linear(64, 64)
+        self.project = nn.Linear(64, 16)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         heads = self.project(x)[:, None]
         causal = torch.ones(150, 150, dtype=torch.bool).tril()
-        scores = (heads @ heads.mT / 8 + bias).masked_fill(~causal, -torch.inf)
+        scores = (heads @ heads.mT / 4 + bias).masked_fill(~causal, -torch.inf)
         return scores.softmax(-1) @ heads
 
 
-def test_a_bias_per_key_stays_dense():
-    assert dense_reason(Biased(), torch.randn(1, 150, 64), torch.randn(1, 1, 1, 150))
+@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager"])
+def test_a_bias_per_key_has_gradients(inner_backend):
+    model, x = Biased(), torch.randn(2, 150, 64)
+    bias = torch.randn(1, 1, 1, 150, requires_grad=True)
+    sparse = compiled(model, **EVERY_KEY, inner_backend=inner_backend)
+
+    def found(net: nn.Module) -> list[Tensor]:
+        out = net(x, bias)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        return list(torch.autograd.grad((out * weights).sum(), [bias, *net.parameters()]))
+
+    assert_close(found(sparse), found(model))
+    assert mpass.last_report().sites[0].training

@@ -110,6 +110,14 @@ struct BackwardArguments {
 };
 
 // The numbers of a call: field by field the ctypes structure of the caller.
+struct RowLossArguments {
+  const int64_t* positions;
+  float* lost;
+  float* exact;
+  int64_t count;
+};
+
+// The numbers of a call: field by field the ctypes structure of the caller.
 struct EstimateArguments {
   const void* query;
   const void* key;

@@ -183,6 +183,7 @@ class SparseForward:
             sinks=self.sinks,
             dense_above=self.sparse_settings.dense_above,
             layer=plan.layer,
+            most_lost=plan.most_lost,
         )
 
 

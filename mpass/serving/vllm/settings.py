@@ -19,6 +19,7 @@ import torch
 from mpass.config.json_format import FORMAT, VERSION
 from mpass.config.layer import LayerConfig
 from mpass.config.model_check import check_model
+from mpass.config.promise import promised_share
 from mpass.config.spans import in_spans
 from mpass.config.sparse_config import SparseConfig, builtin_default
 from mpass.errors import ConfigMismatchError, EngineSettingError, OptionValueError
@@ -165,7 +166,8 @@ class LayerPlan:
     """What becomes of a layer: sparse prefill with these patterns, one per query head of this rank.
 
     least: from how many keys and queries on. reason: why it stays with the engine; "" if it does
-    not. source: which place named the patterns.
+    not. source: which place named the patterns. most_lost: the share of a head's attention that a
+    prefill may lose, where a loss is promised; 1 for all.
     """
 
     layer: int
@@ -173,6 +175,7 @@ class LayerPlan:
     least: LeastLengths = ALWAYS
     reason: str = ""
     source: str = ""
+    most_lost: float = 1.0
 
 
 def plan_layer(facts: LayerFacts, settings: Settings) -> LayerPlan:
@@ -197,7 +200,10 @@ def plan_layer(facts: LayerFacts, settings: Settings) -> LayerPlan:
         reason = "the config keeps every head dense"
         return LayerPlan(facts.layer, resolved.patterns, reason=reason, source=resolved.source)
     least = least_lengths(facts, settings, resolved.patterns, resolved.min_seq_len)
-    return LayerPlan(facts.layer, resolved.patterns, least, source=resolved.source)
+    most_lost = promised_share(resolved.patterns, settings.max_loss)
+    return LayerPlan(
+        facts.layer, resolved.patterns, least, source=resolved.source, most_lost=most_lost
+    )
 
 
 def reason_to_stay(facts: LayerFacts, settings: Settings) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpass.lowering.cpu import library, support
+from mpass.lowering.cpu import library, rates, support
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
@@ -45,6 +45,8 @@ def fresh_probes() -> Iterator[None]:
         support.machine_reason,
         support.instruction_sets,
         support.best_instruction_set,
+        support.attention_instruction_set,
+        rates.pairs_are_slower,
         support.warn_once,
         library.compiler_fault,
     )
@@ -162,6 +164,35 @@ def test_tiles_that_the_system_refuses_are_not_used(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
     assert support.instruction_sets() == ("avx512_bf16", "avx512", "avx2")
+
+
+@pytest.mark.parametrize(
+    ("slower", "best", "expected"),
+    [
+        (True, "avx512_bf16", "avx512"),
+        (False, "avx512_bf16", "avx512_bf16"),
+        (True, "amx", "amx"),
+        (True, "avx2", "avx2"),
+    ],
+)
+def test_attention_is_in_fp32_where_pairs_of_bf16_are_slower(
+    monkeypatch: pytest.MonkeyPatch, slower: bool, best: str, expected: str
+) -> None:
+    monkeypatch.setattr(support, "best_instruction_set", lambda dtype: best)
+    monkeypatch.setattr(support, "pairs_are_slower", lambda: slower)
+    assert support.attention_instruction_set.__wrapped__(torch.bfloat16) == expected
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in support.instruction_sets(), reason="the processor has no pairs of bf16"
+)
+def test_rates_of_products_are_those_of_a_processor() -> None:
+    """A pair takes from half the time of its products in fp32 to a few times it, always alike."""
+    flags = library.INSTRUCTION_FLAGS["avx512_bf16"]
+    probe = library.compile_source(rates.PROBE_SOURCE, extra_flags=flags)
+    found = [rates.pair_ticks(probe) for _ in range(3)]
+    assert all(0.3 < ticks < 8 for ticks in found)
+    assert len({ticks > rates.CLEARLY for ticks in found}) == 1
 
 
 def test_instructions_that_the_compiler_does_not_know_are_not_used(

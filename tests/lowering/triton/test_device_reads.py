@@ -13,6 +13,7 @@ import torch
 
 import mpass
 import mpass.serving.transformers_attention  # its op is among those that are walked
+from mpass.lowering.denoising import denoising
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.estimators import ESTIMATORS
 from mpass.lowering.index import (
@@ -44,7 +45,7 @@ from tests.helpers.op_functions import op_functions
 
 QUERIES, KEYS, HEADS = 700, 740, 4
 
-KINDS = ("lse", "train", "backward", "summaries", "kv")
+KINDS = ("lse", "train", "backward", "summaries", "kv", "steps")
 """Of sparse attention that gives more than its output, or takes more."""
 
 SNAP = astuple(SnapKV(budget=64, window=16))
@@ -94,6 +95,8 @@ def calls(name, device, offset, window, padded):
                 rest = (softcap, 0.5, shortest, 3)
                 yield (query, key, value, *index, key_mask, sinks, *words, *rest)
                 yield (query, key, value, *index, key_mask, None, *words, *rest)
+                yield (query, key, value, *index, key_mask, None, *words, *rest, 5, 0, 0.4)
+                yield (query, key, value, *index, key_mask, sinks, *words, *rest, 5, 9, 0.4)
     elif name == "attention":
         one = query[:, :, :1]
         yield (query, key, value, key_mask, None, *words, 0.0)
@@ -132,7 +135,7 @@ def calls_with_lse(name, device, offset, window, key_mask):
     """Of the ops whose attention comes with its log-sum-exps."""
     query, key, value = tensors(device)
     sinks = torch.ones(HEADS, device=device)
-    causal = name != "sparse_attention_summaries"
+    causal = name not in ("sparse_attention_summaries", "sparse_attention_steps")
     words = (offset, window, True, 0.2) if causal else (0, 0, False, 0.2)
     if name == "attention_lse":
         yield (query, key, value, key_mask, sinks, *words, 2.0)
@@ -147,6 +150,7 @@ def calls_with_lse(name, device, offset, window, key_mask):
                 yield (out, out, lse, torch.tensor([shortest > 0]), *given)
             else:
                 first = {"sparse_attention_summaries": (16,), "sparse_attention_kv": SNAP}
+                first["sparse_attention_steps"] = (1,)
                 yield (*first.get(name, ()), *given, 0.5, shortest, 3)
 
 
@@ -178,8 +182,10 @@ def test_no_op_reads_the_device(name, mask, device):
     forbidden = ADDS_BY_ATOMICS if backward else set()
     forbidden = forbidden | READS_THE_DEVICE | COPIES_FROM_THE_HOST
     for given in arguments:
-        with record(), Watched(forbidden, host_reads=backward), dry_run(), select_keys():
-            implementation(*given)
+        watched = Watched(forbidden, host_reads=backward)
+        with record(), watched, dry_run(), select_keys(), denoising(9, full=1, every=9) as run:
+            for _ in run.over(range(2 if name == "sparse_attention_steps" else 1)):
+                implementation(*given)
 
 
 @pytest.mark.parametrize("queries", [1, QUERIES])

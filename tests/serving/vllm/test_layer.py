@@ -17,7 +17,7 @@ from mpass.serving.vllm.builder import SparseBuilder
 from mpass.serving.vllm.counters import Counters
 from mpass.serving.vllm.layer import ATTRIBUTE, SparseForward
 from mpass.serving.vllm.pages import PageLayout, gather
-from mpass.serving.vllm.settings import LayerFacts, read_settings
+from mpass.serving.vllm.settings import LayerFacts, LayerPlan, read_settings
 from tests.helpers.fake_vllm import Attention, Builder, make_step
 from tests.helpers.truth import TOLERANCE, dense_attention
 
@@ -114,6 +114,22 @@ def test_a_prompt_in_chunks_is_what_attend_computes_for_each(engine, counters):
         )
         assert (output.transpose(0, 1)[None] - expected).abs().max() < 1e-5
     assert layer.served == [] and counters.gathered == 2
+
+
+def test_heads_that_would_lose_more_than_is_promised_are_computed_whole(engine, counters):
+    layer = Layer()
+    builder = engine(layer)
+    step = make_step([(300, 0), (280, 150)])
+    bare = LayerPlan(1, (mpass.AShape(1, 64),) * 4, least=layer.plan_for(NAME).least)
+    for most_lost in (1.0, 0.2):
+        layer.sparse_plan = replace(bare, most_lost=most_lost)
+        output = run(layer, step, builder.build(0, step.common))
+        if most_lost < 1:
+            check(step, output)
+        else:
+            with pytest.raises(AssertionError):
+                check(step, output)
+    assert counters.sparse == 4 and layer.served == []
 
 
 def test_a_step_without_long_prefills_is_one_call_of_the_parent(engine, counters):

@@ -11,7 +11,7 @@ import torch
 
 import mpass
 from mpass.config import SparseConfig
-from mpass.config.promise import pattern_for_loss
+from mpass.config.promise import most_lost, pattern_for_loss
 from mpass.errors import (
     ConfigMismatchError,
     EngineSettingError,
@@ -95,6 +95,7 @@ def test_the_config_beside_the_model_fills_what_the_settings_leave_open(tmp_path
 def test_a_promised_loss_stands_in_the_place_of_what_comes_with_the_model(tmp_path):
     SparseConfig(default="a_shape").save(tmp_path / "minference.json")
     plan = plan_layer(FACTS, settings(tmp_path, max_loss=0.02))
+    assert plan.most_lost == most_lost(0.02) < 1
     assert plan.patterns == (pattern_for_loss(0.02),) * 4
     assert plan.source == "additional_config['minference']['max_loss'] = 0.02"
 
