@@ -33,7 +33,7 @@ LARGEST_ADDED = 60e6
 
 TESTS = (
     *("tests/test_package.py", "tests/test_backend.py", "tests/test_functional.py"),
-    *("tests/test_compile_in_place.py", "tests/test_readme.py", "tests/config", "tests/graph"),
+    *("tests/test_compile_in_place.py", "tests/config", "tests/graph"),
     *("tests/masks/test_prover.py", "tests/match/test_spellings.py", "tests/patterns"),
     "tests/lowering/cpu/test_attention.py",
 )
