@@ -6,6 +6,8 @@ VENV ?= .venv
 DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
+OPENVINO_VENV ?= .venv-openvino
+LLAMA_VENV ?= .venv-llama
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -32,8 +34,9 @@ help:
 	@echo "  make test     run the tests"
 	@echo "  make check    run lint, the format check, the types and the quick tests"
 	@echo "  make slow     run whole matrices: model families, kernels for every chip"
-	@echo "  make walk     go through README from a wheel, in a Python without this repository"
+	@echo "  make walk     take the first steps from a wheel, in a Python without this repository"
 	@echo "  make vllm     run tests of the real vLLM, in a Python of its own (3.5 GB)"
+	@echo "  make peers    install what benchmarks/peers runs beside mpass, each in a Python of its own (6 GB)"
 	@echo "  make lint     check the style and the format of the code"
 	@echo "  make format   repair the style and the format of the code"
 	@echo "  make types    check the types"
@@ -88,6 +91,22 @@ vllm: venv $(VLLM_VENV)/.installed
 	MPASS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest -n 0 -v -m vllm tests/serving/vllm $(ARGS)
 
+# What benchmarks/peers compares with. The torchvision that optimum brings is of another torch.
+# llama.cpp is compiled for this processor, which takes ten minutes and more.
+peers: venv $(VLLM_VENV)/.installed $(OPENVINO_VENV)/.installed $(LLAMA_VENV)/.installed
+
+$(OPENVINO_VENV)/.installed: benchmarks/peers/requirements-openvino.txt
+	test -x $(OPENVINO_VENV)/bin/python || $(PYTHON) -m venv $(OPENVINO_VENV)
+	$(OPENVINO_VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	$(OPENVINO_VENV)/bin/python -m pip uninstall -q -y torchvision
+	touch $@
+
+$(LLAMA_VENV)/.installed: benchmarks/peers/requirements-llama.txt
+	test -x $(LLAMA_VENV)/bin/python || $(PYTHON) -m venv $(LLAMA_VENV)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(LLAMA_VENV)/bin/python -m pip install -q \
+	  --disable-pip-version-check -r $<
+	touch $@
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -121,4 +140,4 @@ docs: $(DOCS_VENV)/.installed
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(OPENVINO_VENV) $(LLAMA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -52,7 +52,7 @@ class Stage:
 
 STAGES = {
     "recall": (Stage(32, 4, 8, 140), Stage(64, 8, 16, 60), Stage(128, 8, 16, 120)),
-    "text": (Stage(256, 0, 0, 160),),
+    "text": (Stage(256, 0, 0, 80),),
 }
 
 

@@ -193,7 +193,7 @@ def denoising(
     loop over `run.over(timesteps)`, or calls of `run.begin()` and `run.advance()`. Yields the run.
 
     steps: of the sampler; those beyond are whole. full: so many at the start are whole, a tenth by
-    default. every: and then each so-manieth.
+    default. every: after these, one step of so many is whole.
     keep: "residual", what the keys that are left out added at the last whole step; "output", the
     whole output, so that nothing is computed in between; "nothing", plain sparse attention.
     order: 0 takes what is kept as it is, 1 goes on along the line through the last two (twice the

@@ -308,7 +308,9 @@ def test_a_head_that_would_lose_too_much_keeps_every_key():
     assert not torch.allclose(out.double(), truth, atol=1e-3)
     guarded = mpass.attend(query, key, value, most_lost=0.2, **given)
     assert torch.allclose(guarded.double(), truth, atol=1e-4)
-    assert torch.equal(mpass.attend(query, key, value, most_lost=0.99, **given), out)
+    given["patterns"] = "a_shape(16, 200)"
+    out = mpass.attend(query, key, value, **given)
+    assert torch.equal(mpass.attend(query, key, value, most_lost=0.9, **given), out)
 
 
 @pytest.mark.parametrize("given", [{"most_lost": 0}, {"most_lost": 1.5}, {"most_lost": True}])

@@ -25,8 +25,9 @@ AT_LENGTH = 8192
 SHARE = 0.0125
 """`row_share` at which a prompt of AT_LENGTH tokens is expected to lose 0.01 at most."""
 
-POWER = 0.8
-"""How fast `row_share` may grow with the loss: divergence goes with its 1.25th power."""
+POWER, SMALL_POWER = 0.8, 1.0
+"""How fast `row_share` may grow with the loss, and how fast it must fall below 0.01: divergence
+goes with its 1.25th power where much is lost, and with its first where little is."""
 
 LEFT_OUT = 0.2
 """Where the estimate says that more of a query block's attention is left out than this, blocks are
@@ -54,9 +55,10 @@ def pattern_for_loss(max_loss: float) -> VerticalBlock:
 
     It keeps more the less may be lost.
     """
+    power = SMALL_POWER if max_loss < 0.01 else POWER
     return VerticalBlock(
         mass=round(1 - left_out(max_loss), 4),
-        row_share=round(SHARE * (max_loss / 0.01) ** POWER, 6),
+        row_share=round(SHARE * (max_loss / 0.01) ** power, 6),
         at_length=AT_LENGTH,
     )
 

@@ -92,6 +92,36 @@ def test_dense_figures_are_those_of_the_model_run_by_hand(result, smollm2):
 
 @needs_smollm2
 @on_its_day("demo")
+def test_dense_is_the_fastest_backend_that_is_installed(monkeypatch, tmp_path):
+    """A package brings one that gives the graph back as it is, faster than one that waits."""
+    (tmp_path / "quickdense.py").write_text(
+        "from torch._dynamo import register_backend\n"
+        "@register_backend\n"
+        "def quickdense(gm, inputs): return gm.forward\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(demo, "PACKAGED_BACKENDS", ("quickdense", "not_installed"))
+    slow = demo.compile_body
+
+    def compile_body(model, backend, options=None):
+        return slow(model, "eager" if backend == "inductor" else backend, options)
+
+    def timed_prefill(model, forward, tokens):
+        return next(times)
+
+    times = iter((3.0, 2.0, 1.0))  # Inductor, the package's, sparse
+    monkeypatch.setattr(demo, "compile_body", compile_body)
+    monkeypatch.setattr(demo, "timed_prefill", timed_prefill)
+    settings = dataclasses.replace(SHORT, length=200, inner_backend="inductor", new_tokens=0)
+    monkeypatch.setattr(DemoSettings, "options", lambda self: {"inner_backend": "eager"})
+    found = run_demo(settings)
+    assert found.dense_backend == "quickdense"
+    assert found.dense_seconds == {"inductor": 3.0, "quickdense": 2.0}
+    assert found.speedup == 2.0
+
+
+@needs_smollm2
+@on_its_day("demo")
 def test_a_narrow_window_costs_accuracy_and_the_figures_show_it(result):
     assert result.perplexity_sparse > 1.01 * result.perplexity_dense
     assert 0.5 < result.top1_agreement < 1.0

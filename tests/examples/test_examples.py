@@ -211,3 +211,13 @@ def test_client_example_asks_about_each_file(tmp_path, capsys):
     assert [line.rpartition(": ")[2] for line in printed] == [
         f"/v1/chat/completions text of {file.name} Why?" for file in files
     ]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_train_dma_example_trains_through_the_keys_that_it_keeps(capsys):
+    run("train_dma", 2, 150)
+    printed = capsys.readouterr().out
+    assert "step 2: loss" in printed and "of the answers right" in printed
+    sites = mpass.last_report().sites
+    assert [set(site.patterns) for site in sites] == [{"dynamic_mask(64)"}] * 2
+    assert all(site.training for site in sites)

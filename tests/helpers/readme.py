@@ -1,4 +1,4 @@
-"""README's first steps, as what a newcomer types and what is shown to come of it.
+"""README's installation and docs/first_steps.md: what a newcomer types and what is shown for it.
 
 A block of Python whose first line is a comment with a file's name is that file. The others are one
 program, block after block. Lines of a console begin with "$ "; what stands below them is output.
@@ -32,11 +32,24 @@ class Step:
     shown: str | None = None
 
 
+def page(name: str) -> str:
+    """The text of a page."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def program_of_readme() -> str:
+    """README's ten lines, for a reader's own model and prompt."""
+    (section,) = SECTION.findall(page("README.md"))
+    (program,) = [text for kind, text in BLOCK.findall(section) if kind == "python"]
+    return program
+
+
 def first_steps() -> list[Step]:
-    """The steps of README in their order."""
-    (section,) = SECTION.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    """The steps in their order: README's lines of a console, and then all of the page."""
+    (section,) = SECTION.findall(page("README.md"))
+    typed = [block for block in BLOCK.findall(section) if block[0] == "console"]
     steps: list[Step] = []
-    for kind, text in BLOCK.findall(section):
+    for kind, text in [*typed, *BLOCK.findall(page("docs/first_steps.md"))]:
         file = FILE.fullmatch(text)
         if kind == "text":
             last = steps.pop()

@@ -1,11 +1,11 @@
-"""A newcomer's walk: README's first steps from a wheel, in a Python without this repository.
+"""A newcomer's walk: the first steps from a wheel, in a Python without this repository.
 
     make walk
     make walk PYTHON=python3.12 ARGS="--torch torch==2.11.0 --tests"
 
 It copies the files that git knows, builds the wheel as README says, deletes the copy, makes a
-virtual environment, installs torch and then the wheel, and goes through README step by step in an
-empty folder. Output that is not what README shows ends it with status 1, and so do a wheel of
+virtual environment, installs torch and then the wheel, and goes through docs/first_steps.md in an
+empty folder. Output that is not what the page shows ends it with status 1, and so do a wheel of
 1 MB and 60 MB or more beside torch. The environment is kept for the next walk, which then measures
 no size. Only the standard library is used here.
 """
@@ -145,7 +145,7 @@ def program(steps: list[Step]) -> str:
 
 
 def walk(desk: Desk, steps: list[Step]) -> list[str]:
-    """Go through README; what differed, "" for a step that was as shown."""
+    """Go through the page; what differed, "" for a step that was as shown."""
     for step in steps:
         if step.kind == "save":
             (desk.desk / step.name).write_text(step.text, encoding="utf-8")

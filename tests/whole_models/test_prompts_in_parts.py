@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from mpass.config.promise import most_lost
+from mpass.lowering.guard import guarded
 from mpass.lowering.recorder import Log, record
 from tests.helpers.rotation import part_of_today
 from tests.helpers.toys import EVERY_KEY
@@ -165,3 +167,26 @@ def test_every_part_of_a_prompt_is_sparse_in_few_graphs(name, way):
 @pytest.mark.parametrize(("name", "way"), RUNS, ids=lambda of: getattr(of, "__name__", of))
 def test_every_model_in_every_way(name, way):
     check(name, way)
+
+
+@pytest.mark.parametrize("way", [turns, chunks, static_padded], ids=lambda of: of.__name__)
+def test_every_part_of_a_prompt_is_held_against_what_was_promised(way, monkeypatch):
+    seen = []
+
+    def watched(inputs, index, share, *, measured=0):
+        seen.append((inputs.mask.query_offset, inputs.query.shape[2], share))
+        return guarded(inputs, index, share, measured=measured)
+
+    monkeypatch.setattr("mpass.lowering.ops.guarded", watched)
+    model = build("llama")
+    options = {name: value for name, value in OPTIONS.items() if name != "pattern"}
+    options["max_loss"] = 0.01
+    model.forward = torch.compile(model.forward, backend="minference", options=options)
+    with record() as log:
+        way(model)
+    prefills = [call for call in log.calls if call.num_queries > 1]
+    assert len(prefills) == 2 * WAYS[way][0]
+    assert [(c.num_keys - c.num_queries, c.num_queries) for c in prefills] == [
+        (offset, count) for offset, count, _ in seen
+    ]
+    assert {share for *_, share in seen} == {most_lost(0.01)}

@@ -95,7 +95,8 @@ WIDTHS = {"blocks": BLOCKS_ONLY, "columns": WITH_COLUMNS}
 
 
 @pytest.mark.parametrize(
-    ("flags", "form", "columns"), pairwise(FLAGS, ["lists", "diagonals", "mixed"], WIDTHS)
+    ("flags", "form", "columns"),
+    part_of_today(pairwise(FLAGS, ["lists", "diagonals", "mixed"], WIDTHS), share=2),
 )
 def test_attention_equals_reference_for_every_form_and_flag(flags, form, columns):
     flags, width = dict(FLAGS[flags]), WIDTHS[columns]

@@ -1,4 +1,4 @@
-"""README's first steps print what it shows: here in this process, `make walk` from a wheel."""
+"""What README and docs/first_steps.md show is what is printed; `make walk` uses a wheel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from mpass.cli.app import main
 from mpass.patterns.base import registry
-from tests.helpers.readme import Step, difference, first_steps
+from tests.examples.test_examples import WORDS, save_tiny_llama
+from tests.helpers.readme import Step, difference, first_steps, program_of_readme
 
 STEPS = first_steps()
 
@@ -40,7 +41,7 @@ def called(line: str, monkeypatch) -> str:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_readmes_first_steps_print_what_it_shows(in_a_folder, monkeypatch):
+def test_first_steps_print_what_the_page_shows(in_a_folder, monkeypatch):
     from torch._inductor import compile_fx
 
     monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, *_, **__: gm.forward)
@@ -56,11 +57,25 @@ def test_readmes_first_steps_print_what_it_shows(in_a_folder, monkeypatch):
             printed = called(step.text, monkeypatch)
         else:
             with contextlib.redirect_stdout(io.StringIO()) as out, torch.enable_grad():
-                exec(compile(step.text, "README.md", "exec"), names)
+                exec(compile(step.text, "first_steps.md", "exec"), names)
             printed = out.getvalue()
         assert not (fault := difference(step, printed)), fault
         compared += step.shown is not None
     assert compared == 5
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_readmes_ten_lines_make_a_model_sparse(in_a_folder, monkeypatch):
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, *_, **__: gm.forward)
+    save_tiny_llama(in_a_folder)
+    prompt = " ".join(WORDS[i % len(WORDS)] for i in range(2100))
+    program = program_of_readme()
+    assert len(program.split("\n\n")[-1].splitlines()) + 2 <= 10
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(program, "README.md", "exec"), {"folder": in_a_folder, "prompt": prompt})
+    assert "sparse" in out.getvalue() and "attention layers, union" in out.getvalue()
 
 
 def test_output_that_differs_is_shown():

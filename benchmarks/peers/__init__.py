@@ -1,0 +1,1 @@
+"""Other systems that run a prompt on a CPU, beside `backend="minference"`."""
