@@ -110,10 +110,9 @@ def main() -> None:
         "well, which run sparse or dense by what it is.\n",
         "## Why attention stays dense\n",
         *reasons(records),
-        f"\nOf {len(missed)} classes fewer attentions were found than ran: {', '.join(missed)}. "
+        f"\nClasses of which fewer attentions were found than ran: {', '.join(missed)}. "
         "Where Dynamo breaks the graph in every layer, as at a router that counts its tokens, one "
-        "graph serves all layers that it fits, and its attention is counted once; "
-        "`mpass.last_report()` says how many others ran by it.\n",
+        "graph serves all layers that it fits, and its attention is counted for each that ran.\n",
         "## Classes\n",
         *classes(records),
     ]

@@ -1,6 +1,7 @@
 """What reading and rewriting a graph adds to a cold compile, and the debug mode while it is off.
 
     python benchmarks/compile_time.py --layers 32
+    python benchmarks/compile_time.py --layers 32 --mask outside
 
 A small-width Llama with as many layers as asked, its mask built in the graph and padding given, is
 compiled by `backend="inductor"` and by `backend="minference"`, each in a process of its own with
@@ -47,8 +48,12 @@ def timed(function: Callable[..., Any], seconds: dict[str, float], name: str) ->
     return run
 
 
-def compile_once(backend: str, layers: int) -> dict[str, float]:
-    """Cold CPU seconds of the first call, and those of our passes in it."""
+def compile_once(backend: str, layers: int, outside: bool = False) -> dict[str, float]:
+    """Cold CPU seconds of the first call, and those of our passes in it.
+
+    outside: the mask is an input [1, 1, N, N], as of a static cache in `generate()`, so that the
+    op that reads it at run time stands in the graph.
+    """
     import transformers
 
     import mpass.backend
@@ -69,22 +74,26 @@ def compile_once(backend: str, layers: int) -> dict[str, float]:
     )
     model = transformers.AutoModel.from_config(config).eval()
     ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    if outside:
+        mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     with torch.no_grad():
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         start = time.process_time()
-        compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        compiled(ids, attention_mask=mask, use_cache=False)
         seconds["compile"] = time.process_time() - start
         start = time.process_time()
-        compiled(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        compiled(ids, attention_mask=mask, use_cache=False)
         seconds["compile"] -= time.process_time() - start
     return seconds
 
 
-def cold(backend: str, layers: int) -> dict[str, float]:
+def cold(backend: str, layers: int, mask: str) -> dict[str, float]:
     """`compile_once` in a process with empty caches."""
+    settings = ["--backend", backend, "--layers", str(layers), "--mask", mask]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, __file__, "--backend", backend, "--layers", str(layers)],
+            [sys.executable, __file__, *settings],
             env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
             capture_output=True,
             text=True,
@@ -98,15 +107,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--backend", choices=["inductor", "minference"])
+    parser.add_argument("--mask", choices=["inside", "outside"], default="inside")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     if options.backend:
-        print(json.dumps(compile_once(options.backend, options.layers)))
+        print(json.dumps(compile_once(options.backend, options.layers, options.mask == "outside")))
         return
-    plain = cold("inductor", options.layers)
-    ours = cold("minference", options.layers)
+    plain = cold("inductor", options.layers, options.mask)
+    ours = cold("minference", options.layers, options.mask)
     figures = {
         "layers": options.layers,
+        "mask": options.mask,
         "torch": torch.__version__,
         "inductor_seconds": plain["compile"],
         "minference_seconds": ours["compile"],

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpass.cli import prompt
 from mpass.cli.output import AS_JSON, JSON_OUTPUT, STANDARD_OUTPUT, check_output, deliver
 from mpass.errors import OptionValueError
+
+if TYPE_CHECKING:
+    from mpass.evaluate.classes import ClassRecord
 
 SPELLINGS = ("sdpa", "eager", "flex_attention")
 
@@ -34,11 +38,12 @@ def coverage(
         list[str] | None,
         typer.Option(
             help="Run every class of transformers of these kinds instead of families: causal, "
-            "image-text, encoder-decoder, encoder."
+            "image-text, encoder-decoder, encoder; or library, for libraries beside transformers."
         ),
     ] = None,
     model_type: Annotated[
-        list[str] | None, typer.Option(help="With --kind: only these, by transformers' model type.")
+        list[str] | None,
+        typer.Option(help="With --kind: only these, by transformers' model type, or by library."),
     ] = None,
     part: Annotated[
         str, typer.Option(help="With --kind: a part of the classes, as 3/10: the third of ten.")
@@ -97,20 +102,30 @@ def run_classes(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Run classes of transformers' mappings; go on where a file of records ends."""
+    """Run classes of transformers' mappings, or libraries; go on where a file of records ends."""
     from mpass.evaluate.classes import append, cover_classes, line, read_records, summarise
-    from mpass.models.classes import MAPPINGS, PLAIN, model_classes
+    from mpass.evaluate.libraries import KIND, cover_libraries
+    from mpass.models.classes import MAPPINGS, PLAIN, ModelClass, model_classes
+    from mpass.models.libraries import LIBRARIES
 
-    for name in set(kinds) - set(MAPPINGS):
-        raise OptionValueError("kind", name, ", ".join(MAPPINGS))
+    for name in set(kinds) - {*MAPPINGS, KIND}:
+        raise OptionValueError("kind", name, ", ".join((*MAPPINGS, KIND)))
     for name in set(scenarios or ()) - set(PLAIN):
         raise OptionValueError("scenario", name, ", ".join(PLAIN))
-    entries = model_classes(tuple(kinds))
+    entries = model_classes(tuple(kind for kind in kinds if kind != KIND))
+    libraries = {library.name: library for library in LIBRARIES if KIND in kinds}
+    entries += [ModelClass(KIND, name, "") for name in libraries]
     known = {entry.model_type for entry in entries}
     for name in set(model_types or ()) - known:
         raise OptionValueError("model-type", name, ", ".join(sorted(known)))
     first, step = part_of(part)
     entries = [e for e in entries if not model_types or e.model_type in model_types][first::step]
+
+    def covered(entry: ModelClass) -> Iterator[ClassRecord]:
+        if entry.kind == KIND:
+            return cover_libraries([libraries[entry.model_type]])
+        return cover_classes([entry], scenarios)
+
     quiet = as_json or output == STANDARD_OUTPUT
     file = None if output == STANDARD_OUTPUT else output
     records = read_records(file) if file is not None else []
@@ -119,7 +134,7 @@ def run_classes(
         if entry.name in done:
             continue
         own = []
-        for record in cover_classes([entry], scenarios):
+        for record in covered(entry):
             typer.echo(line(record), err=quiet)
             own.append(record)
         records += own

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mpass.evaluate.coverage import largest_difference, run_compiled
+from mpass.evaluate.coverage import CompiledRun, largest_difference, run_compiled
 from mpass.models.class_table import NOT_BUILT
 from mpass.models.classes import (
     TURNS,
@@ -99,6 +99,11 @@ class CountAttentions(TorchFunctionMode):
             self.count += (query.shape[-2], key.shape[-2]) == (self.queries, self.keys)
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
+        if name == "multi_head_attention_forward":  # inputs [N, B, E] or [N, E]
+            query, key = (*args, kwargs.get("query"), kwargs.get("key"))[:2]
+            self.count += (query.shape[0], key.shape[0]) == (self.queries, self.keys)
+            with torch._C.DisableTorchFunction():
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if name == "softmax" and isinstance(result, Tensor) and result.dim() >= 3:
             self.count += tuple(result.shape[-2:]) == (self.queries, self.keys)
@@ -161,13 +166,24 @@ def cover_class(entry: ModelClass, model: nn.Module, scenario: Scenario) -> Clas
         return ClassRecord(**record, error=f"{type(error).__name__}: {error}"[:500])
     return ClassRecord(
         **record,
-        sites=len(run.sites) + run.again,
-        sparse=sum(site.status == "sparse" for site in run.sites) + run.again,
-        dense=dict(Counter(here(site.reason) for site in run.sites if site.status != "sparse")),
-        breaks=run.breaks,
+        **counts_of(run, counted.count),
         difference=difference,
         seconds=round(time.perf_counter() - started, 2),
     )
+
+
+def counts_of(run: CompiledRun, attentions: int) -> dict[str, Any]:
+    """The fields of a record that count what the pass found.
+
+    attentions: how many ran eagerly. Where a graph breaks, one may have served several of them.
+    """
+    again = min(run.again, max(0, attentions - len(run.sites))) if run.breaks else 0
+    return {
+        "sites": len(run.sites) + again,
+        "sparse": sum(site.status == "sparse" for site in run.sites) + again,
+        "dense": dict(Counter(here(s.reason) for s in run.sites if s.status != "sparse")),
+        "breaks": run.breaks,
+    }
 
 
 def here(reason: str) -> str:

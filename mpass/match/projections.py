@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional as F
 
-from mpass.graph.nodes import example, shape_of
+from mpass.graph.nodes import example, shape_of, value_of
 
 OPS: dict[Any, str] = {
     F.multi_head_attention_forward: "nn.MultiheadAttention",
@@ -173,21 +173,45 @@ def native_attention(
 ) -> tuple[Any, Any]:
     """The attention of the fast path over projected inputs, and its projected output.
 
-    A row that sees no key is NaN in the fast path, and zeros in SDPA.
+    A row that sees no key is NaN in the fast path, and zeros in SDPA. Where the mask is there
+    anyway, as padding and what comes from outside of the graph are, such rows are looked for.
     """
     layout = Layout(heads, batch_first=True)
     mask = a["mask"]
     if mask is not None:
-        hidden = mask if example(nodes["mask"]).dtype == torch.bool else mask != 0
+        cells = example(nodes["mask"])
+        if cells.dim() == 4:  # the layer expands its mask, which is read once and not per head
+            for dim in (0, 1):
+                mask = mask.narrow(dim, 0, 1) if cells.stride(dim) == 0 else mask
+        hidden = mask if cells.dtype == torch.bool else mask != 0
         mask = ~(hidden.unsqueeze(1).unsqueeze(2) if a["mask_type"] == PADDING else hidden)
     query, key, value = map(layout.split, inputs)
     attention: Any = F.scaled_dot_product_attention(query, key, value, mask)
     result = attention
-    if mask is not None and a["mask_type"] == PADDING:
+    if mask is not None and (a["mask_type"] == PADDING or is_given(nodes["mask"])):
         result = attention.masked_fill((~mask).all(-1, True), float("nan"))
     elif mask is not None:
         attention.node.meta[ROWS_SEE_KEYS] = name
     return attention, F.linear(layout.join(result), a["proj_weight"], a["proj_bias"])
+
+
+def is_given(mask: fx.Node) -> bool:
+    """Whether a mask is an input of the graph with a cell for each query and key, or made of one.
+
+    Such a mask is never proven, and is in memory whatever becomes of the attention.
+    """
+    cells = [str(size) for size in example(mask).shape[-2:]]
+    pending, seen = [mask], {mask}
+    while pending:
+        node = pending.pop()
+        if node.op in ("placeholder", "get_attr"):
+            value = value_of(node)
+            if isinstance(value, Tensor) and [str(n) for n in value.shape[-2:]] == cells:
+                return True
+        new = [before for before in node.all_input_nodes if before not in seen]
+        seen.update(new)
+        pending += new
+    return False
 
 
 def encoder_parts(a: dict[str, Any], nodes: dict[str, Any]) -> tuple[Any, Any]:

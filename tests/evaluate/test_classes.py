@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch.nn import functional
@@ -24,8 +22,6 @@ from mpass.evaluate.classes import (
     summarise,
 )
 from mpass.evaluate.coverage import run_compiled
-from mpass.lowering import dispatch
-from mpass.lowering.cpu import LOWERING
 from mpass.models.class_table import NOT_BUILT
 from mpass.models.classes import TURNS, ModelClass, model_classes
 from tests.helpers.paths import ROOT
@@ -40,13 +36,6 @@ SEEN_IN_PART = {"image-text:udop"}
 
 RECORDS = read_records(ROOT / "benchmarks" / "results" / "classes.jsonl")
 """What became of each class when its page was written."""
-
-
-@pytest.fixture
-def plain_torch(monkeypatch):
-    """No kernels are compiled: what is tested is which graphs are rewritten, and into what."""
-    serves_nothing = dataclasses.replace(LOWERING, serves=lambda _inputs: "plain torch, for tests")
-    monkeypatch.setitem(dispatch._added, LOWERING.device, serves_nothing)
 
 
 @pytest.mark.parametrize("entry", part_of_today(model_classes(), 10), ids=lambda entry: entry.name)

@@ -185,6 +185,16 @@ def test_rows_without_any_key_stay_nan_in_the_fast_path():
     assert "set_fastpath_enabled(False)" in mpass.last_report().sites[0].reason
 
 
+@pytest.mark.parametrize("empty", [False, True], ids=["causal", "a row without a key"])
+def test_a_mask_from_outside_is_read_at_run_time_in_the_fast_path(empty):
+    encoder = layer()
+    mask = hidden()
+    if empty:
+        mask[5] = True
+    check(lambda x, m: encoder(x, m), torch.randn(2, N, E), mask, plain=True)
+    assert any("run time" in line for line in mpass.last_report().sites[0].mask)
+
+
 @pytest.mark.parametrize("mask_type", [0, 1, 2])
 def test_the_op_of_the_fast_path_by_itself(mask_type):
     attention = module()

@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 
 from mpass.lowering import exact_rows
+from mpass.lowering.cpu import library
 from mpass.lowering.cpu.row_losses import row_losses, run_row_losses
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import dtype_name, instruction_sets, kernel_spec
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from tests.helpers.cpu_cases import attention_cases, needs_kernels, random_index, random_inputs
+from tests.lowering.cpu.test_source import EMULATED_TILES
 
 pytestmark = needs_kernels
 
@@ -71,7 +73,9 @@ CASE = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
 def test_softcap_sinks_and_negative_scales(dtype):
     numbers = {"softcap": 2.0, "sink_logits": torch.linspace(-1, 2, 4), "scale": -0.3}
     check(CASE, dtype, **numbers)
@@ -82,6 +86,34 @@ def test_softcap_sinks_and_negative_scales(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_instruction_set(dtype, instructions):
     check(CASE, dtype, instructions)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "avx512_bf16" not in instruction_sets(), reason="the AMX source converts with AVX512-bf16"
+)
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_amx_source_is_right_on_emulated_tiles(head_dim, tmp_path, monkeypatch):
+    header = tmp_path / "tiles.h"
+    header.write_text(EMULATED_TILES)
+    flags = (*library.EXTRA_FLAGS, "-include", str(header))
+    monkeypatch.setattr(library, "EXTRA_FLAGS", flags)
+    load = library.load_library.__wrapped__
+    monkeypatch.setattr("mpass.lowering.cpu.row_losses.load_library", load)
+    generator = torch.Generator().manual_seed(2)
+    sizes = {"batch": 2, "num_queries": 503, "num_keys": 550}
+    mask = AttentionMask(query_offset=47)
+    index = random_index(generator, head_slots=(0, -1, 1), mask=mask, density=0.5, **sizes)
+    dims = {"heads": 3, "kv_heads": 1, "head_dim": head_dim, "value_dim": 72}
+    tensors = random_inputs(generator, torch.bfloat16, **dims, **sizes)
+    given = AttentionInputs(*tensors, mask, 0.125)
+    wide = AttentionInputs(*(t.double() for t in tensors), mask, 0.125)
+    spec = KernelSpec("bfloat16", head_dim, 72, "amx", kernel="row_losses")
+    for count in (48, 16, 5):
+        found = run_row_losses(spec, given, index, count, True)
+        expected = exact_rows.row_losses(wide, index, count, True)
+        assert (found.lost - expected.lost).abs().max() < 1e-2
+        assert (found.exact - expected.exact).abs().max() < 2e-2
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads():
