@@ -79,5 +79,13 @@ def shorten(model: nn.Module, tokens: Tensor) -> object:
     return mpass.compress(output.past_key_values, selection)
 
 
+def denoise(model: nn.Module, latents: Tensor) -> mpass.DenoisingRun:
+    """A step of a sampler."""
+    with mpass.denoising(1) as run:
+        model(latents)
+        known: mpass.DenoisingRun = run
+    return known
+
+
 mpass.no_such_thing(1)  # type: ignore[attr-defined]
 mpass.sparse_attention(1, 2, 3)  # type: ignore[call-overload]
