@@ -95,3 +95,29 @@ def test_up_to_its_window_a_doge_is_trained_with_a_bias_per_key():
     assert all(site.training for site in mpass.last_report().sparse_sites)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_lengths_may_be_symbols_and_prompts_come_in_chunks():
+    model = doge(64)
+    torch._dynamo.reset()
+    sparse = copy.deepcopy(model)
+    options = {"training": "sparse", "inner_backend": "eager", "min_seq_len": 65}
+    sparse.compile(backend="minference", options=options)
+    for length in (150, 190, 333):
+        ids = torch.randint(1, 64, (1, length))
+        found, expected = (logits_and_gradients(net, ids, None) for net in (sparse, model))
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm()
+        sites = mpass.last_report().sites
+        assert [set(site.patterns) for site in sites] == [{"dynamic_mask(64)"}] * 2
+    ids = torch.randint(1, 64, (1, 360))
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for part in (ids[:, :220], ids[:, 220:]):
+            logits = [
+                net(part, past_key_values=cache, use_cache=True).logits
+                for net, cache in zip((sparse, model), caches, strict=True)
+            ]
+            assert torch.allclose(*logits, atol=1e-5)
+            sites = mpass.reports()[-1].sites
+            assert [site.status for site in sites] == ["sparse"] * 2
