@@ -6,6 +6,7 @@ VENV ?= .venv
 DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
+DIFFUSION_VENV ?= .venv-diffusion
 OPENVINO_VENV ?= .venv-openvino
 LLAMA_VENV ?= .venv-llama
 ARGS ?=
@@ -25,7 +26,7 @@ QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.
 # torch's installation page:  make vllm VLLM_INDEX='--extra-index-url URL'
 VLLM_INDEX ?=
 
-.PHONY: help venv demo test check slow vllm walk lint format types docs clean
+.PHONY: help venv demo test check slow vllm diffusion walk lint format types docs clean
 
 help:
 	@echo "Every target sets up $(VENV) first if need be. ARGS= is passed on to the command."
@@ -36,6 +37,7 @@ help:
 	@echo "  make slow     run whole matrices: model families, kernels for every chip"
 	@echo "  make walk     take the first steps from a wheel, in a Python without this repository"
 	@echo "  make vllm     run tests of the real vLLM, in a Python of its own (3.5 GB)"
+	@echo "  make diffusion  run tiny transformers of diffusers, in a Python of its own"
 	@echo "  make peers    install what benchmarks/peers runs beside mpass, each in a Python of its own (6 GB)"
 	@echo "  make lint     check the style and the format of the code"
 	@echo "  make format   repair the style and the format of the code"
@@ -78,6 +80,16 @@ walk:
 
 # vLLM has its own torch. PyPI's builds of the packages that are removed need CUDA to be imported,
 # and models of text need none of them.
+$(DIFFUSION_VENV)/.installed: pyproject.toml
+	test -x $(DIFFUSION_VENV)/bin/python || $(PYTHON) -m venv $(DIFFUSION_VENV)
+	$(DIFFUSION_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  -e '.[models,diffusion,test]'
+	touch $@
+
+diffusion: $(DIFFUSION_VENV)/.installed
+	$(DIFFUSION_VENV)/bin/mpass coverage --kind diffusion $(ARGS)
+	$(DIFFUSION_VENV)/bin/pytest -n 0 tests/evaluate/test_made_by_hand.py
+
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
 
 $(VLLM_VENV)/.installed: pyproject.toml
@@ -140,4 +152,4 @@ docs: $(DOCS_VENV)/.installed
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OPENVINO_VENV) $(LLAMA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DIFFUSION_VENV) $(OPENVINO_VENV) $(LLAMA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -64,7 +64,7 @@ def forget_op(name: str) -> None:
     """Remove the op of `define_op` that has this name, if there is one."""
     library = _LIBRARIES.pop(name, None)
     if library is not None:
-        library._destroy()  # type: ignore[no-untyped-call]
+        library._destroy()
         del FUNCTIONS[name]
 
 

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from mpass.errors import OptionValueError
@@ -104,6 +105,7 @@ def keep_selection(
 @define_op(
     "sparse_attention_kv",
     f"(int budget, int observed, int kernel, str pool, {ATTENTION_SCHEMA}) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # who listens is asked in every call
 )
 def sparse_attention_kv(
     budget: int, observed: int, kernel: int, pool: Pool, *arguments: Any

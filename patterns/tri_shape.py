@@ -45,7 +45,8 @@ from mpass.patterns.base.sink_keys import list_sinks, sink_columns
 class TriShape(Pattern):
     """Keep the first `sink_size` keys and the nearest `window_size`; the last queries keep all.
 
-    The defaults are those that TriangleMix publishes.
+    The defaults are those that TriangleMix publishes. Without causality the window reaches as far
+    ahead of the query as back.
 
     sink_size: Every query sees this many of the first keys. 0 keeps none of them.
     window_size: A query sees this many of the nearest keys, its own included.
@@ -60,6 +61,7 @@ class TriShape(Pattern):
     form: ClassVar[Literal["lists", "diagonals"]] = "lists"
     fixed_budget: ClassVar[bool] = True
     input_independent: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(self, sink_size=True, last_size=True)
@@ -73,7 +75,8 @@ class TriShape(Pattern):
         first_seen = torch.zeros_like(blocks)
         if mask.window > 0:
             first_seen = (blocks - (mask.window - 2 + BLOCK) // BLOCK).clamp(min=0)
-        stop = blocks.clamp(max=num_key_blocks(key.shape[2]) - 1) + 1
+        num_blocks = num_key_blocks(key.shape[2])
+        stop = blocks.clamp(max=num_blocks - 1) + 1
         last = last_query(mask, query.shape[0], query.shape[2], query.device)[:, None]
         places = torch.arange(width.max_blocks, device=query.device)
         position = 0
@@ -83,7 +86,11 @@ class TriShape(Pattern):
             whole = (starts + BLOCK > last + 1 - pattern.last_size) & (starts <= last)
             near = torch.maximum(first_seen, blocks - window_diagonals(pattern.window_size) + 1)
             first = torch.where(whole, first_seen, near)
-            counts = (stop - first).clamp(min=0)
+            end = stop
+            if not mask.causal:
+                ahead = (blocks + window_diagonals(pattern.window_size)).clamp(max=num_blocks)
+                end = torch.where(whole, num_blocks, ahead)
+            counts = (end - first).clamp(min=0)
             full = counts > width.max_blocks
             live = (places < counts[..., None]) & ~full[..., None]
             entries = torch.where(live, first[..., None] + places, 0)
@@ -95,7 +102,8 @@ class TriShape(Pattern):
     @classmethod
     def width(cls, patterns: Sequence[Self]) -> IndexWidth:
         return IndexWidth(
-            max_blocks=max(window_diagonals(p.window_size) for p in patterns),
+            # As many blocks ahead, where attention is not causal.
+            max_blocks=max(2 * window_diagonals(p.window_size) - 1 for p in patterns),
             max_columns=max(p.sink_size for p in patterns),
         )
 
@@ -109,7 +117,7 @@ class TriShape(Pattern):
         per_head = []
         for i, p in enumerate(patterns):
             at_end = (positions > last - p.last_size) & (positions <= last)
-            near = distance < p.window_size
+            near = (distance if mask.causal else distance.abs()) < p.window_size
             per_head.append(near | at_end[..., None] | sinks[:, i, None, :])
         return torch.stack(per_head, 1) & allowed_cells(mask, positions, key.shape[2])
 

@@ -239,6 +239,13 @@ def test_the_stub_has_every_exported_name_and_no_other():
         assert getattr(importlib.import_module(named[name]), name) is getattr(mpass, name), name
 
 
+def test_the_file_that_types_are_checked_with_uses_every_name():
+    text = (ROOT / "tests" / "typing" / "public_names.py").read_text()
+    unused = [name for name in mpass.__all__ if not re.search(rf"\bmpass\.{name}\b", text)]
+    assert unused == []
+    assert text.count("type: ignore[") == 2, "the two mistakes that a checker has to find"
+
+
 def test_submodules_are_there_after_a_bare_import():
     code = "import mpass; print(mpass.errors.MpassError.__name__, mpass.patterns.__name__)"
     assert run(code).split() == ["MpassError", "mpass.patterns"]

@@ -57,8 +57,8 @@ def check(
         return counted if picture is None else f"{counted}\n\n{as_text(picture)}"
 
     def save(file: Path) -> None:
-        drawn = picture is not None and file.suffix == ".svg"
-        write_whole(file, as_svg([picture]) if drawn else as_json_text(data()))
+        drawn = as_svg([picture]) if picture is not None and file.suffix == ".svg" else ""
+        write_whole(file, drawn or as_json_text(data()))
 
     deliver(data, shown, output=output, as_json=as_json, save=save)
     if wrong:

@@ -38,7 +38,8 @@ def coverage(
         list[str] | None,
         typer.Option(
             help="Run every class of transformers of these kinds instead of families: causal, "
-            "image-text, encoder-decoder, encoder; or library, for libraries beside transformers."
+            "image-text, encoder-decoder, encoder; library, for libraries beside transformers; or "
+            "tiny models made by hand: perception (pictures and sound), diffusion (diffusers)."
         ),
     ] = None,
     model_type: Annotated[
@@ -105,11 +106,11 @@ def run_classes(
     """Run classes of transformers' mappings, or libraries; go on where a file of records ends."""
     from mpass.evaluate.classes import append, cover_classes, line, read_records, summarise
     from mpass.evaluate.libraries import KIND, cover_libraries
-    from mpass.models.classes import MAPPINGS, PLAIN, ModelClass, model_classes
+    from mpass.models.classes import KINDS, PLAIN, ModelClass, model_classes
     from mpass.models.libraries import LIBRARIES
 
-    for name in set(kinds) - {*MAPPINGS, KIND}:
-        raise OptionValueError("kind", name, ", ".join((*MAPPINGS, KIND)))
+    for name in set(kinds) - {*KINDS, KIND}:
+        raise OptionValueError("kind", name, ", ".join((*KINDS, KIND)))
     for name in set(scenarios or ()) - set(PLAIN):
         raise OptionValueError("scenario", name, ", ".join(PLAIN))
     entries = model_classes(tuple(kind for kind in kinds if kind != KIND))

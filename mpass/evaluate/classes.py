@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mpass.errors import MissingPackageError
 from mpass.evaluate.coverage import CompiledRun, largest_difference, run_compiled
 from mpass.models.class_table import NOT_BUILT
 from mpass.models.classes import (
+    BY_HAND,
     TURNS,
     ModelClass,
     build_class,
@@ -37,6 +39,9 @@ from mpass.models.tiny import Scenario, main_output, real_rows
 
 SECONDS = 180
 """Longest run of one class in one scenario."""
+
+LEAST_KEYS = 200
+"""Pictures, sound and latents have more tokens than this in tiny models, texts fewer."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,22 @@ class CountAttentions(TorchFunctionMode):
         return result
 
 
+class CountLong(TorchFunctionMode):
+    """Counts the calls of SDPA from a number of queries and keys on."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "scaled_dot_product_attention":
+            query, key = (*args, kwargs.get("query"), kwargs.get("key"))[:2]
+            self.count += min(query.shape[-2], key.shape[-2]) >= self.least
+        return func(*args, **kwargs)
+
+
 def cover_classes(
     entries: Iterable[ModelClass], only: Collection[str] | None = None
 ) -> Iterator[ClassRecord]:
@@ -118,6 +139,9 @@ def cover_classes(
     only: names of scenarios, of those that a class has.
     """
     for entry in entries:
+        if entry.kind in BY_HAND:
+            yield cover_by_hand(entry)
+            continue
         try:
             model = build_class(entry)
         except Exception as error:
@@ -128,6 +152,40 @@ def cover_classes(
         for one in scenarios_of(entry, model):
             if only is None or one.name in only:
                 yield cover_class(entry, model, one)
+
+
+def cover_by_hand(entry: ModelClass) -> ClassRecord:
+    """Run one call of a model that was made by hand, eagerly and through the pass.
+
+    Attentions count from LEAST_KEYS keys on: of diffusion, shorter ones are those over the text.
+    """
+    started = time.perf_counter()
+    record: dict[str, Any] = {**asdict(entry), "scenario": "call"}
+    made = BY_HAND[entry.kind][entry.model_type]
+    try:
+        with seeded():
+            model, call = made.build(), made.call()
+            with CountLong(LEAST_KEYS) as counted:
+                expected = main_output(model(**call))
+    except MissingPackageError:
+        raise
+    except Exception as error:
+        return ClassRecord(**record, not_run=why_not(entry, error))
+    record["attentions"] = counted.count
+    try:
+        with seeded(), limit(SECONDS):
+            run = run_compiled(model, call)
+    except Exception as error:  # recorded, so that one class does not hide the others
+        return ClassRecord(**record, error=f"{type(error).__name__}: {error}"[:500])
+    return ClassRecord(
+        **record,
+        sites=len(run.sites) + run.again,
+        sparse=sum(site.status == "sparse" for site in run.sites) + run.again,
+        dense=dict(Counter(here(site.reason) for site in run.sites if site.status != "sparse")),
+        breaks=run.breaks,
+        difference=largest_difference(run.output, expected, None),
+        seconds=round(time.perf_counter() - started, 2),
+    )
 
 
 def why_not(entry: ModelClass, error: BaseException) -> str:

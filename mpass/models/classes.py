@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from mpass.models.class_table import BUILT_BY_HAND, CHANGES, INPUTS
+from mpass.models.diffusion import MODELS, DiffusionModel
+from mpass.models.perception import ENCODERS, Encoder
 from mpass.models.shrink import shrunk
 from mpass.models.tiny import Family, Scenario, inputs, scenarios
 
@@ -21,6 +23,15 @@ MAPPINGS = {
 }
 """Names of transformers' mappings from a model type to the class of a task."""
 
+
+BY_HAND: dict[str, Mapping[str, DiffusionModel | Encoder]] = {
+    "perception": ENCODERS,
+    "diffusion": MODELS,
+}
+"""Kinds without a mapping: encoders of pictures and sound, and the transformers of diffusers."""
+
+KINDS = (*MAPPINGS, *BY_HAND)
+"""Every kind of class."""
 
 TURNS = Scenario("turns", cache="dynamic", cached=37, new=23)
 """A prompt in two parts and a second question, through one compiled model: see `turns_of`."""
@@ -41,8 +52,9 @@ PLAIN = (
 class ModelClass:
     """One entry of a mapping.
 
-    kind: "causal", "image-text", "encoder-decoder" or "encoder" (of text). model_type:
-    transformers' name of the config. architecture: name of the model's class.
+    kind: "causal", "image-text", "encoder-decoder", "encoder" (of text), or one of BY_HAND.
+    model_type: transformers' name of the config, or a name of the table of BY_HAND.
+    architecture: name of the model's class.
     """
 
     kind: str
@@ -56,13 +68,18 @@ class ModelClass:
 
 
 def model_classes(kinds: tuple[str, ...] = tuple(MAPPINGS)) -> list[ModelClass]:
-    """All entries of the mappings, in their order."""
+    """All entries of the mappings, in their order, and those made by hand if asked for."""
     from transformers.models.auto import modeling_auto
 
     return [
         ModelClass(kind, model_type, names if isinstance(names, str) else names[0])
         for kind in kinds
+        if kind in MAPPINGS
         for model_type, names in getattr(modeling_auto, MAPPINGS[kind]).items()
+    ] + [
+        ModelClass(kind, name, model.architecture)
+        for kind in kinds
+        for name, model in BY_HAND.get(kind, {}).items()
     ]
 
 

@@ -213,3 +213,26 @@ def test_a_bad_call_is_refused_in_a_line(arguments, monkeypatch, capsys, tmp_pat
     if said.startswith("mpass: "):
         assert len(said.splitlines()) <= 12
         assert len(said) < 2000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["coverage", "--family=llama", "--spelling=sdpa", "--scenario=no_cache"],
+        ["explain", "smollm2"],
+        ["demo"],
+        ["calibrate", "smollm2"],
+    ],
+    ids=lambda call: call[0],
+)
+def test_a_package_that_is_missing_is_named_with_what_brings_it(
+    arguments, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(sys, "argv", ["mpass", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "transformers is not installed" in said and "pip install 'mpass[models]'" in said

@@ -1,12 +1,13 @@
 """A newcomer's walk: the first steps from a wheel, in a Python without this repository.
 
     make walk
-    make walk PYTHON=python3.12 ARGS="--torch torch==2.11.0"
+    make walk PYTHON=python3.12 ARGS="--torch torch==2.11.0 --tests"
 
 It copies the files that git knows, builds the wheel as README says, deletes the copy, makes a
 virtual environment, installs torch and then the wheel, and goes through docs/first_steps.md in an
 empty folder. Output that is not what the page shows ends it with status 1, and so do a wheel of
-1 MB and 60 MB or more beside torch. Only the standard library is used here.
+1 MB and 60 MB or more beside torch. The environment is kept for the next walk, which then measures
+no size. Only the standard library is used here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ LARGEST_WHEEL = 1e6
 LARGEST_ADDED = 60e6
 """Bytes that `pip install` of the wheel may add to an environment that has torch."""
 
-SPLIT = "\N{INFORMATION SEPARATOR ONE}\n"
+TESTS = (
+    *("tests/test_package.py", "tests/test_backend.py", "tests/test_functional.py"),
+    *("tests/test_compile_in_place.py", "tests/config", "tests/graph"),
+    *("tests/masks/test_prover.py", "tests/match/test_spellings.py", "tests/patterns"),
+    "tests/lowering/cpu/test_attention.py",
+)
+"""What `--tests` runs in the same environment, over the sources of this repository."""
+
+SPLIT = "\N{SYMBOL FOR UNIT SEPARATOR}\n"
 """What a program of several blocks prints between them."""
 
 NOT_TAKEN = re.compile("PYTHON(?!UTF8).*|MPASS_.*|TORCH.*|VIRTUAL_ENV|OMP_NUM_THREADS")
@@ -90,7 +99,8 @@ def copy_of_the_repository(target: Path) -> None:
 def install(desk: Desk, steps: list[Step], torch: str) -> None:
     """pip's lines of README: the wheel is built in a clone, which is deleted before the rest."""
     say(f"Python {platform.python_version()}; {torch}")
-    if not (desk.bin / "python").exists():
+    new = not (desk.bin / "python").exists()
+    if new:
         subprocess.run([sys.executable, "-m", "venv", str(desk.folder / "venv")], check=True)
         desk.python("-m", "pip", "install", "--quiet", torch)
     desk.run("pip", "uninstall", "--quiet", "--yes", "mpass")
@@ -106,7 +116,8 @@ def install(desk: Desk, steps: list[Step], torch: str) -> None:
     hold("the wheel", wheel.stat().st_size, LARGEST_WHEEL)
     before = desk.installed()
     desk.run("pip", "install", "--quiet", str(wheel))
-    hold("mpass and what it needs beside torch", desk.installed() - before, LARGEST_ADDED)
+    if new:
+        hold("mpass and what it needs beside torch", desk.installed() - before, LARGEST_ADDED)
     for line in others:
         desk.run(*shell, line)
     names = "mpass.__file__, torch.__version__, transformers.__version__"
@@ -130,7 +141,7 @@ def hold(what: str, size: float, below: float) -> None:
 def program(steps: list[Step]) -> str:
     """All blocks of Python as one program, which tells its outputs apart."""
     blocks = [step.text for step in steps if step.kind == "run"]
-    return f"\nprint({SPLIT.rstrip()!r}, flush=True)\n".join(blocks)
+    return f"\nprint({SPLIT.strip()!r}, flush=True)\n".join(blocks)
 
 
 def walk(desk: Desk, steps: list[Step]) -> list[str]:
@@ -149,11 +160,21 @@ def walk(desk: Desk, steps: list[Step]) -> list[str]:
     return faults
 
 
+def run_tests(desk: Desk) -> int:
+    """The exit status of `TESTS` in the walk's environment."""
+    wheel = next((desk.desk / "dist").glob("mpass-*.whl"))
+    desk.run("pip", "install", "--quiet", f"{wheel}[test]")
+    command = [str(desk.bin / "python"), "-m", "pytest", "-q", "-n0", *TESTS]
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=desk.variables | own).returncode
+
+
 def main() -> None:
     pinned = re.search("^torch==.*", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     parser = argparse.ArgumentParser(prog="make walk", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--torch", default=pinned[0] if pinned else "torch", help="as pip takes it")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "walk")
+    parser.add_argument("--tests", action="store_true", help="run tests in the same environment")
     arguments = parser.parse_args()
     began = time.monotonic()
     steps = first_steps()
@@ -164,7 +185,7 @@ def main() -> None:
         say(fault)
     wrong = sum(map(bool, faults))
     say(f"{len(faults)} steps, {wrong} not as shown, {time.monotonic() - began:.0f} s")
-    raise SystemExit(bool(wrong))
+    raise SystemExit(bool(wrong) or (arguments.tests and run_tests(desk)))
 
 
 if __name__ == "__main__":

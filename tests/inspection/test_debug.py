@@ -364,6 +364,23 @@ def test_torch_logs_variable_works():
     assert "torch.ops.minference.sparse_attention" in done.stderr
 
 
+BY_LOGGING = """
+import logging
+logging.basicConfig()
+logging.getLogger("mpass").setLevel(logging.INFO)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "variables"), [("", {"TORCH_LOGS": "mpass"}), (BY_LOGGING, {})], ids=["torch", "own"]
+)
+def test_a_compile_is_one_line_where_graphs_are_not_asked_for(before, variables):
+    said = run_script(before + SCRIPT, **variables).stderr
+    told = [line for line in said.splitlines() if "mpass" in line]
+    assert len(told) == 1 and "1 of 1 attention layer" in told[0], said
+    assert "GraphModule" not in said
+
+
 def test_structured_trace_holds_the_graphs_and_the_report(tmp_path):
     run_script(TORCH_TRACE=str(tmp_path))
     (trace,) = tmp_path.glob("*.log")

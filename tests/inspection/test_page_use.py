@@ -271,7 +271,11 @@ def test_graphs_and_maps_are_read_by_keys_alone(browser, pages):
     browser.wait("return document.querySelectorAll('#head canvas').length == 2")
     press(browser, "#graph-before .box.attention[role=button]", "Enter")
     assert "toys.py:" in text_of(browser, "#site")
+    browser.wait("return data.unpackedTokens")
     press(browser, "#head canvas[data-kind=computed]", "ArrowUp")
-    assert "of the keys" in text_of(browser, "#live")
+    told = text_of(browser, "#live")
+    position = int(told.partition("queries from ")[2].partition(":")[0])
+    assert "of the keys" in told and f"“{TOKENS[position].strip()}" in told
+    assert f"keys from 0: “{'⏎'}{TOKENS[1]}" in told
     press(browser, "#map", "ArrowDown")
     browser.wait("return document.getElementById('live').textContent.startsWith('layer 1, head 0')")

@@ -79,3 +79,11 @@ def test_ops_of_patterns_pass_no_python_of_autograd():
         assert name in op_functions()
         kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         assert not kernel(f"minference::{name}", "Autograd")
+
+
+@pytest.mark.parametrize(
+    "name", ["read_mask", "masked_attention", "sparse_attention_steps", "sparse_attention_kv"]
+)
+def test_ops_that_ask_the_host_in_every_call_are_kept_out_of_cuda_graphs(name):
+    op = getattr(torch.ops.minference, name).default
+    assert torch.Tag.cudagraph_unsafe in op.tags

@@ -39,6 +39,24 @@ def test_tri_shape_selects_sinks_window_and_dense_last_rows():
     assert torch.equal(cells, (i >= j) & ((j < 5) | (i - j < 100) | (i >= 430)))
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_tri_shape_without_causality_reaches_as_far_ahead(padded):
+    query, key, _ = random_attention(num_queries=500)
+    last = 400 if padded else 500
+    key_mask = torch.arange(500)[None] < last if padded else None
+    mask = AttentionMask(causal=False, key_mask=key_mask)
+    inputs = EstimateInputs(query, key, mask, range(4), 0.1)
+    pattern = TriShape(5, 100, last_size=70)
+    i, j = positions(500)
+    wanted = (j < 5) | ((i - j).abs() < 100) | ((i >= last - 70) & (i < last))
+    wanted = wanted & (j < last)
+    assert torch.equal(TriShape.select(inputs, [pattern] * 4)[0, 0], wanted)
+    given = {"pattern": pattern, "is_causal": False, "key_mask": key_mask}
+    cells = mpass.computed_mask(query, key, **given)[0, 0]
+    assert not (wanted & ~cells).any()
+    assert 0.3 < cells[:, :last].float().mean() < 0.75
+
+
 def test_tri_shape_counts_last_rows_from_the_last_real_query():
     query, key, _ = random_attention(num_queries=500)
     key_mask = torch.ones(1, 500, dtype=torch.bool)

@@ -69,5 +69,23 @@ def inspect(model: nn.Module, tokens: Tensor) -> str:
     return f"{changes} {explanation} {profiled} {rewritten} {mpass.calibrate} {mpass.patterns}"
 
 
+def shorten(model: nn.Module, tokens: Tensor) -> object:
+    """A cache cut to what a prompt's end attends to."""
+    chosen: mpass.SnapKV = mpass.SnapKV(budget=512)
+    mpass.compile(model, kv_select=chosen)
+    with mpass.select_keys() as found:
+        selection: mpass.KVSelection = found
+        output = model(tokens)
+    return mpass.compress(output.past_key_values, selection)
+
+
+def denoise(model: nn.Module, latents: Tensor) -> mpass.DenoisingRun:
+    """A step of a sampler."""
+    with mpass.denoising(1) as run:
+        model(latents)
+        known: mpass.DenoisingRun = run
+    return known
+
+
 mpass.no_such_thing(1)  # type: ignore[attr-defined]
 mpass.sparse_attention(1, 2, 3)  # type: ignore[call-overload]

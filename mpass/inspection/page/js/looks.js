@@ -84,6 +84,12 @@ function excerpt(position, around, marks) {
   return parts;
 }
 
+// The first tokens from a position on, as `: "the quick brown"`; nothing where no text is known.
+function phrase(run, position) {
+  const tokens = run.unpackedTokens;
+  return tokens && tokens.length ? `: “${tokens.slice(position, position + 6).map(visible).join("").trim()}”` : "";
+}
+
 // A token that can be seen: breaks and tabs as signs.
 function visible(token) {
   return (token ?? "").replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +$/, "␣");
@@ -101,7 +107,8 @@ function drawStrip(layer, looks, numbers, at, position) {
     canvas.addEventListener("mousemove", (event) => {
       const box = canvas.getBoundingClientRect();
       const i = Math.min(looks.bins - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * looks.bins)));
-      showTip(event, `keys from ${Math.ceil((i * layer.num_keys) / looks.bins)}\n${levelInWords(kind, levelIn(numbers.strip, kind, start + i))}`);
+      const first = Math.ceil((i * layer.num_keys) / looks.bins);
+      showTip(event, `keys from ${first}${phrase(data, first)}\n${levelInWords(kind, levelIn(numbers.strip, kind, start + i))}`);
     });
     canvas.addEventListener("mouseleave", (event) => showTip(event, ""));
     place.append(element("span", names[kind], { class: "hint" }), canvas);

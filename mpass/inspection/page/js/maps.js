@@ -50,14 +50,19 @@ function blockFigure(layer, maps, head, kind, caption, ends, size = mapSide()) {
   const canvas = element("canvas", undefined, { class: "blocks", "data-kind": kind, role: "img", tabindex: 0, "aria-label": name });
   paint(canvas, side, side, (i) => levelIn(maps, kind, start + i));
   canvas.style.width = canvas.style.height = `${size}px`;
-  const words = (y, x) => {
+  const run = page.runs.find((each) => each.rows.includes(layer));
+  tokensOf(run); // the prompt's text, for the tooltip
+  const told = (y, x) => {
     const at = (i, total) => Math.round((i * total) / side);
-    return `queries from ${at(y, layer.num_queries)}, keys from ${at(x, layer.num_keys)}\n${levelInWords(kind, level(y, x))}`;
+    const named = (position) => `${position}${phrase(run, position)}`;
+    const before = layer.num_keys - layer.num_queries; // cached keys, which stand before the queries
+    const query = before + at(y, layer.num_queries);
+    return `queries from ${named(query)}\nkeys from ${named(at(x, layer.num_keys))}\n${levelInWords(kind, level(y, x))}`;
   };
   canvas.addEventListener("mousemove", (event) => {
     const box = canvas.getBoundingClientRect();
     const cellOf = (offset, length) => Math.min(side - 1, Math.max(0, Math.floor((offset / length) * side)));
-    showTip(event, words(cellOf(event.clientY - box.top, box.height), cellOf(event.clientX - box.left, box.width)));
+    showTip(event, told(cellOf(event.clientY - box.top, box.height), cellOf(event.clientX - box.left, box.width)));
   });
   canvas.addEventListener("mouseleave", (event) => showTip(event, ""));
   const place = { y: side - 1, x: 0 };
@@ -69,8 +74,8 @@ function blockFigure(layer, maps, head, kind, caption, ends, size = mapSide()) {
     place.x = Math.max(0, Math.min(side - 1, place.x + step[1]));
     const box = canvas.getBoundingClientRect();
     const middle = (i, length) => ((i + 0.5) * length) / side;
-    showTip({ clientX: box.left + middle(place.x, box.width), clientY: box.top + middle(place.y, box.height) }, words(place.y, place.x));
-    announce(words(place.y, place.x));
+    showTip({ clientX: box.left + middle(place.x, box.width), clientY: box.top + middle(place.y, box.height) }, told(place.y, place.x));
+    announce(told(place.y, place.x));
   });
   canvas.addEventListener("blur", (event) => showTip(event, ""));
   const figure = element("figure");
