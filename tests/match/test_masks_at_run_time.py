@@ -18,7 +18,7 @@ from mpass.match import eager, sdpa
 from mpass.validation import ValidationWarning
 from tests.helpers.rotation import part_of_today
 from tests.helpers.toys import EVERY_KEY, RecordingBackend
-from tests.whole_models.test_prompts_in_parts import answer, build, compiled, tokens
+from tests.whole_models.test_prompts_in_parts import answer, build, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -32,6 +32,12 @@ def left_padded(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     mask = torch.ones_like(text)
     mask[1, :40] = 0
     return text, mask
+
+
+def compiled(name: str):
+    model = build(name)
+    model.compile(backend="minference", options=OPTIONS | {"inner_backend": "eager"})
+    return model
 
 
 def lowerings(log) -> list[str]:
