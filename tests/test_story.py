@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -305,3 +307,23 @@ def test_a_mask_kept_as_a_buffer_has_the_name_that_the_user_gave_it():
     if site.status == "dense":
         assert "self.bias is an input whose values are unknown" in site.reason
         assert "build the mask inside the compiled model" in site.remedy
+
+
+@pytest.mark.parametrize(
+    ("compiles", "resets"),
+    [
+        (("0/0", "0/1", "1/0", "0/2"), 0),
+        (("1/0", "2/0", "1/1", "0/0", "1/0", "1/1"), 1),
+        (("0/1", "0/0", "0/1", "0/2"), 1),  # 0/0 was another backend's before the reset
+        (("3/0", "3/0", "0/0"), 2),
+    ],
+)
+def test_a_reset_is_seen_from_the_numbers_of_compiles(compiles, resets, monkeypatch):
+    """Not first from a number that comes again: the graphs before it are of the model, too."""
+    from mpass.story import graphs
+
+    monkeypatch.setattr(graphs, "_history", graphs.History(graphs.deque(maxlen=9), {}))
+    for one in compiles:
+        frame, number = map(int, one.split("/"))
+        graphs.note_reset(SimpleNamespace(frame_id=frame, frame_compile_id=number))
+    assert graphs._history.resets == resets

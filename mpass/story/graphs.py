@@ -42,15 +42,18 @@ class CompiledGraph:
 
 @dataclass
 class History:
-    """All that is kept, and what Dynamo compiled since it was reset."""
+    """All that is kept, and what Dynamo compiled since it was reset.
+
+    seen: the number of the last compile of each function, by the function's number.
+    """
 
     graphs: deque[CompiledGraph]
-    seen: set[str]
+    seen: dict[int, int]
     count: int = 0
     resets: int = 0
 
 
-_history = History(deque(maxlen=KEPT_REPORTS), set())
+_history = History(deque(maxlen=KEPT_REPORTS), {})
 
 
 def keep_graph(report: Report, options: object = None) -> None:
@@ -60,11 +63,7 @@ def keep_graph(report: Report, options: object = None) -> None:
     frame: tuple[str, str, int] | None = None
     compiler, owner = None, None
     if output is not None:
-        compile_id = str(torch._guards.CompileContext.current_compile_id())
-        if compile_id in _history.seen:
-            _history.seen.clear()
-            _history.resets += 1
-        _history.seen.add(compile_id)
+        note_reset(torch._guards.CompileContext.current_compile_id())
         root = output.root_tx
         frame = (root.f_code.co_filename, root.f_code.co_name, id(root.f_locals.get("self")))
         compiler = as_reference(getattr(output, "compiler_fn", None))
@@ -82,6 +81,24 @@ def keep_graph(report: Report, options: object = None) -> None:
         )
     )
     _history.count += 1
+
+
+def note_reset(compile_id: Any) -> None:
+    """Count a reset of Dynamo where one must have been before this compile.
+
+    Dynamo numbers functions as it first meets them, and the compiles of each: a number that is not
+    above those of its kind that were seen comes only after a reset. Other backends' are not seen.
+    """
+    frame = getattr(compile_id, "frame_id", None)
+    if frame is None:
+        return
+    number, seen = compile_id.frame_compile_id, _history.seen
+    again = number <= seen.get(frame, -1)
+    late = number == 0 and frame < max(seen, default=-1)
+    if again or late:
+        seen.clear()
+        _history.resets += 1
+    seen[frame] = number
 
 
 def kept_graphs() -> list[CompiledGraph]:
