@@ -208,6 +208,16 @@ def train_layer(lowering: Lowering, inputs: AttentionInputs, index: SparseIndex)
             lowering.attention_backward(inputs, own, ForwardResult(out, out, lse))
 
 
+def one_block(
+    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+) -> tuple[AttentionInputs, SparseIndex]:
+    """One head and one block of zeros, query and key [1, 1, BLOCK, head_dim], and all its keys."""
+    query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
+    value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
+    index = whole_index(query, 1, IndexWidth(), diagonal_slots(1))
+    return AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap), index
+
+
 @functools.cache
 def start_attention(
     lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
@@ -215,11 +225,7 @@ def start_attention(
     """One block of sparse attention."""
 
     def run() -> None:
-        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
-        value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
-        index = whole_index(query, 1, IndexWidth(), diagonal_slots(1))
-        inputs = AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap)
-        lowering.sparse_attention(inputs, index)
+        lowering.sparse_attention(*one_block(lowering, dtype, head_dim, value_dim, softcap))
 
     return start(run, f"attention, {dtype}, D={head_dim}, DV={value_dim}")
 
@@ -231,10 +237,7 @@ def start_row_losses(
     """What one block of queries loses."""
 
     def run() -> None:
-        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
-        value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
-        index = whole_index(query, 1, IndexWidth(), diagonal_slots(1))
-        inputs = AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap)
+        inputs, index = one_block(lowering, dtype, head_dim, value_dim, softcap)
         lowering.row_losses(inputs, index, 1, True)
 
     return start(run, f"losses, {dtype}, D={head_dim}, DV={value_dim}")
@@ -247,10 +250,7 @@ def start_training(
     """One block of attention and its gradients."""
 
     def run() -> None:
-        query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
-        value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
-        inputs = AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap)
-        train_layer(lowering, inputs, every_key(inputs))
+        train_layer(lowering, *one_block(lowering, dtype, head_dim, value_dim, softcap))
 
     return start(run, f"gradients, {dtype}, D={head_dim}, DV={value_dim}")
 
