@@ -185,8 +185,14 @@ def nothing(inputs: AttentionInputs) -> SparseIndex:
 
 def dense_reason(lowering: Lowering, call: OverIndex) -> str:
     """Why sparse attention is of no use in this call, or ""."""
-    limits = {"dense_above": call.dense_above, "min_seq_len": call.min_seq_len}
-    return decide_dense(lowering, call.inputs, call.index, **limits, site=call.site)  # type: ignore[arg-type]
+    return decide_dense(
+        lowering,
+        call.inputs,
+        call.index,
+        dense_above=call.dense_above,
+        min_seq_len=call.min_seq_len,
+        site=call.site,
+    )
 
 
 def whole_reason(run: DenoisingRun, step: int) -> str:

@@ -33,8 +33,9 @@ def check_numbers(scale: object, softcap: object, dense_above: object, layer: ob
 
 def check_most_lost(most_lost: object, return_lse: bool) -> None:
     """Raise ArgumentError for a share that is none, or one beside log-sum-exps."""
-    number = isinstance(most_lost, int | float) and not isinstance(most_lost, bool)
-    if not number or not 0 < most_lost <= 1:  # type: ignore[operator]
+    if isinstance(most_lost, bool) or not isinstance(most_lost, int | float):
+        raise ArgumentError("most_lost", most_lost, "a number")
+    if not 0 < most_lost <= 1:
         raise ArgumentError("most_lost", most_lost, "a share above 0, or 1 for no limit")
     if return_lse and most_lost != 1:
         raise ArgumentError("most_lost", most_lost, "1 where return_lse is true")

@@ -186,27 +186,27 @@ def attention_cases(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-def run_case(case: dict[str, object]) -> None:
-    """Compare one drawn case; also what the AddressSanitizer run calls."""
-    generator = torch.Generator().manual_seed(case["seed"])
+def make_case(
+    case: dict[str, object], generator: torch.Generator, dtype: torch.dtype, *sizes: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], SparseIndex, AttentionMask]:
+    """Query, key and value, the index and the mask of a drawn case; sizes: head_dim, value_dim."""
     key_mask = None
     if case["padding"] > 0:
         shape = (case["batch"], case["num_keys"])
         key_mask = torch.rand(shape, generator=generator) >= case["padding"]
     mask = AttentionMask(case["causal"], case["offset"], case["window"], key_mask)
-    sizes = {name: case[name] for name in ("batch", "num_queries", "num_keys")}
-    index = random_index(
-        generator, head_slots=case["slots"], mask=mask, density=case["density"], **sizes
-    )
-    inputs = random_inputs(
-        generator,
-        case["dtype"],
-        heads=len(case["slots"]),
-        kv_heads=case["kv_heads"],
-        head_dim=40,
-        value_dim=24,
-        **sizes,
-    )
+    lengths = {name: case[name] for name in ("batch", "num_queries", "num_keys")}
+    slots = case["slots"]
+    index = random_index(generator, head_slots=slots, mask=mask, density=case["density"], **lengths)
+    heads = {"heads": len(slots), "kv_heads": case["kv_heads"]}
+    dims = dict(zip(("head_dim", "value_dim"), sizes, strict=True))
+    return random_inputs(generator, dtype, **heads, **dims, **lengths), index, mask
+
+
+def run_case(case: dict[str, object]) -> None:
+    """Compare one drawn case; also what the AddressSanitizer run calls."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    inputs, index, mask = make_case(case, generator, case["dtype"], 40, 24)
     spec = KernelSpec(dtype_name(case["dtype"]), 40, 24, best_instruction_set(case["dtype"]))
     assert_matches_reference(spec, inputs, index, mask, scale=0.2)
 

@@ -14,7 +14,7 @@ from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference import attention as reference
 from mpass.lowering.reference import backward
 from mpass.lowering.reference.backward import ForwardResult
-from tests.helpers.cpu_cases import attention_cases, needs_kernels, random_index, random_inputs
+from tests.helpers.cpu_cases import attention_cases, make_case, needs_kernels, random_index
 
 pytestmark = needs_kernels
 
@@ -27,17 +27,7 @@ def check(
 ) -> tuple[torch.Tensor, ...]:
     """Compare the gradients of one case of `attention_cases` with fp64; the kernel's."""
     generator = torch.Generator().manual_seed(case["seed"])
-    key_mask = None
-    if case["padding"] > 0:
-        shape = (case["batch"], case["num_keys"])
-        key_mask = torch.rand(shape, generator=generator) >= case["padding"]
-    mask = AttentionMask(case["causal"], case["offset"], case["window"], key_mask)
-    sizes = {name: case[name] for name in ("batch", "num_queries", "num_keys")}
-    slots, density = case["slots"], case["density"]
-    index = random_index(generator, head_slots=slots, mask=mask, density=density, **sizes)
-    heads = {"heads": len(slots), "kv_heads": case["kv_heads"]}
-    dims = {"head_dim": head_dim, "value_dim": value_dim}
-    tensors = random_inputs(generator, dtype, **heads, **dims, **sizes)
+    tensors, index, mask = make_case(case, generator, dtype, head_dim, value_dim)
     given = AttentionInputs(*tensors, mask, **{"scale": 0.2} | numbers)
     wide = AttentionInputs(*(t.double() for t in tensors), mask, **{"scale": 0.2} | numbers)
     out, lse = reference.sparse_attention_lse(given, index)

@@ -15,7 +15,13 @@ from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import dtype_name, instruction_sets, kernel_spec
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
-from tests.helpers.cpu_cases import attention_cases, needs_kernels, random_index, random_inputs
+from tests.helpers.cpu_cases import (
+    attention_cases,
+    make_case,
+    needs_kernels,
+    random_index,
+    random_inputs,
+)
 from tests.lowering.cpu.test_source import EMULATED_TILES
 
 pytestmark = needs_kernels
@@ -26,17 +32,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 def check(case: dict, dtype: torch.dtype, instructions: str = "", **numbers) -> None:
     """Compare losses and outputs of one case of `attention_cases` with fp64, for a few rows."""
     generator = torch.Generator().manual_seed(case["seed"])
-    key_mask = None
-    if case["padding"] > 0:
-        shape = (case["batch"], case["num_keys"])
-        key_mask = torch.rand(shape, generator=generator) >= case["padding"]
-    mask = AttentionMask(case["causal"], case["offset"], case["window"], key_mask)
-    sizes = {name: case[name] for name in ("batch", "num_queries", "num_keys")}
-    slots, density = case["slots"], case["density"]
-    index = random_index(generator, head_slots=slots, mask=mask, density=density, **sizes)
-    heads = {"heads": len(slots), "kv_heads": case["kv_heads"]}
-    dims = {"head_dim": 40, "value_dim": 24}
-    tensors = random_inputs(generator, dtype, **heads, **dims, **sizes)
+    tensors, index, mask = make_case(case, generator, dtype, 40, 24)
     found_of = AttentionInputs(*tensors, mask, **{"scale": 0.4} | numbers)
     wide = AttentionInputs(*(t.double() for t in tensors), mask, **{"scale": 0.4} | numbers)
     spec = replace(kernel_spec(found_of), kernel="row_losses")
