@@ -2,7 +2,7 @@
 
 An instruction that multiplies pairs of bf16 does twice the work of one in fp32. Some processors
 start it every cycle or every second one (AMD since Zen 4: twice fp32's rate), and some take so long
-over it that fp32 is nearly twice as fast (Intel's without AMX, or with AMX hidden by a virtual
+over it that fp32 is half as fast again (Intel's without AMX, or with AMX hidden by a virtual
 machine). No name of a processor says that; so it is timed. Products of bf16 numbers are exact in
 fp32, which loses nothing.
 """
