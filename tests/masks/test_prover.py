@@ -213,24 +213,6 @@ def test_window_both_ways_that_reaches_every_key_is_no_window():
     assert not meaning.causal and meaning.window == 0 and found.wrong_cells() == 0
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_length_that_is_summed_up_in_the_graph_is_a_key_mask(batch):
-    """Of HunyuanVideo: latents, and behind them the real tokens of a text."""
-
-    def attention(query, key, value, text):
-        end = N - text.shape[1] + text.sum(dim=1, dtype=torch.int)
-        seen = torch.ones(batch, N, dtype=torch.bool)
-        seen = seen.masked_fill(torch.arange(N).unsqueeze(0) >= end.unsqueeze(1), False)
-        return F.scaled_dot_product_attention(query, key, value, seen[:, None, None])
-
-    text = (torch.arange(4) < torch.tensor([[3], [1]])).long()[:batch]
-    (found,), _ = record(attention, *(t[:batch] for t in tensors()), text)
-    meaning = found.site.mask
-    assert meaning is not None, found.site.unproven
-    assert not meaning.causal and meaning.key_mask is not None
-    assert found.wrong_cells() == 0 and found.error() < 1e-5
-
-
 def test_chunks_beyond_the_last_key_are_no_restriction():
     (found,), _ = record(attend(chunks_beyond_the_end), *tensors(), pads())
     assert found.site.mask.causal and found.wrong_cells() == 0
