@@ -1,6 +1,6 @@
 """Generated kernels compiled to machine code without a GPU: spills, shared memory, matrix units.
 
-The default run compiles a few; `pytest -m slow tests/lowering/triton/test_compile.py` the whole
+The default run compiles a few; `pytest -m slow tests/lowering/triton/compiled/test_compile.py` the whole
 matrix.
 """
 
