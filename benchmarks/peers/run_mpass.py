@@ -1,4 +1,4 @@
-"""The worker of `backend="minference"`, and of Inductor alone: kinds default, half, int8 and inductor."""
+"""The worker of `backend="minference"`, in KINDS, and of Inductor alone."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ NO_MEMORY, NOT_FINITE = 1, 2
 def half_linear_reason(dtype: torch.dtype) -> str:
     """Why linear layers of a dtype are not multiplied in half precision here; "" if they are."""
     if dtype not in DTYPES:
-        return f"linear layers in half precision are for bfloat16 and float16, not {dtype_name(dtype)}"
+        name = dtype_name(dtype)
+        return f"linear layers in half precision are for bfloat16 and float16, not {name}"
     return machine_reason() or half_fault()
 
 
@@ -65,9 +66,11 @@ def linear_in_half(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
     What has a number that is not finite is multiplied in fp32.
     """
-    flat = rows_contiguous(rows.reshape(-1, rows.shape[-1]))
+    flat = rows_contiguous(rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]))
     weight = rows_contiguous(weight)
     (count, inputs), outputs = flat.shape, weight.shape[0]
+    if not count * inputs * outputs:
+        return torch.nn.functional.linear(rows, weight, bias)
     out = torch.empty(count, outputs, dtype=rows.dtype, device="cpu")
     added = None if bias is None else bias.float().contiguous()
     arguments = LinearArguments(

@@ -103,7 +103,7 @@ def linear_in_half(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         chain = torch.zeros_like(sums, dtype=torch.float16)
         for k in range(start, min(start + CHAIN, flat.shape[1])):
             product = left[:, k, None].double() * right[:, k].double()
-            chain = (chain.double() + product).half()
+            chain = rounded_once(chain.double() + product)
         sums += chain.float()
     sums = sums * left_undone * right_undone.t()
     if bias is not None:
@@ -116,3 +116,17 @@ def half_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     exponents = torch.frexp(rows.float().abs().amax(-1, keepdim=True)).exponent
     up = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), HALF_EXPONENT - exponents)
     return (rows.float() * up).half(), 1 / up
+
+
+def rounded_once(numbers: Tensor) -> Tensor:
+    """Numbers of fp64 in half precision.
+
+    Torch goes by fp32, and what it rounds there may then look like a tie that it was not: so the
+    last bit of what is not exact in fp32 is made odd (Boldo and Melquiond, 2008, "Emulation of FMA
+    and correctly rounded sums: proved algorithms using rounding to odd", theorem 1).
+    """
+    single = numbers.float()
+    lost = numbers - single.double()
+    even = single.view(torch.int32) % 2 == 0
+    towards = torch.nextafter(single, torch.sign(lost).float() * torch.inf)
+    return torch.where((lost != 0) & even, towards, single).half()

@@ -1,4 +1,4 @@
-"""Linear layers in other numbers: in fp32 where that is faster, in 16 or 8 bits where that is asked.
+"""Linear layers in other numbers: fp32 where that is faster, 16 or 8 bits where that is asked for.
 
 Layers of bf16 are multiplied in fp32 where this processor is faster at that, which loses nothing:
 `options={"linear": "auto"}`, the default. `"half"` multiplies in half precision where the processor
