@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+import mpass.lowering.dynamic_mask  # noqa: F401  (defines minference::dynamic_mask_attention)
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
 from mpass.graph.fill_nodes import insert_fills
