@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-import mpass.lowering.ops  # noqa: F401  (defines minference::fill_rows_without_keys)
+import mpass.lowering.ops  # (defines minference::fill_rows_without_keys)
 import mpass.lowering.rows_before_keys  # noqa: F401  (defines minference::fill_rows_before_keys)
 from mpass.graph.nodes import example
 from mpass.graph.site import AttentionSite, MaskMeaning
