@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.py \
 	tests/match/test_spellings.py tests/patterns/test_patterns.py tests/patterns/test_plugin.py \
 	tests/calibration/test_knapsack.py \
-	tests/lowering/cpu/test_source.py tests/lowering/triton/test_source.py \
+	tests/lowering/cpu/test_source.py tests/lowering/triton/compiled/test_source.py \
 	tests/benchmarks/test_pattern_pages.py
 
 # vLLM for CPUs wants torch's own build for them; where no configured index has it, name the one of
