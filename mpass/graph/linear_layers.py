@@ -67,17 +67,15 @@ def widen_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
     Returns a sentence for the report if there are any.
     """
     layers = [node for node in gm.graph.nodes if is_linear(node)]
-    if not layers or foreign_pass():
+    slow = [node for node in layers if not few_rows(node) and pays_in_fp32(node)]
+    if not slow or foreign_pass():
         return ()
     writes = StorageWrites(gm.graph)
     done = 0
-    for node in layers:
+    for node in slow:
+        if reason_against_change(node, writes):
+            continue
         found = bind(node)
-        weight = example(found["weight"])
-        if reason_against_change(node, writes) or few_rows(node):
-            continue
-        if not device_lowering(weight.device).fp32_linear_pays(weight.dtype):
-            continue
         with node.graph.inserting_before(node):
             new = node.graph.call_function(
                 torch.ops.minference.linear_in_fp32.default,
@@ -91,6 +89,12 @@ def widen_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
         return ()
     gm.recompile()
     return (f"{done} of {len(layers)} linear layers of bf16 multiply in fp32, faster here",)
+
+
+def pays_in_fp32(node: fx.Node) -> bool:
+    """Whether this processor multiplies a layer of this dtype faster in fp32."""
+    weight = example(bind(node)["weight"])
+    return device_lowering(weight.device).fp32_linear_pays(weight.dtype)
 
 
 def foreign_pass() -> bool:
