@@ -42,7 +42,7 @@ FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
-ONE_QUERY = "one query, as in decoding: there is nothing to skip"
+ONE_QUERY = "one query: there is nothing to skip"
 """Why a call of a single query stays dense, whatever else could be said of it."""
 UNKNOWN_SIZE = "a size is known at run time only ({}, as Tensor.item() gives it)"
 

@@ -334,7 +334,7 @@ PROGRAMS: dict[str, Case] = {
     "queries past keys": Case(plain, "after the last key", {"keys": N - 40}),
     "short": Case(plain, "100 keys, sparse from 128 on", {"queries": 100, "keys": 100}),
     "few queries": Case(plain, "60 queries, sparse from 128 on", {"queries": 60}),
-    "decoding": Case(plain, "one query, as in decoding", {"queries": 1}),
+    "decoding": Case(plain, "one query: there is nothing to skip", {"queries": 1}),
     "config": Case(plain, "the config keeps every head", options={"pattern": "dense"}),
     "projections and weights": Case(projecting(need_weights=True), "computes its weights"),
     "projections and zeros": Case(projecting(add_zero_attn=True), "adds a key of zeros"),
