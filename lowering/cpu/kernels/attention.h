@@ -33,12 +33,20 @@ void pack_block(const AttentionArguments& a, const PackedKeyValues& p, packed* s
                          a.value_row};
   const int64_t slot = (b * a.kv_heads + g) * p.key_blocks + kb;
   const int64_t first = kb * BLOCK;
-  pack_keys(p.keys.get() + slot * KEY_WORDS, staging, [&](int r) -> const input* {
-    return first + r < a.num_keys ? key.at(b, g, first + r) : nullptr;
-  });
-  pack_values(p.values.get() + slot * VALUE_WORDS, staging, [&](int r) -> const input* {
-    return first + r < a.num_keys ? value.at(b, g, first + r) : nullptr;
-  });
+  word* packed_keys = p.keys.get() + slot * KEY_WORDS;
+  if (ROWS_ARE_WORDS && first + BLOCK <= a.num_keys && a.key_row % PAIR == 0) {
+    transpose_rows(packed_keys, reinterpret_cast<const word*>(key.at(b, g, first)), DEPTH,
+                   a.key_row / PAIR);
+  } else {
+    pack_keys(packed_keys, staging, [&](int r) -> const input* {
+      return first + r < a.num_keys ? key.at(b, g, first + r) : nullptr;
+    });
+  }
+  if (kb >= p.in_place) {
+    pack_values(p.packed_values(a, b, g, kb), staging, [&](int r) -> const input* {
+      return first + r < a.num_keys ? value.at(b, g, first + r) : nullptr;
+    });
+  }
   if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid_keys(a, b, kb);
 }
 

@@ -132,7 +132,7 @@ namespace {
 
 using vec = __m512;
 constexpr int LANES = 16;
-constexpr float LOWEST_EXPONENT = -160.0f;  // 2 to it is zero, and to what lies below
+constexpr float LOWEST_EXPONENT = -127.0f;  // 2 to it is zero, and to what lies below
 
 inline vec set1(float x) { return _mm512_set1_ps(x); }
 inline vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -160,7 +160,11 @@ inline vec load(const uint16_t* p, bfloat16_tag) {
 inline vec load(const uint16_t* p, float16_tag) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-inline vec scale_by_power(vec x, vec n) { return _mm512_scalef_ps(x, n); }
+// x * 2^n, and zero where n is -126 or less. Microcode makes results that are no normal numbers, in
+// more than a hundred cycles, and each hidden key would be one.
+inline vec scale_by_power(vec x, vec n) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLE_UQ), x, n);
+}
 inline vec round_nearest(vec x) { return _mm512_roundscale_ps(x, 0); }
 inline void store(uint16_t* p, vec x, float16_tag) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -338,6 +342,7 @@ inline vec exp2_vec(vec x) {
 namespace {
 
 constexpr int ROW_STEP = 64, COLUMN_STEP = 32;   // rows come in whole query blocks
+constexpr int COLUMNS_AT_ONCE = COLUMN_STEP;     // so many cost no more than one
 constexpr int FEW_ROWS = 32, FEW_ROW_STEP = 32;  // of a product of few rows
 
 struct TileConfig {
@@ -563,6 +568,9 @@ class Buffer {
 
 namespace {
 
+// Whether a row of keys is words of a packed row as it lies in memory.
+constexpr bool ROWS_ARE_WORDS = INPUT_IS_PACKED && HEAD_DIM == DEPTH * PAIR;
+
 // Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if constexpr (INPUT_IS_PACKED) {
@@ -592,14 +600,18 @@ inline void unpack_row(input* out, const float* row, int dim) {
   }
 }
 
-// Transposes 64 packed rows of `depth` words to [depth, 64] words.
-inline void transpose_rows(word* out, const word* rows, int depth) {
+// Transposes 64 packed rows of `depth` words, `stride` words apart, to [depth, 64] words.
+inline void transpose_rows(word* out, const word* rows, int depth, int64_t stride) {
   int d = 0;
   for (; d + LANES <= depth; d += LANES)
     for (int r = 0; r < BLOCK; r += LANES)
-      transpose(out + d * BLOCK + r, BLOCK, rows + r * depth + d, depth);
+      transpose(out + d * BLOCK + r, BLOCK, rows + r * stride + d, static_cast<int>(stride));
   for (; d < depth; ++d)
-    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
+    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * stride + d];
+}
+
+inline void transpose_rows(word* out, const word* rows, int depth) {
+  transpose_rows(out, rows, depth, depth);
 }
 
 // Packs 64 rows of `dim` inputs as columns, `depth` words each. row(r) is row r of the input, or
@@ -650,9 +662,16 @@ void pack_values(word* out, packed* rows, const Row& row) {
 
 namespace {
 
+// Whether the rows of V are a packed panel as they lie in memory, as those of a cache in fp32 are.
+// Chunks of a prompt would pack all values that are cached again and again.
+inline bool values_lie_packed(const AttentionArguments& a) {
+  return INPUT_IS_PACKED && PAIR == 1 && VALUE_DIM == VALUE_WIDTH && a.value_row == VALUE_WIDTH;
+}
+
 // K and V of the whole call, packed, and what the attention mask says of each key block.
 struct PackedKeyValues {
   int64_t key_blocks, chunks;  // chunks: of 64 columns, per head
+  int64_t in_place;            // blocks of V of each kv head that are read where they are
   Buffer<word> keys, values, column_keys, column_values;
   Buffer<uint64_t> valid;  // [B, key_blocks], a bit per key: it exists and is no padding
 
@@ -660,11 +679,24 @@ struct PackedKeyValues {
   explicit PackedKeyValues(const AttentionArguments& a, bool packs = true)
       : key_blocks((a.num_keys + BLOCK - 1) / BLOCK),
         chunks((a.longest_columns + BLOCK - 1) / BLOCK),
+        in_place(values_lie_packed(a) ? a.num_keys / BLOCK : 0),
         keys(packs * a.batch * a.kv_heads * key_blocks * KEY_WORDS),
-        values(packs * a.batch * a.kv_heads * key_blocks * VALUE_WORDS),
+        values(packs * a.batch * a.kv_heads * (key_blocks - in_place) * VALUE_WORDS),
         column_keys(packs * a.batch * a.heads * chunks * KEY_WORDS),
         column_values(packs * a.batch * a.heads * chunks * VALUE_WORDS),
         valid(a.batch * key_blocks) {}
+
+  // Where the packed values of a block are that is not read in place.
+  word* packed_values(const AttentionArguments& a, int64_t b, int64_t kv_head, int64_t kb) const {
+    const int64_t slot = (b * a.kv_heads + kv_head) * (key_blocks - in_place) + kb - in_place;
+    return values.get() + slot * VALUE_WORDS;
+  }
+  const word* values_of(const AttentionArguments& a, int64_t b, int64_t kv_head, int64_t kb) const {
+    if (kb >= in_place) return packed_values(a, b, kv_head, kb);
+    const TensorView value{static_cast<const input*>(a.value), a.value_batch, a.value_head,
+                           a.value_row};
+    return reinterpret_cast<const word*>(value.at(b, kv_head, kb * BLOCK));
+  }
 };
 
 // A tile is 64 keys: a key block, or 64 vertical columns that were gathered.
@@ -718,7 +750,7 @@ void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
   if (a.causal) bounds.first = static_cast<int>(std::min<int64_t>(first - low + 1, BLOCK));
   const int64_t kv_head = block.h / (a.heads / a.kv_heads);
   const int64_t slot = (block.b * a.kv_heads + kv_head) * in.key_blocks + kb;
-  block.tiles.push_back({in.keys.get() + slot * KEY_WORDS, in.values.get() + slot * VALUE_WORDS,
+  block.tiles.push_back({in.keys.get() + slot * KEY_WORDS, in.values_of(a, block.b, kv_head, kb),
                          bounds, !full, valid, low, nullptr});
 }
 
@@ -976,12 +1008,20 @@ void pack_block(const AttentionArguments& a, const PackedKeyValues& p, packed* s
                          a.value_row};
   const int64_t slot = (b * a.kv_heads + g) * p.key_blocks + kb;
   const int64_t first = kb * BLOCK;
-  pack_keys(p.keys.get() + slot * KEY_WORDS, staging, [&](int r) -> const input* {
-    return first + r < a.num_keys ? key.at(b, g, first + r) : nullptr;
-  });
-  pack_values(p.values.get() + slot * VALUE_WORDS, staging, [&](int r) -> const input* {
-    return first + r < a.num_keys ? value.at(b, g, first + r) : nullptr;
-  });
+  word* packed_keys = p.keys.get() + slot * KEY_WORDS;
+  if (ROWS_ARE_WORDS && first + BLOCK <= a.num_keys && a.key_row % PAIR == 0) {
+    transpose_rows(packed_keys, reinterpret_cast<const word*>(key.at(b, g, first)), DEPTH,
+                   a.key_row / PAIR);
+  } else {
+    pack_keys(packed_keys, staging, [&](int r) -> const input* {
+      return first + r < a.num_keys ? key.at(b, g, first + r) : nullptr;
+    });
+  }
+  if (kb >= p.in_place) {
+    pack_values(p.packed_values(a, b, g, kb), staging, [&](int r) -> const input* {
+      return first + r < a.num_keys ? value.at(b, g, first + r) : nullptr;
+    });
+  }
   if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid_keys(a, b, kb);
 }
 
