@@ -19,7 +19,7 @@ from torch import Tensor
 from mpass.errors import OptionValueError
 from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
-from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, attend, over_index
+from mpass.lowering.ops import ARGUMENTS, ATTENTION, ATTENTION_SCHEMA, attend, in_int8, over_index
 from mpass.lowering.reference import kv_selection as reference
 from mpass.lowering.reference.attention import empty_output
 from mpass.lowering.reference.kv_selection import Pool
@@ -104,7 +104,8 @@ def keep_selection(
 
 @define_op(
     "sparse_attention_kv",
-    f"(int budget, int observed, int kernel, str pool, {ATTENTION_SCHEMA}) -> Tensor",
+    f"(int budget, int observed, int kernel, str pool, {ATTENTION_SCHEMA}, "
+    "bool int8=False) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # who listens is asked in every call
 )
 def sparse_attention_kv(
@@ -115,7 +116,9 @@ def sparse_attention_kv(
     budget, observed, kernel, pool: those of SnapKV, `observed` its window. The result is that of
     attention; the selection goes to whoever listens, see `select_keys`.
     """
-    call = over_index(*arguments)
+    call = over_index(*arguments[:ARGUMENTS])
+    if arguments[ARGUMENTS:] == (True,):
+        call = in_int8(call)
     out = attend(call, ATTENTION).result
     selection = LISTENER.get()
     if selection is not None:

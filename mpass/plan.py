@@ -68,6 +68,7 @@ class AttentionPlan:
     causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
     most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
     denoising: whether what it leaves out is kept over the steps of a sampler.
+    int8: whether scores are products of 8-bit numbers.
     """
 
     site: AttentionSite
@@ -83,6 +84,20 @@ class AttentionPlan:
     kv_select: SnapKV | None = None
     most_lost: float = 1.0
     denoising: bool = False
+    int8: bool = False
+
+    def exact_reason(self) -> str:
+        """Why its scores are not products of 8-bit numbers where those are wanted, or ""."""
+        if self.training:
+            return "gradients are recorded"
+        if self.site.kept is not None:
+            return "the model itself chooses the keys"
+        if self.summaries:
+            return "'summaries' needs exact sums"
+        if self.denoising:
+            return "'denoising' needs exact sums"
+        lowering = device_lowering(example(self.site.query).device)
+        return lowering.int8_reason(self.site.compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -321,6 +336,8 @@ def decide_length(
         most_lost=promised_share(resolved.patterns, options.max_loss) if plain else 1.0,
         denoising=kept,
     )
+    if options.attention == "int8":
+        plan = dataclasses.replace(plan, int8=not plan.exact_reason())
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
         reason = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"

@@ -238,6 +238,17 @@ def report_lines(report: Report) -> list[str]:
     return lines
 
 
+def int8_notes(decisions: Sequence[AttentionPlan | Skip]) -> tuple[str, ...]:
+    """How many sparse attentions have scores in 8 bits, and why others have not, as a sentence."""
+    plans = [decision for decision in decisions if isinstance(decision, AttentionPlan)]
+    if not plans:
+        return ()
+    kept = Counter(plan.exact_reason() for plan in plans if not plan.int8)
+    why = "; ".join(f"{count} not: {reason}" for reason, count in kept.most_common())
+    done = f"{len(plans) - kept.total()} of {len(plans)} sparse attentions with scores in 8 bits"
+    return (done + (f" ({why})" if why else ""),)
+
+
 def losses_in_words(losses: Sequence[Loss | None]) -> str:
     """What all attentions together lost on the last prompt, for the end of a line; "" if unknown.
 

@@ -14,6 +14,8 @@ from mpass.models.prefill import compile_body, continue_text, logits, predict, p
 KINDS = {
     "default": ("minference", {}),
     "int8": ("minference", {"linear": "int8"}),
+    "int8 scores": ("minference", {"attention": "int8"}),
+    "all int8": ("minference", {"linear": "int8", "attention": "int8"}),
     "inductor": ("inductor", None),
 }
 

@@ -151,6 +151,8 @@ def test_every_header_is_part_of_a_kernel() -> None:
         for instructions in ("amx", "avx512_bf16", "avx512", "avx2"):
             text = generate_source(KernelSpec("bfloat16", 64, 64, instructions, kernel=kernel))
             used |= set(re.findall(r"^// ---- (\S+)$", text, re.MULTILINE))
+    text = generate_source(KernelSpec("bfloat16", 64, 64, "avx512", int8=True, halves=True))
+    used |= set(re.findall(r"^// ---- (\S+)$", text, re.MULTILINE))
     assert used == {path.name for path in KERNELS.glob("*.h")}
 
 
