@@ -86,7 +86,7 @@ def test_masks_that_are_read_at_run_time_are_served():
 @needs_int8
 def test_attention_that_selects_keys_for_a_cache_is_served():
     query, key, value = random_attention(num_queries=LENGTH)
-    heads = read_groups(EVERY_KEY, 4, 2)
+    heads = read_groups((EVERY_KEY,) * 4, 2)
     given = attention_arguments(
         *(query, key, value, heads, AttentionMask(), 0.2, 0.0, None), *(2.0, 0, 0, 0)
     )

@@ -1,6 +1,7 @@
 // Scores of a strip by products of 8-bit numbers.
 //
-// Each query row and each key is rounded to 255 levels of its greatest number. The mean of some
+// Each query row and each key is rounded to 255 levels of its greatest number, after a rotation of
+// every 64 channels that leaves products as they are (half of the error goes). The mean of some
 // keys is subtracted from all keys of a head first: what all keys share would take most of the
 // levels, and it adds the same to every score of a row (SageAttention, arXiv 2410.02367, section
 // 4.2). That is added again, so that scores are what they would be without.
@@ -16,6 +17,7 @@
 #include <limits>
 
 #include "int8_rows.h"
+#include "rotate.h"
 #include "scores_packed_block.h"
 #include GEMM_INT8_HEADER
 
@@ -23,7 +25,7 @@ namespace {
 
 // The most that rounding may put a score off: a standard error, in nats, if roundings are
 // independent of each other.
-constexpr float MOST_ERROR = 0.25f;
+constexpr float MOST_ERROR = 0.15f;
 
 // Exponents that subtraction of the mean key may add at most, so that adding it loses nothing.
 constexpr float MOST_SHIFT = 4096.0f;
@@ -52,6 +54,17 @@ inline float dot_rows(const float* x, const float* y) {
   vec sum = set1(0.0f);
   for (int d = 0; d < POOLED; d += LANES) sum = fma(load(x + d), load(y + d), sum);
   return reduce_add(sum);
+}
+
+// Rotates whole groups of channels, the same of queries and of keys.
+inline void rotate_channels(float* row) {
+  for (int first = 0; first + GROUP <= HEAD_DIM; first += GROUP) {
+    vec group[VECTORS_PER_GROUP];
+    for (int v = 0; v < VECTORS_PER_GROUP; ++v) group[v] = load(row + first + v * LANES);
+    rotate(group);
+    for (int v = 0; v < VECTORS_PER_GROUP; ++v)
+      store(row + first + v * LANES, mul(group[v], set1(1.0f / ROOT)));
+  }
 }
 
 // A row in levels. `squares` is the square of its length, NaN where it cannot be rounded; a step of
@@ -123,6 +136,7 @@ void pack_scored_keys(word* out, packed* staging, const float* centre, const Row
       widen_row(wide, in);
       for (int d = 0; d < POOLED; d += LANES)
         store(wide + d, sub(load(wide + d), load(centre + d)));
+      rotate_channels(wide);
     }
     const Rounded rounded = round_row(levels + r * INT8_DEPTH, wide);
     keys.step[r] = rounded.step;
@@ -168,8 +182,9 @@ struct ScoreScratch {
         widen_row(wide, rows.at(block.b, block.h, block.first - a.query_offset + r));
         if (a.scale < 0)  // maxima are taken before scaling, so the sign goes into the query
           for (int d = 0; d < POOLED; d += LANES) store(wide + d, sub(set1(0.0f), load(wide + d)));
-        const Rounded rounded = round_row(out, wide);
         shifts[r] = dot_rows(wide, centre);
+        rotate_channels(wide);
+        const Rounded rounded = round_row(out, wide);
         if (rounded.step > 0.0f) steps[r] = rounded.step;
         take_greatest(most_squares, rounded.squares);
         take_greatest(most_step, rounded.step);
