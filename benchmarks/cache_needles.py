@@ -1,19 +1,28 @@
 """How many needles a cache still answers that was cut to what the end of its prompt attends to.
 
-    python benchmarks/cache_needles.py --model smollm2 --length 4096 --keep 0.5 0.25
+    python benchmarks/cache_needles.py --length 8192 --keep 0.5 0.25 --json needles.jsonl \\
+        --rules snap "snap(window=16, kernel=21)" recent random
 
-Each prompt hides a passkey and ends with the question. It runs once through sparse attention; then
-its cache is cut to a share of the keys, and decoding goes on from it: by SnapKV (`snap`), to the
-first 4 and the last keys (`recent`), and to random ones and the last 64 (`random`). Prints, per
-share and rule, how many of the needles were told, what the cache takes, and CPU seconds per token.
+Each prompt hides a needle and ends with the question. It runs once through attention (`--prefill`
+sparse or dense); then its cache is cut to a share of the keys, and decoding goes on from it: by
+SnapKV with its defaults or the numbers given (`snap`), to the first 4 and the last keys (`recent`),
+and to random ones and the last 64 (`random`). Prints, per share and rule, how many of the needles
+were told of those that the whole cache tells, what the cache takes, and CPU seconds per token.
+With `--json` a line is added per answer, and a run that was cut off goes on where the file ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
+import json
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +38,39 @@ TOKENS = 12
 """Tokens that are said of each answer."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What was said after one prompt from one cache; rule "whole" is the uncut one."""
+
+    task: str
+    length: int
+    prefill: str
+    seed: int
+    share: float
+    rule: str
+    score: float
+    said: str
+    bytes: int
+    seconds_per_token: float
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What no other answer has."""
+        return self.task, self.length, self.prefill, self.seed, self.share, self.rule
+
+
+def parse_rule(text: str) -> dict[str, Any] | None:
+    """The numbers of `snap(window=16)`; None for the other rules."""
+    name, _, given = text.partition("(")
+    if name in ("recent", "random"):
+        return None
+    if name != "snap":
+        raise SystemExit(f"unknown rule {text!r}: snap, snap(window=16), recent, random")
+    call = ast.parse(f"f({given.removesuffix(')')})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+
+
 def by_hand(rule: str, length: int, budget: int, like: mpass.KVSelection) -> mpass.KVSelection:
     """A selection of `budget` keys that nobody estimated, the same in every layer and head."""
     if rule == "recent":
@@ -40,13 +82,6 @@ def by_hand(rule: str, length: int, budget: int, like: mpass.KVSelection) -> mpa
     shapes = {layer: positions.shape[:2] for layer, positions in like.positions.items()}
     positions = {layer: kept.int().expand(*shape, -1) for layer, shape in shapes.items()}
     return mpass.KVSelection(positions, dict(like.length))
-
-
-def selected(forward: Any, ids: torch.Tensor) -> tuple[Any, mpass.KVSelection]:
-    """The cache of a prompt, and what is selected of it."""
-    with mpass.select_keys() as selection:
-        cache = forward(ids, use_cache=True, logits_to_keep=1).past_key_values
-    return cache, selection
 
 
 def answer(model: Any, tokenizer: Any, cache: Any, prompt: torch.Tensor) -> tuple[str, float]:
@@ -68,42 +103,59 @@ def num_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for one in cache.layers for t in (one.keys, one.values))
 
 
-def compile_for(model: Any, budget: int) -> Any:
-    """The model with sparse attention that selects `budget` keys."""
-    options = {"kv_select": mpass.SnapKV(budget=budget), "inner_backend": "eager"}
+def compile_for(model: Any, prefill: str) -> Any:
+    """The model with an attention that selects, and that is sparse or dense."""
+    options: dict[str, Any] = {"kv_select": mpass.SnapKV(), "inner_backend": "eager"}
+    if prefill == "dense":
+        options["dense_above"] = 1e-9
     return torch.compile(model, backend="minference", options=options)
 
 
-def run(model: Any, tokenizer: Any, samples: Sequence[Sample], keep: Sequence[float]) -> None:
-    """Print a line per share and rule."""
-    told: dict[tuple[float, str], list[float]] = {}
-    sizes: dict[float, int] = {}
-    seconds: dict[tuple[float, str], float] = {}
-    for sample in samples:
-        prompt = sample.tokens[:, : sample.prompt]
-        for share in keep:
-            budget = int(share * (prompt.shape[1] - 1))
-            torch._dynamo.reset()
-            cache, selection = selected(compile_for(model, budget), prompt[:, :-1])
-            length = prompt.shape[1] - 1
-            rules = {
-                rule: by_hand(rule, length, budget, selection) for rule in ("recent", "random")
-            }
-            whole = {} if (1.0, "whole") in told and share != keep[0] else {"whole": None}
-            for rule, own in (whole | {"snap": selection} | rules).items():
-                cut = copy.deepcopy(cache)
-                if own is not None:
-                    mpass.compress(cut, own)
-                place = (share, rule) if own is not None else (1.0, rule)
-                sizes[place[0]] = num_bytes(cut)
-                text, seconds[place] = answer(model, tokenizer, cut, prompt)
-                told.setdefault(place, []).append(loose_score(text, sample.answers))
-                print(f"{place[0]:.0%} {rule}: {text!r} for {sample.answers}", flush=True)
-    for place, scores in sorted(told.items(), reverse=True):
-        share, rule = place
-        print(
-            f"{share:5.0%} {rule:8} {sum(scores):.0f} of {len(scores)} needles  "
-            f"{sizes[share] / 2**20:.1f} MiB  {seconds[place]:.3f} s per token"
+def answers_of(
+    model: Any, tokenizer: Any, forward: Any, sample: Sample, like: Answer, places: list[Any]
+) -> Iterator[Answer]:
+    """Answers of one prompt. places: (share, rule, numbers of SnapKV or None) of each."""
+    prompt = sample.tokens[:, : sample.prompt]
+    length = prompt.shape[1] - 1
+    with ExitStack() as stack:
+        heard = [
+            stack.enter_context(
+                mpass.select_keys(mpass.SnapKV(int(share * length), **(numbers or {})))
+            )
+            for share, _, numbers in places
+        ]
+        output = forward(prompt[:, :-1], use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+    for (share, rule, numbers), selection in zip(places, heard, strict=True):
+        cut = copy.deepcopy(cache)
+        if rule != "whole":
+            own = selection
+            if numbers is None:
+                own = by_hand(rule, length, int(share * length), selection)
+            mpass.compress(cut, own)
+        size = num_bytes(cut)
+        text, seconds = answer(model, tokenizer, cut, prompt)
+        score = loose_score(text, sample.answers)
+        yield replace(
+            like,
+            **{"share": share, "rule": rule, "score": score, "said": text, "bytes": size},
+            seconds_per_token=round(seconds, 4),
+        )
+
+
+def told(answers: list[Answer]) -> Iterator[str]:
+    """A line per prefill, share and rule."""
+    found = {a.place[:4] for a in answers if a.rule == "whole" and a.score >= 1}
+    groups: dict[tuple[str, int, str, float, str], list[Answer]] = {}
+    for one in answers:
+        groups.setdefault((one.task, one.length, one.prefill, -one.share, one.rule), []).append(one)
+    for (task, length, prefill, share, rule), own in sorted(groups.items()):
+        known = [a for a in own if a.place[:4] in found]
+        right = sum(a.score >= 1 for a in known)
+        yield (
+            f"{task} {length} {prefill:6} {-share:5.0%} {rule:32} {right} of {len(known)} that the "
+            f"whole cache tells, {own[0].bytes / 2**20:.1f} MiB, "
+            f"{statistics.median(a.seconds_per_token for a in own):.3f} s per token"
         )
 
 
@@ -116,16 +168,36 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--rules", nargs="+", default=["snap", "recent", "random"])
+    parser.add_argument("--prefill", nargs="+", choices=["sparse", "dense"], default=["sparse"])
+    parser.add_argument("--json", type=Path, help="a file of lines; what it has is not run again")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    rules = [(share, rule, parse_rule(rule)) for share in given.keep for rule in given.rules]
+    rules.insert(0, (1.0, "whole", {}))
+    lines = given.json.read_text().splitlines() if given.json and given.json.exists() else []
+    answers = [Answer(**json.loads(line)) for line in lines]
     model, tokenizer = load_model(given.model, dtype=parse_dtype(given.dtype))
     haystack = make_haystack(given.text, find_text(given.text).read())
-    samples = [
-        fit(make_puzzle(given.task, seed, haystack), tokenizer, given.length)
-        for seed in range(given.samples)
-    ]
-    with torch.no_grad():
-        run(model, tokenizer, samples, given.keep)
+    for prefill in given.prefill:
+        torch._dynamo.reset()
+        forward = compile_for(model, prefill)
+        for seed in range(given.samples):
+            like = Answer(given.task, given.length, prefill, seed, 0.0, "", 0.0, "", 0, 0.0)
+            done = {a.place for a in answers}
+            left = [r for r in rules if replace(like, share=r[0], rule=r[1]).place not in done]
+            if not left:
+                continue
+            sample = fit(make_puzzle(given.task, seed, haystack), tokenizer, given.length)
+            with torch.no_grad():
+                for one in answers_of(model, tokenizer, forward, sample, like, left):
+                    print(f"{seed} {one.share:.0%} {one.rule}: {one.said!r}", flush=True)
+                    answers.append(one)
+                    if given.json:
+                        with given.json.open("a") as file:
+                            file.write(json.dumps(asdict(one)) + "\n")
+    own = [a for a in answers if (a.task, a.length) == (given.task, given.length)]
+    print("\n".join(told(own)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Linear layers and scores in 8 bits on the CPU: what a prefill takes, and what it loses.
+"""Linear layers in 16 and 8 bits, and scores in 8, on the CPU: what a prefill takes and loses.
 
     python -m benchmarks.linear_cpu --length 8192 --json benchmarks/results/linear_cpu.json
 
@@ -32,6 +32,7 @@ from mpass.models.texts import find_text, load_tokens
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("inductor", {}),
     "sparse": ("minference", {}),
+    "sparse, half": ("minference", {"linear": "half"}),
     "sparse, int8": ("minference", {"linear": "int8"}),
     "sparse, int8 scores": ("minference", {"attention": "int8"}),
     "sparse, both": ("minference", {"linear": "int8", "attention": "int8"}),
@@ -52,7 +53,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         for name, forward in forwards.items():
             print(f"{text}, {name}", file=sys.stderr, flush=True)
             with record() as log:
-                outputs[name] = prefill(forward, tokens)
+                outputs[name] = prefill(forward, tokens).last_hidden_state
             if number == 0 and name == "sparse":
                 density = log.density()
         others = [outputs[name] for name in settings.kinds]

@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mpass.errors import ArgumentError, DenoisingMemoryError
+from mpass.lowering.denoising_plan import DenoisingPlan, Keep, Schedule, StepRule
+from mpass.lowering.denoising_probe import Probe
 from mpass.lowering.index import SparseIndex
-
-Keep = Literal["residual", "output", "nothing"]
-"""What is kept of a whole step; "output" and "nothing" are there to compare with."""
 
 Key = tuple[object, ...]
 
@@ -34,48 +33,6 @@ T = TypeVar("T")
 
 MEMORY = 4 * 2**30
 """Bytes that a run may keep where nothing else is said."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Which steps are whole, and what the others make of the last whole one; see `denoising`."""
-
-    steps: int
-    full: int
-    every: int
-    keep: Keep = "residual"
-    order: int = 0
-    ratio: bool = False
-    decay: float = 0.04
-
-    def __post_init__(self) -> None:
-        numbers = (("steps", self.steps, 1), ("full", self.full, 1), ("every", self.every, 1))
-        for name, value, least in numbers:
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(name, value, f"an int >= {least}")
-        if self.keep not in get_args(Keep):
-            raise ArgumentError("keep", self.keep, ", ".join(get_args(Keep)))
-        if isinstance(self.order, bool) or self.order not in (0, 1):
-            raise ArgumentError("order", self.order, "0 or 1")
-        if not isinstance(self.ratio, bool):
-            raise ArgumentError("ratio", self.ratio, "True or False")
-        if self.ratio and (self.keep != "residual" or self.order):
-            raise ArgumentError("ratio", self.ratio, 'False, or with keep="residual" and order=0')
-        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float):
-            raise ArgumentError("decay", self.decay, "a number")
-
-    def is_full(self, step: int) -> bool:
-        """Whether attention is whole at a step: at the first ones, and then every few."""
-        later = step - self.full + 1
-        return step >= self.steps or later <= 0 or later % self.every == 0
-
-    def is_kept(self, step: int) -> bool:
-        """Whether a whole step is needed by one that is not: by the next, or to tell a slope."""
-        if self.keep == "nothing" or not self.is_full(step):
-            return False
-        following = next((s for s in range(step + 1, self.steps) if self.is_full(s)), self.steps)
-        after = following + 1 if self.order else step + 1
-        return following > step + 1 or (after < self.steps and not self.is_full(after))
 
 
 @dataclass(slots=True, eq=False)
@@ -106,20 +63,25 @@ class Kept:
 class DenoisingRun:
     """A sampling that is going on: which step it is, and what is kept; made by `denoising`.
 
-    step: the step now, from 0 on; None while nobody has told one, and attention is dense then.
+    schedule: what is whole when. step: the step now, from 0 on; None while nobody has told one, and
+    attention is dense then. places: the attentions of a step, numbered as they first run.
+    probe: measures what could be left out instead of leaving anything out.
     """
 
-    schedule: Schedule
+    schedule: Schedule | DenoisingPlan
     memory: int = MEMORY
     step: int | None = None
     kept: dict[Key, Kept] = field(default_factory=dict)
     needed: dict[Key, int] = field(default_factory=dict)
     calls: dict[Key, int] = field(default_factory=dict)
     asked: bool = False
+    places: dict[Key, int] = field(default_factory=dict)
+    probe: Probe | None = None
 
     def begin(self) -> None:
         """Start at step 0 with nothing kept: another prompt, another scheduler."""
         self.forget()
+        self.places.clear()
         self.step = 0
 
     def forget(self) -> None:
@@ -160,6 +122,14 @@ class DenoisingRun:
         self.calls[site] = number + 1
         return (*site, number)
 
+    def place(self, key: Key) -> int:
+        """The number of a call among the attentions of a step, in the order of their first runs."""
+        return self.places.setdefault(key, len(self.places))
+
+    def rule(self, key: Key, step: int) -> StepRule:
+        """What a call does at a step. Raises ArgumentError if no plan is made for it."""
+        return self.schedule.at(step, self.place(key))
+
     def check_memory(self) -> None:
         """Raise DenoisingMemoryError if the sites that are known keep more than is allowed."""
         total = sum(self.needed.values())
@@ -185,6 +155,7 @@ def denoising(
     decay: float = 0.04,
     memory: int = MEMORY,
     scheduler: Any = None,
+    plan: DenoisingPlan | None = None,
 ) -> Iterator[DenoisingRun]:
     """Keep what attention leaves out over the steps of a sampler that runs in this block.
 
@@ -202,6 +173,8 @@ def denoising(
     per step since (Re-ttention), at most 1.
     memory: bytes that may be kept. scheduler: an object with `step` and `set_timesteps`, as those
     of diffusers, whose calls tell the steps.
+    plan: of `mpass.search_denoising`, for so many steps: says for each attention what the numbers
+    from `full` to `decay` say for all, which are of no effect then.
 
     Raises ArgumentError for a number that cannot be, and DenoisingMemoryError.
     """
@@ -209,13 +182,10 @@ def denoising(
     schedule = Schedule(steps, first, every, keep, order, ratio, decay)
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
         raise ArgumentError("memory", memory, "bytes, an int >= 0")
-    run = DenoisingRun(schedule, memory)
-    with ExitStack() as stack:
-        if scheduler is not None:
-            run.begin()
-            stack.enter_context(followed(scheduler, run))
-        token = RUN.set(run)
-        stack.callback(RUN.reset, token)
+    if plan is not None and plan.steps != steps:
+        raise ArgumentError("plan", f"of {plan.steps} steps", f"a plan of {steps} steps")
+    run = DenoisingRun(schedule if plan is None else plan, memory)
+    with running(run, scheduler):
         yield run
     if run.asked and run.step is None:
         warnings.warn(
@@ -223,6 +193,18 @@ def denoising(
             "or loop over run.over(timesteps)",
             stacklevel=3,
         )
+
+
+@contextmanager
+def running(run: DenoisingRun, scheduler: Any = None) -> Iterator[None]:
+    """Let attention ask a run which step it is, and a scheduler tell it."""
+    with ExitStack() as stack:
+        if scheduler is not None:
+            run.begin()
+            stack.enter_context(followed(scheduler, run))
+        token = RUN.set(run)
+        stack.callback(RUN.reset, token)
+        yield
 
 
 @contextmanager

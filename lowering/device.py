@@ -60,7 +60,7 @@ def keeps_nothing(*arguments: Any) -> str:
 
 def no_linear(dtype: torch.dtype) -> str:
     """Of a lowering without linear layers of its own."""
-    return "linear layers in 8 bits run on CPUs only"
+    return "linear layers in 8 or 16 bits run on CPUs only"
 
 
 def no_int8(dtype: torch.dtype) -> str:
@@ -103,8 +103,10 @@ class Lowering:
     estimation_worthwhile: whether estimating an index and using it can be faster than dense.
     int8_reason: why scores of attention in a dtype are not products of 8-bit numbers where inputs
     allow it; "" if they are.
-    linear_reason: why linear layers of a dtype do not run in 8 bits here; "" if they do.
-    quantize_rows, multiply_rows, linear_in_fp32: as in mpass.lowering.reference.linear.
+    linear_reason: why linear layers of a dtype do not run in 8 bits here; "" if they do;
+    half_linear_reason: the same of half precision.
+    quantize_rows, multiply_rows, linear_in_fp32, linear_in_half: as in
+    mpass.lowering.reference.linear.
     fp32_linear_pays: whether linear layers of a dtype are faster with their numbers made fp32.
     language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
     dtype, a head_dim and a softcap or none.
@@ -149,6 +151,8 @@ class Lowering:
     multiply_rows: Callable[[Tensor, Tensor], Tensor] = linear.multiply_rows
     fp32_linear_pays: Callable[[torch.dtype], bool] = lambda dtype: False
     linear_in_fp32: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear.linear_in_fp32
+    half_linear_reason: Callable[[torch.dtype], str] = no_linear
+    linear_in_half: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear.linear_in_half
     language: str = ""
     made_for: Callable[[Any, torch.dtype, int, bool], bool] = lambda *_: False
     synchronize: Callable[[torch.device], None] = no_wait

@@ -24,6 +24,12 @@ PARTS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 3, torch.float16: 3
 CHANNELS = 8
 """Head dims are widened by a multiple of this."""
 
+ABSORBING = {torch.float16: -6e4}
+"""A number this low plus a score is that number: 2^29 has 64 as its next step in fp32."""
+
+LOWEST = -(2.0**29)
+"""The same in fp32 and bf16."""
+
 LARGEST = {torch.float16: 3e4}
 """The largest number that a channel may hold, where infinity is near."""
 
@@ -106,8 +112,24 @@ def with_key_bias_op(
     rows = as_rows(bias, query.shape[0], query.shape[1])
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) * factor
     if shifted:
-        rows = rows - rows.amax(-1, keepdim=True)
+        best = rows.amax(-1, keepdim=True)
+        rows = rows - best
+        query = without_hidden(query, best, ABSORBING.get(bias.dtype, LOWEST))
     return with_key_bias(query, key, rows.expand(*rows.shape[:2], key.shape[2]), scale)
+
+
+def without_hidden(query: Tensor, best: Tensor, lowest: float) -> Tensor:
+    """The query [B, H, Nq, D] with zeros where a number hides every key of a batch row and head.
+
+    best: [B or 1, H, Hk or 1, 1], the largest numbers; lowest: what rounds a score off. The scores
+    of such a row are all that number, and its weights are alike whatever the query is.
+    """
+    hidden = (best <= lowest)[..., None]
+    if hidden.device.type == "cpu" and not bool(hidden.any()):
+        return query
+    if hidden.shape[1] not in (1, query.shape[1]):
+        hidden = hidden.repeat_interleave(query.shape[1] // hidden.shape[1], 1)
+    return query.masked_fill(hidden, 0.0)
 
 
 @with_key_bias_op.register_fake

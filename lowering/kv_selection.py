@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -33,6 +33,7 @@ class SnapKV:
     window: so many queries at the end of the prompt look, and their own keys are kept.
     kernel: attention is joined over this many neighbouring keys, an odd number; 1 for none.
     pool: how it is joined, "avg" or "max".
+    by_length: whether a query's attention counts by the number of keys that it sees (FINCH).
 
     Raises OptionValueError for a number that cannot be.
     """
@@ -41,6 +42,7 @@ class SnapKV:
     window: int = 64
     kernel: int = 5
     pool: Pool = "avg"
+    by_length: bool = False
 
     def __post_init__(self) -> None:
         numbers = (("window", 1), ("budget", max(1, self.window)), ("kernel", 1))
@@ -52,6 +54,8 @@ class SnapKV:
             raise OptionValueError("SnapKV.kernel", self.kernel, "an odd number")
         if self.pool not in get_args(Pool):
             raise OptionValueError("SnapKV.pool", self.pool, ", ".join(get_args(Pool)))
+        if not isinstance(self.by_length, bool):
+            raise OptionValueError("SnapKV.by_length", self.by_length, "True or False")
 
 
 @dataclass(slots=True)
@@ -61,68 +65,70 @@ class KVSelection:
     positions: per layer int32 [B, Hk, budget], the positions of the kept keys, ascending; -1 stands
     behind them where a batch row has fewer real keys than the budget.
     length: per layer, keys that the cache had when it was selected.
+    rule: how it was selected, where not as the model's option says.
     """
 
     positions: dict[int, Tensor] = field(default_factory=dict)
     length: dict[int, int] = field(default_factory=dict)
+    rule: SnapKV | None = None
 
 
-LISTENER: ContextVar[KVSelection | None] = ContextVar("mpass_kv_selection", default=None)
+LISTENERS: ContextVar[tuple[KVSelection, ...]] = ContextVar("mpass_kv_selections", default=())
 
 
 @contextmanager
-def select_keys() -> Iterator[KVSelection]:
+def select_keys(rule: SnapKV | None = None) -> Iterator[KVSelection]:
     """Listen to what models with `options={"kv_select": ...}` select in this block.
 
-    Yields the object that holds it. Of a prompt in chunks the last one decides.
+    rule: how to select, instead of the option's rule, as with a window of the question's tokens:
+        it may be another one in each call of one compiled model. Blocks within one another select
+        each for itself.
+
+    Yields the object that holds it. Of a prompt in chunks the last one decides. Raises
+    OptionValueError for a rule that is none.
     """
-    selection = KVSelection()
-    token = LISTENER.set(selection)
+    if rule is not None and not isinstance(rule, SnapKV):
+        raise OptionValueError("rule", rule, "an mpass.SnapKV")
+    selection = KVSelection(rule=rule)
+    token = LISTENERS.set((*LISTENERS.get(), selection))
     try:
         yield selection
     finally:
-        LISTENER.reset(token)
+        LISTENERS.reset(token)
 
 
 def keep_selection(
-    selection: KVSelection,
-    inputs: AttentionInputs,
-    layer: int,
-    numbers: tuple[int, int, int],
-    pool: Pool,
+    selection: KVSelection, inputs: AttentionInputs, layer: int, rule: SnapKV
 ) -> None:
-    """Select what one layer keeps. numbers: budget, window and kernel."""
+    """Select what one layer keeps. rule: that of the option, which the listener's own replaces."""
     query, key = inputs.query, inputs.key
     heads = range(query.shape[1])
     given = EstimateInputs(query, key, inputs.mask, heads, inputs.scale)
-    budget, window, kernel = numbers
-    selection.positions[layer] = reference.select_keys(
-        given, budget=budget, window=window, kernel=kernel, pool=pool
-    )
+    selection.positions[layer] = reference.select_keys(given, **asdict(selection.rule or rule))
     selection.length[layer] = key.shape[2]
 
 
 @define_op(
     "sparse_attention_kv",
-    f"(int budget, int observed, int kernel, str pool, {ATTENTION_SCHEMA}, "
-    "bool int8=False) -> Tensor",
+    "(int budget, int observed, int kernel, str pool, bool by_length, "
+    f"{ATTENTION_SCHEMA}, bool int8=False) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # who listens is asked in every call
 )
 def sparse_attention_kv(
-    budget: int, observed: int, kernel: int, pool: Pool, *arguments: Any
+    budget: int, observed: int, kernel: int, pool: Pool, by_length: bool, *arguments: Any
 ) -> Tensor:
     """`minference::sparse_attention`, which see, and the selection of what a cache keeps.
 
-    budget, observed, kernel, pool: those of SnapKV, `observed` its window. The result is that of
+    budget, observed, kernel, pool, by_length: of SnapKV, `observed` its window. The result is of
     attention; the selection goes to whoever listens, see `select_keys`.
     """
     call = over_index(*arguments[:ARGUMENTS])
     if arguments[ARGUMENTS:] == (True,):
         call = in_int8(call)
     out = attend(call, ATTENTION).result
-    selection = LISTENER.get()
-    if selection is not None:
-        keep_selection(selection, call.inputs, call.layer, (budget, observed, kernel), pool)
+    for selection in LISTENERS.get():
+        rule = SnapKV(budget, observed, kernel, pool, by_length)
+        keep_selection(selection, call.inputs, call.layer, rule)
     return out
 
 
@@ -132,6 +138,7 @@ def _(
     observed: int,
     kernel: int,
     pool: str,
+    by_length: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,

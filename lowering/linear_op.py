@@ -1,9 +1,10 @@
 """The ops of linear layers that multiply other numbers than those of the model.
 
 `minference::quantize_rows` and `minference::multiply_rows` are of 8 bits,
-`minference::linear_in_fp32` of fp32. What they mean: lowering/reference/linear.py. Layers that read
-one tensor share its levels. The weight is an argument as it is in the model, so that the graph
-stays right when it changes; its form in 8 bits is made when it is first used, and kept beside it.
+`minference::linear_in_fp32` of fp32, `minference::linear_in_half` of half precision. What they
+mean: lowering/reference/linear.py. Layers that read one tensor share its levels. The weight is an
+argument as it is in the model, so that the graph stays right when it changes; its form in 8 bits is
+made when it is first used, and kept beside it.
 """
 
 from __future__ import annotations
@@ -67,5 +68,22 @@ def linear_in_fp32(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @fake_of("linear_in_fp32")
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
+
+
+@define_op("linear_in_half", "(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
+def linear_in_half(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of rows [.., K], a weight [M, K] with half-precision products -> [.., M]."""
+    if rows.shape[:-1].numel() < FEWEST_ROWS:
+        return torch.nn.functional.linear(rows, weight, bias)
+    try:
+        return device_lowering(rows.device).linear_in_half(rows, weight, bias)
+    except Exception as error:
+        contain(error, "a linear layer in half precision")
+        return torch.nn.functional.linear(rows, weight, bias)
+
+
+@fake_of("linear_in_half")
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty((*rows.shape[:-1], weight.shape[0]))

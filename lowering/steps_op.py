@@ -18,6 +18,7 @@ from torch import Tensor
 from mpass.failures import contain
 from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.denoising import GRAPH, RUN, DenoisingRun, Kept
+from mpass.lowering.denoising_plan import StepRule
 from mpass.lowering.device import Lowering
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.index import (
@@ -107,27 +108,31 @@ def attend_in_run(
 
     number: of the site in its graph. Raises DenoisingMemoryError.
     """
-    inputs, schedule, step = call.inputs, run.schedule, run.step
+    inputs, step = call.inputs, run.step
     key = run.numbered((*GRAPH.get(), number))
     if step is None:
         return lowering.dense_attention(inputs), UNTOLD, call.index
+    if run.probe is not None:
+        out = run.probe.attend(lowering, inputs, call.index, step, run.place(key))
+        return out, whole_reason(run, step), call.index
+    rule = run.rule(key, step)
     kept = run.kept.get(key)
     if kept is not None and kept.signature != signature(inputs):
         kept = run.kept.pop(key)  # other shapes: another prompt
         kept = None
-    if schedule.keep == "nothing":
-        if schedule.is_full(step):
+    if rule.keep == "nothing":
+        if rule.full:
             return lowering.dense_attention(inputs), whole_reason(run, step), call.index
         reason = dense_reason(lowering, call)
         if reason:
             return lowering.dense_attention(inputs), reason, call.index
         return lowering.sparse_attention(inputs, call.index), "", call.index
-    run.needed[key] = bytes_needed(run, inputs)
-    if schedule.is_full(step) and not schedule.is_kept(step):
+    run.needed[key] = bytes_needed(rule, inputs)
+    if rule.full and not rule.kept:
         return lowering.dense_attention(inputs), whole_reason(run, step), call.index
-    if schedule.is_full(step) or kept is None:
+    if rule.full or kept is None:
         run.check_memory()
-        out = keep_step(run, lowering, call, key, kept, step)
+        out = keep_step(run, rule, lowering, call, key, kept)
         return out, run.kept[key].dense_reason or whole_reason(run, step), call.index
     if kept.dense_reason:
         return lowering.dense_attention(inputs), kept.dense_reason, call.index
@@ -136,24 +141,25 @@ def attend_in_run(
         return out.copy_(kept.at(step)), "", nothing(inputs)
     out = lowering.sparse_attention(inputs, kept.index)
     if kept.ratio is not None:
-        since = schedule.decay * (step - kept.tensors[-1][0])
+        since = rule.decay * (step - kept.tensors[-1][0])
         out *= (kept.ratio + since).clamp(max=1.0)[..., None].to(out.dtype)
     return out.add_(kept.at(step)), "", kept.index
 
 
 def keep_step(
     run: DenoisingRun,
+    rule: StepRule,
     lowering: Lowering,
     call: OverIndex,
     key: tuple[object, ...],
     kept: Kept | None,
-    step: int,
 ) -> Tensor:
     """The output of a whole step, of which the run keeps what later steps need."""
-    inputs, schedule = call.inputs, run.schedule
+    inputs, step = call.inputs, run.step
+    assert step is not None, "somebody told it"
     now = Kept(signature(inputs))
-    before = kept.tensors[-1:] if schedule.order and kept is not None else []
-    if schedule.keep == "output":
+    before = kept.tensors[-1:] if rule.order and kept is not None else []
+    if rule.keep == "output":
         out = lowering.dense_attention(inputs)
         now.tensors = [*before, (step, out.clone())]
         run.kept[key] = now
@@ -163,10 +169,10 @@ def keep_step(
         run.kept[key] = now
         return lowering.dense_attention(inputs)
     # A slope is one of the residual of the same keys.
-    same = schedule.order and kept is not None and kept.index is not None
+    same = rule.order and kept is not None and kept.index is not None
     now.index = kept.index if same and kept is not None else call.index
     assert now.index is not None
-    whole = whole_step(lowering, inputs, now.index, schedule.ratio)
+    whole = whole_step(lowering, inputs, now.index, rule.ratio)
     now.ratio = whole.ratio
     sparse = whole.sparse
     if now.ratio is not None:
@@ -207,11 +213,11 @@ def signature(inputs: AttentionInputs) -> tuple[object, ...]:
     return (*shapes, query.dtype, query.device)
 
 
-def bytes_needed(run: DenoisingRun, inputs: AttentionInputs) -> int:
+def bytes_needed(rule: StepRule, inputs: AttentionInputs) -> int:
     """Memory that a call keeps, but for its index: known before anything is kept."""
     rows = inputs.query.shape[0] * inputs.query.shape[1] * inputs.query.shape[2]
     size = rows * inputs.value.shape[3] * inputs.query.element_size()
-    return size * (1 + run.schedule.order) + 4 * rows * run.schedule.ratio
+    return size * (1 + rule.order) + 4 * rows * rule.ratio
 
 
 @define_op(

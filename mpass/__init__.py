@@ -26,6 +26,8 @@ _EXPORTS = {
     "KVSelection": "mpass.lowering.kv_selection",
     "denoising": "mpass.lowering.denoising",
     "DenoisingRun": "mpass.lowering.denoising",
+    "DenoisingPlan": "mpass.lowering.denoising_plan",
+    "search_denoising": "mpass.calibration.denoising",
     "select_keys": "mpass.lowering.kv_selection",
     "compress": "mpass.serving.kv_cache",
     "Pattern": "mpass.patterns.base",

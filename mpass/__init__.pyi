@@ -3,6 +3,7 @@
 from mpass import errors as errors
 from mpass import patterns as patterns
 from mpass.backend import compile as compile
+from mpass.calibration.denoising import search_denoising as search_denoising
 from mpass.calibration.search import calibrate as calibrate
 from mpass.config.decorators import configure as configure
 from mpass.config.layer import LayerConfig as LayerConfig
@@ -18,6 +19,7 @@ from mpass.inspection.explanation import explain as explain
 from mpass.inspection.profiling import profile as profile
 from mpass.lowering.denoising import DenoisingRun as DenoisingRun
 from mpass.lowering.denoising import denoising as denoising
+from mpass.lowering.denoising_plan import DenoisingPlan as DenoisingPlan
 from mpass.lowering.kv_selection import KVSelection as KVSelection
 from mpass.lowering.kv_selection import SnapKV as SnapKV
 from mpass.lowering.kv_selection import select_keys as select_keys

@@ -21,7 +21,11 @@ from mpass.config.model_check import check_model
 from mpass.debug import Trace, close_trace, finish_trace, open_trace
 from mpass.errors import ModuleTypeError
 from mpass.failures import contain
-from mpass.graph.linear_layers import narrow_linear_layers, widen_linear_layers
+from mpass.graph.linear_layers import (
+    halve_linear_layers,
+    narrow_linear_layers,
+    widen_linear_layers,
+)
 from mpass.graph.observation import shared_observations
 from mpass.graph.printing import count_ops
 from mpass.graph.site import AttentionSite
@@ -132,6 +136,8 @@ def apply_passes(
             decisions = rewrite_attention(gm, decisions, opened)
             if options.linear == "int8":
                 notes = narrow_linear_layers(gm)
+            elif options.linear == "half":
+                notes = halve_linear_layers(gm)
             elif options.linear == "auto" and options.inner_backend in BACKENDS_OF_TORCH:
                 notes = widen_linear_layers(gm)
             if options.attention == "int8":

@@ -24,7 +24,7 @@ DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
 VALIDATIONS = ("off", "sample", "full")
 """How much of a proven mask is held against the mask that the model computes."""
 
-LINEAR = ("auto", "int8", None)
+LINEAR = ("auto", "half", "int8", None)
 """What linear layers can multiply in."""
 
 BACKENDS_OF_TORCH = ("inductor", "aot_eager", "eager")
@@ -57,7 +57,8 @@ class Options:
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
     linear: "auto" multiplies linear layers of bf16 in fp32 on CPUs that are faster at that, which
-    loses nothing; "int8" multiplies in 8 bits in linear layers too, on CPUs; None leaves them.
+    loses nothing; "half" multiplies them in half precision on CPUs with AVX512-FP16, "int8" in 8
+    bits on CPUs with VNNI; None leaves them.
     attention: "int8" multiplies queries and keys of sparse attention in 8 bits, on CPUs with VNNI,
     and with AVX512-FP16 weights and values in fp16; None computes the chosen keys exactly.
     training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
@@ -138,8 +139,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         patches[name] = value
 
     parsed = Options(**check_values(values), inductor=tuple(sorted(patches.items())))
-    if parsed.linear == "int8" and parsed.inner_backend not in BACKENDS_OF_TORCH:
-        # zentorch's passes change what the ops of 8-bit layers give: see docs/linear.md.
+    if parsed.linear in ("half", "int8") and parsed.inner_backend not in BACKENDS_OF_TORCH:
+        # zentorch's passes change what the ops of such layers give: see docs/linear.md.
         raise OptionValueError("linear", parsed.linear, "None with another package's inner_backend")
     if parsed.inductor and parsed.inner_backend != "inductor":
         raise OptionValueError(
@@ -187,7 +188,7 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
         raise OptionValueError("read_masks", read_masks, "True or False")
     linear = values.get("linear", "auto")
     if linear not in LINEAR:
-        raise OptionValueError("linear", linear, "'auto', 'int8' or None")
+        raise OptionValueError("linear", linear, "'auto', 'half', 'int8' or None")
     training = values.get("training", "dense")
     if training not in TRAININGS:
         raise OptionValueError("training", training, ", ".join(TRAININGS))

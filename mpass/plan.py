@@ -42,8 +42,8 @@ FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
-ONE_QUERY = "one query, as in decoding: there is nothing to skip"
-"""Why a call of a single query stays dense, whatever else could be said of it."""
+ONE_QUERY = "one query: there is nothing to skip"
+"""Why a call of a single query (decoding, pooling) stays dense, whatever else could be said."""
 UNKNOWN_SIZE = "a size is known at run time only ({}, as Tensor.item() gives it)"
 
 FEWEST_QUERIES = 128
@@ -123,7 +123,8 @@ def plan_attention(site: AttentionSite, options: Options) -> AttentionPlan | Ski
         if site.mask is not None and site.mask.causal:
             raise
         # A vision tower beside the language model that the config is for, most likely.
-        return Skip(site, f"not causal, and {error}")
+        known = "not causal" if site.mask is not None else "it is not known to be causal"
+        return Skip(site, f"{known}, and {error}")
     site = dataclasses.replace(site, layer=resolved.layer)
     resolved = with_exact_windows(site, resolved)
     reason = pattern_reason(site, resolved) or steps_reason(site, options)
@@ -231,6 +232,8 @@ def training_reason(site: AttentionSite) -> str:
 def is_single_query(site: AttentionSite) -> bool:
     """Whether a site has one query, so that no other reason to stay dense matters."""
     shape = shape_of(site.query)
+    if site.rows is not None:
+        return bool(statically_known_true(site.rows == 1))
     return len(shape) == 4 and bool(statically_known_true(shape[2] == 1))
 
 

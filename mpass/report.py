@@ -12,6 +12,7 @@ from torch import fx
 
 from mpass.config.spans import in_spans
 from mpass.graph.guards import live_stack
+from mpass.graph.nodes import number_now, shape_of
 from mpass.lowering.meter import Loss
 from mpass.plan import AttentionPlan, Skip
 from mpass.story.remedies import remedy_of
@@ -38,6 +39,7 @@ class SiteReport:
     module: the identity of the innermost module that it was traced in, 0 if that is not known.
     training: whether its sparse attention has gradients.
     measured: the number by which the meter keeps what it loses, 0 where nothing is measured.
+    queries, keys: its lengths in the call that was compiled; 0 if they are not known.
     """
 
     layer: int
@@ -55,6 +57,8 @@ class SiteReport:
     module: int = field(default=0, repr=False, compare=False)
     training: bool = False
     measured: int = field(default=0, repr=False, compare=False)
+    queries: int = field(default=0, repr=False, compare=False)
+    keys: int = field(default=0, repr=False, compare=False)
 
     @property
     def remedy(self) -> str:
@@ -137,7 +141,15 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         module=innermost_module(site.output),
         training=isinstance(decision, AttentionPlan) and decision.training,
         measured=decision.measured if isinstance(decision, AttentionPlan) else 0,
+        queries=length_now(site.query),
+        keys=length_now(site.key),
     )
+
+
+def length_now(node: fx.Node) -> int:
+    """How many positions query or key [B, H, N, D] has in the compiled call, 0 if unknown."""
+    shape = shape_of(node)
+    return max(0, number_now(shape[2])) if len(shape) == 4 else 0
 
 
 def pattern_names(plan: AttentionPlan) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def test_short_prompts_and_decoding_keep_the_graph_untouched():
     model = Decoder().eval()
     for length, reason in (
         (100, "100 keys, sparse from 128 on"),
-        (1, "one query, as in decoding: there is nothing to skip"),
+        (1, "one query: there is nothing to skip"),
     ):
         backend = RecordingBackend()
         torch.compile(model, backend=backend, fullgraph=True)(torch.randn(1, length, 32))

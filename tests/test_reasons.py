@@ -53,6 +53,7 @@ NO_REASONS = {
     "rows that see no key are the mean of all values, looked for in each call",
     "matching attention ({})",
     "opening attention",
+    "looking for other attention",
 }
 """Texts of those files that are proofs or parts of reasons."""
 

@@ -93,7 +93,9 @@ def test_what_is_dense_in_another_graph_is_told():
 def test_decoding_alone_says_that_nothing_can_become_sparse():
     compile_toy(Decoder().eval())(torch.randn(1, 1, 32))
     (note,) = mpass.last_report().notes
-    assert note.startswith("only decoding was compiled, so that nothing can become sparse")
+    assert note.startswith(
+        "only attention of one query was compiled, so that nothing can become sparse"
+    )
     assert "model.compile(" in note
 
 

@@ -1,4 +1,4 @@
-"""The worker of `backend="minference"`, and of Inductor alone: kinds default, int8 and inductor."""
+"""The worker of `backend="minference"`, in KINDS, and of Inductor alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mpass.models.prefill import compile_body, continue_text, logits, predict, p
 
 KINDS = {
     "default": ("minference", {}),
+    "half": ("minference", {"linear": "half"}),
     "int8": ("minference", {"linear": "int8"}),
     "int8 scores": ("minference", {"attention": "int8"}),
     "all int8": ("minference", {"linear": "int8", "attention": "int8"}),

@@ -23,7 +23,8 @@ POINTER_TYPES = {
     **dict.fromkeys(CONST_VOID, "const void*"),
     "out": "void*",
     "lse": "float*",
-    "rows": "const void*",
+    **dict.fromkeys(("rows", "weight"), "const void*"),
+    "bias": "const float*",
     "levels": "uint8_t*",
     "steps": "float*",
     "dots": "const float*",
@@ -74,6 +75,18 @@ class QuantizeArguments(ctypes.Structure):
     _fields_: ClassVar = [
         *fields(ctypes.c_void_p, "rows levels steps"),
         *fields(ctypes.c_int64, "num_rows groups stride threads"),
+    ]
+
+
+class LinearArguments(ctypes.Structure):
+    """A call of `linear_half`: num_rows rows of `inputs` numbers, a weight [outputs, inputs].
+
+    bias: fp32 [outputs] or null; out: contiguous [num_rows, outputs].
+    """
+
+    _fields_: ClassVar = [
+        *fields(ctypes.c_void_p, "rows weight bias out"),
+        *fields(ctypes.c_int64, "num_rows inputs outputs rows_stride weight_stride threads"),
     ]
 
 

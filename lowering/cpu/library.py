@@ -34,6 +34,7 @@ extern "C" int32_t mpass_probe() {
 INSTRUCTION_FLAGS = {
     "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512bf16", "-mavx512vnni"),
     "avx512_bf16": ("-mavx512bf16", "-mavx512vnni"),
+    "avx512_fp16": ("-mavx512fp16",),
 }
 """On top of -march=native, for compilers that do not know the machine."""
 

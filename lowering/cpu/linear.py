@@ -123,7 +123,7 @@ def linear_in_fp32(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
     The weight is made fp32 anew in each call, which costs as much as some 20 rows.
     """
-    flat = rows.reshape(-1, rows.shape[-1])
+    flat = rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])
     (count, inputs), outputs = flat.shape, weight.shape[0]
     out = torch.empty(count, outputs, dtype=rows.dtype, device="cpu")
     height = min(count, FP32_ROWS, max(FP32_OUTPUTS, FP32_NUMBERS // max(inputs, 1)))

@@ -16,6 +16,7 @@ from mpass.lowering.cpu.arguments import (
     AttentionArguments,
     BackwardArguments,
     EstimateArguments,
+    LinearArguments,
     QuantizeArguments,
     RowLossArguments,
     c_fields,
@@ -38,6 +39,7 @@ Fields = list[tuple[str, str]]
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "attention": AttentionArguments,
     "quantize_rows": QuantizeArguments,
+    "linear_half": LinearArguments,
 }
 """What a kernel is called with that is no estimator."""
 
@@ -76,6 +78,7 @@ def generate_example_header() -> str:
     structures = {
         "AttentionArguments": argument_fields("attention"),
         "QuantizeArguments": argument_fields("quantize_rows"),
+        "LinearArguments": argument_fields("linear_half"),
         **{more.__name__: c_fields(more) for more in BESIDE.values()},
         "EstimateArguments": list(estimators.items()),
     }

@@ -26,7 +26,8 @@ class KernelSpec:
     """One library of generated kernels.
 
     kernel: "attention", "attention_backward" or "row_losses"; for estimators (value_dim is then
-    head_dim) "fixed_budget" or one of LIST_KERNELS; "quantize_rows" for linear layers.
+    head_dim) "fixed_budget" or one of LIST_KERNELS; "quantize_rows" and "linear_half" for linear
+    layers.
     kernels/<kernel>.h is its source.
     input: dtype of q, k, v and out, without `torch.`.
     int8: whether the scores of attention are products of 8-bit numbers.

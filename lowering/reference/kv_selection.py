@@ -22,13 +22,20 @@ Pool = Literal["avg", "max"]
 
 
 def select_keys(
-    inputs: EstimateInputs, *, budget: int, window: int, kernel: int, pool: Pool
+    inputs: EstimateInputs,
+    *,
+    budget: int,
+    window: int,
+    kernel: int,
+    pool: Pool,
+    by_length: bool = False,
 ) -> Tensor:
     """Positions of the keys that each kv head keeps: int32 [B, Hk, budget], ascending, then -1.
 
     inputs: of causal attention without a window, all query heads. The last `window` real queries of
     a batch row look; the keys at their own positions are kept. Of the others those are that get
-    most of their attention: summed over the queries, pooled over `kernel` neighbours (an odd
+    most of their attention: summed over the queries, each weighed by the number of keys that it
+    sees if `by_length`, pooled over `kernel` neighbours (an odd
     number), averaged over the query heads. Padding is never kept: where a row has fewer real keys
     than the budget, the rest is -1.
     """
@@ -45,10 +52,14 @@ def select_keys(
         kept, before = kept & mask.key_mask, before & mask.key_mask
     scores = []
     for head in range(key.shape[1]):
-        sums = [
-            row_attention(query[:, member], key[:, head], mask, rows, scale=inputs.scale)[0].sum(1)
-            for member in range(head * inputs.group, (head + 1) * inputs.group)
-        ]
+        sums = []
+        for member in range(head * inputs.group, (head + 1) * inputs.group):
+            weights, seen = row_attention(
+                query[:, member], key[:, head], mask, rows, scale=inputs.scale
+            )
+            if by_length:
+                weights = weights * seen.sum(-1, keepdim=True)
+            sums.append(weights.sum(1))
         scores.append(pooled(torch.stack(sums, 1) * before[:, None], kernel, pool).mean(1))
     ranked = torch.stack(scores, 1).masked_fill(~before[:, None], -torch.inf)
     ranked = ranked.masked_fill(kept[:, None], torch.inf)

@@ -1,7 +1,8 @@
 """What a generated kernel is: `TritonKernelSpec`, and the table that picks its tile per chip.
 
 Nothing is tuned at run time: a first prompt that waits for an autotuner is slower than any tile.
-The table holds what compiles without spills (tests/lowering/triton/test_compile.py asserts it).
+The table holds what compiles without spills, which tests/lowering/triton/compiled/test_compile.py
+asserts.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ def score_lines(int8: bool) -> int:
 def score_programs(spec: TritonKernelSpec) -> int:
     """Programs of `row_scores` that a multiprocessor is given.
 
-    No more than it holds at a time (tests/lowering/triton/test_compile.py asserts it): those that
-    had to wait would begin when the others, which share all work evenly, end.
+    No more than it holds at a time (tests/lowering/triton/compiled/test_compile.py): those
+    that had to wait would begin when the others, which share all work evenly, end.
     """
     if spec.target == "gfx942" or spec.num_warps > 4:
         return 1

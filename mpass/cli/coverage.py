@@ -106,13 +106,13 @@ def run_classes(
     """Run classes of transformers' mappings, or libraries; go on where a file of records ends."""
     from mpass.evaluate.classes import append, cover_classes, line, read_records, summarise
     from mpass.evaluate.libraries import KIND, cover_libraries
-    from mpass.models.classes import KINDS, PLAIN, ModelClass, model_classes
+    from mpass.models.classes import CALL, KINDS, LONG, PLAIN, ModelClass, model_classes
     from mpass.models.libraries import LIBRARIES
 
     for name in set(kinds) - {*KINDS, KIND}:
         raise OptionValueError("kind", name, ", ".join((*KINDS, KIND)))
-    for name in set(scenarios or ()) - set(PLAIN):
-        raise OptionValueError("scenario", name, ", ".join(PLAIN))
+    for name in set(scenarios or ()) - {*PLAIN, CALL, LONG}:
+        raise OptionValueError("scenario", name, ", ".join((*PLAIN, CALL, LONG)))
     entries = model_classes(tuple(kind for kind in kinds if kind != KIND))
     libraries = {library.name: library for library in LIBRARIES if KIND in kinds}
     entries += [ModelClass(KIND, name, "") for name in libraries]

@@ -27,6 +27,8 @@ from mpass.evaluate.coverage import CompiledRun, largest_difference, run_compile
 from mpass.models.class_table import NOT_BUILT
 from mpass.models.classes import (
     BY_HAND,
+    CALL,
+    LONG,
     TURNS,
     ModelClass,
     build_class,
@@ -42,6 +44,12 @@ SECONDS = 180
 
 LEAST_KEYS = 200
 """Pictures, sound and latents have more tokens than this in tiny models, texts fewer."""
+
+LONG_KEYS, LONG_SIDE = 2048, 3
+"""Attentions of the scenario LONG have so many keys at least; the factor of sides that gives it."""
+
+DEFAULTS: dict[str, Any] = {"inner_backend": "eager"}
+"""Default options, but for what compiles the rest of a graph."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,8 @@ def cover_classes(
     """
     for entry in entries:
         if entry.kind in BY_HAND:
-            yield cover_by_hand(entry)
+            wanted = [CALL] if only is None else [s for s in (CALL, LONG) if s in only]
+            yield from (cover_by_hand(entry, scenario) for scenario in wanted)
             continue
         try:
             model = build_class(entry)
@@ -154,18 +163,21 @@ def cover_classes(
                 yield cover_class(entry, model, one)
 
 
-def cover_by_hand(entry: ModelClass) -> ClassRecord:
+def cover_by_hand(entry: ModelClass, scenario: str = CALL) -> ClassRecord:
     """Run one call of a model that was made by hand, eagerly and through the pass.
 
-    Attentions count from LEAST_KEYS keys on: of diffusion, shorter ones are those over the text.
+    Attentions count from LEAST_KEYS keys on: of diffusion, shorter ones are those over the text. In
+    the scenario LONG they count from LONG_KEYS on, and what became of them is that of default
+    options; the difference is the larger one of these and of full budgets.
     """
     started = time.perf_counter()
-    record: dict[str, Any] = {**asdict(entry), "scenario": "call"}
-    made = BY_HAND[entry.kind][entry.model_type]
+    record: dict[str, Any] = {**asdict(entry), "scenario": scenario}
+    long = scenario == LONG
+    made = BY_HAND[entry.kind](LONG_SIDE if long else 1)[entry.model_type]
     try:
         with seeded():
             model, call = made.build(), made.call()
-            with CountLong(LEAST_KEYS) as counted:
+            with CountLong(LONG_KEYS if long else LEAST_KEYS) as counted:
                 expected = main_output(model(**call))
     except MissingPackageError:
         raise
@@ -175,15 +187,22 @@ def cover_by_hand(entry: ModelClass) -> ClassRecord:
     try:
         with seeded(), limit(SECONDS):
             run = run_compiled(model, call)
+        difference = largest_difference(run.output, expected, None)
+        if long:
+            with seeded(), limit(SECONDS):
+                run = run_compiled(model, call, options=DEFAULTS)
+            difference = max(difference, largest_difference(run.output, expected, None))
     except Exception as error:  # recorded, so that one class does not hide the others
         return ClassRecord(**record, error=f"{type(error).__name__}: {error}"[:500])
+    least = LONG_KEYS if long else 0
+    sites = [site for site in run.sites if min(site.queries, site.keys) >= least]
     return ClassRecord(
         **record,
-        sites=len(run.sites) + run.again,
-        sparse=sum(site.status == "sparse" for site in run.sites) + run.again,
-        dense=dict(Counter(here(site.reason) for site in run.sites if site.status != "sparse")),
+        sites=len(sites) + run.again,
+        sparse=sum(site.status == "sparse" for site in sites) + run.again,
+        dense=dict(Counter(here(site.reason) for site in sites if site.status != "sparse")),
         breaks=run.breaks,
-        difference=largest_difference(run.output, expected, None),
+        difference=difference,
         seconds=round(time.perf_counter() - started, 2),
     )
 

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,9 @@ class CompiledRun:
     again: int = 0
 
 
-def run_compiled(model: nn.Module, *calls: dict[str, Any]) -> CompiledRun:
+def run_compiled(
+    model: nn.Module, *calls: dict[str, Any], options: Mapping[str, Any] = FULL_BUDGET
+) -> CompiledRun:
     """Calls through the pass, one after the other, with the last one's graphs and output.
 
     A call that needs no graph of its own has those of the call before.
@@ -144,7 +146,7 @@ def run_compiled(model: nn.Module, *calls: dict[str, Any]) -> CompiledRun:
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
-        compiled = minference(gm, example_inputs, options=FULL_BUDGET)
+        compiled = minference(gm, example_inputs, options=dict(options))
         if not graphs:
             sites.clear()
         sites.extend(reports()[-1].sites)

@@ -1,7 +1,8 @@
-"""Linear layers in other numbers: in fp32 where that is faster, in 8 bits where it is asked for.
+"""Linear layers in other numbers: fp32 where that is faster, 16 or 8 bits where that is asked for.
 
 Layers of bf16 are multiplied in fp32 where this processor is faster at that, which loses nothing:
-`options={"linear": "auto"}`, the default. With `options={"linear": "int8"}` a layer whose weight is
+`options={"linear": "auto"}`, the default. `"half"` multiplies in half precision where the processor
+does, twice as many numbers at a time. With `options={"linear": "int8"}` a layer whose weight is
 a parameter reads levels of its rotated input (lowering/reference/linear.py), which the layers that
 read the same tensor share. The rest of the graph sees a tensor of the same dtype. What is not
 served keeps its products, and the report counts why.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,8 +59,7 @@ def narrow_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
             replace_layer(node, levels, share=not writes.ever_written(bind(node)["input"]))
     gm.recompile()
     done = len(layers) - kept.total()
-    why = "; ".join(f"{count} not: {reason}" for reason, count in kept.most_common())
-    return (f"{done} of {len(layers)} linear layers in 8 bits" + (f" ({why})" if why else ""),)
+    return (f"{done} of {len(layers)} linear layers in 8 bits{because(kept)}",)
 
 
 def widen_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
@@ -66,31 +67,74 @@ def widen_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
 
     Returns a sentence for the report if there are any.
     """
-    layers = [node for node in gm.graph.nodes if is_linear(node)]
-    if not layers or foreign_pass():
+    if foreign_pass():
         return ()
+    done, total, _ = change_products(gm, torch.ops.minference.linear_in_fp32.default, slow_in_fp32)
+    if not done:
+        return ()
+    return (f"{done} of {total} linear layers of bf16 multiply in fp32, faster here",)
+
+
+def halve_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Multiply linear layers of bf16 and fp16 in half precision, on processors that do.
+
+    Returns sentences for the report: how many there are and why others keep their products.
+    """
+    if foreign_pass():
+        return ("no linear layers in half precision: another package edits graphs later",)
+    op = torch.ops.minference.linear_in_half.default
+    done, total, kept = change_products(gm, op, half_linear_reason)
+    if not total:
+        return ()
+    counts = f"{done} of {total} linear layers in half precision{because(kept)}"
+    return (counts, *widen_linear_layers(gm))
+
+
+def change_products(
+    gm: fx.GraphModule, op: Any, against: Callable[[torch.dtype, torch.device], str]
+) -> tuple[int, int, Counter[str]]:
+    """Put `op` in the place of linear layers; how many, of how many, and why not of the others.
+
+    against: why a device does not take layers of a dtype so.
+    """
+    layers = [node for node in gm.graph.nodes if is_linear(node)]
     writes = StorageWrites(gm.graph)
-    done = 0
+    kept: Counter[str] = Counter()
     for node in layers:
         found = bind(node)
         weight = example(found["weight"])
-        if reason_against_change(node, writes) or few_rows(node):
-            continue
-        if not device_lowering(weight.device).fp32_linear_pays(weight.dtype):
+        reason = reason_against_change(node, writes)
+        reason = reason or (f"fewer than {FEWEST_ROWS} rows" if few_rows(node) else "")
+        reason = reason or against(weight.dtype, weight.device)
+        if reason:
+            kept[reason] += 1
             continue
         with node.graph.inserting_before(node):
-            new = node.graph.call_function(
-                torch.ops.minference.linear_in_fp32.default,
-                (found["input"], found["weight"], found.get("bias")),
-            )
+            arguments = (found["input"], found["weight"], found.get("bias"))
+            new = node.graph.call_function(op, arguments)
             copy_meta(node, new)
         node.replace_all_uses_with(new)
         node.graph.erase_node(node)
-        done += 1
-    if not done:
-        return ()
-    gm.recompile()
-    return (f"{done} of {len(layers)} linear layers of bf16 multiply in fp32, faster here",)
+    done = len(layers) - kept.total()
+    if done:
+        gm.recompile()
+    return done, len(layers), kept
+
+
+def slow_in_fp32(dtype: torch.dtype, device: torch.device) -> str:
+    """Why layers of a dtype are not made fp32 on a device; "" where they are."""
+    return "" if device_lowering(device).fp32_linear_pays(dtype) else "no faster in fp32"
+
+
+def half_linear_reason(dtype: torch.dtype, device: torch.device) -> str:
+    """Why layers of a dtype are not multiplied in half precision on a device."""
+    return device_lowering(device).half_linear_reason(dtype)
+
+
+def because(kept: Counter[str]) -> str:
+    """Why layers keep their products, in brackets; "" if none does."""
+    why = "; ".join(f"{count} not: {reason}" for reason, count in kept.most_common())
+    return f" ({why})" if why else ""
 
 
 def foreign_pass() -> bool:
@@ -185,4 +229,4 @@ def replace_layer(
     graph.erase_node(node)
 
 
-__all__ = ["linear_op", "narrow_linear_layers", "widen_linear_layers"]
+__all__ = ["halve_linear_layers", "linear_op", "narrow_linear_layers", "widen_linear_layers"]

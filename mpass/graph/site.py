@@ -81,6 +81,7 @@ class AttentionSite:
     [B or 1, H or 1, 1, Nk], or with fewer dimensions as lowering/key_bias.py reads them; times
     bias_factor. None for none.
     kept: which keys each query keeps of those that the mask lets it see; None for all.
+    rows: how many queries there are, where it is not known that the query is [B, H, Nq, D].
     """
 
     output: fx.Node
@@ -105,6 +106,7 @@ class AttentionSite:
     key_bias: fx.Node | None = None
     bias_factor: float = 1.0
     kept: KeptKeys | None = None
+    rows: Length | None = None
 
     @property
     def read_mask(self) -> fx.Node | None:

@@ -92,3 +92,24 @@ def current(expression: Any, like: Any) -> Any:
             changed = {old: new for old, new in renamed.items() if old != new}
             return expression.xreplace(changed) if changed else expression
     return expression
+
+
+def given_numbers(expression: Any, like: Any) -> dict[Any, int]:
+    """The symbols of an expression that are integers a program was given, with their values now.
+
+    Sizes of tensors are none: a graph per length would be one too many, one per window is not.
+    like: sizes, one of which may know the shape environment.
+    """
+    from torch._dynamo.source import TensorPropertySource  # loaded long before, but in Dynamo only
+
+    found: dict[Any, int] = {}
+    env = next((size.node.shape_env for size in like if isinstance(size, torch.SymInt)), None)
+    if env is None:
+        return found
+    for symbol in expression.free_symbols:
+        sources = env.var_to_sources.get(symbol, ())
+        value = env.backed_var_to_val.get(symbol)
+        of_sizes = any(isinstance(source, TensorPropertySource) for source in sources)
+        if sources and value is not None and not of_sizes:
+            found[symbol] = int(value)
+    return found

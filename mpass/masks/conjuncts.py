@@ -108,8 +108,10 @@ def classify_conjunct(term: Expr, sizes: MaskSizes, terms: MaskTerms) -> None:
         rest = sympy.expand(rest - of_key * KEY - of_query * QUERY)
         if not rest.has(KEY, QUERY) and classify_linear(of_key, of_query, rest, terms):
             return
-        if QUERY not in symbols and has_function(rest):
-            # `k <= position` of a single query: the position is data, no row of a key mask.
+        decoding = sizes.queries == 1 or of_key == 0
+        if decoding and QUERY not in symbols and has_function(rest):
+            # `k <= position` of a single query: the position is data, no row of a key mask. Nor is
+            # data that hides all keys or none. `k < length` of several queries is one.
             terms.unknown.append(term)
             return
     if holds(term, sizes):

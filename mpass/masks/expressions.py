@@ -40,14 +40,13 @@ def axis(index: int) -> sympy.Symbol:
 class Where(sympy.Expr):
     """`yes` where a condition holds, else `no`: like torch.where, for numbers.
 
-    A choice on the same condition inside of one of them is already made.
+    A choice on the same condition inside of one of them, or on its contrary, is already made.
     """
 
     def __new__(cls, condition: Expr, yes: Expr, no: Expr) -> Any:
-        if isinstance(yes, Where) and yes.args[0] == condition:
-            yes = yes.args[1]
-        if isinstance(no, Where) and no.args[0] == condition:
-            no = no.args[2]
+        if isinstance(yes, Where) or isinstance(no, Where):
+            contrary = negate(condition)
+            yes, no = decided(yes, condition, contrary), decided(no, contrary, condition)
         if condition == sympy.true or yes == no:
             return yes
         if condition == sympy.false:
@@ -57,6 +56,19 @@ class Where(sympy.Expr):
     def leaves(self) -> int:
         """Number of values that are chosen between."""
         return sum(arg.leaves() if isinstance(arg, Where) else 1 for arg in self.args[1:])
+
+
+def decided(expr: Expr, true: Expr, false: Expr) -> Expr:
+    """A choice where one condition holds and another does not."""
+    if not isinstance(expr, Where):
+        return expr
+    condition, yes, no = expr.args
+    if condition == true:
+        return decided(yes, true, false)
+    if condition == false:
+        return decided(no, true, false)
+    chosen = decided(yes, true, false), decided(no, true, false)
+    return expr if chosen == (yes, no) else Where(condition, *chosen)
 
 
 def number(value: Any) -> Expr:

@@ -16,9 +16,10 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mpass.graph.arguments import tensor_arguments
 from mpass.graph.nodes import op_name, shape_of, value_of
 from mpass.graph.site import Length, MaskMeaning
-from mpass.graph.sizes import current, holds
+from mpass.graph.sizes import agree, current, given_numbers, holds
 from mpass.graph.writes import StorageWrites
 from mpass.masks.conjuncts import (
     MaskSizes,
@@ -44,7 +45,8 @@ from mpass.masks.rules.indexing import INDEX_RULES
 from mpass.masks.rules.values import VALUE_RULES
 from mpass.masks.rules.views import SHAPE_RULES
 from mpass.masks.scores import PROBES, HiddenRows, hidden_rows, scaled, seen_scores
-from mpass.masks.unproven import describe, explain_unknown
+from mpass.masks.unproven import describe, explain_added
+from mpass.masks.windows import window_both_ways, window_size
 
 RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
 
@@ -122,11 +124,11 @@ class MaskProver:
             try:
                 zero, one = (self.reader.read_step(op, carried, value) for value in values)
             except (NotUnderstood, LookupError, TypeError, ValueError) as reason:
-                return MaskProof(None, f"{op_name(op)} on the scores: {reason}")
+                return MaskProof(None, self.unread_step(op, carried, str(reason)))
             values = zero, one
         if visible(values[0]) is None:
-            unread = explain_unknown(values[0], self.reader)
-            return MaskProof(None, f"additive bias, no mask: {unread}")
+            unread = explain_added(values[0], self.reader)
+            return MaskProof(None, unread)
         condition = seen_scores(values, of_one)
         if condition is None:
             return MaskProof(None, "scores are replaced or scaled where a key is seen")
@@ -138,6 +140,15 @@ class MaskProver:
         if memo not in self._memo:
             self._memo[memo] = self.prove_condition(condition, sizes, key, at)
         return rows_without_keys(self._memo[memo], hidden_rows(*values))
+
+    def unread_step(self, op: fx.Node, carried: fx.Node, reason: str) -> str:
+        """Why what an op does to scores is not understood: what is added may itself say it."""
+        others = [node for node in tensor_arguments(op) if node is not carried]
+        if op_name(op) == "add" and len(others) == 1:
+            expr = self.reader.read(others[0], op)
+            if visible(expr) is None and expr.atoms(AppliedUndef):
+                return explain_added(expr, self.reader)
+        return f"{op_name(op)} on the scores: {reason}"
 
     def prove_mask_mod(
         self,
@@ -170,12 +181,33 @@ class MaskProver:
         if isinstance(condition, str):
             return MaskProof(None, condition)
         # What was read before a guard made two sizes one is read with both names.
-        condition = current(condition, lengths(self.reader))
+        like = lengths(self.reader)
+        condition = current(condition, like)
+        proof = self.assembled(condition, sizes, key, at)
+        if proof.meaning is not None:
+            return proof
+        # Windows and the like that the program is given as integers are fixed by a guard.
+        numbers = given_numbers(condition, like)
+        fixed = condition.xreplace({old: sympy.Integer(new) for old, new in numbers.items()})
+        again = self.assembled(fixed, sizes, key, at) if numbers else proof
+        if again.meaning is None:
+            return proof
+        agreed = all(equals_now(symbol, value, like) for symbol, value in numbers.items())
+        return again if agreed else proof
+
+    def assembled(self, condition: Expr, sizes: MaskSizes, key: fx.Node, at: fx.Node) -> MaskProof:
+        """The meaning of a condition whose symbols are as they are."""
         try:
             meaning = assemble(classify_conjuncts(condition, sizes), sizes, self.reader, key, at)
             return MaskProof(meaning, "", condition)
         except NotUnderstood as reason:
             return MaskProof(None, str(reason), condition)
+
+
+def equals_now(symbol: Expr, value: int, like: Sequence[Length]) -> bool:
+    """Whether a symbol is a number in every call that the graph serves, by a guard."""
+    length = as_length(symbol, like)
+    return length is not None and agree(length, value)
 
 
 def rows_without_keys(proof: MaskProof, rows: HiddenRows) -> MaskProof:
@@ -198,7 +230,7 @@ def rows_without_keys(proof: MaskProof, rows: HiddenRows) -> MaskProof:
         told = dataclasses.replace(meaning, mean_of_hidden=True, proof=(*meaning.proof, words))
         return dataclasses.replace(proof, meaning=told)
     if not aligned or not condition.atoms(AppliedUndef):
-        reason = "rows that see no key are the mean of all values: hide keys by -inf, not a number"
+        reason = "rows that see no key are a mean of values: hide keys by -inf, not a number"
         return MaskProof(None, reason, condition)
     words = "rows that see no key are padding: zeros, not the mean of all values"
     told = dataclasses.replace(meaning, proof=(*meaning.proof, words))
@@ -224,7 +256,7 @@ def mask_condition(reader: GraphReader, mask: fx.Node, at: fx.Node) -> Expr | st
     expr = reader.read(mask, at)
     condition = visible(expr)
     if condition is None:
-        return f"additive bias, no mask: {explain_unknown(expr, reader)}"
+        return explain_added(expr, reader)
     return condition
 
 
@@ -240,7 +272,7 @@ def assemble(
     proof: list[str] = []
     offset: Length | fx.Node = 0
     window = 0
-    both_ways = window_both_ways(terms, sizes)
+    both_ways = window_both_ways(terms, sizes, like)
     if both_ways is not None:
         window = both_ways
         if window:
@@ -318,44 +350,6 @@ def query_offset(expr: Expr, like: Sequence[Length], reader: GraphReader) -> Len
     if not holds(offset >= 0, offset):
         raise NotUnderstood(f"query offset {expr} might be negative")
     return offset
-
-
-def window_both_ways(terms: MaskTerms, sizes: MaskSizes) -> int | None:
-    """Size of a window that reaches as far ahead as back; 0 if it hides nothing; None if causal.
-
-    Where there are as many queries as keys, `k <= q + w` is no prefix of cached keys but the
-    window's other side.
-    """
-    back, ahead = terms.width, terms.offset
-    if ahead is None or back is None or not (ahead.is_Integer and back.is_Integer):
-        return None
-    if ahead <= 0 or back <= 0:
-        return None
-    if sympy.expand(sizes.queries - sizes.keys) != 0:
-        return None
-    if at_most(sizes.keys, back) and at_most(sizes.keys, ahead + 1):
-        return 0
-    if back != ahead + 1:
-        raise NotUnderstood(
-            f"window of {back - 1} keys back and {ahead} ahead: they must be as many"
-        )
-    return int(back)
-
-
-def window_size(terms: MaskTerms, sizes: MaskSizes) -> int:
-    """Size of the sliding window, the query's own position included; 0 if it hides nothing."""
-    width = terms.width
-    assert width is not None
-    if at_most(sizes.queries, width):
-        return 0
-    if terms.offset is None:
-        raise NotUnderstood(f"sliding window without causality: q - k < {width}")
-    window = width + terms.offset
-    if not isinstance(window, sympy.Integer):
-        raise NotUnderstood(f"sliding window of {window} is not a constant")
-    if window < 1:
-        raise NotUnderstood(f"sliding window of {window} hides every key")
-    return int(window)
 
 
 def key_mask_node(

@@ -24,6 +24,7 @@ from mpass.match.multi_head_attention import (
     settle_calls,
 )
 from mpass.match.spellings import SPELLINGS
+from mpass.match.unserved import find_unserved
 
 __all__ = [
     "SPELLINGS",
@@ -47,9 +48,11 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     is dense, and so is attention at which matching fails.
     """
     prover = MaskProver(gm.graph)
-    sites: list[AttentionSite] = []
+    sites: list[tuple[int, AttentionSite]] = []
+    starts: set[fx.Node] = set()
     depth = 0
-    for node in list(gm.graph.nodes):
+    places = {node: place for place, node in enumerate(gm.graph.nodes)}
+    for node, place in places.items():
         depth += nesting(node)
         for spelling in SPELLINGS:
             if not spelling.starts_at(node):
@@ -63,12 +66,21 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
                 erase_added(gm.graph, before)
                 prover = MaskProver(gm.graph)
             if site is not None:
-                sites.append(as_spelled(site, spelling.name))
+                starts.add(node)
+                sites.append((place, as_spelled(site, spelling.name)))
         inner = called_graph(node)
         if inner is not None:
             reason = reason_to_keep(node, prover.writes) or "inside of a sub-graph"
-            sites += [dense_inside(site, node, reason) for site in find_attention(inner)]
-    return sites
+            for site in find_attention(inner):
+                sites.append((place, dense_inside(site, node, reason)))
+    outputs = {site.output for _, site in sites}
+    try:
+        others = find_unserved(gm.graph, starts, outputs)
+    except Exception as error:
+        contain(error, "looking for other attention", count_ops(gm))
+        others = []
+    sites += [(places.get(site.output, len(places)), site) for site in others]
+    return [site for _, site in sorted(sites, key=lambda found: found[0])]
 
 
 def nesting(node: fx.Node) -> int:

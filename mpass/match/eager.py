@@ -66,6 +66,7 @@ NO_PRODUCTS = (
     "the products are not of [B, H, N, D] tensors, nor of [B*H, N, D]: expand or reshape them"
 )
 
+FROM_THE_RIGHT = "the weights are the right factor of their product, which sums over queries"
 
 NO_KEYS = "rows that see no key have a bias per key: hide keys by -inf, not a number"
 
@@ -89,7 +90,7 @@ def match_eager(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         or rounding(chain, weights)
     )
     if problem or first is None or second is None:
-        return dense_site(chain, weights, problem or NO_PRODUCTS)
+        return dense_site(chain, weights, first, problem or unbound(weights))
     return build_site(chain, weights, first, second, prover, sink_gate(chain, weights))
 
 
@@ -219,9 +220,21 @@ def rounding(chain: Chain, weights: Weights) -> str:
     return precision_problem(chain.product, [*steps, chain.softmax, *weights.steps])
 
 
-def dense_site(chain: Chain, weights: Weights, reason: str) -> AttentionSite:
-    """A site that can only stay as it is."""
-    query, key = operands(chain.product)
+def unbound(weights: Weights) -> str:
+    """Why the products are none of attention that is served."""
+    pair = operands(weights.output)
+    if op_name(weights.output) != "einsum" and pair[0] is not weights.operand:
+        return FROM_THE_RIGHT
+    return NO_PRODUCTS
+
+
+def dense_site(chain: Chain, weights: Weights, first: Product | None, reason: str) -> AttentionSite:
+    """A site that can only stay as it is; its query is [B, H, Nq, D] where that is known."""
+    if first is not None and len(first.left_order) == len(first.right_order) == 4:
+        query = in_order(first.left, first.left_order, chain.product)
+        key = in_order(first.right, first.right_order, chain.product)
+    else:
+        query, key = operands(chain.product)
     value = next(node for node in operands(weights.output) if node is not weights.operand)
     return make_site(
         weights.output,
@@ -232,6 +245,7 @@ def dense_site(chain: Chain, weights: Weights, reason: str) -> AttentionSite:
         mask=None,
         unproven=reason,
         dense_reason=reason,
+        rows=shape_of(chain.softmax)[-2],
     )
 
 

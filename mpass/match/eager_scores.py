@@ -17,7 +17,7 @@ from torch import fx
 
 from mpass.graph.arguments import argument, bind, place_of, subject, tensor_arguments
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
-from mpass.masks.elements import same_view
+from mpass.masks.elements import is_one, same_view
 from mpass.masks.expressions import number
 from mpass.masks.prover import MaskProver
 from mpass.match.common import constant_number
@@ -30,6 +30,12 @@ from mpass.match.key_bias import (
     is_key_bias,
 )
 from mpass.match.products import is_product
+from mpass.match.score_factors import (
+    NOT_CONSTANT,
+    constant_factor,
+    factor_problem,
+    product_factor,
+)
 
 CASTS = frozenset("to type to_copy type_as float double half bfloat16 contiguous".split())
 FACTORS = frozenset("mul multiply div divide truediv true_divide".split())
@@ -51,7 +57,11 @@ OPERANDS = frozenset({"input", "other", "condition", "mask", "value"})
 PLACES = {"where": ("input", "other"), "add": ("input", "other")}
 """The arguments that may carry the scores, where these are not just the first."""
 
-AFTER_THE_MASK = "scores are changed by {} after the mask"
+RANKS = "scores have {} dimensions: [B, H, Nq, Nk] and [B*H, Nq, Nk] are served"
+
+JOINED = "scores are joined with others by cat: one number per row, a sink, is served"
+
+AFTER_THE_MASK = "scores are changed by {} after a mask or a bias"
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 """dtypes that scores and weights may have on their way."""
@@ -109,6 +119,8 @@ def trace_scores(softmax: fx.Node, prover: MaskProver) -> Chain | None:
         reader = node
         if name == "cat" and sinks is None and is_pair(node):
             found, sinks = argument(node, "tensors")
+            if not is_one(shape_of(sinks)[-1]):
+                problem = problem or JOINED
             changed = [op_name(op) for op, _ in steps if op_name(op) not in CASTS]
             if changed:
                 problem = problem or f"scores are changed by {changed[0]} beside attention sinks"
@@ -151,8 +163,9 @@ def misuse(op: fx.Node, carried: fx.Node, prover: MaskProver) -> str:
     place = place_of(op, carried)
     if place not in PLACES.get(name, ("input", "other") if name in FACTORS else ("input",)):
         return f"scores are not the operand that {name} masks"
-    if name not in CASTS and any(given[extra] is not None for extra in given.keys() - OPERANDS):
-        return f"scores are scaled by {name}"
+    odd = sorted(extra for extra in given.keys() - OPERANDS if given[extra] is not None)
+    if name not in CASTS and odd:
+        return f"{odd[0]} of {name} is not understood on scores"
     return ""
 
 
@@ -221,10 +234,12 @@ def shape_problem(chain: Chain, operand: fx.Node) -> str:
     four = None if fold is None else [*map(number, fold)]
     rows = [sympy.expand(math.prod(four or [number(shape_of(chain.product)[0])]))]
     for op in (chain.product, *(op for op, _ in chain.steps), operand):
+        if len(shape_of(op)) not in (3, 4):
+            return RANKS.format(len(shape_of(op)))
         *leading, queries, keys = map(number, shape_of(op))
         expected = four if len(leading) == 2 else rows
         if [queries, keys] != sizes or [*map(sympy.expand, leading)] != expected:
-            return f"scores are broadcast by {op_name(op)}"
+            return f"scores are broadcast or reshaped by {op_name(op)}"
     return ""
 
 
@@ -309,7 +324,7 @@ def read_scores(chain: Chain, prover: MaskProver) -> Scores:
     factor = product_factor(chain.product)
     bias, problem = bias_of_product(chain.product, prover)
     if factor is None or problem:
-        return Scores(1.0, 0.0, masks, problem or "scores are scaled by what is not a constant")
+        return Scores(1.0, 0.0, masks, problem or NOT_CONSTANT)
     before, cap, capped = factor, 1.0, False
     for op, carried in chain.steps:
         name = op_name(op)
@@ -331,7 +346,7 @@ def read_scores(chain: Chain, prover: MaskProver) -> Scores:
         else:
             factor = constant_factor(op, carried)
             if factor is None:
-                return Scores(before, 0.0, masks, "scores are scaled by what is not a constant")
+                return Scores(before, 0.0, masks, factor_problem(op, carried))
             if is_masked(masks):
                 if not 0 < factor < math.inf:
                     return Scores(before, 0.0, masks, AFTER_THE_MASK.format(name))
@@ -363,24 +378,3 @@ def is_scaled_later(op: fx.Node, carried: fx.Node, chain: Chain, prover: MaskPro
         return False
     place = [step for step, _ in chain.steps].index(op)
     return any(op_name(step) in FACTORS for step, _ in chain.steps[place + 1 :])
-
-
-def product_factor(product: fx.Node) -> float | None:
-    """The number that a product is scaled by itself: baddbmm's alpha."""
-    if op_name(product) != "baddbmm":
-        return 1.0
-    return constant_number(argument(product, "alpha", 1))
-
-
-def constant_factor(op: fx.Node, carried: fx.Node) -> float | None:
-    """The number that an op multiplies the scores by."""
-    given = bind(op)
-    if any(given[extra] is not None for extra in given.keys() - {"input", "other"}):
-        return None
-    divided = given.get("input") is carried
-    other = constant_number(given.get("other") if divided else given.get("input"))
-    if other is None:
-        return None
-    if op_name(op) in ("mul", "multiply"):
-        return other
-    return 1.0 / other if divided and other else None

@@ -25,7 +25,11 @@ from mpass.masks.scores import ROUNDS_SCORES_OFF, hidden_numbers
 from mpass.match.common import FLOATS, constant_number, new_node
 
 TWO_BIASES = "two biases are added to the scores: add them to each other first"
-CAPPED_BIAS = "a bias is added to scores that have a softcap"
+CAPPED_BIAS = "a bias, or what is not known to be a mask, is added to scores that have a softcap"
+NOT_PER_KEY = (
+    "baddbmm adds to the scores what is not known to be the same in each row: add one number "
+    "per key"
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def bias_of_product(product: fx.Node, prover: MaskProver) -> tuple[KeyBias | Non
         return None, ""
     if beta is not None and is_key_bias(bias, shape_of(product), prover):
         return KeyBias(bias, beta), ""
-    return None, "baddbmm adds to the scores what differs from row to row: add one number per key"
+    return None, NOT_PER_KEY
 
 
 def with_choice(meaning: MaskMeaning, kept: KeptKeys | None) -> MaskMeaning:

@@ -141,7 +141,8 @@ def reason_to_stay(call: SdpaCall, scale: float | None) -> str:
         return f"{heads} query heads and {kv_heads} key heads without enable_gqa"
     if scale is None:
         return "scale is not a constant"
-    if not scale > 0:  # eager's kernel multiplies minus infinity by it where it hides keys
+    hides = call.attn_mask is not None or call.is_causal is not False
+    if hides and not scale > 0:  # eager's kernel multiplies minus infinity by it for hidden keys
         return f"scale is {scale:g}: hidden keys may count in eager attention"
     if call.attn_mask is not None and call.is_causal is not False:
         return "attn_mask together with is_causal=True, which torch refuses"

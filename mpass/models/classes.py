@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mpass.models.class_table import BUILT_BY_HAND, CHANGES, INPUTS
-from mpass.models.diffusion import MODELS, DiffusionModel
-from mpass.models.perception import ENCODERS, Encoder
+from mpass.models.diffusion import DiffusionModel, models
+from mpass.models.perception import Encoder, encoders
 from mpass.models.shrink import shrunk
 from mpass.models.tiny import Family, Scenario, inputs, scenarios
 
@@ -24,11 +24,16 @@ MAPPINGS = {
 """Names of transformers' mappings from a model type to the class of a task."""
 
 
-BY_HAND: dict[str, Mapping[str, DiffusionModel | Encoder]] = {
-    "perception": ENCODERS,
-    "diffusion": MODELS,
+BY_HAND: dict[str, Callable[[int], Mapping[str, DiffusionModel | Encoder]]] = {
+    "perception": encoders,
+    "diffusion": models,
 }
-"""Kinds without a mapping: encoders of pictures and sound, and the transformers of diffusers."""
+"""Kinds without a mapping: encoders of pictures and sound, and the transformers of diffusers.
+
+Tables by a short name, for a factor of the sides of pictures."""
+
+CALL, LONG = "call", "long"
+"""Scenarios of these kinds: full budgets; and, of 2048 tokens and more, default options too."""
 
 KINDS = (*MAPPINGS, *BY_HAND)
 """Every kind of class."""
@@ -79,7 +84,8 @@ def model_classes(kinds: tuple[str, ...] = tuple(MAPPINGS)) -> list[ModelClass]:
     ] + [
         ModelClass(kind, name, model.architecture)
         for kind in kinds
-        for name, model in BY_HAND.get(kind, {}).items()
+        if kind in BY_HAND
+        for name, model in BY_HAND[kind](1).items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""Tiny encoders of pictures and of sound in transformers, each with a call of 256 tokens or so.
+"""Tiny encoders of pictures and of sound in transformers, with calls of 256 tokens or many more.
 
 transformers' mappings for text have none of them. transformers is imported when one is built.
 """
@@ -18,7 +18,6 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-PICTURE: dict[str, Any] = {**SIZES, "image_size": 64, "patch_size": 4}
 SOUND: dict[str, Any] = {
     **SIZES,
     "conv_dim": (32, 32),
@@ -59,87 +58,108 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
-def picture() -> dict[str, Any]:
-    """One picture of 16 x 16 patches."""
-    return {"pixel_values": numbers(1, 3, 64, 64)}
-
-
-def sound() -> dict[str, Any]:
-    """Samples of 256 frames or a little more."""
-    return {"input_values": numbers(1, 5200)}
-
-
-def of_pictures(name: str, **more: Any) -> Encoder:
+def of_pictures(name: str, side: int, **more: Any) -> Encoder:
     """A plain vision transformer whose config is named as the model."""
-    return Encoder(f"{name}Model", f"{name}Config", {**PICTURE, **more}, picture)
+    sizes = {**SIZES, "image_size": 64 * side, "patch_size": 4, **more}
+    return Encoder(f"{name}Model", f"{name}Config", sizes, lambda: picture(side))
 
 
-def of_sound(name: str, **more: Any) -> Encoder:
-    """An encoder of raw sound whose config is named as the model."""
-    return Encoder(f"{name}Model", f"{name}Config", {**SOUND, **more}, sound)
+def picture(side: int) -> dict[str, Any]:
+    """One picture of 16 * side patches in either direction."""
+    return {"pixel_values": numbers(1, 3, 64 * side, 64 * side)}
 
 
-ENCODERS: dict[str, Encoder] = {
-    "vit": of_pictures("ViT"),
-    "deit": of_pictures("DeiT"),
-    "beit": of_pictures("Beit", use_mask_token=False),
-    "dinov2": of_pictures("Dinov2"),
-    "dinov2_with_registers": of_pictures("Dinov2WithRegisters", num_register_tokens=4),
-    "dinov3_vit": of_pictures("DINOv3ViT", num_register_tokens=4),
-    "ijepa": of_pictures("IJepa"),
-    "vit_msn": of_pictures("ViTMSN"),
-    "vit_mae": Encoder(
-        "ViTMAEModel",
-        "ViTMAEConfig",
-        {**PICTURE, "mask_ratio": 0.0},
-        lambda: picture() | {"noise": numbers(1, 256)},  # the order of its patches
-    ),
-    "clip_vision": of_pictures("CLIPVision", projection_dim=32),
-    "siglip_vision": of_pictures("SiglipVision"),
-    "blip_vision": of_pictures("BlipVision"),
-    "intern_vit": of_pictures("InternVLVision", image_size=(64, 64), patch_size=(4, 4)),
-    "yolos": of_pictures("Yolos", image_size=[64, 64], num_detection_tokens=4),
-    "swin": Encoder(
-        "SwinModel",
-        "SwinConfig",
-        {"image_size": 64, "patch_size": 4, "embed_dim": 32, "depths": [2], "num_heads": [2]}
-        | {"window_size": 8},
-        picture,
-    ),
-    "whisper_encoder": Encoder(
-        "WhisperModel",
-        "WhisperConfig",
-        {"d_model": 64, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2}
-        | {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-        | {"num_mel_bins": 16, "max_source_positions": 256, "vocab_size": 64, "pad_token_id": 0}
-        | {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3},
-        lambda: {"input_features": numbers(1, 16, 512)},
-        part="encoder",
-    ),
-    "wav2vec2": of_sound("Wav2Vec2"),
-    "hubert": of_sound("Hubert"),
-    "wavlm": of_sound("WavLM"),
-    "data2vec_audio": of_sound("Data2VecAudio", conv_pos_kernel_size=3),
-    "unispeech_sat": of_sound("UniSpeechSat"),
-    "sew": of_sound("SEW", squeeze_factor=1),
-    "audio_spectrogram": Encoder(
-        "ASTModel",
-        "ASTConfig",
-        {**SIZES, "patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 64}
-        | {"num_mel_bins": 64},
-        lambda: {"input_values": numbers(1, 64, 64)},
-    ),
-    "videomae": Encoder(
-        "VideoMAEModel",
-        "VideoMAEConfig",
-        {**SIZES, "image_size": 32, "patch_size": 4, "num_frames": 8, "tubelet_size": 2},
-        lambda: {"pixel_values": numbers(1, 8, 3, 32, 32)},
-    ),
-    "vivit": Encoder(
-        "VivitModel",
-        "VivitConfig",
-        {**SIZES, "image_size": 32, "num_frames": 8, "tubelet_size": [2, 4, 4]},
-        lambda: {"pixel_values": numbers(1, 8, 3, 32, 32)},
-    ),
-}
-"""By a short name."""
+def of_sound(name: str, side: int, **more: Any) -> Encoder:
+    """An encoder of raw sound whose config is named as the model; a frame is 20 samples."""
+    call = {"input_values": numbers(1, 5200 * side**2)}
+    return Encoder(f"{name}Model", f"{name}Config", {**SOUND, **more}, lambda: call)
+
+
+def encoders(side: int = 1) -> dict[str, Encoder]:
+    """The encoders by a short name. side: factor of a picture's sides, so of tokens its square."""
+    return {
+        "vit": of_pictures("ViT", side),
+        "deit": of_pictures("DeiT", side),
+        "beit": of_pictures("Beit", side, use_mask_token=False),
+        "dinov2": of_pictures("Dinov2", side),
+        "dinov2_with_registers": of_pictures("Dinov2WithRegisters", side, num_register_tokens=4),
+        "dinov3_vit": of_pictures("DINOv3ViT", side, num_register_tokens=4),
+        "ijepa": of_pictures("IJepa", side),
+        "vit_msn": of_pictures("ViTMSN", side),
+        "vit_mae": Encoder(
+            "ViTMAEModel",
+            "ViTMAEConfig",
+            {**SIZES, "image_size": 64 * side, "patch_size": 4, "mask_ratio": 0.0},
+            lambda: (
+                picture(side) | {"noise": numbers(1, 256 * side**2)}
+            ),  # the order of its patches
+        ),
+        "clip_vision": of_pictures("CLIPVision", side, projection_dim=32),
+        "siglip_vision": of_pictures("SiglipVision", side),
+        "blip_vision": of_pictures("BlipVision", side),
+        "intern_vit": of_pictures(
+            "InternVLVision", side, image_size=(64 * side, 64 * side), patch_size=(4, 4)
+        ),
+        "yolos": of_pictures(
+            "Yolos", side, image_size=[64 * side, 64 * side], num_detection_tokens=4
+        ),
+        "swin": Encoder(
+            "SwinModel",
+            "SwinConfig",
+            {
+                "image_size": 64 * side,
+                "patch_size": 4,
+                "embed_dim": 32,
+                "depths": [2],
+                "num_heads": [2],
+            }
+            | {"window_size": 8},
+            lambda: picture(side),
+        ),
+        "whisper_encoder": Encoder(
+            "WhisperModel",
+            "WhisperConfig",
+            {"d_model": 64, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2}
+            | {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+            | {
+                "num_mel_bins": 16,
+                "max_source_positions": 256 * side**2,
+                "vocab_size": 64,
+                "pad_token_id": 0,
+            }
+            | {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3},
+            lambda: {"input_features": numbers(1, 16, 512 * side**2)},
+            part="encoder",
+        ),
+        "wav2vec2": of_sound("Wav2Vec2", side),
+        "hubert": of_sound("Hubert", side),
+        "wavlm": of_sound("WavLM", side),
+        "data2vec_audio": of_sound("Data2VecAudio", side, conv_pos_kernel_size=3),
+        "unispeech_sat": of_sound("UniSpeechSat", side),
+        "sew": of_sound("SEW", side, squeeze_factor=1),
+        "audio_spectrogram": Encoder(
+            "ASTModel",
+            "ASTConfig",
+            {
+                **SIZES,
+                "patch_size": 4,
+                "frequency_stride": 4,
+                "time_stride": 4,
+                "max_length": 64 * side,
+            }
+            | {"num_mel_bins": 64 * side},
+            lambda: {"input_values": numbers(1, 64 * side, 64 * side)},
+        ),
+        "videomae": Encoder(
+            "VideoMAEModel",
+            "VideoMAEConfig",
+            {**SIZES, "image_size": 32 * side, "patch_size": 4, "num_frames": 8, "tubelet_size": 2},
+            lambda: {"pixel_values": numbers(1, 8, 3, 32 * side, 32 * side)},
+        ),
+        "vivit": Encoder(
+            "VivitModel",
+            "VivitConfig",
+            {**SIZES, "image_size": 32 * side, "num_frames": 8, "tubelet_size": [2, 4, 4]},
+            lambda: {"pixel_values": numbers(1, 8, 3, 32 * side, 32 * side)},
+        ),
+    }

@@ -105,15 +105,17 @@ def decoding_notes(sites: Sequence[SiteReport], reports: Sequence[Report]) -> li
     """What there is to say of decoding."""
     if sites and all(site.reason == ONE_QUERY for site in sites):
         return [
-            "only decoding was compiled, so that nothing can become sparse: generate() with "
-            "compile_config compiles its decoding steps alone. Compile the prefill: "
+            "only attention of one query was compiled, so that nothing can become sparse: "
+            "generate() with compile_config compiles its decoding steps alone. Compile the "
+            "prefill: "
             'model.compile(backend="minference")'
         ]
     decoding = [r for r in reports if r.sites and all(s.reason == ONE_QUERY for s in r.sites)]
     if not decoding:
         return []
-    graphs = "graph serves" if len(decoding) == 1 else "graphs serve"
-    return [f"{len(decoding)} {graphs} decoding: one query skips nothing, dense is right there"]
+    graphs = "graph has" if len(decoding) == 1 else "graphs have"
+    words = "one query only (decoding, pooling): nothing to skip, dense is right"
+    return [f"{len(decoding)} {graphs} {words}"]
 
 
 def dense_elsewhere(sites: Sequence[SiteReport], reports: Sequence[Report]) -> list[str]:

@@ -20,7 +20,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (r"^not causal: ", "choose one of the patterns that serve attention to later keys"),
     (
-        r"^not causal, and ",
+        r"causal, and ",
         "nothing, if this is an encoder beside the model that the config is for",
     ),
     (
@@ -55,13 +55,13 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         'load the model with attn_implementation="minference" after mpass.register_attention()',
     ),
     (
-        r"additive bias, no mask: .*(scatter|topk)",
+        r"known to be a mask: .*(scatter|topk)",
         "keep keys by topk, scatter and masked_fill after causality, as transformers' Doge does",
     ),
     (
-        r"additive bias, no mask: .*(embedding|gather)",
-        "nothing: a bias looked up by distance (T5) runs dense; a number per key, as ALiBi, is "
-        "served",
+        r"a learned bias|known to be a mask: .*(embedding|gather)",
+        "nothing: a bias that differs from row to row (by distance, T5) runs dense; a number per "
+        "key, as ALiBi, is served",
     ),
     (
         r"this op is not understood",
@@ -69,6 +69,13 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (r"scores are also read|read more than once", "do not ask for the attention weights"),
     (r"without enable_gqa", "pass enable_gqa=True"),
+    (r"^attention without a softmax|^the softmax is over", "nothing: such attention is not served"),
+    (
+        r"^softmax attention that is not read|^scores have|broadcast or reshaped",
+        "write it with scores [B, H, Nq, Nk]; heads that are mixed are not served",
+    ),
+    (r"joined with others by cat", "join the keys and the values instead of the scores"),
+    (r"may differ per head", "pass a mask that heads share as [B, 1, Nq, Nk]"),
     (
         r"^scores are scaled by what is not a constant",
         "make the factor a Python number; hide keys by masked_fill or an added mask, not by a "
@@ -84,7 +91,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"computes its weights: pass", "pass need_weights=False, or do not ask for the weights"),
     (r"makes rows NaN", "set torch.backends.mha.set_fastpath_enabled(False)"),
     (r"queries do not see their own position|hides every key", "check the mask"),
-    (r"mean of all values", "hide keys by minus infinity"),
+    (r"mean of values", "hide keys by minus infinity"),
     (
         r"may stand after the last key|no sum of products|known at run time",
         "tie the lengths together",

@@ -91,7 +91,9 @@ def test_attention_that_selects_keys_for_a_cache_is_served():
         *(query, key, value, heads, AttentionMask(), 0.2, 0.0, None), *(2.0, 0, 0, 0)
     )
     selecting = torch.ops.minference.sparse_attention_kv.default
-    exact, rounded = (selecting(64, 32, 5, "avg", *given, int8=int8) for int8 in (False, True))
+    exact, rounded = (
+        selecting(64, 32, 5, "avg", False, *given, int8=int8) for int8 in (False, True)
+    )
     plain = torch.ops.minference.sparse_attention.default(*given, int8=True)
     assert torch.equal(rounded, plain)
     assert 1e-4 < relative(rounded, exact) < 0.015

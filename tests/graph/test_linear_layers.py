@@ -1,4 +1,4 @@
-"""`options={"linear": "int8"}`: which linear layers of a graph multiply in 8 bits."""
+"""`options={"linear": ...}`: which linear layers of a graph multiply other numbers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ import mpass
 from mpass.backend import minference
 from mpass.errors import OptionValueError
 from mpass.lowering.cpu.linear import linear_reason
+from mpass.lowering.cpu.linear_half import half_linear_reason
 
 pytestmark = pytest.mark.skipif(
     bool(linear_reason(torch.float32)), reason=linear_reason(torch.float32) or "there are products"
 )
+
+NO_HALF = half_linear_reason(torch.bfloat16)
+needs_half = pytest.mark.skipif(bool(NO_HALF), reason=NO_HALF or "it multiplies them")
 
 
 def compiled(program, **options):
@@ -184,8 +188,47 @@ def test_backends_of_other_packages_are_refused():
 
 
 def test_another_word_is_refused():
-    with pytest.raises(OptionValueError, match="'auto', 'int8' or None"):
+    with pytest.raises(OptionValueError, match="'auto', 'half', 'int8' or None"):
         mpass.compile(Layer(), linear="int4")
+
+
+@needs_half
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@torch.no_grad()
+def test_layers_multiply_in_half_precision_where_that_is_asked(inner, dtype):
+    layer, x = Layer(dtype), torch.randn(2, 100, 64).to(dtype)
+    out, notes = compiled(layer, linear="half", inner_backend=inner)(x)
+    assert notes == ("3 of 3 linear layers in half precision",)
+    wanted = Layer(dtype).double()(x.double())
+    assert out.dtype == dtype and not torch.equal(out, layer(x))
+    assert (out.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+@needs_half
+@torch.no_grad()
+def test_layers_that_are_not_halved_keep_their_products_and_say_why():
+    layer, x = Layer(), torch.randn(1, 200, 64)
+    out, notes = compiled(layer, linear="half")(x)
+    (note,) = notes
+    assert note.startswith("0 of 3 linear layers in half precision (3 not: ")
+    assert "for bfloat16 and float16, not float32" in note
+    assert torch.equal(out, layer(x))
+    layer, x = Layer(torch.bfloat16), torch.randn(1, 5, 64).bfloat16()
+    out, notes = compiled(layer, linear="half")(x)
+    assert notes == ("0 of 3 linear layers in half precision (3 not: fewer than 128 rows)",)
+
+
+@torch.no_grad()
+def test_a_machine_without_half_precision_takes_what_is_fastest_else(monkeypatch, fp32_pays):
+    from mpass.lowering.cpu import linear_half
+
+    monkeypatch.setattr(linear_half, "half_linear_reason", lambda dtype: "no such instructions")
+    _, notes = compiled(Layer(torch.bfloat16), linear="half")(torch.randn(2, 100, 64).bfloat16())
+    assert notes == (
+        "0 of 3 linear layers in half precision (3 not: no such instructions)",
+        "3 of 3 linear layers of bf16 multiply in fp32, faster here",
+    )
 
 
 @pytest.fixture

@@ -185,8 +185,8 @@ MASKS: dict[str, tuple[Maker, str]] = {
     ),
     "complex": (lambda x: torch.full((N,), 1j) == 1, "constant 1j"),
     "narrow": (lambda x: x.short + 1 > 3, "arithmetic on positions in torch.int16"),
-    "bias": (lambda x: x.floats + distance(), "a bias is added, which is no mask"),
-    "alibi": (lambda x: distance() * -0.1, "additive bias, no mask"),
+    "bias": (lambda x: x.floats + distance(), "what may be fractions, as biases are"),
+    "alibi": (lambda x: distance() * -0.1, "what is added is not known to be a mask: mul"),
     "wrap": (lambda x: distance().int() + BIG > BIG, "torch.int32 might wrap or round"),
     "rounding": (
         lambda x: torch.div(distance(), 4, rounding_mode="trunc") > 0,
@@ -260,7 +260,7 @@ MASKS: dict[str, tuple[Maker, str]] = {
         lambda x: (distance() >= -5) & (distance() < -6),
         "hides every key",
     ),
-    "per head": (per_head, "mask differs per head"),
+    "per head": (per_head, "mask may differ per head"),
     "chunks": (
         lambda x: causal() & (positions()[:, None] // 64 == positions() // 64),
         "chunked attention in chunks of 64 positions",

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from mpass import SparseConfig
+from tests.helpers import reason_scores as scores
 from tests.helpers.reason_flex import (
     flex_biased,
     flex_made_inside,
@@ -113,178 +114,6 @@ def checkpointed_after_a_write(q, k, v):
     return checkpoint(inner, q, k, v, use_reentrant=False)
 
 
-# -- written out ------------------------------------------------------------------------------
-
-
-def matmul_of_mixed_dimensions(q, k, v):
-    scores = (q[0] @ k.mT).masked_fill(~causal(), -torch.inf)
-    return scores.softmax(-1) @ v  # here
-
-
-def sinks_per_query(q, k, v):
-    scores = torch.cat([(q @ k.mT).masked_fill(~causal(), -torch.inf), q[..., :1]], -1)
-    return scores.softmax(-1)[..., :-1] @ v  # here
-
-
-def sinks_scaled(q, k, v):
-    sinks = q[0, :, 0, 0].reshape(1, -1, 1, 1).expand(1, 4, N, 1)
-    scores = torch.cat([(q @ k.mT).masked_fill(~causal(), -torch.inf), sinks], -1) * 0.5
-    return scores.softmax(-1)[..., :-1] @ v  # here
-
-
-def sinks_kept(q, k, v):
-    sinks = q[0, :, 0, 0].reshape(1, -1, 1, 1).expand(1, 4, N, 1)
-    scores = torch.cat([(q @ k.mT).masked_fill(~causal(), -torch.inf), sinks], -1)
-    return scores.softmax(-1) @ F.pad(v, (0, 0, 0, 1))  # here
-
-
-def rectified(q, k, v):
-    return (q @ k.mT).relu().softmax(-1) @ v  # here
-
-
-def viewed(q, k, v):
-    return (q @ k.mT).view(4, 1, N, N).softmax(-1) @ v.view(4, 1, N, -1)  # here
-
-
-def added_twice(q, k, v):
-    scores = q @ k.mT
-    return (scores + scores).softmax(-1) @ v  # here
-
-
-def subtracted(q, k, v):
-    return (causal().float() - q @ k.mT).softmax(-1) @ v  # here
-
-
-def added_with_alpha(q, k, v):
-    bias = torch.where(causal(), 0.0, -torch.inf)
-    return torch.add(q @ k.mT, bias, alpha=2.0).softmax(-1) @ v  # here
-
-
-def rounded(q, k, v):
-    return (q @ k.mT).to(torch.int32).float().softmax(-1) @ v  # here
-
-
-def rounded_to_half(q, k, v):
-    scores = (q @ k.mT).half().float().masked_fill(~causal(), -torch.inf)
-    return scores.softmax(-1) @ v  # here
-
-
-def maximum_before_cap(q, k, v):
-    scores = q @ k.mT
-    scores = torch.tanh(scores - scores.amax(-1, keepdim=True)).masked_fill(~causal(), -torch.inf)
-    return scores.softmax(-1) @ v  # here
-
-
-def zeroed(q, k, v):
-    scores = (q @ k.mT).masked_fill(torch.arange(N) > 7, 0.0).masked_fill(~causal(), -torch.inf)
-    return scores.softmax(-1) @ v  # here
-
-
-def first_rows_hidden(q, k, v):
-    scores = (q @ k.mT).masked_fill(~(causal() & (torch.arange(N) > 7)), -1e9)
-    return scores.softmax(-1) @ v  # here
-
-
-def masked_twice(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, causal(), 0.0, True)  # here
-
-
-def in_vmap(q, k, v):
-    def inner(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # here
-
-    return torch.vmap(inner)(q[None], k[None], v[None])
-
-
-def broadcast_scores(q, k, v):
-    scores = (q @ k.mT).masked_fill(~causal().expand(2, 1, N, N), -torch.inf)
-    return scores.softmax(-1) @ v  # here
-
-
-def written_in_part(q, k, v):
-    scores = q @ k.mT
-    scores[..., 0] = 0.0
-    return scores.softmax(-1) @ v  # here
-
-
-def alibi(q, k, v):
-    bias = (torch.arange(N)[:, None] * torch.arange(N) % 7).float().expand(4, N, N)
-    scores = torch.baddbmm(bias, q[0], k[0].mT).view(1, 4, N, N)
-    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
-
-
-def two_biases(q, k, v):
-    one, other = torch.arange(N) / N, torch.arange(N) % 3 / 2
-    return (q @ k.mT + one + other).masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
-
-
-def bias_after_cap(q, k, v):
-    scores = 5 * (q @ k.mT).tanh() + torch.arange(N) / N
-    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
-
-
-def bias_of_no_keys(q, k, v):
-    keep = torch.arange(N) > k[:, 0, 0, :1]
-    scores = q @ k.mT + torch.arange(N) / N
-    return scores.masked_fill(~keep[:, None, None], -1e30).softmax(-1) @ v  # here
-
-
-def scaled_after_mask(q, k, v):
-    scores = (q @ k.mT).masked_fill(~causal(), -torch.inf) * -2.0
-    return scores.softmax(-1) @ v  # here
-
-
-def capped_twice(q, k, v):
-    return (q @ k.mT).tanh().tanh().masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
-
-
-def scaled_by_tensor(q, k, v):
-    scores = (q @ k.mT) * q[0, 0, 0, 0]
-    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
-
-
-def negative_cap(q, k, v):
-    scores = (q @ k.mT).tanh() * -3.0
-    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v  # here
-
-
-def scores_returned(q, k, v):
-    scores = q @ k.mT * 0.25
-    return scores.masked_fill(~causal(), -torch.inf).softmax(-1) @ v, scores.sum()  # here
-
-
-def value_written(q, k, v):
-    scores = (q @ k.mT).masked_fill(~causal(), -torch.inf)
-    weights = scores.softmax(-1)
-    v.add_(1.0)
-    return weights @ v  # here
-
-
-def weights_returned(q, k, v):
-    weights = (q @ k.mT).masked_fill(~causal(), -torch.inf).softmax(-1)
-    return weights @ v, weights  # here
-
-
-def weights_changed(q, k, v):
-    weights = (q @ k.mT).masked_fill(~causal(), -torch.inf).softmax(-1)
-    return weights.clamp(max=0.5) @ v  # here
-
-
-def weights_dropped(q, k, v):
-    weights = (q @ k.mT).masked_fill(~causal(), -torch.inf).softmax(-1)
-    return F.dropout(weights, 0.1) @ v  # here
-
-
-def biased(q, k, v):
-    bias = torch.arange(N)
-    return (q @ k.mT + bias).softmax(-1) @ v  # here
-
-
-def nan_added(q, k, v):
-    scores = (q @ k.mT).masked_fill(~causal(), torch.nan)
-    return scores.softmax(-1) @ v  # here
-
-
 class Heads(nn.Module):
     """One attention, so that it has a layer and a path."""
 
@@ -294,6 +123,14 @@ class Heads(nn.Module):
 
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)  # here
+
+
+class HeadsUnderMask(Heads):
+    """The same under a mask of which nothing is known."""
+
+    def forward(self, q, k, v):
+        mask = k[..., 0, 0].mean() + torch.zeros(N, N)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # here
 
 
 PROGRAMS: dict[str, Case] = {
@@ -310,6 +147,11 @@ PROGRAMS: dict[str, Case] = {
     "not causal by default": Case(bidirectional, "not causal: dense by default"),
     "other model's config": Case(
         Heads(), "not causal, and", options={"config": SparseConfig("a_shape", num_heads=7)}
+    ),
+    "other model's config under a mask": Case(
+        HeadsUnderMask(),
+        "it is not known to be causal, and",
+        options={"config": SparseConfig("a_shape", num_heads=7), "read_masks": True},
     ),
     "batch": Case(broadcast_batch, "batch is broadcast", {"kv_heads": 1}),
     "dimensions": Case(without_batch, "3, 3, 3 dimensions and cannot be read"),
@@ -334,7 +176,7 @@ PROGRAMS: dict[str, Case] = {
     "queries past keys": Case(plain, "after the last key", {"keys": N - 40}),
     "short": Case(plain, "100 keys, sparse from 128 on", {"queries": 100, "keys": 100}),
     "few queries": Case(plain, "60 queries, sparse from 128 on", {"queries": 60}),
-    "decoding": Case(plain, "one query, as in decoding", {"queries": 1}),
+    "decoding": Case(plain, "one query: there is nothing to skip", {"queries": 1}),
     "config": Case(plain, "the config keeps every head", options={"pattern": "dense"}),
     "projections and weights": Case(projecting(need_weights=True), "computes its weights"),
     "projections and zeros": Case(projecting(add_zero_attn=True), "adds a key of zeros"),
@@ -344,40 +186,60 @@ PROGRAMS: dict[str, Case] = {
     ),
     "projected key": Case(projecting(static_k=torch.ones(4, N, 16)), "is given projected keys"),
     "projections in autocast": Case(projecting_in_autocast, "in parts: dtype"),
-    "bmm": Case(matmul_of_mixed_dimensions, "the products are not of [B, H, N, D] tensors"),
-    "sinks per query": Case(sinks_per_query, "sinks are not one number per head"),
-    "sinks scaled": Case(sinks_scaled, "scores are changed by mul beside attention sinks"),
-    "sinks kept": Case(sinks_kept, "attention sinks are not cut off the weights"),
-    "relu": Case(rectified, "scores are changed by relu before the softmax"),
-    "reshaped scores": Case(viewed, "scores are reshaped by view before the softmax"),
-    "added twice": Case(added_twice, "scores are used twice by add"),
-    "subtracted": Case(subtracted, "scores are not the operand that sub masks"),
-    "alpha": Case(added_with_alpha, "scores are scaled by add"),
-    "rounded": Case(rounded, "scores or weights are rounded to torch.int32"),
-    "rounded to half": Case(rounded_to_half, "scores of torch.float32 are rounded to"),
-    "maximum before cap": Case(maximum_before_cap, "is subtracted before sinks or tanh"),
-    "zeroed": Case(zeroed, "scores are replaced or scaled where a key is seen"),
-    "first rows hidden": Case(first_rows_hidden, "are the mean of all values"),
-    "masked twice": Case(masked_twice, "attn_mask together with is_causal=True"),
+    "bmm": Case(scores.matmul_of_mixed_dimensions, "the products are not of [B, H, N, D] tensors"),
+    "sinks per query": Case(scores.sinks_per_query, "sinks are not one number per head"),
+    "sinks scaled": Case(scores.sinks_scaled, "scores are changed by mul beside attention sinks"),
+    "sinks kept": Case(scores.sinks_kept, "attention sinks are not cut off the weights"),
+    "relu": Case(scores.rectified, "scores are changed by relu before the softmax"),
+    "reshaped scores": Case(scores.viewed, "scores are reshaped by view before the softmax"),
+    "added twice": Case(scores.added_twice, "scores are used twice by add"),
+    "subtracted": Case(scores.subtracted, "scores are not the operand that sub masks"),
+    "alpha": Case(scores.added_with_alpha, "alpha of add is not understood on scores"),
+    "divided by scores": Case(scores.divided_by_scores, "something is divided by the scores"),
+    "divided by zero": Case(scores.scores_divided_by_zero, "scores are divided by zero"),
+    "joined": Case(scores.joined, "scores are joined with others by cat"),
+    "over queries": Case(scores.summed_over_queries, "which sums over queries"),
+    "no softmax": Case(scores.without_softmax, "its weights are made by sigmoid"),
+    "scores as weights": Case(scores.scores_alone, "made by scaling and masking the scores"),
+    "softmax over queries": Case(
+        scores.softmax_over_queries, "is over another dimension than the keys"
+    ),
+    "five dimensions": Case(scores.five_dimensions, "scores have 5 dimensions"),
+    "mixed heads": Case(scores.mixed_heads, "between its two products are linear, softmax"),
+    "learned bias": Case(
+        scores.LearnedBias(), "a learned bias is added, which is no mask: self.table"
+    ),
+    "rounded": Case(scores.rounded, "scores or weights are rounded to torch.int32"),
+    "rounded to half": Case(scores.rounded_to_half, "scores of torch.float32 are rounded to"),
+    "maximum before cap": Case(scores.maximum_before_cap, "is subtracted before sinks or tanh"),
+    "zeroed": Case(scores.zeroed, "scores are replaced or scaled where a key is seen"),
+    "first rows hidden": Case(scores.first_rows_hidden, "are a mean of values"),
+    "masked twice": Case(scores.masked_twice, "attn_mask together with is_causal=True"),
     "no channels": Case(plain, "there are no heads, or no channels", {"dim": 0}),
-    "vmap": Case(in_vmap, "inside of torch.vmap or torch.func"),
-    "broadcast": Case(broadcast_scores, "scores are broadcast by masked_fill"),
-    "written in part": Case(written_in_part, "scores are written in place"),
-    "baddbmm": Case(alibi, "baddbmm adds to the scores what differs"),
-    "two biases": Case(two_biases, "two biases are added to the scores"),
-    "bias after a cap": Case(bias_after_cap, "a bias is added to scores that have a softcap"),
-    "bias of rows without keys": Case(bias_of_no_keys, "rows that see no key have a bias per key"),
-    "scaled after the mask": Case(scaled_after_mask, "scores are changed by mul after the mask"),
-    "capped twice": Case(capped_twice, "two tanh on the scores"),
-    "scaled by a tensor": Case(scaled_by_tensor, "scores are scaled by what is not a constant"),
-    "negative cap": Case(negative_cap, "softcap of -3.0"),
-    "scores read": Case(scores_returned, "attention scores are also read by"),
-    "value written": Case(value_written, "is written in place before the output"),
-    "weights returned": Case(weights_returned, "attention weights are read more than once"),
-    "weights changed": Case(weights_changed, "attention weights are changed by clamp"),
-    "weights dropped": Case(weights_dropped, "dropout p=0.1 on attention weights"),
-    "bias on scores": Case(biased, "additive bias, no mask"),
-    "nan on scores": Case(nan_added, "masked_fill on the scores: nan"),
+    "vmap": Case(scores.in_vmap, "inside of torch.vmap or torch.func"),
+    "broadcast": Case(scores.broadcast_scores, "scores are broadcast or reshaped by masked_fill"),
+    "written in part": Case(scores.written_in_part, "scores are written in place"),
+    "baddbmm": Case(scores.alibi, "baddbmm adds to the scores what is not known to be"),
+    "two biases": Case(scores.two_biases, "two biases are added to the scores"),
+    "bias after a cap": Case(scores.bias_after_cap, "is added to scores that have a softcap"),
+    "bias of rows without keys": Case(
+        scores.bias_of_no_keys, "rows that see no key have a bias per key"
+    ),
+    "scaled after the mask": Case(
+        scores.scaled_after_mask, "changed by mul after a mask or a bias"
+    ),
+    "capped twice": Case(scores.capped_twice, "two tanh on the scores"),
+    "scaled by a tensor": Case(
+        scores.scaled_by_tensor, "scores are scaled by what is not a constant"
+    ),
+    "negative cap": Case(scores.negative_cap, "softcap of -3.0"),
+    "scores read": Case(scores.scores_returned, "attention scores are also read by"),
+    "value written": Case(scores.value_written, "is written in place before the output"),
+    "weights returned": Case(scores.weights_returned, "attention weights are read more than once"),
+    "weights changed": Case(scores.weights_changed, "attention weights are changed by clamp"),
+    "weights dropped": Case(scores.weights_dropped, "dropout p=0.1 on attention weights"),
+    "bias on scores": Case(scores.biased, "additive bias, no mask"),
+    "nan on scores": Case(scores.nan_added, "masked_fill on the scores: nan"),
     "flex scale": Case(flex_scaled, "scale is not a constant", dynamic=((0, 2),)),
     "score_mod": Case(flex_biased, "score_mod is neither the identity nor a softcap"),
     "log-sum-exp": Case(flex_with_sums, "flex_attention returns its log-sum-exp"),

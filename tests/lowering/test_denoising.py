@@ -11,17 +11,8 @@ import mpass
 from mpass.errors import ArgumentError, DenoisingMemoryError, OptionValueError
 from mpass.lowering.denoising import Schedule
 from mpass.options import parse_options
+from tests.helpers.denoising_model import OPTIONS, TOKENS, Model, distance, noise
 from tests.helpers.truth import random_attention
-
-OPTIONS = {
-    "pattern": "a_shape(0, 64)",
-    "denoising": True,
-    "dense_above": 2.0,
-    "min_seq_len": 64,
-    "inner_backend": "eager",
-}
-
-TOKENS = 200
 
 
 @pytest.mark.parametrize(
@@ -43,33 +34,6 @@ def test_steps_that_are_whole_and_those_of_which_something_is_kept(settings, ful
     assert schedule.is_full(schedule.steps) and not schedule.is_kept(schedule.steps)
 
 
-class Layer(torch.nn.Module):
-    """One attention of two heads that sees both ways."""
-
-    def __init__(self):
-        super().__init__()
-        self.project = torch.nn.Linear(32, 96)
-
-    def forward(self, x):
-        parts = self.project(x).chunk(3, -1)
-        query, key, value = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in parts)
-        seen = F.scaled_dot_product_attention(query, key, value)
-        return x + seen.transpose(1, 2).flatten(2)
-
-
-class Model(torch.nn.Module):
-    """Two of these layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.ModuleList([Layer(), Layer()])
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -82,11 +46,6 @@ def compiled(model):
     return torch.compile(model, backend="minference", options=OPTIONS)
 
 
-def noise(batch=1, tokens=TOKENS, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, tokens, 32, generator=generator) * 2
-
-
 @torch.no_grad()
 def sample(model, run=None, steps=10, calls=1):
     """A sampler: batch rows in so many calls of the model per step."""
@@ -94,10 +53,6 @@ def sample(model, run=None, steps=10, calls=1):
     for _ in run.over(range(steps)) if run else range(steps):
         x = x - 0.05 * torch.cat([model(part) for part in x.chunk(calls)])
     return x
-
-
-def distance(out, true):
-    return float((out - true).norm() / true.norm())
 
 
 def test_one_graph_serves_all_steps_and_the_residual_is_worth_it(model, compiled):

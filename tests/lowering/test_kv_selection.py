@@ -16,7 +16,7 @@ from tests.helpers.truth import random_attention
 LENGTH, SCALE = 150, 0.3
 
 
-def truth(query, key, first, last, offset, *, budget, window, kernel, pool):
+def truth(query, key, first, last, offset, *, budget, window, kernel, pool, by_length):
     """The positions that one batch row keeps per kv head, written out. query [H, Nq, D].
 
     first, last: positions of its first and last real key.
@@ -32,7 +32,7 @@ def truth(query, key, first, last, offset, *, budget, window, kernel, pool):
             for position in looking:
                 seen = slice(first, position + 1)
                 logits = key[kv_head, seen] @ query[head, position - offset] * SCALE
-                sums[seen] += logits.softmax(-1)
+                sums[seen] += logits.softmax(-1) * (len(logits) if by_length else 1)
             sums[max(0, begin) :] = 0.0
             for j in range(first, begin):
                 near = [
@@ -46,11 +46,13 @@ def truth(query, key, first, last, offset, *, budget, window, kernel, pool):
     return kept
 
 
-@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize(("pool", "by_length"), [("avg", False), ("max", False), ("avg", True)])
 @pytest.mark.parametrize(
     ("offset", "padded", "budget"), [(0, False, 40), (70, False, 40), (0, True, 40), (0, True, 130)]
 )
-def test_a_cache_keeps_the_last_queries_and_what_they_attend_to(offset, padded, budget, pool):
+def test_a_cache_keeps_the_last_queries_and_what_they_attend_to(
+    offset, padded, budget, pool, by_length
+):
     query, key, _ = random_attention(
         2, num_queries=LENGTH - offset, num_keys=LENGTH, head_dim=16, seed=3
     )
@@ -62,7 +64,7 @@ def test_a_cache_keeps_the_last_queries_and_what_they_attend_to(offset, padded, 
         bounds = [(37, LENGTH - 1), (0, 119)]
     mask = AttentionMask(query_offset=offset, key_mask=key_mask)
     inputs = EstimateInputs(query, key, mask, range(query.shape[1]), SCALE)
-    rule = {"budget": budget, "window": 16, "kernel": 5, "pool": pool}
+    rule = {"budget": budget, "window": 16, "kernel": 5, "pool": pool, "by_length": by_length}
     found = select_keys(inputs, **rule)
     assert found.shape == (2, key.shape[1], budget) and found.dtype == torch.int32
     for row, (first, last) in enumerate(bounds):
@@ -87,11 +89,17 @@ def test_more_window_than_queries_keeps_the_keys_before_them_too():
         ({"window": 0}, "SnapKV.window' is 0"),
         ({"kernel": 4}, "an odd number"),
         ({"pool": "sum"}, "avg, max"),
+        ({"by_length": 1}, "True or False"),
     ],
 )
 def test_a_number_that_cannot_be_is_named(values, words):
     with pytest.raises(OptionValueError, match=words):
         mpass.SnapKV(**values)
+
+
+def test_a_listener_takes_a_rule_and_nothing_else():
+    with pytest.raises(OptionValueError, match="rule"), mpass.select_keys(64):
+        pass
 
 
 def test_the_option_takes_nothing_else():

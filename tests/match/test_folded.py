@@ -73,7 +73,7 @@ def test_rows_with_the_heads_before_the_batch_are_read_in_their_order(padded):
 
     (site,) = compare(program, tensors=tensors(B, H, N, D))
     assert site.status == ("dense" if padded else "sparse")
-    assert ("mask differs per head" in site.reason) == padded
+    assert ("per head" in site.reason) == padded
 
 
 MASKS = {
@@ -100,7 +100,7 @@ def test_a_mask_that_differs_per_head_of_folded_rows_stays_dense():
 
     (site,) = compare(program, padding(B * H), tensors=tensors(B, H, N, D))
     assert site.status == "dense"
-    assert "mask differs per head" in site.reason
+    assert "per head" in site.reason
 
 
 def test_padding_of_several_batch_dimensions_is_of_the_right_row():
@@ -195,7 +195,7 @@ def test_a_step_with_another_fold_stays_dense():
         return torch.bmm(scores.view(B * H, N, N).softmax(-1), v)
 
     (site,) = compare(program, padding(), tensors=tensors(B * H, N, D))
-    assert site.reason == "scores are broadcast by view"
+    assert site.reason == "scores are broadcast or reshaped by view"
 
 
 def test_scores_whose_heads_are_transposed_on_the_way_stay_dense():
@@ -213,7 +213,7 @@ def test_a_mask_that_differs_per_folded_row_stays_dense_where_rows_are_heads():
         return torch.bmm(scores.softmax(-1), v)
 
     (site,) = compare(program, padding(B * H), tensors=tensors(B, H, N, D))
-    assert "mask differs per head" in site.reason
+    assert "per head" in site.reason
 
 
 def test_what_baddbmm_adds_is_no_mask():
@@ -223,7 +223,7 @@ def test_what_baddbmm_adds_is_no_mask():
         return torch.bmm(scores.masked_fill(~causal(), -INF).softmax(-1), v)
 
     (site,) = compare(program, tensors=tensors(B * H, N, D))
-    assert "baddbmm adds to the scores what differs" in site.reason
+    assert "baddbmm adds to the scores what is not known to be" in site.reason
 
 
 @pytest.mark.parametrize("result", ["bhid", "bihd"])

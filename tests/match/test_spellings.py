@@ -208,7 +208,7 @@ DENSE = {
     masked_by_scores: "also read by",
     value_written: "written in place",
     broadcast_product: "[B, H, N, D]",
-    alibi: "baddbmm adds to the scores what differs",
+    alibi: "baddbmm adds to the scores what is not known to be",
     sdpa_dropout: "model.eval()",
 }
 

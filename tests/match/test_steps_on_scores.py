@@ -184,7 +184,7 @@ def shape_of_the_scores_given_away(x):
 DENSE = {
     shape_of_the_scores_given_away: "also read by expand_as",
     cut_off: "scores are changed by clamp",
-    turned_round: "after the mask",
+    turned_round: "after a mask or a bias",
     hidden_too_little: "additive bias",
     squared: "scores are changed by pow",
     talking_heads: "scores are changed by einsum",

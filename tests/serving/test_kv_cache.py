@@ -113,6 +113,27 @@ def test_generate_goes_on_with_a_cut_cache_at_the_places_after_the_prompt():
     assert seen == [[[N - 1]], [[N]], [[N + 1]]]
 
 
+def test_each_listener_may_have_a_rule_of_its_own_and_one_graph_serves_all():
+    """As of a question: its own tokens look (FINCH)."""
+    from torch._dynamo.utils import counters
+
+    model, ids = tiny_llama(), tokens()
+    options = {"kv_select": SNAP, "min_seq_len": 64, "inner_backend": "eager"}
+    compiled = torch.compile(model, backend="minference", options=options)
+    question = mpass.SnapKV(budget=20, window=7, kernel=1, by_length=True)
+    counters.clear()
+    with torch.no_grad():
+        with mpass.select_keys() as plain, mpass.select_keys(question) as asked:
+            compiled(ids, use_cache=True)
+        with mpass.select_keys(question) as alone:
+            cache = compiled(ids, use_cache=True).past_key_values
+    assert counters["stats"]["unique_graphs"] == 1
+    assert plain.positions[1].shape[-1] == BUDGET and asked.positions[1].shape[-1] == 20
+    assert torch.equal(asked.positions[1], alone.positions[1])
+    assert torch.equal(asked.positions[0][0, 0, -7:], torch.arange(N - 7, N).int())
+    assert mpass.compress(cache, alone).layers[1].keys.shape[2] == 20
+
+
 def test_nothing_is_selected_where_nobody_listens():
     model = tiny_llama()
     compiled = torch.compile(

@@ -73,7 +73,7 @@ def shorten(model: nn.Module, tokens: Tensor) -> object:
     """A cache cut to what a prompt's end attends to."""
     chosen: mpass.SnapKV = mpass.SnapKV(budget=512)
     mpass.compile(model, kv_select=chosen)
-    with mpass.select_keys() as found:
+    with mpass.select_keys(chosen) as found:
         selection: mpass.KVSelection = found
         output = model(tokens)
     return mpass.compress(output.past_key_values, selection)
@@ -81,7 +81,8 @@ def shorten(model: nn.Module, tokens: Tensor) -> object:
 
 def denoise(model: nn.Module, latents: Tensor) -> mpass.DenoisingRun:
     """A step of a sampler."""
-    with mpass.denoising(1) as run:
+    plan: mpass.DenoisingPlan = mpass.search_denoising(lambda run: model(latents), 1)
+    with mpass.denoising(1, plan=plan) as run:
         model(latents)
         known: mpass.DenoisingRun = run
     return known

@@ -30,7 +30,7 @@ BY_SCENARIO = {scenario.name: scenario for scenario in SCENARIOS}
 REASONS = (
     "bias",
     "chunked attention",
-    "one query, as in decoding: there is nothing to skip",
+    "one query: there is nothing to skip",
     "known at run time only",
     "values are unknown when compiling",
     "sparse from 8 on",

@@ -103,6 +103,20 @@ struct QuantizeArguments {
 };
 
 // The numbers of a call: field by field the ctypes structure of the caller.
+struct LinearArguments {
+  const void* rows;
+  const void* weight;
+  const float* bias;
+  void* out;
+  int64_t num_rows;
+  int64_t inputs;
+  int64_t outputs;
+  int64_t rows_stride;
+  int64_t weight_stride;
+  int64_t threads;
+};
+
+// The numbers of a call: field by field the ctypes structure of the caller.
 struct BackwardArguments {
   const void* grad_out;
   const float* dots;

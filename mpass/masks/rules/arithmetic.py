@@ -71,7 +71,7 @@ def exact_number(value: Expr, dtype: torch.dtype) -> Expr:
     if dtype not in EXACT_DTYPES:
         raise NotUnderstood(f"arithmetic on positions in {dtype}")
     if not value.is_integer:
-        raise NotUnderstood("a bias is added, which is no mask")
+        raise NotUnderstood("arithmetic on what may be fractions, as biases are")
     if dtype != torch.int64 and any(abs(term) > MAX_CONSTANT for term in constants(value)):
         raise NotUnderstood(f"{dtype} might wrap or round")
     return value

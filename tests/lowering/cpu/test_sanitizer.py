@@ -50,6 +50,7 @@ def run_cases() -> None:
     from hypothesis import HealthCheck, given, settings
 
     from mpass.lowering.cpu import library
+    from mpass.lowering.cpu.linear_half import half_linear_reason, linear_in_half
     from mpass.lowering.index import AttentionMask
     from mpass.lowering.inputs import EstimateInputs
     from mpass.lowering.reference.block_sparse import BlockSparseRule
@@ -90,6 +91,11 @@ def run_cases() -> None:
                 hidden = dataclasses.replace(hidden, key_mask=real)
                 for index, rules in top_share.items():
                     index(dataclasses.replace(given, mask=hidden), rules)
+            passed += 1
+    if not half_linear_reason(torch.bfloat16):
+        for rows, inputs, outputs in ((1, 1, 1), (50, 100, 70), (205, 33, 64), (13, 40000, 130)):
+            weight = torch.randn(outputs, inputs).bfloat16()
+            linear_in_half(torch.randn(rows, inputs).bfloat16(), weight, torch.randn(outputs))
             passed += 1
     print(f"{passed} cases passed")
 

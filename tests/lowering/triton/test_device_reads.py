@@ -123,7 +123,7 @@ def calls(name, device, offset, window, padded):
                 yield (query, key, bias, 1.0, 0.2, shifted)
     elif name in ("attention_lse", *(f"sparse_attention_{kind}" for kind in KINDS)):
         yield from calls_with_lse(name, device, offset, window, key_mask)
-    elif name == "linear_in_fp32":
+    elif name in ("linear_in_fp32", "linear_in_half"):
         yield (query[0, 0], query[0, 0], None)
     elif name in ("quantize_rows", "multiply_rows"):  # linear layers in 8 bits: on CPUs only
         rows = torch.empty(3, 128, device=device)

@@ -13,7 +13,7 @@ import pytest
 from mpass.lowering.triton.compile import compile_kernel, machine_code, table_spec
 from mpass.lowering.triton.spec import target_of
 from tests.helpers.rotation import part_of_today
-from tests.lowering.triton.test_compile import (
+from tests.lowering.triton.compiled.test_compile import (
     FLAGS,
     HEAD_DIMS,
     MATRIX_UNIT,

@@ -15,7 +15,7 @@ from mpass.inspection.explanation import explain
 from mpass.inspection.profiling import Profile, profile
 from tests.helpers.browser import Browser
 from tests.helpers.toys import Decoder
-from tests.inspection.test_page import TOKENS, browser, needs_browser
+from tests.inspection.page.test_page import TOKENS, browser, needs_browser
 
 __all__ = ["browser"]
 LAYERS, HEADS = 3, 4

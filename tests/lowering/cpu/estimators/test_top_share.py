@@ -17,7 +17,13 @@ from mpass.patterns.base import Pattern
 from mpass.patterns.flex_prefill import FlexPrefill
 from mpass.patterns.sample_attention import SampleAttention
 from tests.helpers.cpu_cases import assert_same_index, needs_kernels
-from tests.lowering.cpu.test_estimators import DIM, HEADS, SCALE, assert_nearly_the_same, inputs
+from tests.lowering.cpu.estimators.test_estimators import (
+    DIM,
+    HEADS,
+    SCALE,
+    assert_nearly_the_same,
+    inputs,
+)
 
 pytestmark = needs_kernels
 

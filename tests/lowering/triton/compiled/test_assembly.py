@@ -1,7 +1,7 @@
 """Machine code of the attention kernel: its loops start copies long before they wait for them.
 
-Compiled without a GPU. `pytest -m slow tests/lowering/triton/test_assembly.py` reads every kernel
-that has three stages.
+Compiled without a GPU. `pytest -m slow tests/lowering/triton/compiled/test_assembly.py` reads every
+kernel that has three stages.
 """
 
 from __future__ import annotations

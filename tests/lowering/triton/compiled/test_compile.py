@@ -1,7 +1,7 @@
 """Generated kernels compiled to machine code without a GPU: spills, shared memory, matrix units.
 
-The default run compiles a few; `pytest -m slow tests/lowering/triton/test_compile.py` the whole
-matrix.
+The default run compiles a few; `pytest -m slow tests/lowering/triton/compiled/test_compile.py` the
+whole matrix.
 """
 
 from __future__ import annotations

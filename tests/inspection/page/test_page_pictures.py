@@ -14,8 +14,8 @@ from mpass.inspection.profiling import Profile
 from tests.helpers.browser import Browser
 from tests.helpers.pictures import MOST, MOST_IN_A_PLACE, difference, distance, shot
 from tests.helpers.toys import Decoder
-from tests.inspection.test_page import browser, enlarged, needs_browser
-from tests.inspection.test_page_use import NARROW, made, show, width
+from tests.inspection.page.test_page import browser, enlarged, needs_browser
+from tests.inspection.page.test_page_use import NARROW, made, show, width
 
 __all__ = ["browser"]
 PICTURES = Path(__file__).parent / "pictures"

@@ -1,6 +1,6 @@
 """Generated Triton source: golden texts, the module cache, and the table of tiles.
 
-`MPASS_ACCEPT=1 pytest tests/lowering/triton/test_source.py` rewrites tests/lowering/triton/golden.
+`MPASS_ACCEPT=1 pytest tests/lowering/triton/compiled/test_source.py` rewrites the folder `golden`.
 """
 
 from __future__ import annotations
