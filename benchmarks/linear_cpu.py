@@ -3,9 +3,9 @@
     python -m benchmarks.linear_cpu --length 8192 --json benchmarks/results/linear_cpu.json
 
 A packaged model reads a text in bf16: dense by Inductor, sparse, and sparse with
-`options={"linear": "int8"}`, with `options={"attention": "int8"}` and with both; `--kinds` names
-some of these. Timed interleaved in one process, medians of CPU seconds and of wall seconds; the
-loss is over every position of each text, in nats per token over dense.
+`options={"linear": "half"}` and `"int8"`, with `options={"attention": "int8"}`, and with 8 bits in
+both; `--kinds` names some of these. Timed interleaved in one process, medians of CPU seconds and of
+wall seconds; the loss is over every position of each text, in nats per token over dense.
 """
 
 from __future__ import annotations

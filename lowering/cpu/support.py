@@ -6,6 +6,7 @@ import functools
 import platform
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -92,7 +93,7 @@ def has(instructions: str) -> bool:
     probe = getattr(torch.cpu, f"_is_{instructions}_supported", None)
     if probe is not None:
         return bool(probe())
-    listed = getattr(torch.cpu, "get_capabilities", dict)()
+    listed: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(listed.get(instructions, False))
 
 

@@ -146,7 +146,7 @@ def test_headers_are_joined_once_each_behind_the_standard_ones(kernel: str) -> N
 def test_every_header_is_part_of_a_kernel() -> None:
     used = {"spec.h"}
     attends = ("attention", "attention_backward", "row_losses")
-    kernels = (*attends, "fixed_budget", "quantize_rows", *LIST_KERNELS)
+    kernels = (*attends, "fixed_budget", "quantize_rows", "linear_half", *LIST_KERNELS)
     for kernel in kernels:
         for instructions in ("amx", "avx512_bf16", "avx512", "avx2"):
             text = generate_source(KernelSpec("bfloat16", 64, 64, instructions, kernel=kernel))
