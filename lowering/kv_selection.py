@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from mpass.errors import OptionValueError
 from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
-from mpass.lowering.ops import ARGUMENTS, ATTENTION, ATTENTION_SCHEMA, attend, in_int8, over_index
+from mpass.lowering.ops import ARGUMENTS, ATTENTION, ATTENTION_SCHEMA, attend, over_index
 from mpass.lowering.reference import kv_selection as reference
 from mpass.lowering.reference.attention import empty_output
 from mpass.lowering.reference.kv_selection import Pool
@@ -124,7 +124,7 @@ def sparse_attention_kv(
     """
     call = over_index(*arguments[:ARGUMENTS])
     if arguments[ARGUMENTS:] == (True,):
-        call = in_int8(call)
+        call = replace(call, inputs=replace(call.inputs, int8=True))
     out = attend(call, ATTENTION).result
     for selection in LISTENERS.get():
         rule = SnapKV(budget, observed, kernel, pool, by_length)

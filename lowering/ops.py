@@ -120,11 +120,6 @@ def over_index(
     return OverIndex(inputs, index, dense_above, min_seq_len, layer, site)
 
 
-def in_int8(call: OverIndex) -> OverIndex:
-    """The call with scores that may be products of 8-bit numbers."""
-    return replace(call, inputs=replace(call.inputs, int8=True))
-
-
 @define_op(
     "sparse_attention",
     f"({ATTENTION_SCHEMA}, int measured=0, float most_lost=1.0, bool int8=False) -> Tensor",
@@ -147,7 +142,7 @@ def sparse_attention(*arguments: Any) -> Tensor:
     measured = extra[0] if extra else 0
     most_lost = extra[1] if len(extra) > 1 else 1.0
     if len(extra) > 2 and extra[2]:
-        call = in_int8(call)
+        call = replace(call, inputs=replace(call.inputs, int8=True))
     rows = rows_of_call(call.inputs.query) if measured else 0
     done = attend(replace(call, most_lost=most_lost, measured=rows), ATTENTION)
     if rows:

@@ -17,6 +17,7 @@ from torch.utils._sympy.functions import Max, Min
 
 from mpass.config.promise import promised_share
 from mpass.errors import ConfigMismatchError
+from mpass.graph.exact_scores import exact_reason
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.numbers import meter_number
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
@@ -85,19 +86,6 @@ class AttentionPlan:
     most_lost: float = 1.0
     denoising: bool = False
     int8: bool = False
-
-    def exact_reason(self) -> str:
-        """Why its scores are not products of 8-bit numbers where those are wanted, or ""."""
-        if self.training:
-            return "gradients are recorded"
-        if self.site.kept is not None:
-            return "the model itself chooses the keys"
-        if self.summaries:
-            return "'summaries' needs exact sums"
-        if self.denoising:
-            return "'denoising' needs exact sums"
-        lowering = device_lowering(example(self.site.query).device)
-        return lowering.int8_reason(self.site.compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -338,9 +326,8 @@ def decide_length(
         and any(name in resolved.source for name in (BUILTIN, PROMISED)),
         most_lost=promised_share(resolved.patterns, options.max_loss) if plain else 1.0,
         denoising=kept,
+        int8=options.attention == "int8" and not exact_reason(site, trained, summaries, kept),
     )
-    if options.attention == "int8":
-        plan = dataclasses.replace(plan, int8=not plan.exact_reason())
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:
         reason = f"{length_in_words(num_keys)} keys, sparse from {shortest} on"

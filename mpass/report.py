@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from mpass.config.spans import in_spans
+from mpass.graph.exact_scores import exact_reason
 from mpass.graph.guards import live_stack
 from mpass.graph.nodes import number_now, shape_of
 from mpass.lowering.meter import Loss
@@ -255,7 +256,11 @@ def int8_notes(decisions: Sequence[AttentionPlan | Skip]) -> tuple[str, ...]:
     plans = [decision for decision in decisions if isinstance(decision, AttentionPlan)]
     if not plans:
         return ()
-    kept = Counter(plan.exact_reason() for plan in plans if not plan.int8)
+    kept = Counter(
+        exact_reason(plan.site, plan.training, plan.summaries, plan.denoising)
+        for plan in plans
+        if not plan.int8
+    )
     why = "; ".join(f"{count} not: {reason}" for reason, count in kept.most_common())
     done = f"{len(plans) - kept.total()} of {len(plans)} sparse attentions with scores in 8 bits"
     return (done + (f" ({why})" if why else ""),)
