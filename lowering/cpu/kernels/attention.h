@@ -20,6 +20,7 @@
 #include "gemm.h"
 #include "indexing.h"
 #include "memory.h"
+#include "pack.h"
 #include "query_block.h"
 #include "softmax_strip.h"
 
@@ -33,12 +34,20 @@ void pack_block(const AttentionArguments& a, const PackedKeyValues& p, const Sha
   const int64_t slot = (b * a.kv_heads + g) * p.key_blocks + kb;
   const int64_t first = kb * BLOCK;
   const uint64_t valid = valid_keys(a, b, kb);
-  pack_scored_keys(
-      p.keys.get() + slot * KEY_WORDS, staging, shared.centre(b, g),
-      [&](int r) -> const input* { return valid >> r & 1 ? key.at(b, g, first + r) : nullptr; });
-  pack_weighted_values(p.values.get() + slot * VALUE_WORDS, staging, [&](int r) -> const input* {
-    return valid >> r & 1 ? value.at(b, g, first + r) : nullptr;
-  });
+  word* packed_keys = p.keys.get() + slot * KEY_WORDS;
+  if (!INT8_SCORES && ROWS_ARE_WORDS && first + BLOCK <= a.num_keys && a.key_row % PAIR == 0) {
+    transpose_rows(packed_keys, reinterpret_cast<const word*>(key.at(b, g, first)), DEPTH,
+                   a.key_row / PAIR);
+  } else {
+    pack_scored_keys(packed_keys, staging, shared.centre(b, g), [&](int r) -> const input* {
+      return valid >> r & 1 ? key.at(b, g, first + r) : nullptr;
+    });
+  }
+  if (kb >= p.in_place) {
+    pack_weighted_values(p.packed_values(a, b, g, kb), staging, [&](int r) -> const input* {
+      return valid >> r & 1 ? value.at(b, g, first + r) : nullptr;
+    });
+  }
   if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid;
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 using vec = __m512;
 constexpr int LANES = 16;
-constexpr float LOWEST_EXPONENT = -160.0f;  // 2 to it is zero, and to what lies below
+constexpr float LOWEST_EXPONENT = -127.0f;  // 2 to it is zero, and to what lies below
 
 inline vec set1(float x) { return _mm512_set1_ps(x); }
 inline vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -38,7 +38,11 @@ inline vec load(const uint16_t* p, bfloat16_tag) {
 inline vec load(const uint16_t* p, float16_tag) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-inline vec scale_by_power(vec x, vec n) { return _mm512_scalef_ps(x, n); }
+// x * 2^n, and zero where n is -126 or less. Microcode makes results that are no normal numbers, in
+// more than a hundred cycles, and each hidden key would be one.
+inline vec scale_by_power(vec x, vec n) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLE_UQ), x, n);
+}
 inline vec round_nearest(vec x) { return _mm512_roundscale_ps(x, 0); }
 inline void store(uint16_t* p, vec x, float16_tag) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));

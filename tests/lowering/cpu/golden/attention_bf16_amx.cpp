@@ -143,7 +143,7 @@ namespace {
 
 using vec = __m512;
 constexpr int LANES = 16;
-constexpr float LOWEST_EXPONENT = -160.0f;  // 2 to it is zero, and to what lies below
+constexpr float LOWEST_EXPONENT = -127.0f;  // 2 to it is zero, and to what lies below
 
 inline vec set1(float x) { return _mm512_set1_ps(x); }
 inline vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -171,7 +171,11 @@ inline vec load(const uint16_t* p, bfloat16_tag) {
 inline vec load(const uint16_t* p, float16_tag) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-inline vec scale_by_power(vec x, vec n) { return _mm512_scalef_ps(x, n); }
+// x * 2^n, and zero where n is -126 or less. Microcode makes results that are no normal numbers, in
+// more than a hundred cycles, and each hidden key would be one.
+inline vec scale_by_power(vec x, vec n) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLE_UQ), x, n);
+}
 inline vec round_nearest(vec x) { return _mm512_roundscale_ps(x, 0); }
 inline void store(uint16_t* p, vec x, float16_tag) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -325,6 +329,7 @@ inline vec exp2_vec(vec x) {
 namespace {
 
 constexpr int ROW_STEP = 64, COLUMN_STEP = 32;   // rows come in whole query blocks
+constexpr int COLUMNS_AT_ONCE = COLUMN_STEP;     // so many cost no more than one
 constexpr int FEW_ROWS = 32, FEW_ROW_STEP = 32;  // of a product of few rows
 
 struct TileConfig {
@@ -541,15 +546,120 @@ class Buffer {
 
 }  // namespace
 
+// ---- pack.h
+// Packing turns rows of the inputs into the layouts that the micro-GEMM reads.
+//
+// rows       [64][depth]        converted to `packed`, zero beyond the data      (A operand)
+// keys       [depth / PAIR][64] words, transposed: one block of K                (B of Q x K^T)
+// values     [64 / PAIR][DV]    words, neighbouring keys paired: one block of V  (B of P x V)
+
+namespace {
+
+// Whether a row of keys is words of a packed row as it lies in memory.
+constexpr bool ROWS_ARE_WORDS = INPUT_IS_PACKED && HEAD_DIM == DEPTH * PAIR;
+
+// Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
+inline void pack_row(packed* out, const input* in, int dim, int padded) {
+  if constexpr (INPUT_IS_PACKED) {
+    std::memcpy(out, in, dim * sizeof(packed));
+  } else {
+    int d = 0;
+    for (; d + LANES <= dim; d += LANES) store(out + d, load(in + d, input_tag{}), packed_tag{});
+    if (d < dim) {
+      input tail[LANES] = {};
+      packed converted[LANES];
+      std::memcpy(tail, in + d, (dim - d) * sizeof(input));
+      store(converted, load(tail, input_tag{}), packed_tag{});
+      std::memcpy(out + d, converted, (dim - d) * sizeof(packed));
+    }
+  }
+  if (dim < padded) std::memset(out + dim, 0, (padded - dim) * sizeof(packed));
+}
+
+// Writes the first `dim` floats of a row as inputs. It reads whole vectors.
+inline void unpack_row(input* out, const float* row, int dim) {
+  int d = 0;
+  for (; d + LANES <= dim; d += LANES) store(out + d, load(row + d), input_tag{});
+  if (d < dim) {
+    input tail[LANES];
+    store(tail, load(row + d), input_tag{});
+    std::memcpy(out + d, tail, (dim - d) * sizeof(input));
+  }
+}
+
+// Transposes 64 packed rows of `depth` words, `stride` words apart, to [depth, 64] words.
+inline void transpose_rows(word* out, const word* rows, int depth, int64_t stride) {
+  int d = 0;
+  for (; d + LANES <= depth; d += LANES)
+    for (int r = 0; r < BLOCK; r += LANES)
+      transpose(out + d * BLOCK + r, BLOCK, rows + r * stride + d, static_cast<int>(stride));
+  for (; d < depth; ++d)
+    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * stride + d];
+}
+
+inline void transpose_rows(word* out, const word* rows, int depth) {
+  transpose_rows(out, rows, depth, depth);
+}
+
+// Packs 64 rows of `dim` inputs as columns, `depth` words each. row(r) is row r of the input, or
+// null where there is none.
+template <int dim, int depth, typename Row>
+void pack_columns(word* out, packed* rows, const Row& row) {
+  for (int r = 0; r < BLOCK; ++r) {
+    const input* in = row(r);
+    if (in) pack_row(rows + r * depth * PAIR, in, dim, depth * PAIR);
+    else std::memset(rows + r * depth * PAIR, 0, depth * sizeof(word));
+  }
+  transpose_rows(out, reinterpret_cast<const word*>(rows), depth);
+}
+
+// Packs 64 rows of `dim` inputs as `width` words per row, or pair of rows, with row(r) as above.
+template <int dim, int width, typename Row>
+void pack_panel(word* out, packed* rows, const Row& row) {
+  for (int r = 0; r < BLOCK; ++r) {
+    packed* target = (USES_BF16 ? rows : reinterpret_cast<packed*>(out)) + r * width;
+    const input* in = row(r);
+    if (in) pack_row(target, in, dim, width);
+    else std::memset(target, 0, width * sizeof(packed));
+  }
+#if USES_BF16
+  for (int r = 0; r < BLOCK; r += 2)
+    for (int n = 0; n < width; n += LANES)
+      store_pairs(out + r / 2 * width + n, rows + r * width + n, rows + (r + 1) * width + n);
+#endif
+}
+
+// Packs one block of keys.
+template <typename Row>
+void pack_keys(word* out, packed* rows, const Row& row) {
+  pack_columns<HEAD_DIM, DEPTH>(out, rows, row);
+}
+
+// Packs one block of values.
+template <typename Row>
+void pack_values(word* out, packed* rows, const Row& row) {
+  pack_panel<VALUE_DIM, VALUE_WIDTH>(out, rows, row);
+}
+
+}  // namespace
+
 // ---- query_block.h
 // What a query block of a head attends to. It is listed before it is computed, so that what comes
 // next is known and can be fetched.
 
 namespace {
 
+// Whether the rows of V are a packed panel as they lie in memory, as those of a cache in fp32 are.
+// Chunks of a prompt would pack all values that are cached again and again.
+inline bool values_lie_packed(const AttentionArguments& a) {
+  return !HALF_VALUES && INPUT_IS_PACKED && PAIR == 1 && VALUE_DIM == VALUE_WIDTH &&
+      a.value_row == VALUE_WIDTH;
+}
+
 // K and V of the whole call, packed, and what the attention mask says of each key block.
 struct PackedKeyValues {
   int64_t key_blocks, chunks;  // chunks: of 64 columns, per head
+  int64_t in_place;            // blocks of V of each kv head that are read where they are
   Buffer<word> keys, values, column_keys, column_values;
   Buffer<uint64_t> valid;  // [B, key_blocks], a bit per key: it exists and is no padding
 
@@ -557,11 +667,24 @@ struct PackedKeyValues {
   explicit PackedKeyValues(const AttentionArguments& a, bool packs = true)
       : key_blocks((a.num_keys + BLOCK - 1) / BLOCK),
         chunks((a.longest_columns + BLOCK - 1) / BLOCK),
+        in_place(values_lie_packed(a) ? a.num_keys / BLOCK : 0),
         keys(packs * a.batch * a.kv_heads * key_blocks * KEY_WORDS),
-        values(packs * a.batch * a.kv_heads * key_blocks * VALUE_WORDS),
+        values(packs * a.batch * a.kv_heads * (key_blocks - in_place) * VALUE_WORDS),
         column_keys(packs * a.batch * a.heads * chunks * KEY_WORDS),
         column_values(packs * a.batch * a.heads * chunks * VALUE_WORDS),
         valid(a.batch * key_blocks) {}
+
+  // Where the packed values of a block are that is not read in place.
+  word* packed_values(const AttentionArguments& a, int64_t b, int64_t kv_head, int64_t kb) const {
+    const int64_t slot = (b * a.kv_heads + kv_head) * (key_blocks - in_place) + kb - in_place;
+    return values.get() + slot * VALUE_WORDS;
+  }
+  const word* values_of(const AttentionArguments& a, int64_t b, int64_t kv_head, int64_t kb) const {
+    if (kb >= in_place) return packed_values(a, b, kv_head, kb);
+    const TensorView value{static_cast<const input*>(a.value), a.value_batch, a.value_head,
+                           a.value_row};
+    return reinterpret_cast<const word*>(value.at(b, kv_head, kb * BLOCK));
+  }
 };
 
 // A tile is 64 keys: a key block, or 64 vertical columns that were gathered.
@@ -615,7 +738,7 @@ void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
   if (a.causal) bounds.first = static_cast<int>(std::min<int64_t>(first - low + 1, BLOCK));
   const int64_t kv_head = block.h / (a.heads / a.kv_heads);
   const int64_t slot = (block.b * a.kv_heads + kv_head) * in.key_blocks + kb;
-  block.tiles.push_back({in.keys.get() + slot * KEY_WORDS, in.values.get() + slot * VALUE_WORDS,
+  block.tiles.push_back({in.keys.get() + slot * KEY_WORDS, in.values_of(a, block.b, kv_head, kb),
                          bounds, !full, valid, low, nullptr});
 }
 
@@ -699,96 +822,6 @@ void fill_mask(const AttentionArguments& a, const QueryBlock& block, const Tile&
     }
     row_bits[r] = bits;
   }
-}
-
-}  // namespace
-
-// ---- pack.h
-// Packing turns rows of the inputs into the layouts that the micro-GEMM reads.
-//
-// rows       [64][depth]        converted to `packed`, zero beyond the data      (A operand)
-// keys       [depth / PAIR][64] words, transposed: one block of K                (B of Q x K^T)
-// values     [64 / PAIR][DV]    words, neighbouring keys paired: one block of V  (B of P x V)
-
-namespace {
-
-// Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
-inline void pack_row(packed* out, const input* in, int dim, int padded) {
-  if constexpr (INPUT_IS_PACKED) {
-    std::memcpy(out, in, dim * sizeof(packed));
-  } else {
-    int d = 0;
-    for (; d + LANES <= dim; d += LANES) store(out + d, load(in + d, input_tag{}), packed_tag{});
-    if (d < dim) {
-      input tail[LANES] = {};
-      packed converted[LANES];
-      std::memcpy(tail, in + d, (dim - d) * sizeof(input));
-      store(converted, load(tail, input_tag{}), packed_tag{});
-      std::memcpy(out + d, converted, (dim - d) * sizeof(packed));
-    }
-  }
-  if (dim < padded) std::memset(out + dim, 0, (padded - dim) * sizeof(packed));
-}
-
-// Writes the first `dim` floats of a row as inputs. It reads whole vectors.
-inline void unpack_row(input* out, const float* row, int dim) {
-  int d = 0;
-  for (; d + LANES <= dim; d += LANES) store(out + d, load(row + d), input_tag{});
-  if (d < dim) {
-    input tail[LANES];
-    store(tail, load(row + d), input_tag{});
-    std::memcpy(out + d, tail, (dim - d) * sizeof(input));
-  }
-}
-
-// Transposes 64 packed rows of `depth` words to [depth, 64] words.
-inline void transpose_rows(word* out, const word* rows, int depth) {
-  int d = 0;
-  for (; d + LANES <= depth; d += LANES)
-    for (int r = 0; r < BLOCK; r += LANES)
-      transpose(out + d * BLOCK + r, BLOCK, rows + r * depth + d, depth);
-  for (; d < depth; ++d)
-    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
-}
-
-// Packs 64 rows of `dim` inputs as columns, `depth` words each. row(r) is row r of the input, or
-// null where there is none.
-template <int dim, int depth, typename Row>
-void pack_columns(word* out, packed* rows, const Row& row) {
-  for (int r = 0; r < BLOCK; ++r) {
-    const input* in = row(r);
-    if (in) pack_row(rows + r * depth * PAIR, in, dim, depth * PAIR);
-    else std::memset(rows + r * depth * PAIR, 0, depth * sizeof(word));
-  }
-  transpose_rows(out, reinterpret_cast<const word*>(rows), depth);
-}
-
-// Packs 64 rows of `dim` inputs as `width` words per row, or pair of rows, with row(r) as above.
-template <int dim, int width, typename Row>
-void pack_panel(word* out, packed* rows, const Row& row) {
-  for (int r = 0; r < BLOCK; ++r) {
-    packed* target = (USES_BF16 ? rows : reinterpret_cast<packed*>(out)) + r * width;
-    const input* in = row(r);
-    if (in) pack_row(target, in, dim, width);
-    else std::memset(target, 0, width * sizeof(packed));
-  }
-#if USES_BF16
-  for (int r = 0; r < BLOCK; r += 2)
-    for (int n = 0; n < width; n += LANES)
-      store_pairs(out + r / 2 * width + n, rows + r * width + n, rows + (r + 1) * width + n);
-#endif
-}
-
-// Packs one block of keys.
-template <typename Row>
-void pack_keys(word* out, packed* rows, const Row& row) {
-  pack_columns<HEAD_DIM, DEPTH>(out, rows, row);
-}
-
-// Packs one block of values.
-template <typename Row>
-void pack_values(word* out, packed* rows, const Row& row) {
-  pack_panel<VALUE_DIM, VALUE_WIDTH>(out, rows, row);
 }
 
 }  // namespace
@@ -1063,12 +1096,20 @@ void pack_block(const AttentionArguments& a, const PackedKeyValues& p, const Sha
   const int64_t slot = (b * a.kv_heads + g) * p.key_blocks + kb;
   const int64_t first = kb * BLOCK;
   const uint64_t valid = valid_keys(a, b, kb);
-  pack_scored_keys(
-      p.keys.get() + slot * KEY_WORDS, staging, shared.centre(b, g),
-      [&](int r) -> const input* { return valid >> r & 1 ? key.at(b, g, first + r) : nullptr; });
-  pack_weighted_values(p.values.get() + slot * VALUE_WORDS, staging, [&](int r) -> const input* {
-    return valid >> r & 1 ? value.at(b, g, first + r) : nullptr;
-  });
+  word* packed_keys = p.keys.get() + slot * KEY_WORDS;
+  if (!INT8_SCORES && ROWS_ARE_WORDS && first + BLOCK <= a.num_keys && a.key_row % PAIR == 0) {
+    transpose_rows(packed_keys, reinterpret_cast<const word*>(key.at(b, g, first)), DEPTH,
+                   a.key_row / PAIR);
+  } else {
+    pack_scored_keys(packed_keys, staging, shared.centre(b, g), [&](int r) -> const input* {
+      return valid >> r & 1 ? key.at(b, g, first + r) : nullptr;
+    });
+  }
+  if (kb >= p.in_place) {
+    pack_weighted_values(p.packed_values(a, b, g, kb), staging, [&](int r) -> const input* {
+      return valid >> r & 1 ? value.at(b, g, first + r) : nullptr;
+    });
+  }
   if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid;
 }
 
