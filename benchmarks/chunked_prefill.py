@@ -1,12 +1,13 @@
 """What a prompt in chunks costs and loses beside the same prompt at once.
 
-    python benchmarks/chunked_prefill.py --model smollm2 --length 10240 --chunk 2048
+    python benchmarks/chunked_prefill.py --model smollm2 --model gemma3 --chunk 512 --chunk 2048
 
-A packaged model reads a text three times over a cache: dense, sparse at once, and sparse in chunks.
-Its layers run as transformers runs them, but for their attention, which is `mpass.attend` with the
-default pattern, or torch's SDPA for the dense run. Prints the CPU seconds of all attentions (of one
-thread, so that other programs on the machine change little), and the loss of the text over the
-dense one, in nats per token.
+Packaged models read a text over a cache: dense, sparse at once, and sparse in chunks. Their layers
+run as transformers runs them, but for their attention, which is `mpass.attend` with the default
+pattern, or torch's SDPA for the dense run. Prints one table: the CPU seconds of all attentions (of
+one thread, so that other programs on the machine change little; the ways take turns, and the
+quickest run of each counts), their ratio to those of the whole prompt, and the loss of the text
+over the dense one, in nats per token. Attention with a sliding window is timed with the rest.
 """
 
 from __future__ import annotations
@@ -122,42 +123,60 @@ def whole_mask(model: Any) -> Any:
     return dict.fromkeys(kinds, None) if kinds and len(set(kinds)) > 1 else None
 
 
-def main() -> None:
-    """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--length", type=int, default=10240)
-    parser.add_argument("--chunk", type=int, default=2048)
-    parser.add_argument("--text", default="code")
-    parser.add_argument("--skip", type=int, default=0, help="tokens of the text to leave out")
-    parser.add_argument("--repeats", type=int, default=2, help="runs, of which the quickest counts")
-    parser.add_argument("--pattern", default="union")
-    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
-    parser.add_argument("--json", type=Path, help="add a line with the figures to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    model, tokenizer = load_model(arguments.model, dtype=DTYPES[arguments.dtype])
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What each way of reading the text costs and how it predicts, by the name of the way."""
+    model, tokenizer = load_model(name, dtype=DTYPES[arguments.dtype])
     text = find_text(arguments.text)
     tokens = load_tokens(text.read(), tokenizer, arguments.length, arguments.skip)
     warm = TimedAttention(arguments.pattern)
     read(model, tokens[:, : 2 * DEFAULT_MIN_SEQ_LEN], DEFAULT_MIN_SEQ_LEN, warm)  # builds kernels
     found = {"dense": read(model, tokens, arguments.length, TimedAttention(DENSE))}
+    ways = {"whole": arguments.length} | {f"chunks of {size}": size for size in arguments.chunk}
     for _ in range(arguments.repeats):
-        for name, chunk in (("whole", arguments.length), ("chunks", arguments.chunk)):
+        for way, chunk in ways.items():
             run = read(model, tokens, chunk, TimedAttention(arguments.pattern))
-            seconds = found.get(name, run)["attention_seconds"]
-            found[name] = run | {"attention_seconds": min(seconds, run["attention_seconds"])}
-    for name, run in found.items():
-        lost = run["nats_per_token"] - found["dense"]["nats_per_token"]
-        seconds = run["attention_seconds"]
-        print(f"{name:8} {seconds:8.1f} CPU s of attention, {lost:+.4f} nats per token")
-    ratio = found["chunks"]["attention_seconds"] / found["whole"]["attention_seconds"]
-    print(f"chunks of {arguments.chunk} cost {ratio:.2f} of the whole prompt of {arguments.length}")
-    if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items() if name != "json"}
-        with arguments.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**settings, **found}) + "\n")
+            seconds = found.get(way, run)["attention_seconds"]
+            found[way] = run | {"attention_seconds": min(seconds, run["attention_seconds"])}
+    return found
+
+
+def rows(name: str, found: dict[str, dict[str, float]]) -> list[str]:
+    """The rows of a model in the table."""
+    whole, dense = found["whole"]["attention_seconds"], found["dense"]["nats_per_token"]
+    lines = []
+    for way, run in found.items():
+        seconds, lost = run["attention_seconds"], run["nats_per_token"] - dense
+        told = f"{lost:+.4f}" if way != DENSE else ""
+        lines.append(f"| {name} | {way} | {seconds:.2f} | {seconds / whole:.2f} | {told} |")
+    return lines
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", help="smollm2 and gemma3 if not given")
+    parser.add_argument("--length", type=int, default=10240)
+    parser.add_argument("--chunk", type=int, action="append", help="512 and 2048 if not given")
+    parser.add_argument("--text", default="code")
+    parser.add_argument("--skip", type=int, default=0, help="tokens of the text to leave out")
+    parser.add_argument("--repeats", type=int, default=2, help="runs, of which the quickest counts")
+    parser.add_argument("--pattern", default="union")
+    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
+    parser.add_argument("--json", type=Path, help="add a line per model to this file")
+    arguments = parser.parse_args()
+    arguments.chunk = arguments.chunk or [512, 2048]
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    print("| model | prompt | CPU s of attention | of the whole prompt's | nats per token |")
+    print("|---|---|---|---|---|")
+    for name in arguments.model or ["smollm2", "gemma3"]:
+        found = measure(name, arguments)
+        print("\n".join(rows(name, found)), flush=True)
+        if arguments.json:
+            kept = {"length", "text", "skip", "repeats", "pattern", "dtype"}
+            settings = {key: value for key, value in vars(arguments).items() if key in kept}
+            with arguments.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"model": name, **settings, **found}) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
     mpass coverage --kind causal --kind image-text --kind encoder-decoder --scenario no_cache \
         -o benchmarks/results/classes.jsonl
+    mpass coverage --kind causal --scenario no_cache_left --scenario dynamic_chunk \
+        --scenario static_prefill --scenario static_chunk --scenario turns \
+        -o benchmarks/results/classes_scenarios.jsonl
     python benchmarks/class_page.py
 """
 
@@ -15,6 +18,8 @@ from mpass.story.remedies import remedy_of
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "classes.jsonl"
+SCENARIOS = ROOT / "benchmarks" / "results" / "classes_scenarios.jsonl"
+"""Runs of as many classes as there was time for, in the other scenarios."""
 PAGE = ROOT / "docs" / "appendix" / "classes.md"
 
 HEAD = """# Every class of transformers
@@ -95,6 +100,45 @@ def classes(records: list[ClassRecord]) -> list[str]:
     return lines
 
 
+def scenarios(records: list[ClassRecord], plain: list[ClassRecord]) -> list[str]:
+    """The table of other scenarios, and what is dense in them but not without a cache."""
+    known = {record.name: record for record in plain}
+    by_scenario: dict[str, list[ClassRecord]] = {}
+    for record in records:
+        if record.scenario and not record.not_run:
+            by_scenario.setdefault(record.scenario, []).append(record)
+    lines = [
+        "| scenario | classes | attentions | sparse | share | differ from eager |",
+        "|---|---|---|---|---|---|",
+    ]
+    more: Counter[str] = Counter()
+    names: dict[str, set[str]] = {}
+    for scenario, those in by_scenario.items():
+        attentions = sum(max(r.attentions, r.sites) for r in those)
+        sparse = sum(r.sparse for r in those)
+        differ = ", ".join(sorted(r.name for r in those if not r.equal)) or "0"
+        share = f"{sparse / max(1, attentions):.1%}"
+        lines.append(
+            f"| {scenario} | {len(those)} | {attentions} | {sparse} | {share} | {differ} |"
+        )
+        for record in those:
+            before = {kind_of_reason(reason) for reason in known[record.name].dense}
+            for reason, count in record.dense.items():
+                kind = kind_of_reason(reason)
+                if kind not in before:
+                    more[kind] += count
+                    names.setdefault(kind, set()).add(f"{record.model_type} ({scenario})")
+    lines += [
+        "\nReasons to stay dense that these classes do not have without a cache:\n",
+        "| attentions | reason | what to do | classes |",
+        "|---|---|---|---|",
+    ]
+    for reason, count in more.most_common():
+        told = ", ".join(sorted(names[reason]))
+        lines.append(f"| {count} | {cell(reason)} | {cell(remedy_of(reason))} | {told} |")
+    return lines
+
+
 def main() -> None:
     """Write the page."""
     import transformers
@@ -113,7 +157,14 @@ def main() -> None:
         f"\nClasses of which fewer attentions were found than ran: {', '.join(missed)}. "
         "Where Dynamo breaks the graph in every layer, as at a router that counts its tokens, one "
         "graph serves all layers that it fits, and its attention is counted for each that ran.\n",
-        "## Classes\n",
+        "## Other scenarios\n",
+        "As many causal classes as there was time for also ran padded on the left "
+        "(`no_cache_left`), into a static cache (`static_prefill`), in the second part of a prompt "
+        "over both caches (`dynamic_chunk`, `static_chunk`), and in `turns`: a prompt in two parts "
+        "and a second question "
+        "([the records](../../benchmarks/results/classes_scenarios.jsonl)).\n",
+        *scenarios(read_records(SCENARIOS), records),
+        "\n## Classes\n",
         *classes(records),
     ]
     PAGE.write_text("\n".join(text) + "\n", encoding="utf-8")

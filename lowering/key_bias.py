@@ -24,11 +24,9 @@ PARTS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 3, torch.float16: 3
 CHANNELS = 8
 """Head dims are widened by a multiple of this."""
 
-ABSORBING = {torch.float16: -6e4}
-"""A number this low plus a score is that number: 2^29 has 64 as its next step in fp32."""
-
-LOWEST = -(2.0**29)
-"""The same in fp32 and bf16."""
+ABSORBING = -(2.0**29)
+"""A number this low plus a score is that number in fp32, in which attention is computed: of 2^29
+the next step is 64."""
 
 LARGEST = {torch.float16: 3e4}
 """The largest number that a channel may hold, where infinity is near."""
@@ -114,17 +112,17 @@ def with_key_bias_op(
     if shifted:
         best = rows.amax(-1, keepdim=True)
         rows = rows - best
-        query = without_hidden(query, best, ABSORBING.get(bias.dtype, LOWEST))
+        query = without_hidden(query, best)
     return with_key_bias(query, key, rows.expand(*rows.shape[:2], key.shape[2]), scale)
 
 
-def without_hidden(query: Tensor, best: Tensor, lowest: float) -> Tensor:
+def without_hidden(query: Tensor, best: Tensor) -> Tensor:
     """The query [B, H, Nq, D] with zeros where a number hides every key of a batch row and head.
 
-    best: [B or 1, H, Hk or 1, 1], the largest numbers; lowest: what rounds a score off. The scores
-    of such a row are all that number, and its weights are alike whatever the query is.
+    best: [B or 1, H, Hk or 1, 1], the largest numbers. Scores of such a row are all that number,
+    and its weights are alike whatever the query is.
     """
-    hidden = (best <= lowest)[..., None]
+    hidden = (best <= ABSORBING)[..., None]
     if hidden.device.type == "cpu" and not bool(hidden.any()):
         return query
     if hidden.shape[1] not in (1, query.shape[1]):

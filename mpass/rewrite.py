@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import mpass.lowering.dynamic_mask  # noqa: F401  (defines minference::dynamic_mask_attention)
 from mpass.failures import contain
 from mpass.graph.dead_code import remove_dead
+from mpass.graph.fill_nodes import insert_fills
 from mpass.graph.layout_nodes import insert_dimensions, insert_layout
 from mpass.graph.layouts import difference, is_rearranged, layout_order, same_layout
 from mpass.graph.lengths import as_argument
@@ -141,7 +142,8 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
     if mask is None:
         raise AssertionError(f"site {site.path or site.output.name} was planned without a mask")
     with graph.inserting_before(site.output):
-        site = insert_bias(graph, insert_casts(graph, site))
+        plain = insert_casts(graph, site)
+        site = insert_bias(graph, plain)
         plan = dataclasses.replace(plan, site=site)
         key, value, key_mask = insert_keys(graph, site, mask)
         offset = as_argument(graph, mask.query_offset)
@@ -169,9 +171,8 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
             results, output = output, graph.call_function(operator.getitem, (output, 0))
             copy_meta(site.output, results)
         created = [output, *insert_check(graph, site, output, visible)]
-        if mask.mean_of_hidden and sinks is None:  # a sink takes the whole weight of such a row
-            fill = torch.ops.minference.fill_rows_without_keys.default
-            created.append(graph.call_function(fill, (output, site.value, key_mask)))
+        if sinks is None:  # a sink takes the whole weight of a row without keys
+            created += insert_fills(graph, plain, mask, output, key_mask, offset)
         output = insert_dimensions(graph, site, output)
         created.append(output)
     for node in created:
@@ -210,9 +211,10 @@ def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
 
 
 def guarded_by(plan: AttentionPlan) -> dict[str, fx.node.Argument]:
-    """The last arguments of an attention that is dense where it should be; others do without."""
+    """The last arguments of an attention: when it is dense, and its numbers; others do without."""
     guards: dict[str, fx.node.Argument] = {"causal_only": True} if plan.causal_only else {}
-    return guards | ({"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {})
+    guards |= {"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {}
+    return guards | ({"int8": True} if plan.int8 else {})
 
 
 def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Node:

@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T", CostConstants, EstimatorConstants, LinearConstants)
 
-VERSION = 6
+VERSION = 7
 """Of the measurement and of the file; files of another version are replaced."""
 
 REMEASURE = "MPASS_REMEASURE"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,7 +56,7 @@ def coverage(
 
     One line each: attentions found and made sparse, reasons of the rest, graphs, breaks, largest
     difference. Ends with status 1 if any output differs by more than 1e-4 or any run fails.
-    With --kind, the file is one line of JSON per run, and classes that it has are left out.
+    With --kind, the file is one line of JSON per run, and runs that it has are left out.
     """
     check_output(output)
     if kind is not None:
@@ -106,7 +106,7 @@ def run_classes(
     """Run classes of transformers' mappings, or libraries; go on where a file of records ends."""
     from mpass.evaluate.classes import append, cover_classes, line, read_records, summarise
     from mpass.evaluate.libraries import KIND, cover_libraries
-    from mpass.models.classes import CALL, KINDS, LONG, PLAIN, ModelClass, model_classes
+    from mpass.models.classes import CALL, KINDS, LONG, MAPPINGS, PLAIN, ModelClass, model_classes
     from mpass.models.libraries import LIBRARIES
 
     for name in set(kinds) - {*KINDS, KIND}:
@@ -122,20 +122,26 @@ def run_classes(
     first, step = part_of(part)
     entries = [e for e in entries if not model_types or e.model_type in model_types][first::step]
 
-    def covered(entry: ModelClass) -> Iterator[ClassRecord]:
+    def covered(entry: ModelClass, have: Collection[str]) -> Iterator[ClassRecord]:
         if entry.kind == KIND:
             return cover_libraries([libraries[entry.model_type]])
-        return cover_classes([entry], scenarios)
+        if entry.kind not in MAPPINGS:
+            return cover_classes([entry], scenarios)
+        return cover_classes([entry], [name for name in wanted if name not in have])
 
     quiet = as_json or output == STANDARD_OUTPUT
     file = None if output == STANDARD_OUTPUT else output
     records = read_records(file) if file is not None else []
-    done = {record.name for record in records}
+    done: dict[str, set[str]] = {}
+    for record in records:
+        done.setdefault(record.name, set()).add(record.scenario)
+    wanted = scenarios or list(PLAIN)
     for entry in entries:
-        if entry.name in done:
+        have = done.get(entry.name, set())
+        if have and not (entry.kind in MAPPINGS and "" not in have and set(wanted) - have):
             continue
         own = []
-        for record in covered(entry):
+        for record in covered(entry, have):
             typer.echo(line(record), err=quiet)
             own.append(record)
         records += own

@@ -67,7 +67,7 @@ def widen_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
 
     Returns a sentence for the report if there are any.
     """
-    if foreign_pass():
+    if foreign_pass() or not any(map(pays_in_fp32, gm.graph.nodes)):
         return ()
     done, total, _ = change_products(gm, torch.ops.minference.linear_in_fp32.default, slow_in_fp32)
     if not done:
@@ -136,6 +136,14 @@ def because(kept: Counter[str]) -> str:
     """Why layers keep their products, in brackets; "" if none does."""
     why = "; ".join(f"{count} not: {reason}" for reason, count in kept.most_common())
     return f" ({why})" if why else ""
+
+
+def pays_in_fp32(node: fx.Node) -> bool:
+    """Whether a node is a linear layer of a dtype that this processor multiplies faster in fp32."""
+    if not is_linear(node) or few_rows(node):
+        return False
+    weight = example(bind(node)["weight"])
+    return not slow_in_fp32(weight.dtype, weight.device)
 
 
 def foreign_pass() -> bool:

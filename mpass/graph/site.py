@@ -63,6 +63,17 @@ class KeptKeys:
 
 
 @dataclass(frozen=True)
+class HiddenAhead:
+    """How causality hides keys ahead of a query by a finite number, beside a bias per key.
+
+    how: one of the words of lowering/rows_before_keys.py.
+    """
+
+    number: float
+    how: str
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One matched attention. Nodes are those of the captured graph.
 
@@ -81,6 +92,8 @@ class AttentionSite:
     [B or 1, H or 1, 1, Nk], or with fewer dimensions as lowering/key_bias.py reads them; times
     bias_factor. None for none.
     kept: which keys each query keeps of those that the mask lets it see; None for all.
+    ahead: what keys ahead of a query get, where that matters: rows whose bias hides every key that
+    they see are then computed as eager attention does.
     rows: how many queries there are, where it is not known that the query is [B, H, Nq, D].
     """
 
@@ -106,6 +119,7 @@ class AttentionSite:
     key_bias: fx.Node | None = None
     bias_factor: float = 1.0
     kept: KeptKeys | None = None
+    ahead: HiddenAhead | None = None
     rows: Length | None = None
 
     @property

@@ -44,7 +44,14 @@ from mpass.masks.rules.arithmetic import ARITHMETIC_RULES
 from mpass.masks.rules.indexing import INDEX_RULES
 from mpass.masks.rules.values import VALUE_RULES
 from mpass.masks.rules.views import SHAPE_RULES
-from mpass.masks.scores import PROBES, HiddenRows, hidden_rows, scaled, seen_scores
+from mpass.masks.scores import (
+    PROBES,
+    HiddenRows,
+    hidden_numbers,
+    hidden_rows,
+    scaled,
+    seen_scores,
+)
 from mpass.masks.unproven import describe, explain_added
 from mpass.masks.windows import window_both_ways, window_size
 
@@ -53,11 +60,16 @@ RULES = {**VALUE_RULES, **ARITHMETIC_RULES, **INDEX_RULES, **SHAPE_RULES}
 
 @dataclass(frozen=True)
 class MaskProof:
-    """What a mask was proven to mean, or why it was not; the condition that it was read as."""
+    """What a mask was proven to mean, or why it was not; the condition that it was read as.
+
+    hidden: the numbers that hide keys; replaced: whether they take the place of scores.
+    """
 
     meaning: MaskMeaning | None
     reason: str = ""
     condition: Expr | None = None
+    hidden: frozenset[Expr] = frozenset()
+    replaced: bool = False
 
 
 class MaskProver:
@@ -139,7 +151,9 @@ class MaskProver:
         memo = (condition, sizes)
         if memo not in self._memo:
             self._memo[memo] = self.prove_condition(condition, sizes, key, at)
-        return rows_without_keys(self._memo[memo], hidden_rows(*values))
+        proof = rows_without_keys(self._memo[memo], hidden_rows(*values))
+        hidden, of_one = map(hidden_numbers, values)
+        return dataclasses.replace(proof, hidden=frozenset(hidden), replaced=hidden == of_one)
 
     def unread_step(self, op: fx.Node, carried: fx.Node, reason: str) -> str:
         """Why what an op does to scores is not understood: what is added may itself say it."""

@@ -19,6 +19,7 @@ from mpass.graph.arguments import bind, place_of
 from mpass.graph.dead_code import is_unread
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite
+from mpass.lowering.rows_before_keys import REPLACED, REPLACED_FIRST
 from mpass.masks.expressions import axis
 from mpass.masks.prover import MaskProof, MaskProver
 from mpass.match.added_masks import added_mask
@@ -29,6 +30,8 @@ from mpass.match.common import (
     shape_reason,
 )
 from mpass.match.eager_scores import (
+    MASKS,
+    MAX_STEPS,
     Chain,
     Scores,
     fold_of,
@@ -51,6 +54,7 @@ from mpass.match.key_bias import (
     KeyBias,
     added,
     first_row,
+    hidden_ahead,
     split_bias,
     with_words,
 )
@@ -67,6 +71,8 @@ NO_PRODUCTS = (
 )
 
 FROM_THE_RIGHT = "the weights are the right factor of their product, which sums over queries"
+
+MIXED = "scores are mixed with what {} makes of them, as of other heads"
 
 NO_KEYS = "rows that see no key have a bias per key: hide keys by -inf, not a number"
 
@@ -138,6 +144,7 @@ def build_site(
         mask_tensor=None if reason else added_mask(steps, query, key, chain.softmax, prover),
         key_bias=None if bias is None else first_row(bias.node, chain.softmax),
         bias_factor=1.0 if bias is None else bias.factor,
+        ahead=None if bias is None else bias.ahead,
         output_transposed=second.output_transposed,
         output_folded=len(shape_of(output)) == 3,
         dtype=example(product).dtype,
@@ -160,6 +167,9 @@ def prove_masks(
 
     bias, steps = scores.bias, scores.masks
     proof = prove(steps)
+    ahead = (
+        hidden_ahead(proof, steps, REPLACED) if bias is not None and not scores.factors else None
+    )
     if proof.meaning is None:
         others, biases = split_bias(steps, prover)
         if biases and scores.softcap > 0:
@@ -169,12 +179,21 @@ def prove_masks(
         if biases:
             node = added(*biases[0])
             assert node is not None
-            bias, steps, proof = KeyBias(node), others, prove(others)
+            bias, proof = KeyBias(node), prove(others)
+            place = REPLACED if is_first(biases[0], steps) else REPLACED_FIRST
+            ahead = hidden_ahead(proof, others, place)
+            steps = others
     if bias is not None and proof.meaning is not None:
         if proof.meaning.mean_of_hidden:
             return MaskProof(None, NO_KEYS), None, steps
         proof = dataclasses.replace(proof, meaning=with_words(proof.meaning))
+        bias = dataclasses.replace(bias, ahead=ahead)
     return proof, bias, steps
+
+
+def is_first(step: tuple[fx.Node, fx.Node], steps: Sequence[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether a step comes before those that hide keys."""
+    return next(op for op, _ in steps if op_name(op) in MASKS) is step[0]
 
 
 def bound_operands(
@@ -292,9 +311,22 @@ def other_readers(chain: Chain, own: frozenset[fx.Node]) -> str:
         for user in node.users:
             if user in known or is_unread(user):
                 continue
-            if not (reads_no_values(user, node) and known.issuperset(user.users)):
-                return f"attention scores are also read by {user.name}"
+            if reads_no_values(user, node) and known.issuperset(user.users):
+                continue
+            if leads_to(user, chain.path):
+                return MIXED.format(op_name(user))
+            return f"attention scores are also read by {user.name}"
     return ""
+
+
+def leads_to(node: fx.Node, path: set[fx.Node]) -> bool:
+    """Whether what an op makes comes back to the scores, a few ops later."""
+    level = {node}
+    for _ in range(MAX_STEPS):
+        level = {user for item in level for user in item.users}
+        if level & path:
+            return True
+    return False
 
 
 def reads_no_values(op: fx.Node, given: fx.Node) -> bool:

@@ -16,13 +16,19 @@ from torch import fx
 
 from mpass.graph.arguments import argument, subject, tensor_arguments
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
-from mpass.graph.site import KeptKeys, Length, MaskMeaning
+from mpass.graph.site import HiddenAhead, KeptKeys, Length, MaskMeaning
 from mpass.graph.sizes import agree
+from mpass.lowering.rows_before_keys import ADDED
 from mpass.masks.conjuncts import visible
 from mpass.masks.expressions import NotUnderstood, axis
-from mpass.masks.prover import MaskProver
+from mpass.masks.prover import MaskProof, MaskProver
 from mpass.masks.scores import ROUNDS_SCORES_OFF, hidden_numbers
 from mpass.match.common import FLOATS, constant_number, new_node
+
+NO_CHANGES = frozenset(
+    "to type to_copy type_as float view reshape unsafe_view flatten unflatten contiguous".split()
+)
+"""Ops that leave scores as they are."""
 
 TWO_BIASES = "two biases are added to the scores: add them to each other first"
 CAPPED_BIAS = "a bias, or what is not known to be a mask, is added to scores that have a softcap"
@@ -34,10 +40,11 @@ NOT_PER_KEY = (
 
 @dataclass(frozen=True)
 class KeyBias:
-    """A bias per key: its node, and the number that it is multiplied by."""
+    """A bias per key: its node, the number that it is multiplied by, and what keys ahead get."""
 
     node: fx.Node
     factor: float = 1.0
+    ahead: HiddenAhead | None = None
 
 
 def is_key_bias(bias: object, scores: Sequence[Length], prover: MaskProver) -> bool:
@@ -135,6 +142,30 @@ def bias_of_product(product: fx.Node, prover: MaskProver) -> tuple[KeyBias | Non
     if beta is not None and is_key_bias(bias, shape_of(product), prover):
         return KeyBias(bias, beta), ""
     return None, NOT_PER_KEY
+
+
+def hidden_ahead(
+    proof: MaskProof, steps: Sequence[tuple[fx.Node, fx.Node]], replacing: str
+) -> HiddenAhead | None:
+    """What keys ahead of a query get, where one step hides them by a finite number.
+
+    steps: what is done to scores beside the bias. replacing: what it is that the number takes the
+    place of, where it is not added.
+    """
+    meaning = proof.meaning
+    if meaning is None or len(proof.hidden) != 1 or not is_prefix(meaning):
+        return None
+    if len([op for op, _ in steps if op_name(op) not in NO_CHANGES]) != 1:
+        return None
+    (number,) = proof.hidden
+    if not number.is_finite:
+        return None
+    return HiddenAhead(float(number), replacing if proof.replaced else ADDED)
+
+
+def is_prefix(meaning: MaskMeaning) -> bool:
+    """Whether a query sees all keys up to its own position."""
+    return meaning.causal and not meaning.window and meaning.key_mask is None
 
 
 def with_choice(meaning: MaskMeaning, kept: KeptKeys | None) -> MaskMeaning:

@@ -13,11 +13,12 @@ from torch import fx
 
 from mpass.graph.arguments import bind, tensor_arguments
 from mpass.graph.nodes import example, op_name, shape_of
-from mpass.graph.site import KeptKeys, MaskMeaning
+from mpass.graph.site import HiddenAhead, KeptKeys, MaskMeaning
+from mpass.lowering.rows_before_keys import NOT_BIASED
 from mpass.masks.conjuncts import visible
 from mpass.masks.prover import MaskProver
 from mpass.match.eager_scores import CASTS
-from mpass.match.key_bias import is_key_bias
+from mpass.match.key_bias import hidden_ahead, is_key_bias
 from mpass.match.repeat_kv import original
 from mpass.match.top_keys import kept_keys
 
@@ -26,11 +27,13 @@ MAX_STEPS = 8
 
 @dataclass(frozen=True)
 class MaskedBias:
-    """A bias per key, what the mask around it means, and which of the keys are kept."""
+    """A bias per key, what the mask around it means, which of the keys are kept, and what others
+    ahead of a query get."""
 
     node: fx.Node
     meaning: MaskMeaning
     best: KeptKeys | None = None
+    ahead: HiddenAhead | None = None
 
 
 def bias_behind(
@@ -80,13 +83,14 @@ def proven_bias(
 
     The keys that are best in each prefix say it all where a query sees a prefix, and padding.
     """
-    meaning = prover.prove_steps(steps, query, key, at).meaning
+    proof = prover.prove_steps(steps, query, key, at)
+    meaning = proof.meaning
     if meaning is None or meaning.mean_of_hidden:
         return None
     prefix = meaning.causal and not meaning.window and meaning.valid_keys is None
     if best is not None and not (prefix and len(shape_of(bias)) == 4):
         return None
-    return MaskedBias(bias, meaning, best)
+    return MaskedBias(bias, meaning, best, hidden_ahead(proof, steps, NOT_BIASED))
 
 
 def biased_argument(op: fx.Node, prover: MaskProver) -> fx.Node | None:

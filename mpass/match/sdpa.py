@@ -84,12 +84,13 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     if not reason and leading is None:
         key, value = original_pair(key, value, node, node, prover)
     mask, unproven = mask_of(node, call, prover, leading)
-    bias = kept = None
+    bias = kept = ahead = None
     if not reason and mask is None and leading is None and call.is_causal is False:
         found = bias_behind(call.attn_mask, call.query, key, node, prover)
         if found is not None:
             bias, mask, unproven = first_row(found.node, node), with_words(found.meaning), ""
             mask, kept = with_choice(mask, found.best), found.best
+            ahead = found.ahead
     mask_tensor = None
     if (
         not reason
@@ -109,6 +110,7 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         mask_tensor=mask_tensor,
         key_bias=bias,
         kept=kept,
+        ahead=ahead,
         dense_reason=reason,
         output_folded=leading is not None,
         dtype=example(node).dtype,

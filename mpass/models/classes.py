@@ -33,7 +33,7 @@ BY_HAND: dict[str, Callable[[int], Mapping[str, DiffusionModel | Encoder]]] = {
 Tables by a short name, for a factor of the sides of pictures."""
 
 CALL, LONG = "call", "long"
-"""Scenarios of these kinds: full budgets; and, of 2048 tokens and more, default options too."""
+"""Scenarios of these kinds: with full budgets; with default options at 2048 tokens and more."""
 
 KINDS = (*MAPPINGS, *BY_HAND)
 """Every kind of class."""
@@ -74,6 +74,14 @@ class ModelClass:
 
 def model_classes(kinds: tuple[str, ...] = tuple(MAPPINGS)) -> list[ModelClass]:
     """All entries of the mappings, in their order, and those made by hand if asked for."""
+    by_hand = [
+        ModelClass(kind, name, model.architecture)
+        for kind in kinds
+        if kind in BY_HAND
+        for name, model in BY_HAND[kind](1).items()
+    ]
+    if not set(kinds) & set(MAPPINGS):
+        return by_hand
     from transformers.models.auto import modeling_auto
 
     return [
@@ -81,12 +89,7 @@ def model_classes(kinds: tuple[str, ...] = tuple(MAPPINGS)) -> list[ModelClass]:
         for kind in kinds
         if kind in MAPPINGS
         for model_type, names in getattr(modeling_auto, MAPPINGS[kind]).items()
-    ] + [
-        ModelClass(kind, name, model.architecture)
-        for kind in kinds
-        if kind in BY_HAND
-        for name, model in BY_HAND[kind](1).items()
-    ]
+    ] + by_hand
 
 
 def tiny_config(entry: ModelClass) -> Any:

@@ -129,6 +129,10 @@ def test_a_run_goes_on_where_its_file_ends(tmp_path):
     assert record.equal and record.sparse == record.attentions == 2
     again = CliRunner().invoke(app, [*options, "--output", str(output)])
     assert again.exit_code == 0 and len(read_records(output)) == 1
+    options[-1] = "no_cache_left"
+    more = CliRunner().invoke(app, [*options, "--output", str(output)])
+    assert more.exit_code == 0, more.output
+    assert [r.scenario for r in read_records(output)] == ["no_cache", "no_cache_left"]
 
 
 def test_records_are_summed_up(tmp_path):

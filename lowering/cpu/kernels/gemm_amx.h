@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int ROW_STEP = 64, COLUMN_STEP = 32;   // rows come in whole query blocks
+constexpr int COLUMNS_AT_ONCE = COLUMN_STEP;     // so many cost no more than one
 constexpr int FEW_ROWS = 32, FEW_ROW_STEP = 32;  // of a product of few rows
 
 struct TileConfig {

@@ -14,6 +14,8 @@ constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
 // products of bf16 pairs gain nothing by it.
 constexpr int VECTORS = LANES == 8 ? 2 : USES_BF16 ? 4 : 3;
 constexpr int ROWS = VECTORS == 3 ? 8 : 6;
+// So many columns of B cost little more than a vector of them.
+constexpr int COLUMNS_AT_ONCE = VECTORS * LANES;
 constexpr int FEW_ROWS = 12, FEW_ROW_STEP = 2;  // of a product of few rows
 
 struct TileScope {};

@@ -4,6 +4,9 @@
 // j  key position     q  one of the last QUERIES queries
 // first_row  row of the first one, negative where the prompt has fewer
 //
+// The query heads of a kv head may look together: their queries stand side by side, and a block of
+// keys is read once for all.
+//
 // Scores are taken transposed, a row of QUERIES per key: keys need no packing, and the softmax runs
 // down the rows without horizontal sums. The exponentials of a block of keys are relative to that
 // block's own greatest score per query, so that every score is computed and exponentiated once.
@@ -25,7 +28,16 @@ static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLO
 
 // Floats per row of a tile of scores. Products come in whole column steps.
 template <int QUERIES>
-constexpr int SCORE_WIDTH = QUERIES < COLUMN_STEP ? COLUMN_STEP : QUERIES;
+constexpr int SCORE_WIDTH = (QUERIES + COLUMN_STEP - 1) / COLUMN_STEP * COLUMN_STEP;
+
+// Repeats the low `count` bits, those of one head, for each of HEADS heads.
+template <int HEADS>
+inline uint64_t for_each_head(uint64_t bits, int count) {
+  if (HEADS == 1) return bits;
+  uint64_t all = 0;
+  for (int head = 0; head < HEADS; ++head) all |= (bits & low_bits(count)) << head * count;
+  return all;
+}
 
 // Packs queries as a B operand, [DEPTH, BLOCK] words. row(q) is row q of the input, or null. The
 // products are to be multiplied with exponent_of_product(): the sign of the scale is in them.
@@ -50,16 +62,15 @@ inline vec exponent_of_product(const EstimateArguments& a) {
   return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
 }
 
-// Multiplies the keys of one block with the last queries, [BLOCK, SCORE_WIDTH]. Where the mask
-// hides a key the product is -inf.
-template <int QUERIES = LAST_QUERIES>
+// Multiplies the keys of one block with the last queries of each of HEADS heads, [BLOCK,
+// SCORE_WIDTH]. Where the mask hides a key the product is -inf.
+template <int QUERIES = LAST_QUERIES, int HEADS = 1>
 void score_block(const EstimateArguments& a, const word* queries, packed* staging,
                  const TensorView& key, int64_t b, int64_t kv_head, int64_t first,
                  int64_t first_row, float* scores) {
-  constexpr int WIDTH = SCORE_WIDTH<QUERIES>;
+  constexpr int WIDTH = SCORE_WIDTH<QUERIES * HEADS>;
   const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
-  const bool in_place =
-      INPUT_IS_PACKED && HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
+  const bool in_place = ROWS_ARE_WORDS && count == BLOCK && a.key_row % PAIR == 0;
   const word* rows = reinterpret_cast<const word*>(staging);
   int stride = DEPTH;
   if (in_place) {
@@ -85,8 +96,10 @@ void score_block(const EstimateArguments& a, const word* queries, packed* stagin
     if (a.causal) visible &= ~low_bits(j - position);
     if (a.window > 0) visible &= low_bits(j + a.window - position);
     if (visible == ~uint64_t(0)) continue;
+    visible = for_each_head<HEADS>(visible, QUERIES);
     float* row = scores + r * WIDTH;
-    for (int n = 0; n < QUERIES; n += LANES) store(row + n, keep(visible >> n, load(row + n)));
+    for (int n = 0; n < QUERIES * HEADS; n += LANES)
+      store(row + n, keep(visible >> n, load(row + n)));
   }
 }
 

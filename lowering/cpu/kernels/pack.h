@@ -11,6 +11,9 @@
 
 namespace {
 
+// Whether a row of keys is words of a packed row as it lies in memory.
+constexpr bool ROWS_ARE_WORDS = INPUT_IS_PACKED && HEAD_DIM == DEPTH * PAIR;
+
 // Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if constexpr (INPUT_IS_PACKED) {
@@ -40,14 +43,18 @@ inline void unpack_row(input* out, const float* row, int dim) {
   }
 }
 
-// Transposes 64 packed rows of `depth` words to [depth, 64] words.
-inline void transpose_rows(word* out, const word* rows, int depth) {
+// Transposes 64 packed rows of `depth` words, `stride` words apart, to [depth, 64] words.
+inline void transpose_rows(word* out, const word* rows, int depth, int64_t stride) {
   int d = 0;
   for (; d + LANES <= depth; d += LANES)
     for (int r = 0; r < BLOCK; r += LANES)
-      transpose(out + d * BLOCK + r, BLOCK, rows + r * depth + d, depth);
+      transpose(out + d * BLOCK + r, BLOCK, rows + r * stride + d, static_cast<int>(stride));
   for (; d < depth; ++d)
-    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
+    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * stride + d];
+}
+
+inline void transpose_rows(word* out, const word* rows, int depth) {
+  transpose_rows(out, rows, depth, depth);
 }
 
 // Packs 64 rows of `dim` inputs as columns, `depth` words each. row(r) is row r of the input, or

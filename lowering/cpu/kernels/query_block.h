@@ -13,9 +13,17 @@
 
 namespace {
 
+// Whether the rows of V are a packed panel as they lie in memory, as those of a cache in fp32 are.
+// Chunks of a prompt would pack all values that are cached again and again.
+inline bool values_lie_packed(const AttentionArguments& a) {
+  return !HALF_VALUES && INPUT_IS_PACKED && PAIR == 1 && VALUE_DIM == VALUE_WIDTH &&
+      a.value_row == VALUE_WIDTH;
+}
+
 // K and V of the whole call, packed, and what the attention mask says of each key block.
 struct PackedKeyValues {
   int64_t key_blocks, chunks;  // chunks: of 64 columns, per head
+  int64_t in_place;            // blocks of V of each kv head that are read where they are
   Buffer<word> keys, values, column_keys, column_values;
   Buffer<uint64_t> valid;  // [B, key_blocks], a bit per key: it exists and is no padding
 
@@ -23,11 +31,24 @@ struct PackedKeyValues {
   explicit PackedKeyValues(const AttentionArguments& a, bool packs = true)
       : key_blocks((a.num_keys + BLOCK - 1) / BLOCK),
         chunks((a.longest_columns + BLOCK - 1) / BLOCK),
+        in_place(values_lie_packed(a) ? a.num_keys / BLOCK : 0),
         keys(packs * a.batch * a.kv_heads * key_blocks * KEY_WORDS),
-        values(packs * a.batch * a.kv_heads * key_blocks * VALUE_WORDS),
+        values(packs * a.batch * a.kv_heads * (key_blocks - in_place) * VALUE_WORDS),
         column_keys(packs * a.batch * a.heads * chunks * KEY_WORDS),
         column_values(packs * a.batch * a.heads * chunks * VALUE_WORDS),
         valid(a.batch * key_blocks) {}
+
+  // Where the packed values of a block are that is not read in place.
+  word* packed_values(const AttentionArguments& a, int64_t b, int64_t kv_head, int64_t kb) const {
+    const int64_t slot = (b * a.kv_heads + kv_head) * (key_blocks - in_place) + kb - in_place;
+    return values.get() + slot * VALUE_WORDS;
+  }
+  const word* values_of(const AttentionArguments& a, int64_t b, int64_t kv_head, int64_t kb) const {
+    if (kb >= in_place) return packed_values(a, b, kv_head, kb);
+    const TensorView value{static_cast<const input*>(a.value), a.value_batch, a.value_head,
+                           a.value_row};
+    return reinterpret_cast<const word*>(value.at(b, kv_head, kb * BLOCK));
+  }
 };
 
 // A tile is 64 keys: a key block, or 64 vertical columns that were gathered.
@@ -81,7 +102,7 @@ void list_block(const AttentionArguments& a, const PackedKeyValues& in, QueryBlo
   if (a.causal) bounds.first = static_cast<int>(std::min<int64_t>(first - low + 1, BLOCK));
   const int64_t kv_head = block.h / (a.heads / a.kv_heads);
   const int64_t slot = (block.b * a.kv_heads + kv_head) * in.key_blocks + kb;
-  block.tiles.push_back({in.keys.get() + slot * KEY_WORDS, in.values.get() + slot * VALUE_WORDS,
+  block.tiles.push_back({in.keys.get() + slot * KEY_WORDS, in.values_of(a, block.b, kv_head, kb),
                          bounds, !full, valid, low, nullptr});
 }
 

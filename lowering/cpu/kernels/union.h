@@ -214,6 +214,8 @@ int estimate_union(const EstimateArguments& a) {
   const AllPooledKeys all(a);
   const Extent extent(a);
   const int64_t padded = round_up(a.num_keys, BLOCK), first_block = a.query_offset / BLOCK;
+  const std::vector<HeadsTogether> together = put_together(a);
+  const int64_t looks = static_cast<int64_t>(together.size());
   int64_t most = 0;  // products of the head with the most of them
   for (int64_t h = 0; h < a.num_heads; ++h)
     most = std::max(most, round_up(a.num_blocks * a.rows[h], BLOCK) / BLOCK);
@@ -235,10 +237,13 @@ int estimate_union(const EstimateArguments& a) {
     if (a.column_width > 0) {
       VerticalColumnScratch columns(padded);
 #pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t t = 0; t < a.batch * a.num_heads; ++t) {
-        const int64_t b = t / a.num_heads, h = t % a.num_heads;
-        sum_vertical_columns(a, columns, query, key, extent, b, h);
-        write_vertical_columns(a, columns, b, h);
+      for (int64_t t = 0; t < a.batch * looks; ++t) {
+        const int64_t b = t / looks;
+        const HeadsTogether& heads = together[t % looks];
+        sum_vertical_columns(a, columns, query, key, extent, b, heads);
+        for (int head = 0; head < heads.count; ++head)
+          write_vertical_columns(a, columns, columns.sums.data() + head * padded, b,
+                                 heads.first + head);
       }
     }
 #pragma omp for schedule(dynamic, 1)

@@ -10,7 +10,7 @@ namespace {
 
 using vec = __m512;
 constexpr int LANES = 16;
-constexpr float LOWEST_EXPONENT = -160.0f;  // 2 to it is zero, and to what lies below
+constexpr float LOWEST_EXPONENT = -127.0f;  // 2 to it is zero, and to what lies below
 
 inline vec set1(float x) { return _mm512_set1_ps(x); }
 inline vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -38,7 +38,11 @@ inline vec load(const uint16_t* p, bfloat16_tag) {
 inline vec load(const uint16_t* p, float16_tag) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-inline vec scale_by_power(vec x, vec n) { return _mm512_scalef_ps(x, n); }
+// x * 2^n, and zero where n is -126 or less. Microcode makes results that are no normal numbers, in
+// more than a hundred cycles, and each hidden key would be one.
+inline vec scale_by_power(vec x, vec n) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLE_UQ), x, n);
+}
 inline vec round_nearest(vec x) { return _mm512_roundscale_ps(x, 0); }
 inline void store(uint16_t* p, vec x, float16_tag) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -74,6 +78,15 @@ inline vec rotate_lanes(vec x) {
   x = _mm512_mask_sub_ps(add(y, x), 0xf0f0, y, x);
   y = _mm512_shuffle_f32x4(x, x, 0x4e);
   return _mm512_mask_sub_ps(add(y, x), 0xff00, y, x);
+}
+
+// Stores LANES words, each of a 16-bit number of the even row and the one below it in the odd row.
+inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
+  const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
+  const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
+  const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  _mm512_storeu_si512(out, pairs);
 }
 
 // Transposes [16, in_stride] words to [16, out_stride] words.

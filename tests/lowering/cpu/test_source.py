@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from mpass.lowering.cpu import estimators, library, source
 from mpass.lowering.cpu.arguments import LIST_KERNELS
 from mpass.lowering.cpu.attention import run_attention
+from mpass.lowering.cpu.linear_half import half_spec
 from mpass.lowering.cpu.source import KERNELS, generate_source, generate_spec_header
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import instruction_sets
@@ -147,10 +149,13 @@ def test_every_header_is_part_of_a_kernel() -> None:
     used = {"spec.h"}
     attends = ("attention", "attention_backward", "row_losses")
     kernels = (*attends, "fixed_budget", "quantize_rows", *LIST_KERNELS)
-    for kernel in kernels:
-        for instructions in ("amx", "avx512_bf16", "avx512", "avx2"):
-            text = generate_source(KernelSpec("bfloat16", 64, 64, instructions, kernel=kernel))
-            used |= set(re.findall(r"^// ---- (\S+)$", text, re.MULTILINE))
+    sets = ("amx", "avx512_bf16", "avx512", "avx2")
+    pairs = itertools.product(kernels, sets)
+    specs = [KernelSpec("bfloat16", 64, 64, of_set, kernel=kernel) for kernel, of_set in pairs]
+    int8 = KernelSpec("bfloat16", 64, 64, "avx512", int8=True, halves=True)
+    for spec in (*specs, half_spec(torch.float16), int8):
+        text = generate_source(spec)
+        used |= set(re.findall(r"^// ---- (\S+)$", text, re.MULTILINE))
     assert used == {path.name for path in KERNELS.glob("*.h")}
 
 

@@ -170,7 +170,7 @@ def calls_under_a_mask(name, query, key, value, sinks):
             yield (query, key, value, mask, *read, None if written_out else sinks, *rest)
 
 
-ON_CPUS_ONLY = {"dynamic_mask_attention", "dynamic_mask_backward"}
+ON_CPUS_ONLY = {"dynamic_mask_attention", "dynamic_mask_backward", "fill_rows_before_keys"}
 """They look for ties between numbers; on a GPU such attention stays dense, with this reason."""
 
 OPS = sorted(set(op_functions()) - ON_CPUS_ONLY)

@@ -220,6 +220,28 @@ def test_attention_both_ways_selects_what_plain_torch_selects(
     assert_nearly_the_same(found, expected)
 
 
+@pytest.mark.parametrize("last_queries", [16, 32, 64])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_that_look_at_keys_together_choose_as_each_alone_does(
+    dtype: torch.dtype, causal: bool, last_queries: int
+) -> None:
+    query, key = inputs(dtype, batch=2, num_queries=300, num_keys=405, kv_heads=1, seed=8)
+    key_mask = torch.ones(2, 405, dtype=torch.bool)
+    key_mask[0, :120] = False
+    mask = AttentionMask(causal, 105, window=250 if causal else 0, key_mask=key_mask)
+    rules = [Union(0.6, 0.1, 20 + n, last_queries=last_queries).rule() for n in range(5)]
+    heads = [0, 1, 2, 3, 5]
+    together = lists.vertical_block_index(EstimateInputs(query, key, mask, heads, SCALE), rules)
+    for place, (head, rule) in enumerate(zip(heads, rules, strict=True)):
+        alone = lists.vertical_block_index(EstimateInputs(query, key, mask, [head], SCALE), [rule])
+        count, index = alone.column_count[:, 0], alone.column_index[:, 0]
+        assert torch.equal(together.column_count[:, place], count)
+        kept = torch.arange(index.shape[-1]) < count[:, None]
+        of_head = together.column_index[:, place, : index.shape[-1]]
+        assert torch.equal(of_head[kept], index[kept]) and int(count.min()) > 0
+
+
 @pytest.mark.parametrize("kernel", ESTIMATORS)
 @settings(max_examples=25)
 @given(data=st.data())

@@ -23,6 +23,8 @@
 #define GEMM_HEADER "gemm_vector.h"
 #define GEMM_INT8_HEADER "gemm_int8_vnni.h"
 #define POOLED_KEYS_HEADER "pooled_keys_int8.h"
+#define SCORES_HEADER "scores_packed.h"
+#define WEIGHTS_HEADER "weights_packed.h"
 #define USES_BF16 1
 
 namespace {
@@ -32,9 +34,11 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = bfloat16_tag;
-using packed = uint16_t;  // element of packed K, V and of P
+using packed = uint16_t;  // element of packed K and V
 using packed_tag = bfloat16_tag;
 using word = uint32_t;  // what the micro-GEMM broadcasts
+using weight = uint16_t;  // element of P
+using weight_tag = bfloat16_tag;
 constexpr int PAIR = 2;  // packed elements per word
 constexpr bool INPUT_IS_PACKED = true;
 
@@ -45,6 +49,8 @@ constexpr int VALUE_WIDTH = 64;  // floats of an output row with its padding
 constexpr int BLOCK = 64;  // positions per block of queries and of keys
 constexpr int STRIP = 4;  // tiles per softmax update
 constexpr bool SOFTCAP = false;
+constexpr bool INT8_SCORES = false;  // scores of attention are
+constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
@@ -297,7 +303,12 @@ namespace {
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
-constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDTH;  // of one block
+// Words of one packed block. In 8 bits two numbers of each key and a line of what holds for all of
+// them follow; in fp16, where pairs of values are words, such a line.
+constexpr int LINE_WORDS = 16;
+constexpr int KEY_WORDS = INT8_SCORES ? (INT8_DEPTH + 2) * BLOCK + LINE_WORDS : DEPTH * BLOCK;
+constexpr int VALUE_WORDS =
+    HALF_VALUES ? BLOCK / 2 * VALUE_WIDTH + LINE_WORDS : BLOCK / PAIR * VALUE_WIDTH;
 
 }  // namespace
 
@@ -308,7 +319,7 @@ namespace {
 
 using vec = __m512;
 constexpr int LANES = 16;
-constexpr float LOWEST_EXPONENT = -160.0f;  // 2 to it is zero, and to what lies below
+constexpr float LOWEST_EXPONENT = -127.0f;  // 2 to it is zero, and to what lies below
 
 inline vec set1(float x) { return _mm512_set1_ps(x); }
 inline vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -336,7 +347,11 @@ inline vec load(const uint16_t* p, bfloat16_tag) {
 inline vec load(const uint16_t* p, float16_tag) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-inline vec scale_by_power(vec x, vec n) { return _mm512_scalef_ps(x, n); }
+// x * 2^n, and zero where n is -126 or less. Microcode makes results that are no normal numbers, in
+// more than a hundred cycles, and each hidden key would be one.
+inline vec scale_by_power(vec x, vec n) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLE_UQ), x, n);
+}
 inline vec round_nearest(vec x) { return _mm512_roundscale_ps(x, 0); }
 inline void store(uint16_t* p, vec x, float16_tag) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -374,6 +389,15 @@ inline vec rotate_lanes(vec x) {
   return _mm512_mask_sub_ps(add(y, x), 0xff00, y, x);
 }
 
+// Stores LANES words, each of a 16-bit number of the even row and the one below it in the odd row.
+inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
+  const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
+  const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
+  const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  _mm512_storeu_si512(out, pairs);
+}
+
 // Transposes [16, in_stride] words to [16, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m512i x[16], y[16];
@@ -407,7 +431,7 @@ inline void transpose(word* out, int out_stride, const word* in, int in_stride) 
 }  // namespace
 
 // ---- vector_avx512_bf16.h
-// AVX-512 with products of bf16 pairs and of 8-bit numbers.
+// AVX-512 with products of bf16 pairs.
 
 namespace {
 
@@ -420,39 +444,6 @@ inline __m512i load_words(const uint32_t* b) { return _mm512_loadu_si512(b); }
 // Stores two vectors, `low` first.
 inline void store(uint16_t* p, vec low, vec high, bfloat16_tag) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-// Stores LANES words, each of a bf16 of the even row and the one below it in the odd row.
-inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
-  const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
-  const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
-  const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-  _mm512_storeu_si512(out, pairs);
-}
-
-// LANES integers of 32 bits.
-using int_vec = __m512i;
-inline int_vec zero_ints() { return _mm512_setzero_si512(); }
-inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
-inline int_vec load_ints(const void* p) { return _mm512_loadu_si512(p); }
-inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
-inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
-inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
-
-// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
-// numbers added.
-inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
-  const __m512i levels = _mm512_cvtps_epi32(x);
-  const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
-  _mm_store_si128(reinterpret_cast<__m128i*>(p), narrow);
-  return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
-}
-
-// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
-// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
-inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
 
 }  // namespace
@@ -489,7 +480,7 @@ inline vec exp2_vec(vec x) {
   x = maximum(set1(LOWEST_EXPONENT), x);
   const vec n = round_nearest(x);
   const vec r = sub(x, n);
-  if constexpr (USES_BF16) {  // degree 3, relative error 7.5e-5 (bf16 rounds at 2e-3)
+  if constexpr (USES_BF16 || INT8_SCORES) {  // degree 3, relative error 7.5e-5 (bf16: 2e-3)
     vec p = set1(0.0551716691f);
     p = fma(p, r, set1(0.242611122f));
     p = fma(p, r, set1(0.693260985f));
@@ -519,6 +510,8 @@ constexpr int ROW_STEP = 2, COLUMN_STEP = LANES;
 // products of bf16 pairs gain nothing by it.
 constexpr int VECTORS = LANES == 8 ? 2 : USES_BF16 ? 4 : 3;
 constexpr int ROWS = VECTORS == 3 ? 8 : 6;
+// So many columns of B cost little more than a vector of them.
+constexpr int COLUMNS_AT_ONCE = VECTORS * LANES;
 constexpr int FEW_ROWS = 12, FEW_ROW_STEP = 2;  // of a product of few rows
 
 struct TileScope {};
@@ -734,6 +727,9 @@ class Buffer {
 
 namespace {
 
+// Whether a row of keys is words of a packed row as it lies in memory.
+constexpr bool ROWS_ARE_WORDS = INPUT_IS_PACKED && HEAD_DIM == DEPTH * PAIR;
+
 // Packs one row of `dim` inputs to `padded` elements, with zeros at the end.
 inline void pack_row(packed* out, const input* in, int dim, int padded) {
   if constexpr (INPUT_IS_PACKED) {
@@ -763,14 +759,18 @@ inline void unpack_row(input* out, const float* row, int dim) {
   }
 }
 
-// Transposes 64 packed rows of `depth` words to [depth, 64] words.
-inline void transpose_rows(word* out, const word* rows, int depth) {
+// Transposes 64 packed rows of `depth` words, `stride` words apart, to [depth, 64] words.
+inline void transpose_rows(word* out, const word* rows, int depth, int64_t stride) {
   int d = 0;
   for (; d + LANES <= depth; d += LANES)
     for (int r = 0; r < BLOCK; r += LANES)
-      transpose(out + d * BLOCK + r, BLOCK, rows + r * depth + d, depth);
+      transpose(out + d * BLOCK + r, BLOCK, rows + r * stride + d, static_cast<int>(stride));
   for (; d < depth; ++d)
-    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * depth + d];
+    for (int r = 0; r < BLOCK; ++r) out[d * BLOCK + r] = rows[r * stride + d];
+}
+
+inline void transpose_rows(word* out, const word* rows, int depth) {
+  transpose_rows(out, rows, depth, depth);
 }
 
 // Packs 64 rows of `dim` inputs as columns, `depth` words each. row(r) is row r of the input, or
@@ -979,6 +979,9 @@ struct EvenlySpacedRows {
 // j  key position     q  one of the last QUERIES queries
 // first_row  row of the first one, negative where the prompt has fewer
 //
+// The query heads of a kv head may look together: their queries stand side by side, and a block of
+// keys is read once for all.
+//
 // Scores are taken transposed, a row of QUERIES per key: keys need no packing, and the softmax runs
 // down the rows without horizontal sums. The exponentials of a block of keys are relative to that
 // block's own greatest score per query, so that every score is computed and exponentiated once.
@@ -990,7 +993,16 @@ static_assert(LAST_QUERIES == BLOCK, "a tile of transposed scores is BLOCK x BLO
 
 // Floats per row of a tile of scores. Products come in whole column steps.
 template <int QUERIES>
-constexpr int SCORE_WIDTH = QUERIES < COLUMN_STEP ? COLUMN_STEP : QUERIES;
+constexpr int SCORE_WIDTH = (QUERIES + COLUMN_STEP - 1) / COLUMN_STEP * COLUMN_STEP;
+
+// Repeats the low `count` bits, those of one head, for each of HEADS heads.
+template <int HEADS>
+inline uint64_t for_each_head(uint64_t bits, int count) {
+  if (HEADS == 1) return bits;
+  uint64_t all = 0;
+  for (int head = 0; head < HEADS; ++head) all |= (bits & low_bits(count)) << head * count;
+  return all;
+}
 
 // Packs queries as a B operand, [DEPTH, BLOCK] words. row(q) is row q of the input, or null. The
 // products are to be multiplied with exponent_of_product(): the sign of the scale is in them.
@@ -1015,16 +1027,15 @@ inline vec exponent_of_product(const EstimateArguments& a) {
   return set1(a.scale == 0 ? 1.0f : LOG2E * std::abs(a.scale));
 }
 
-// Multiplies the keys of one block with the last queries, [BLOCK, SCORE_WIDTH]. Where the mask
-// hides a key the product is -inf.
-template <int QUERIES = LAST_QUERIES>
+// Multiplies the keys of one block with the last queries of each of HEADS heads, [BLOCK,
+// SCORE_WIDTH]. Where the mask hides a key the product is -inf.
+template <int QUERIES = LAST_QUERIES, int HEADS = 1>
 void score_block(const EstimateArguments& a, const word* queries, packed* staging,
                  const TensorView& key, int64_t b, int64_t kv_head, int64_t first,
                  int64_t first_row, float* scores) {
-  constexpr int WIDTH = SCORE_WIDTH<QUERIES>;
+  constexpr int WIDTH = SCORE_WIDTH<QUERIES * HEADS>;
   const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
-  const bool in_place =
-      INPUT_IS_PACKED && HEAD_DIM == DEPTH * PAIR && count == BLOCK && a.key_row % PAIR == 0;
+  const bool in_place = ROWS_ARE_WORDS && count == BLOCK && a.key_row % PAIR == 0;
   const word* rows = reinterpret_cast<const word*>(staging);
   int stride = DEPTH;
   if (in_place) {
@@ -1050,8 +1061,10 @@ void score_block(const EstimateArguments& a, const word* queries, packed* stagin
     if (a.causal) visible &= ~low_bits(j - position);
     if (a.window > 0) visible &= low_bits(j + a.window - position);
     if (visible == ~uint64_t(0)) continue;
+    visible = for_each_head<HEADS>(visible, QUERIES);
     float* row = scores + r * WIDTH;
-    for (int n = 0; n < QUERIES; n += LANES) store(row + n, keep(visible >> n, load(row + n)));
+    for (int n = 0; n < QUERIES * HEADS; n += LANES)
+      store(row + n, keep(visible >> n, load(row + n)));
   }
 }
 
@@ -1119,13 +1132,20 @@ void find_factors(float* greatest, const float* total, int64_t blocks) {
 
 namespace {
 
+// Query heads of a kv head that look at its keys together.
+template <int QUERIES>
+constexpr int HEADS_AT_ONCE = COLUMNS_AT_ONCE < 2 * QUERIES ? 1 : COLUMNS_AT_ONCE / QUERIES;
+
+constexpr int MOST_HEADS_AT_ONCE = HEADS_AT_ONCE<16>;
+
 struct VerticalColumnScratch {
   Buffer<packed> staging;
   Buffer<word> queries;           // [DEPTH, LAST_QUERIES] words: a B operand
   Buffer<float> scores;           // of one block of keys
   Buffer<uint16_t> weights;       // [padded keys, LAST_QUERIES]
   Buffer<float> factors, totals;  // [key blocks, LAST_QUERIES]
-  std::vector<float> sums, ranked;
+  std::vector<float> sums;        // [heads, padded keys]
+  std::vector<float> ranked;
 
   explicit VerticalColumnScratch(int64_t padded)
       : staging(BLOCK * DEPTH * PAIR),
@@ -1134,76 +1154,120 @@ struct VerticalColumnScratch {
         weights(padded * LAST_QUERIES),
         factors(padded / BLOCK * LAST_QUERIES),
         totals(padded / BLOCK * LAST_QUERIES),
-        sums(padded) {}
+        sums(MOST_HEADS_AT_ONCE * padded) {}
 };
 
-// Packs QUERIES evenly spaced queries of one head as a B operand, and says which are real.
-template <int QUERIES>
-uint64_t pack_spread_queries(const EstimateArguments& a, VerticalColumnScratch& s,
-                             const TensorView& query, const Extent& extent, int64_t b, int64_t h) {
-  const EvenlySpacedRows spaced(a, extent, b, QUERIES);
+// Entries of `heads` that look together, `count` from `first` on.
+struct HeadsTogether {
+  int64_t first;
+  int count;
+};
+
+// Puts together neighbouring query heads of a kv head that have as many queries.
+inline std::vector<HeadsTogether> put_together(const EstimateArguments& a) {
+  std::vector<HeadsTogether> found;
+  for (int64_t h = 0; h < a.num_heads; ++h) {
+    const int most = a.last_queries[h] == 16 ? HEADS_AT_ONCE<16>
+        : a.last_queries[h] == 32            ? HEADS_AT_ONCE<32>
+                                             : 1;
+    const bool joins = !found.empty() && found.back().count < most &&
+        a.heads[found.back().first] / a.group == a.heads[h] / a.group &&
+        a.last_queries[found.back().first] == a.last_queries[h];
+    if (joins) ++found.back().count;
+    else found.push_back({h, 1});
+  }
+  return found;
+}
+
+// Packs QUERIES queries of each of HEADS heads as a B operand, and says which are real. row(q) is the
+// row of a head's q-th query.
+template <int QUERIES, int HEADS, typename Row>
+uint64_t pack_queries_of_heads(const EstimateArguments& a, VerticalColumnScratch& s,
+                               const TensorView& query, int64_t b, int64_t h, const Row& row) {
   uint64_t real = 0;
   pack_queries(a, s.queries.get(), s.staging.get(), [&](int q) -> const input* {
-    const int64_t n = q < QUERIES ? spaced.at(q) : -1;
-    if (n < 0 || !query_is_real(a, b, n)) return nullptr;
+    const int64_t n = q < QUERIES * HEADS ? row(q % QUERIES) : -1;
+    if (n < 0) return nullptr;
     real |= uint64_t(1) << q;
-    return query.at(b, a.heads[h], n);
+    return query.at(b, a.heads[h + q / QUERIES], n);
   });
   return real;
 }
 
-// Sums the attention of QUERIES queries per key into `sums`: of the last ones, or of evenly spaced
-// ones where attention is not causal.
-template <int QUERIES>
+// Sums the attention of QUERIES queries of each of HEADS heads, from entry h on, per key into `sums`:
+// of the last queries, or of evenly spaced ones where attention is not causal.
+template <int QUERIES, int HEADS>
 void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
                           const TensorView& query, const TensorView& key, const Extent& extent,
                           int64_t b, int64_t h) {
-  constexpr int VECTORS_PER_ROW = QUERIES / LANES;
+  constexpr int WIDTH = QUERIES * HEADS, VECTORS_PER_HEAD = QUERIES / LANES;
+  const int64_t padded = round_up(a.num_keys, BLOCK);
   const int64_t last = extent.last_query[b];
   const int64_t first_row = a.causal ? last - (QUERIES - 1) : 0;
   const int64_t reach = std::min(a.num_keys, a.causal ? a.query_offset + last + 1 : a.num_keys);
   const int64_t blocks = (reach + BLOCK - 1) / BLOCK;
-  std::fill(s.sums.begin(), s.sums.end(), 0.0f);
+  std::fill(s.sums.begin(), s.sums.begin() + HEADS * padded, 0.0f);
   uint64_t looking = ~uint64_t(0);
-  if (a.causal)
-    pack_last_queries<QUERIES>(a, s.queries.get(), s.staging.get(), query, b, a.heads[h],
-                               first_row);
-  else looking = pack_spread_queries<QUERIES>(a, s, query, extent, b, h);
+  if (a.causal) {
+    pack_queries_of_heads<QUERIES, HEADS>(a, s, query, b, h, [&](int q) { return first_row + q; });
+  } else {
+    const EvenlySpacedRows spaced(a, extent, b, QUERIES);
+    looking = pack_queries_of_heads<QUERIES, HEADS>(a, s, query, b, h, [&](int q) {
+      const int64_t n = spaced.at(q);
+      return n >= 0 && query_is_real(a, b, n) ? n : -1;
+    });
+  }
   const vec exponent = exponent_of_product(a);
   for (int64_t n = 0; n < blocks; ++n) {
-    score_block<QUERIES>(a, s.queries.get(), s.staging.get(), key, b, a.heads[h] / a.group,
-                         n * BLOCK, first_row, s.scores.get());
-    exponentiate_block<QUERIES>(s.scores.get(), exponent, s.weights.get() + n * BLOCK * QUERIES,
-                                s.factors.get() + n * QUERIES, s.totals.get() + n * QUERIES);
+    score_block<QUERIES, HEADS>(a, s.queries.get(), s.staging.get(), key, b, a.heads[h] / a.group,
+                                n * BLOCK, first_row, s.scores.get());
+    exponentiate_block<WIDTH>(s.scores.get(), exponent, s.weights.get() + n * BLOCK * WIDTH,
+                              s.factors.get() + n * WIDTH, s.totals.get() + n * WIDTH);
   }
-  find_factors<QUERIES>(s.factors.get(), s.totals.get(), blocks);
+  find_factors<WIDTH>(s.factors.get(), s.totals.get(), blocks);
   for (int64_t n = 0; n < blocks; ++n) {
-    vec factor[VECTORS_PER_ROW];
-    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
-      float* of_block = s.factors.get() + n * QUERIES + v * LANES;
+    vec factor[WIDTH / LANES];
+    for (int v = 0; v < WIDTH / LANES; ++v) {
+      float* of_block = s.factors.get() + n * WIDTH + v * LANES;
       for (int lane = 0; lane < LANES && looking != ~uint64_t(0); ++lane)
         if (!(looking >> (v * LANES + lane) & 1)) of_block[lane] = 0.0f;
       factor[v] = load(of_block);
     }
-    const uint16_t* weights = s.weights.get() + n * BLOCK * QUERIES;
+    const uint16_t* weights = s.weights.get() + n * BLOCK * WIDTH;
     for (int r = 0; r < BLOCK; ++r) {
-      vec sum = set1(0.0f);
-      for (int v = 0; v < VECTORS_PER_ROW; ++v)
-        sum = fma(load(weights + r * QUERIES + v * LANES, float16_tag{}), factor[v], sum);
-      const float total = reduce_add(sum);
-      s.sums[n * BLOCK + r] = total > 0.0f ? total : 0.0f;  // NaN cannot be ranked
+      for (int head = 0; head < HEADS; ++head) {
+        vec sum = set1(0.0f);
+        for (int i = 0; i < VECTORS_PER_HEAD; ++i) {
+          const int v = head * VECTORS_PER_HEAD + i;
+          sum = fma(load(weights + r * WIDTH + v * LANES, float16_tag{}), factor[v], sum);
+        }
+        const float total = reduce_add(sum);
+        s.sums[head * padded + n * BLOCK + r] = total > 0.0f ? total : 0.0f;  // NaN has no rank
+      }
     }
   }
 }
 
-// Does the same with as many queries as the head's rule says.
+// Does the same with as many heads as look together.
+template <int QUERIES, int HEADS>
 void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
                           const TensorView& query, const TensorView& key, const Extent& extent,
-                          int64_t b, int64_t h) {
-  switch (a.last_queries[h]) {
-    case 16: return sum_vertical_columns<16>(a, s, query, key, extent, b, h);
-    case 32: return sum_vertical_columns<32>(a, s, query, key, extent, b, h);
-    default: return sum_vertical_columns<LAST_QUERIES>(a, s, query, key, extent, b, h);
+                          int64_t b, const HeadsTogether& together) {
+  if constexpr (HEADS > 1) {
+    if (together.count < HEADS)
+      return sum_vertical_columns<QUERIES, HEADS - 1>(a, s, query, key, extent, b, together);
+  }
+  sum_vertical_columns<QUERIES, HEADS>(a, s, query, key, extent, b, together.first);
+}
+
+// Does the same with as many queries as the heads' rules say.
+void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
+                          const TensorView& query, const TensorView& key, const Extent& extent,
+                          int64_t b, const HeadsTogether& heads) {
+  switch (a.last_queries[heads.first]) {
+    case 16: return sum_vertical_columns<16, HEADS_AT_ONCE<16>>(a, s, query, key, extent, b, heads);
+    case 32: return sum_vertical_columns<32, HEADS_AT_ONCE<32>>(a, s, query, key, extent, b, heads);
+    default: return sum_vertical_columns<LAST_QUERIES, 1>(a, s, query, key, extent, b, heads);
   }
 }
 
@@ -1226,22 +1290,95 @@ float find_ranked(std::vector<float>& few, const float* values, int64_t n, int64
   return few[count - 1];
 }
 
-// Writes the `columns` keys of the head with the largest sums. Those without any are not kept.
-void write_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s, int64_t b,
-                            int64_t h) {
+// Writes the `columns` keys of the head with the largest sums [padded keys]. Those without any are
+// not kept.
+void write_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s, const float* sums,
+                            int64_t b, int64_t h) {
   int64_t left = std::min<int64_t>(a.columns[h], a.num_keys);
-  const float least =
-      left > 0 ? find_ranked(s.ranked, s.sums.data(), a.num_keys, left) : NEGATIVE_INFINITY;
-  for (int64_t j = 0; j < a.num_keys; ++j) left -= s.sums[j] > least;  // what is left: equal ones
+  const float least = left > 0 ? find_ranked(s.ranked, sums, a.num_keys, left) : NEGATIVE_INFINITY;
+  for (int64_t j = 0; j < a.num_keys; ++j) left -= sums[j] > least;  // what is left: equal ones
   const int64_t head = b * a.num_heads + h;
   int32_t* entries = a.column_index + head * a.column_width;
   int32_t written = 0;
   for (int64_t j = 0; j < a.num_keys && a.columns[h] > 0; ++j) {
-    if (s.sums[j] < least || s.sums[j] <= 0.0f) continue;
-    if (s.sums[j] == least && left-- <= 0) continue;
+    if (sums[j] < least || sums[j] <= 0.0f) continue;
+    if (sums[j] == least && left-- <= 0) continue;
     entries[written++] = static_cast<int32_t>(j);
   }
   a.column_count[head] = written;
+}
+
+}  // namespace
+
+// ---- vector_int8.h
+// Products of 8-bit numbers in vector registers of AVX-512.
+
+namespace {
+
+// LANES integers of 32 bits.
+using int_vec = __m512i;
+inline int_vec zero_ints() { return _mm512_setzero_si512(); }
+inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline int_vec load_ints(const void* p) { return _mm512_loadu_si512(p); }
+inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
+inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
+inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
+
+// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
+// numbers added.
+inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
+  const __m512i levels = _mm512_cvtps_epi32(x);
+  const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
+  _mm_store_si128(reinterpret_cast<__m128i*>(p), narrow);
+  return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
+}
+
+// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
+// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
+inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+
+}  // namespace
+
+// ---- int8_rows.h
+// Rows of numbers, each rounded to 255 levels of its greatest one.
+
+namespace {
+
+// Says what a level is worth if 127 of them are the greatest number of a row [POOLED]. A row of
+// zeros gets 1.
+inline float step_of(const float* row) {
+  vec most = set1(0.0f);
+  for (int d = 0; d < POOLED; d += LANES) {
+    const vec x = load(row + d);
+    most = maximum(maximum(x, sub(set1(0.0f), x)), most);
+  }
+  const float greatest = reduce_max(most);
+  return greatest > 0.0f ? greatest / 127 : 1.0f;
+}
+
+// Writes a row [POOLED] in steps, as [INT8_DEPTH] words, and returns the sum of all its numbers.
+inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
+  const vec inverse = set1(1.0f / step);
+  alignas(16) int8_t bytes[POOLED];
+  int_vec sum = zero_ints();
+  for (int d = 0; d < POOLED; d += LANES)
+    sum = store_int8(bytes + d, mul(load(row + d), inverse), sum);
+  constexpr int BYTES = INT8_DEPTH * 4, SHARED = POOLED < BYTES ? POOLED : BYTES;
+  std::memset(out, 0, BYTES);
+  std::memcpy(out, bytes, SHARED);
+  return reduce_add(sum);
+}
+
+// Widens a row of HEAD_DIM inputs to POOLED floats, with zeros at the end.
+inline void widen_row(float* out, const input* in) {
+  int d = 0;
+  for (; d + LANES <= HEAD_DIM; d += LANES) store(out + d, load(in + d, input_tag{}));
+  if (d == HEAD_DIM) return;
+  input tail[LANES] = {};
+  std::memcpy(tail, in + d, (HEAD_DIM - d) * sizeof(input));
+  store(out + d, load(tail, input_tag{}));
 }
 
 }  // namespace
@@ -1252,12 +1389,14 @@ void write_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s
 namespace {
 
 constexpr bool INT8_ROWS_ARE_UNSIGNED = true;
+constexpr int INT8_ROWS = 6;  // of a register tile, R x 4 accumulators, 4 of columns and 1 of a row
 
-// Multiplies R rows with all columns, in R x 4 accumulators, 4 registers of columns and 1 of a row.
-template <int R>
+// Multiplies R rows with all columns. Each step fetches LINES lines from `fetched` on.
+template <int R, int LINES>
 __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float* a_step,
                                                   const uint32_t* b, const float* b_step,
-                                                  const int32_t* start, float* products) {
+                                                  const int32_t* start, float* products, int stride,
+                                                  const char* fetched) {
   constexpr int VECTORS_PER_ROW = BLOCK / LANES;
   int_vec acc[R][VECTORS_PER_ROW];
 #pragma GCC unroll 8
@@ -1265,6 +1404,8 @@ __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS_PER_ROW; ++v) acc[r][v] = load_aligned_ints(start + v * LANES);
   for (int k = 0; k < INT8_DEPTH; ++k, b += BLOCK) {
+#pragma GCC unroll 8
+    for (int n = 0; n < LINES; ++n) __builtin_prefetch(fetched + (k * LINES + n) * 64, 0, 2);
     int_vec factor[VECTORS_PER_ROW];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS_PER_ROW; ++v) factor[v] = load_ints(b + v * LANES);
@@ -1277,25 +1418,37 @@ __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const vec step = set1(a_step[r]);
+    const vec step = set1(a_step ? a_step[r] : 1.0f);
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS_PER_ROW; ++v)
-      store(products + r * BLOCK + v * LANES,
-            mul(mul(to_floats(acc[r][v]), step), load(b_step + v * LANES)));
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
+      vec sum = to_floats(acc[r][v]);
+      if (a_step) sum = mul(sum, step);
+      store(products + r * stride + v * LANES, mul(sum, load(b_step + v * LANES)));
+    }
   }
 }
 
-// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 2, with BLOCK others. The
-// steps are what 1 is worth in each row and in each column; sums begin with `start`.
+// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 2, with BLOCK others, `stride`
+// floats per row. The steps are what 1 is worth in each row (null: 1 in all) and in each column; sums
+// begin with `start`. Memory of BYTES bytes that is read soon is fetched meanwhile.
+template <int BYTES = 0>
 inline void multiply_int8(const uint32_t* a, const float* a_step, const uint32_t* b,
-                          const float* b_step, const int32_t* start, int rows, float* products) {
+                          const float* b_step, const int32_t* start, int rows, float* products,
+                          int stride = BLOCK, const char* fetched = nullptr) {
+  constexpr int GROUPS = (BLOCK + INT8_ROWS - 1) / INT8_ROWS;
+  constexpr int LINES = (BYTES / 64 + GROUPS * INT8_DEPTH - 1) / (GROUPS * INT8_DEPTH);
+  const auto step_at = [&](int r) { return a_step ? a_step + r : nullptr; };
   int r = 0;
-  for (; r + 6 <= rows; r += 6)
-    multiply_int8_rows<6>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+  for (; r + INT8_ROWS <= rows; r += INT8_ROWS)
+    multiply_int8_rows<INT8_ROWS, LINES>(a + r * INT8_DEPTH, step_at(r), b, b_step, start,
+                                         products + r * stride, stride,
+                                         fetched + r / INT8_ROWS * INT8_DEPTH * LINES * 64);
   for (; r + 4 <= rows; r += 4)
-    multiply_int8_rows<4>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+    multiply_int8_rows<4, 0>(a + r * INT8_DEPTH, step_at(r), b, b_step, start,
+                             products + r * stride, stride, nullptr);
   for (; r < rows; r += 2)
-    multiply_int8_rows<2>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+    multiply_int8_rows<2, 0>(a + r * INT8_DEPTH, step_at(r), b, b_step, start,
+                             products + r * stride, stride, nullptr);
 }
 
 }  // namespace
@@ -1351,31 +1504,6 @@ class AllPooledKeys {
   int64_t heads_;
   Buffer<float> steps_, centres_;
 };
-
-// Says what a level is worth if 127 of them are the greatest number of a row [POOLED]. A row of
-// zeros gets 1.
-inline float step_of(const float* row) {
-  vec most = set1(0.0f);
-  for (int d = 0; d < POOLED; d += LANES) {
-    const vec x = load(row + d);
-    most = maximum(maximum(x, sub(set1(0.0f), x)), most);
-  }
-  const float greatest = reduce_max(most);
-  return greatest > 0.0f ? greatest / 127 : 1.0f;
-}
-
-// Writes a row [POOLED] in steps, as [INT8_DEPTH] words, and returns the sum of all its numbers.
-inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
-  const vec inverse = set1(1.0f / step);
-  alignas(16) int8_t bytes[POOLED];
-  int_vec sum = zero_ints();
-  for (int d = 0; d < POOLED; d += LANES)
-    sum = store_int8(bytes + d, mul(load(row + d), inverse), sum);
-  constexpr int BYTES = INT8_DEPTH * 4, SHARED = POOLED < BYTES ? POOLED : BYTES;
-  std::memset(out, 0, BYTES);
-  std::memcpy(out, bytes, SHARED);
-  return reduce_add(sum);
-}
 
 // Finds the vector that is subtracted from all pooled keys of a kv head.
 void find_centre(const EstimateArguments& a, const PooledKeys& runs, const TensorView& key,
@@ -1434,16 +1562,6 @@ struct PackedQueryRows {
     }
     transpose_rows(reinterpret_cast<word*>(words.get()), reinterpret_cast<word*>(rows.get()),
                    INT8_DEPTH);
-  }
-
- private:
-  static void widen_row(float* out, const input* in) {
-    int d = 0;
-    for (; d + LANES <= HEAD_DIM; d += LANES) store(out + d, load(in + d, input_tag{}));
-    if (d == HEAD_DIM) return;
-    input tail[LANES] = {};
-    std::memcpy(tail, in + d, (HEAD_DIM - d) * sizeof(input));
-    store(out + d, load(tail, input_tag{}));
   }
 };
 
@@ -1659,6 +1777,8 @@ int estimate_union(const EstimateArguments& a) {
   const AllPooledKeys all(a);
   const Extent extent(a);
   const int64_t padded = round_up(a.num_keys, BLOCK), first_block = a.query_offset / BLOCK;
+  const std::vector<HeadsTogether> together = put_together(a);
+  const int64_t looks = static_cast<int64_t>(together.size());
   int64_t most = 0;  // products of the head with the most of them
   for (int64_t h = 0; h < a.num_heads; ++h)
     most = std::max(most, round_up(a.num_blocks * a.rows[h], BLOCK) / BLOCK);
@@ -1680,10 +1800,13 @@ int estimate_union(const EstimateArguments& a) {
     if (a.column_width > 0) {
       VerticalColumnScratch columns(padded);
 #pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t t = 0; t < a.batch * a.num_heads; ++t) {
-        const int64_t b = t / a.num_heads, h = t % a.num_heads;
-        sum_vertical_columns(a, columns, query, key, extent, b, h);
-        write_vertical_columns(a, columns, b, h);
+      for (int64_t t = 0; t < a.batch * looks; ++t) {
+        const int64_t b = t / looks;
+        const HeadsTogether& heads = together[t % looks];
+        sum_vertical_columns(a, columns, query, key, extent, b, heads);
+        for (int head = 0; head < heads.count; ++head)
+          write_vertical_columns(a, columns, columns.sums.data() + head * padded, b,
+                                 heads.first + head);
       }
     }
 #pragma omp for schedule(dynamic, 1)
