@@ -6,8 +6,9 @@
 Each prompt hides a needle and ends with the question. It runs once through attention (`--prefill`
 sparse or dense); then its cache is cut to a share of the keys, and decoding goes on from it: by
 SnapKV with its defaults or the numbers given (`snap`), to the first 4 and the last keys (`recent`),
-and to random ones and the last 64 (`random`). Prints, per share and rule, how many of the needles
-were told of those that the whole cache tells, what the cache takes, and CPU seconds per token.
+and to random ones and the last 64 (`random`). A needle is told if each token of it is the likeliest
+after those before it. Prints, per share and rule, how many of the needles were told of those that
+the whole cache tells, what the cache takes, and CPU seconds per token.
 With `--json` a line is added per answer, and a run that was cut off goes on where the file ends.
 """
 
@@ -29,13 +30,9 @@ import torch
 
 import mpass
 from mpass.evaluate.samples import Sample, fit
-from mpass.evaluate.score import loose_score
 from mpass.evaluate.tasks import make_haystack, make_puzzle
 from mpass.models.load import load_model, parse_dtype
 from mpass.models.texts import find_text
-
-TOKENS = 12
-"""Tokens that are said of each answer."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +81,20 @@ def by_hand(rule: str, length: int, budget: int, like: mpass.KVSelection) -> mpa
     return mpass.KVSelection(positions, dict(like.length))
 
 
-def answer(model: Any, tokenizer: Any, cache: Any, prompt: torch.Tensor) -> tuple[str, float]:
-    """What is said after the prompt, and CPU seconds per token."""
+def answer(model: Any, cache: Any, sample: Sample) -> tuple[torch.Tensor, float, float]:
+    """The likeliest token at each place of the answer, the share of needles told, and CPU seconds
+    per token.
+    """
+    likeliest = []
     start = time.process_time()
-    out = model.generate(
-        prompt,
-        past_key_values=cache,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-    )
-    seconds = (time.process_time() - start) / TOKENS
-    return tokenizer.decode(out[0, prompt.shape[1] :]), seconds
+    for place in range(sample.prompt - 1, sample.tokens.shape[1] - 1):
+        step = sample.tokens[:, place : place + 1]
+        likeliest.append(model(step, past_key_values=cache).logits[0, -1].argmax())
+    seconds = (time.process_time() - start) / len(likeliest)
+    said = torch.stack(likeliest)
+    right = said == sample.tokens[0, sample.prompt :]
+    told = [bool(right[a - sample.prompt : b - sample.prompt].all()) for a, b in sample.spans]
+    return said, sum(told) / len(told), seconds
 
 
 def num_bytes(cache: Any) -> int:
@@ -134,8 +133,8 @@ def answers_of(
                 own = by_hand(rule, length, int(share * length), selection)
             mpass.compress(cut, own)
         size = num_bytes(cut)
-        text, seconds = answer(model, tokenizer, cut, prompt)
-        score = loose_score(text, sample.answers)
+        said, score, seconds = answer(model, cut, sample)
+        text = tokenizer.decode(said)
         yield replace(
             like,
             **{"share": share, "rule": rule, "score": score, "said": text, "bytes": size},

@@ -8,6 +8,7 @@ a knapsack. DiTFastAttn (arXiv 2406.08552) chooses by a threshold per step inste
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ def search_denoising(
     steps: int,
     *,
     cells: float = 0.4,
+    full: int | None = None,
     ranges: int = 5,
     every: Sequence[int] = (2, 3, 4, 6, 8),
     scheduler: Any = None,
@@ -49,7 +51,9 @@ def search_denoising(
         "pattern": ...}`, and is given the run, whose `over` tells the steps; where `scheduler` is
         given it need not use it. Attention is dense in it.
     steps: of the sampler. cells: share of the cells of dense attention that all attentions may
-        compute over all steps. ranges: so many ranges of steps are decided apart.
+        compute over all steps. full: so many steps at the start are whole, a twentieth and at least
+        one by default: from noise everything changes, and all that follows hangs on it. ranges: so
+        many ranges of the other steps are decided apart.
     every: distances of whole steps that are tried, beside whole steps only.
     scheduler: as of `mpass.denoising`.
 
@@ -61,10 +65,10 @@ def search_denoising(
     Raises ArgumentError for a number that cannot be, `cells` that no plan keeps among them, and
     CalibrationError where no attention asked.
     """
-    check_numbers(steps, ranges, cells, every)
-    spans = tuple(
-        (steps * number // ranges, steps * (number + 1) // ranges) for number in range(ranges)
-    )
+    first = max(1, steps // 20) if full is None and isinstance(steps, int) else full
+    first = check_numbers(steps, first, ranges, cells, every)
+    ends = [first + (steps - first) * number // ranges for number in range(ranges + 1)]
+    spans = tuple(itertools.pairwise(ends))
     probe = Probe(spans, tuple(dict.fromkeys(every)))
     run = DenoisingRun(Schedule(steps, steps, 1), MEMORY, probe=probe)
     with running(run, scheduler):
@@ -76,26 +80,34 @@ def search_denoising(
         )
     places = sorted(probe.cells)
     groups = [choices_of(probe, place, span) for place in places for span in spans]
+    budget = (cells * steps - first) * len(places)
     least = sum(min(choice.cells for choice in group) for group in groups)
-    if least > cells * steps * len(places):
-        share = math.ceil(100 * least / (steps * len(places))) / 100
+    if least > budget:
+        share = math.ceil(100 * (least / len(places) + first) / steps) / 100
         raise ArgumentError("cells", cells, f"{share} or more, what the sparsest plan computes")
-    chosen = least_errors(groups, cells * steps * len(places))
-    spans_of = [tuple(chosen[i : i + ranges]) for i in range(0, len(chosen), ranges)]
+    chosen = least_errors(groups, budget)
+    start = Span(0, first, 1)
+    spans_of = [(start, *chosen[i : i + ranges]) for i in range(0, len(chosen), ranges)]
     return DenoisingPlan(steps, tuple(spans_of))
 
 
-def check_numbers(steps: int, ranges: int, cells: float, every: Sequence[int]) -> None:
-    """Raise ArgumentError for a number that cannot be."""
-    for name, value, least in (("steps", steps, 1), ("ranges", ranges, 1)):
+def check_numbers(
+    steps: int, full: int | None, ranges: int, cells: float, every: Sequence[int]
+) -> int:
+    """The whole steps at the start. Raises ArgumentError for a number that cannot be."""
+    for name, value, least in (("steps", steps, 2), ("full", full, 1), ("ranges", ranges, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(name, value, f"an int >= {least}")
-    if ranges > steps:
-        raise ArgumentError("ranges", ranges, f"an int <= steps, {steps}")
+    assert full is not None, "it is an int"
+    if full >= steps:
+        raise ArgumentError("full", full, f"an int < steps, {steps}")
+    if ranges > steps - full:
+        raise ArgumentError("ranges", ranges, f"an int <= the other steps, {steps - full}")
     if isinstance(cells, bool) or not isinstance(cells, int | float) or not 0 < cells <= 1:
         raise ArgumentError("cells", cells, "a share, 0 < cells <= 1")
     if not every or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in every):
         raise ArgumentError("every", tuple(every), "ints >= 2")
+    return full
 
 
 def choices_of(probe: Probe, place: int, span: tuple[int, int]) -> list[Choice]:
@@ -121,6 +133,8 @@ def choices_of(probe: Probe, place: int, span: tuple[int, int]) -> list[Choice]:
 
 def least_errors(groups: Sequence[Sequence[Choice]], budget: float) -> list[Span]:
     """One choice of each group, with the least sum of errors under a budget of cells."""
+    if sum(group[0].cells for group in groups) <= budget * (1 + 1e-9):
+        return [group[0].span for group in groups]  # the knapsack's grid might not hold all of it
     most = max(map(len, groups))
     losses = torch.full((len(groups), most), torch.inf, dtype=torch.float64)
     costs = torch.full((len(groups), most), 2 * budget + 1.0, dtype=torch.float64)

@@ -31,6 +31,7 @@ from mpass.match.common import (
 )
 from mpass.match.eager_scores import (
     MASKS,
+    MAX_STEPS,
     Chain,
     Scores,
     fold_of,
@@ -70,6 +71,8 @@ NO_PRODUCTS = (
 )
 
 FROM_THE_RIGHT = "the weights are the right factor of their product, which sums over queries"
+
+MIXED = "scores are mixed with what {} makes of them, as of other heads"
 
 NO_KEYS = "rows that see no key have a bias per key: hide keys by -inf, not a number"
 
@@ -308,9 +311,22 @@ def other_readers(chain: Chain, own: frozenset[fx.Node]) -> str:
         for user in node.users:
             if user in known or is_unread(user):
                 continue
-            if not (reads_no_values(user, node) and known.issuperset(user.users)):
-                return f"attention scores are also read by {user.name}"
+            if reads_no_values(user, node) and known.issuperset(user.users):
+                continue
+            if leads_to(user, chain.path):
+                return MIXED.format(op_name(user))
+            return f"attention scores are also read by {user.name}"
     return ""
+
+
+def leads_to(node: fx.Node, path: set[fx.Node]) -> bool:
+    """Whether what an op makes comes back to the scores, a few ops later."""
+    level = {node}
+    for _ in range(MAX_STEPS):
+        level = {user for item in level for user in item.users}
+        if level & path:
+            return True
+    return False
 
 
 def reads_no_values(op: fx.Node, given: fx.Node) -> bool:

@@ -33,7 +33,7 @@ BY_HAND: dict[str, Callable[[int], Mapping[str, DiffusionModel | Encoder]]] = {
 Tables by a short name, for a factor of the sides of pictures."""
 
 CALL, LONG = "call", "long"
-"""Scenarios of these kinds: full budgets; and, of 2048 tokens and more, default options too."""
+"""Scenarios of these kinds: with full budgets; with default options at 2048 tokens and more."""
 
 KINDS = (*MAPPINGS, *BY_HAND)
 """Every kind of class."""

@@ -50,6 +50,15 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"^no kernels are generated for device", "run on a CPU or a CUDA GPU"),
     (r"dynamic$|must be known when compiling", "do not mark heads or head_dim as dynamic"),
     (
+        r"made of too many parts|takes more than \d+ steps",
+        "make the mask by comparing positions (torch.arange) instead of row by row",
+    ),
+    (
+        r"known to be a mask: .* is an input",
+        "if it hides keys, build it inside the compiled model from a padding mask [B, N]; if it is "
+        "a bias by distance, as ALiBi, add one number per key, [.., 1, Nk], beside a causal mask",
+    ),
+    (
         r"is an input whose values are unknown|position of the first query",
         "build the mask inside the compiled model from a padding mask [B, N], or with transformers "
         'load the model with attn_implementation="minference" after mpass.register_attention()',
@@ -74,6 +83,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"^softmax attention that is not read|^scores have|broadcast or reshaped",
         "write it with scores [B, H, Nq, Nk]; heads that are mixed are not served",
     ),
+    (r"^scores are mixed with", "nothing: heads that are mixed are not served"),
     (r"joined with others by cat", "join the keys and the values instead of the scores"),
     (r"may differ per head", "pass a mask that heads share as [B, 1, Nq, Nk]"),
     (

@@ -205,6 +205,9 @@ PROGRAMS: dict[str, Case] = {
         scores.softmax_over_queries, "is over another dimension than the keys"
     ),
     "five dimensions": Case(scores.five_dimensions, "scores have 5 dimensions"),
+    "added to mixed heads": Case(
+        scores.added_to_mixed_heads, "scores are mixed with what conv2d makes of them"
+    ),
     "mixed heads": Case(scores.mixed_heads, "between its two products are linear, softmax"),
     "learned bias": Case(
         scores.LearnedBias(), "a learned bias is added, which is no mask: self.table"

@@ -161,7 +161,9 @@ def test_searching_leaves_samples_dense(model, compiled):
     [
         ({"cells": 0.01}, r"cells is 0.01; allowed: 0\.\d+ or more"),
         ({"cells": 2}, "0 < cells <= 1"),
-        ({"ranges": 11}, "<= steps, 10"),
+        ({"ranges": 10}, "<= the other steps, 9"),
+        ({"full": 10}, "< steps, 10"),
+        ({"full": 0}, "full is 0"),
         ({"ranges": 0}, "ranges is 0"),
         ({"every": (1, 2)}, ">= 2"),
         ({"every": ()}, ">= 2"),

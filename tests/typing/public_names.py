@@ -81,8 +81,8 @@ def shorten(model: nn.Module, tokens: Tensor) -> object:
 
 def denoise(model: nn.Module, latents: Tensor) -> mpass.DenoisingRun:
     """A step of a sampler."""
-    plan: mpass.DenoisingPlan = mpass.search_denoising(lambda run: model(latents), 1)
-    with mpass.denoising(1, plan=plan) as run:
+    plan: mpass.DenoisingPlan = mpass.search_denoising(lambda run: model(latents), 9)
+    with mpass.denoising(9, plan=plan) as run:
         model(latents)
         known: mpass.DenoisingRun = run
     return known
