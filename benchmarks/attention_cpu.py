@@ -8,10 +8,16 @@ here before torch is loaded) keeps threads that wait from counting as work.
 
     python benchmarks/attention_cpu.py --lengths 8192,16384 --dtypes float32,bfloat16
     python benchmarks/attention_cpu.py --flex --plain --patterns blocks
+    python benchmarks/attention_cpu.py --int8 --patterns blocks --heads 9 --kv-heads 3
+    python benchmarks/attention_cpu.py --int8 --no-dense --lengths 1048576 --densities 0.01 \
+        --dtypes bfloat16 --head-dims 64 --heads 8 --kv-heads 2 --patterns blocks --repeats 1
 
 speed-up: dense CPU time / sparse CPU time, estimation included for vertical-slash
 pattern "default": the custom ops of a rewritten graph with the default config, as a whole; it may
 choose dense attention, so its density and efficiency are those of all blocks
+
+8 bits: CPU time / CPU time with scores in 8 bits, and how far those results are from the others
+(relative length); peak: the most memory that the process held, inputs included
 
 efficiency: speed-up of the attention alone x share of the causal cells computed; 1.0 is dense
 attention's own rate
@@ -21,6 +27,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -74,11 +81,13 @@ class Result:
     kv_heads: int
     density: float
     seconds: dict[str, float]
-    speedup: float
-    efficiency: float
+    speedup: float | None
+    efficiency: float | None
     estimation_share: float
     index_bytes: int
     index_share_of_kv: float
+    int8_error: float | None
+    peak_bytes: int
 
 
 def random_blocks(query: Tensor, share: float, generator: torch.Generator) -> SparseIndex:
@@ -167,6 +176,8 @@ def measure(
     repeats: int,
     flex: bool,
     plain: bool,
+    int8: bool,
+    dense: bool,
 ) -> Result:
     """Time one case."""
     generator = torch.Generator().manual_seed(0)
@@ -176,11 +187,11 @@ def measure(
         torch.randn(1, kv_heads, length, head_dim, generator=generator).to(dtype) for _ in "kv"
     )
     mask, scale = AttentionMask(), head_dim**-0.5
-    runs: Runs = {
-        "dense": lambda: F.scaled_dot_product_attention(
+    runs: Runs = {}
+    if dense:
+        runs["dense"] = lambda: F.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=True
         )
-    }
     if pattern == "vertical_slash":
         columns, diagonals = BUDGETS[min(BUDGETS, key=lambda known: abs(known - length))]
         index = vertical_slash(query, key, mask, columns, diagonals)
@@ -192,6 +203,15 @@ def measure(
     )
     if pattern == "default":
         runs["sparse"] = op_run(query, key, value)
+    int8_error = None
+    if int8:
+        in_int8 = AttentionInputs(query, key, value, mask, scale, int8=True)
+        runs["int8"] = lambda: cpu.sparse_attention(in_int8, index)
+        inputs = AttentionInputs(query, key, value, mask, scale)
+        exact = cpu.sparse_attention(inputs, index).float()
+        found = cpu.sparse_attention(in_int8, index).float()
+        int8_error = ((found - exact).norm() / exact.norm()).item()
+        del exact, found
     if flex and pattern == "blocks":
         runs["flex"] = flex_run(query, key, value, index)
     if plain:
@@ -210,11 +230,13 @@ def measure(
         kv_heads=kv_heads,
         density=computed,
         seconds=seconds,
-        speedup=seconds["dense"] / total,
-        efficiency=seconds["dense"] / seconds["sparse"] * computed,
+        speedup=seconds["dense"] / total if dense else None,
+        efficiency=seconds["dense"] / seconds["sparse"] * computed if dense else None,
         estimation_share=seconds.get("estimate", 0.0) / total,
         index_bytes=index.num_bytes(),
         index_share_of_kv=index.num_bytes() / (2 * key.numel() * key.element_size()),
+        int8_error=int8_error,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
@@ -244,7 +266,16 @@ def table_of(results: list[Result]) -> Table:
     table = Table(title=f"CPU attention, {torch.get_num_threads()} threads, ratios of CPU time")
     for name in ("pattern", "dtype", "tokens", "D", "density", "speed-up", "efficiency"):
         table.add_column(name, justify="right")
-    for name in ("x flex", "x plain", "estimation", "index / KV"):
+    for name in (
+        "x flex",
+        "x plain",
+        "8 bits",
+        "error",
+        "estimation",
+        "index / KV",
+        "CPU s",
+        "peak",
+    ):
         table.add_column(name, justify="right")
     for result in results:
         sparse = result.seconds["sparse"]
@@ -258,12 +289,16 @@ def table_of(results: list[Result]) -> Table:
             str(result.length),
             str(result.head_dim),
             f"{result.density:.1%}",
-            f"{result.speedup:.2f}",
-            f"{result.efficiency:.2f}",
+            "-" if result.speedup is None else f"{result.speedup:.2f}",
+            "-" if result.efficiency is None else f"{result.efficiency:.2f}",
             ratio("flex"),
             ratio("plain"),
+            f"{sparse / result.seconds['int8']:.2f}" if "int8" in result.seconds else "-",
+            "-" if result.int8_error is None else f"{result.int8_error:.4f}",
             f"{result.estimation_share:.1%}",
             f"{result.index_share_of_kv:.2%}",
+            f"{sparse:.3g}",
+            f"{result.peak_bytes / 1e9:.2f} GB",
         )
     return table
 
@@ -319,6 +354,8 @@ def main(
     repeats: Annotated[int, typer.Option()] = 5,
     flex: Annotated[bool, typer.Option(help="time FlexAttention on the same blocks")] = False,
     plain: Annotated[bool, typer.Option(help="time the plain-torch op")] = False,
+    int8: Annotated[bool, typer.Option(help="time scores in 8 bits")] = False,
+    dense: Annotated[bool, typer.Option(help="time torch's own attention")] = True,
     name: Annotated[str, typer.Option(help="file name under results/")] = "attention_cpu",
 ) -> None:
     """Measure, print a table, and save JSON and a plot under benchmarks/results/."""
@@ -340,6 +377,8 @@ def main(
                             repeats=repeats,
                             flex=flex,
                             plain=plain,
+                            int8=int8,
+                            dense=dense,
                         )
                         results.append(result)
     console.print(table_of(results))
@@ -351,7 +390,8 @@ def main(
         "results": [asdict(result) for result in results],
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(payload, indent=2) + "\n")
-    plot(results, RESULTS / f"{name}.png")
+    if dense:
+        plot(results, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-DECLARED = {"nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"}
+DECLARED = dict.fromkeys(
+    ("nms", "qnms"), "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+)
 """The ops that torchvision names while it is imported."""
 
 

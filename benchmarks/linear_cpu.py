@@ -1,10 +1,11 @@
-"""Linear layers in 16 and 8 bits on the CPU: what a prefill takes, and what it loses.
+"""Linear layers in 16 and 8 bits, and scores in 8, on the CPU: what a prefill takes and loses.
 
     python -m benchmarks.linear_cpu --length 8192 --json benchmarks/results/linear_cpu.json
 
 A packaged model reads a text in bf16: dense by Inductor, sparse, and sparse with
-`options={"linear": "int8"}`. Timed interleaved in one process, medians of CPU seconds and of wall
-seconds; the loss is over every position of each text, in nats per token over dense.
+`options={"linear": "half"}` and `"int8"`, with `options={"attention": "int8"}`, and with 8 bits in
+both; `--kinds` names some of these. Timed interleaved in one process, medians of CPU seconds and of
+wall seconds; the loss is over every position of each text, in nats per token over dense.
 """
 
 from __future__ import annotations
@@ -33,15 +34,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse": ("minference", {}),
     "sparse, half": ("minference", {"linear": "half"}),
     "sparse, int8": ("minference", {"linear": "int8"}),
+    "sparse, int8 scores": ("minference", {"attention": "int8"}),
+    "sparse, both": ("minference", {"linear": "int8", "attention": "int8"}),
 }
 
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each kind on the first text, and the loss of each kind on every text."""
     model, tokenizer = load_model(settings.model, dtype=parse_dtype(settings.dtype))
-    forwards = {name: compile_body(model, *kind) for name, kind in KINDS.items()}
+    kinds = {name: KINDS[name] for name in ("dense", *settings.kinds)}
+    forwards = {name: compile_body(model, *kind) for name, kind in kinds.items()}
     losses: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     density: float | None = None
     for number, text in enumerate(settings.texts):
         tokens = load_tokens(find_text(text).read(), tokenizer, settings.length)
@@ -52,9 +56,9 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
                 outputs[name] = prefill(forward, tokens).last_hidden_state
             if number == 0 and name == "sparse":
                 density = log.density()
-        others = [outputs[name] for name in KINDS if name != "dense"]
+        others = [outputs[name] for name in settings.kinds]
         found = compare_all(model, outputs["dense"], others, tokens)
-        for name, loss in zip([name for name in KINDS if name != "dense"], found, strict=True):
+        for name, loss in zip(settings.kinds, found, strict=True):
             losses.setdefault(text, {})[name] = {
                 "dense": loss.dense,
                 "more": loss.sparse - loss.dense,
@@ -89,6 +93,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--texts", nargs="+", default=["code"])
     parser.add_argument("--repeats", type=int, default=3)
+    every = [name for name in KINDS if name != "dense"]
+    parser.add_argument("--kinds", nargs="+", default=every, choices=every)
     parser.add_argument("--json", type=Path, help="write the figures here")
     settings = parser.parse_args()
     result = measure(settings)
@@ -96,13 +102,13 @@ def main() -> None:
         "", "CPU s", "of dense", "of sparse", *(f"loss, {text}" for text in settings.texts)
     )
     cpu = result["cpu_seconds"]
-    for name in KINDS:
+    for name in ("dense", *settings.kinds):
         losses = [result["losses"][text].get(name) for text in settings.texts]
         table.add_row(
             name,
             f"{cpu[name]:.2f}",
             f"{cpu[name] / cpu['dense']:.2f}",
-            f"{cpu[name] / cpu['sparse']:.2f}",
+            f"{cpu[name] / cpu['sparse']:.2f}" if "sparse" in cpu else "",
             *(f"{loss['more']:+.4f} ± {loss['error']:.4f}" if loss else "" for loss in losses),
         )
     open_console().print(table)

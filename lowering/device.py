@@ -63,6 +63,11 @@ def no_linear(dtype: torch.dtype) -> str:
     return "linear layers in 8 or 16 bits run on CPUs only"
 
 
+def no_int8(dtype: torch.dtype) -> str:
+    """Of a lowering whose scores are never products of 8-bit numbers."""
+    return "scores in 8 bits run on CPUs only"
+
+
 def no_wait(device: torch.device) -> None:
     """Nothing runs behind the caller's back on such a device."""
 
@@ -96,6 +101,8 @@ class Lowering:
     the layer's calls look up is made by then. None where nothing can be foreseen so.
     breakeven_density: the share of the dense work up to which sparse attention is no slower.
     estimation_worthwhile: whether estimating an index and using it can be faster than dense.
+    int8_reason: why scores of attention in a dtype are not products of 8-bit numbers where inputs
+    allow it; "" if they are.
     linear_reason: why linear layers of a dtype do not run in 8 bits here; "" if they do;
     half_linear_reason: the same of half precision.
     quantize_rows, multiply_rows, linear_in_fp32, linear_in_half: as in
@@ -138,6 +145,7 @@ class Lowering:
     prepare: Callable[[Callable[[], object]], Sequence[Build]] | None = None
     breakeven_density: Callable[[AttentionInputs], float] = dense.breakeven_density
     estimation_worthwhile: Callable[[EstimatedWork], bool] = dense.estimation_worthwhile
+    int8_reason: Callable[[torch.dtype], str] = no_int8
     linear_reason: Callable[[torch.dtype], str] = no_linear
     quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]] = linear.quantize_rows
     multiply_rows: Callable[[Tensor, Tensor], Tensor] = linear.multiply_rows

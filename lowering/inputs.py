@@ -24,6 +24,7 @@ class AttentionInputs:
     scale: factor of the scores.
     softcap: scores become softcap * tanh(s / softcap) if it is above 0.
     sink_logits: float [H], one more logit per head that takes probability and has no value.
+    int8: scores may be products of numbers that are rounded to 8 bits (docs/int8_attention.md).
     """
 
     query: Tensor
@@ -33,6 +34,7 @@ class AttentionInputs:
     scale: float
     softcap: float = 0.0
     sink_logits: Tensor | None = None
+    int8: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

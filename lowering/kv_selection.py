@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from mpass.errors import OptionValueError
 from mpass.lowering.define import define_op, fake_of
 from mpass.lowering.inputs import AttentionInputs, EstimateInputs
-from mpass.lowering.ops import ATTENTION, ATTENTION_SCHEMA, attend, over_index
+from mpass.lowering.ops import ARGUMENTS, ATTENTION, ATTENTION_SCHEMA, attend, over_index
 from mpass.lowering.reference import kv_selection as reference
 from mpass.lowering.reference.attention import empty_output
 from mpass.lowering.reference.kv_selection import Pool
@@ -111,7 +111,7 @@ def keep_selection(
 @define_op(
     "sparse_attention_kv",
     "(int budget, int observed, int kernel, str pool, bool by_length, "
-    f"{ATTENTION_SCHEMA}) -> Tensor",
+    f"{ATTENTION_SCHEMA}, bool int8=False) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # who listens is asked in every call
 )
 def sparse_attention_kv(
@@ -122,7 +122,9 @@ def sparse_attention_kv(
     budget, observed, kernel, pool, by_length: of SnapKV, `observed` its window. The result is of
     attention; the selection goes to whoever listens, see `select_keys`.
     """
-    call = over_index(*arguments)
+    call = over_index(*arguments[:ARGUMENTS])
+    if arguments[ARGUMENTS:] == (True,):
+        call = replace(call, inputs=replace(call.inputs, int8=True))
     out = attend(call, ATTENTION).result
     for selection in LISTENERS.get():
         rule = SnapKV(budget, observed, kernel, pool, by_length)

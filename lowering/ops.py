@@ -122,7 +122,7 @@ def over_index(
 
 @define_op(
     "sparse_attention",
-    f"({ATTENTION_SCHEMA}, int measured=0, float most_lost=1.0) -> Tensor",
+    f"({ATTENTION_SCHEMA}, int measured=0, float most_lost=1.0, bool int8=False) -> Tensor",
 )
 def sparse_attention(*arguments: Any) -> Tensor:
     """Attention over the keys that the index selects; see lowering.reference for the meaning.
@@ -135,12 +135,14 @@ def sparse_attention(*arguments: Any) -> Tensor:
     guard could decide it). layer: for records only. measured: the number by which
     mpass.lowering.meter keeps what the call lost; 0 for nothing is measured. most_lost: a head that
     would lose more of its attention than this share, by some rows that are looked at, keeps every
-    key (mpass.lowering.guard).
+    key (mpass.lowering.guard). int8: scores may be products of 8-bit numbers.
     """
     call = over_index(*arguments[:ARGUMENTS])
     extra = arguments[ARGUMENTS:]  # what has its default value may be left out
     measured = extra[0] if extra else 0
     most_lost = extra[1] if len(extra) > 1 else 1.0
+    if len(extra) > 2 and extra[2]:
+        call = replace(call, inputs=replace(call.inputs, int8=True))
     rows = rows_of_call(call.inputs.query) if measured else 0
     done = attend(replace(call, most_lost=most_lost, measured=rows), ATTENTION)
     if rows:

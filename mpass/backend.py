@@ -38,7 +38,7 @@ from mpass.match import find_attention, inline_subgraphs, open_calls
 from mpass.match.common import training_allowed
 from mpass.options import BACKENDS_OF_TORCH, Options, parse_options
 from mpass.plan import AttentionPlan, Skip, plan_attention
-from mpass.report import Report, make_report
+from mpass.report import Report, int8_notes, make_report
 from mpass.rewrite import rewrite_attention
 from mpass.story.graphs import keep_graph
 from mpass.story.limits import watch_limits
@@ -140,6 +140,8 @@ def apply_passes(
                 notes = halve_linear_layers(gm)
             elif options.linear == "auto" and options.inner_backend in BACKENDS_OF_TORCH:
                 notes = widen_linear_layers(gm)
+            if options.attention == "int8":
+                notes = (*notes, *int8_notes(decisions))
             trace.mark("rewrite")
     except Exception as error:
         reason = contain(error, "rewriting a graph", count_ops(gm))

@@ -30,6 +30,9 @@ LINEAR = ("auto", "half", "int8", None)
 BACKENDS_OF_TORCH = ("inductor", "aot_eager", "eager")
 """Inner backends whose passes leave our linear layers as they are (docs/linear.md)."""
 
+ATTENTION = (None, "int8")
+"""What products of queries and keys can be taken in beside what their dtype is served with."""
+
 TRAININGS = ("dense", "sparse")
 """What attention is where gradients are recorded."""
 
@@ -56,6 +59,8 @@ class Options:
     linear: "auto" multiplies linear layers of bf16 in fp32 on CPUs that are faster at that, which
     loses nothing; "half" multiplies them in half precision on CPUs with AVX512-FP16, "int8" in 8
     bits on CPUs with VNNI; None leaves them.
+    attention: "int8" multiplies queries and keys of sparse attention in 8 bits, on CPUs with VNNI,
+    and with AVX512-FP16 weights and values in fp16; None computes the chosen keys exactly.
     training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
     over the keys that were chosen and none through the choice; "dense" leaves it as it is.
     summaries: in attention that is not causal, each run of this many keys that is left out counts
@@ -80,6 +85,7 @@ class Options:
     validate: str = "sample"
     read_masks: bool = True
     linear: str | None = "auto"
+    attention: str | None = None
     training: str = "dense"
     summaries: int = 0
     kv_select: SnapKV | None = None
@@ -186,6 +192,11 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
     training = values.get("training", "dense")
     if training not in TRAININGS:
         raise OptionValueError("training", training, ", ".join(TRAININGS))
+    attention = values.get("attention")
+    if attention not in ATTENTION:
+        raise OptionValueError("attention", attention, "'int8' or None")
+    if attention and training == "sparse":
+        raise OptionValueError("attention", attention, "None together with training='sparse'")
     summaries = values.get("summaries", 0)
     if isinstance(summaries, bool) or summaries not in (0, *RUNS):
         raise OptionValueError("summaries", summaries, f"0, {', '.join(map(str, RUNS))}")

@@ -17,6 +17,7 @@ from torch.utils._sympy.functions import Max, Min
 
 from mpass.config.promise import promised_share
 from mpass.errors import ConfigMismatchError
+from mpass.graph.exact_scores import exact_reason
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.numbers import meter_number
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
@@ -68,6 +69,7 @@ class AttentionPlan:
     causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
     most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
     denoising: whether what it leaves out is kept over the steps of a sampler.
+    int8: whether scores are products of 8-bit numbers.
     """
 
     site: AttentionSite
@@ -83,6 +85,7 @@ class AttentionPlan:
     kv_select: SnapKV | None = None
     most_lost: float = 1.0
     denoising: bool = False
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -323,6 +326,7 @@ def decide_length(
         and any(name in resolved.source for name in (BUILTIN, PROMISED)),
         most_lost=promised_share(resolved.patterns, options.max_loss) if plain else 1.0,
         denoising=kept,
+        int8=options.attention == "int8" and not exact_reason(site, trained, summaries, kept),
     )
     long_enough = at_least(num_keys, shortest)
     if long_enough is False:

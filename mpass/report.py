@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from mpass.config.spans import in_spans
+from mpass.graph.exact_scores import exact_reason
 from mpass.graph.guards import live_stack
 from mpass.graph.nodes import number_now, shape_of
 from mpass.lowering.meter import Loss
@@ -248,6 +249,21 @@ def report_lines(report: Report) -> list[str]:
     for reason in dict.fromkeys(site.reason for site in report.sites if site.reason):
         lines.append(f"{reason}: {remedy_of(reason)}")
     return lines
+
+
+def int8_notes(decisions: Sequence[AttentionPlan | Skip]) -> tuple[str, ...]:
+    """How many sparse attentions have scores in 8 bits, and why others have not, as a sentence."""
+    plans = [decision for decision in decisions if isinstance(decision, AttentionPlan)]
+    if not plans:
+        return ()
+    kept = Counter(
+        exact_reason(plan.site, plan.training, plan.summaries, plan.denoising)
+        for plan in plans
+        if not plan.int8
+    )
+    why = "; ".join(f"{count} not: {reason}" for reason, count in kept.most_common())
+    done = f"{len(plans) - kept.total()} of {len(plans)} sparse attentions with scores in 8 bits"
+    return (done + (f" ({why})" if why else ""),)
 
 
 def losses_in_words(losses: Sequence[Loss | None]) -> str:

@@ -211,9 +211,10 @@ def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
 
 
 def guarded_by(plan: AttentionPlan) -> dict[str, fx.node.Argument]:
-    """The last arguments of an attention that is dense where it should be; others do without."""
+    """The last arguments of an attention: when it is dense, and its numbers; others do without."""
     guards: dict[str, fx.node.Argument] = {"causal_only": True} if plan.causal_only else {}
-    return guards | ({"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {})
+    guards |= {"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {}
+    return guards | ({"int8": True} if plan.int8 else {})
 
 
 def insert_masked(graph: fx.Graph, plan: AttentionPlan, mask: fx.Node) -> fx.Node:

@@ -61,7 +61,7 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
             continue
         dtype, head_dim, value_dim = site.compute_dtype, int(query.shape[-1]), int(value.shape[-1])
         sizes = (dtype, head_dim, value_dim, site.softcap)
-        threads[start_attention(lowering, *sizes)] = None
+        threads[start_attention(lowering, *sizes, int8=plan.int8)] = None
         if plan.training:
             threads[start_training(lowering, *sizes)] = None
         if plan.measured or plan.most_lost < 1.0:
@@ -220,14 +220,21 @@ def one_block(
 
 @functools.cache
 def start_attention(
-    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+    lowering: Lowering,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    softcap: float,
+    int8: bool = False,
 ) -> threading.Thread:
     """One block of sparse attention."""
 
     def run() -> None:
-        lowering.sparse_attention(*one_block(lowering, dtype, head_dim, value_dim, softcap))
+        inputs, index = one_block(lowering, dtype, head_dim, value_dim, softcap)
+        lowering.sparse_attention(replace(inputs, int8=int8), index)
 
-    return start(run, f"attention, {dtype}, D={head_dim}, DV={value_dim}")
+    bits = ", 8 bits" if int8 else ""
+    return start(run, f"attention, {dtype}, D={head_dim}, DV={value_dim}{bits}")
 
 
 @functools.cache

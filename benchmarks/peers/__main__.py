@@ -52,6 +52,8 @@ PEERS = {
     "mpass": Peer("run_mpass", "", "", "default", dense=False),
     "mpass half": Peer("run_mpass", "", "", "half", dense=False),
     "mpass int8": Peer("run_mpass", "", "", "int8", dense=False),
+    "mpass int8 scores": Peer("run_mpass", "", "", "int8 scores", dense=False),
+    "mpass all int8": Peer("run_mpass", "", "", "all int8", dense=False),
     "inductor": Peer("run_mpass", "", "", "inductor"),
     **{
         f"openvino {kind}": Peer(

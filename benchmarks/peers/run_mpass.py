@@ -15,6 +15,8 @@ KINDS = {
     "default": ("minference", {}),
     "half": ("minference", {"linear": "half"}),
     "int8": ("minference", {"linear": "int8"}),
+    "int8 scores": ("minference", {"attention": "int8"}),
+    "all int8": ("minference", {"linear": "int8", "attention": "int8"}),
     "inductor": ("inductor", None),
 }
 

@@ -39,10 +39,16 @@ INSTRUCTION_FLAGS = {
 """On top of -march=native, for compilers that do not know the machine."""
 
 
+def instruction_flags(spec: KernelSpec) -> tuple[str, ...]:
+    """The flags by which a compiler knows the instructions of a spec."""
+    more = tuple(f"-m{name}" for name in spec.extensions)
+    return (*INSTRUCTION_FLAGS.get(spec.instruction_set, ()), *more)
+
+
 @functools.cache
 def load_library(spec: KernelSpec) -> ctypes.CDLL:
     """The compiled library of a spec: from memory, Inductor's disk cache, or the compiler."""
-    flags = INSTRUCTION_FLAGS.get(spec.instruction_set, ())
+    flags = instruction_flags(spec)
     source = generate_source(spec)
     # A warm-up may be at it: then the compiler is not started again.
     with build_lock(spec), activity().build(str(spec)):
@@ -58,13 +64,17 @@ def build_lock(spec: KernelSpec) -> threading.Lock:
 
 
 @functools.cache
-def compiler_fault(instruction_set: str) -> str:
+def compiler_fault(instruction_set: str, extension: str = "") -> str:
     """Why the C++ compiler here makes no library for an instruction set; "" if it does.
+
+    extension: more instructions that it has to know, as it calls them.
 
     Compiles a few lines once per machine: whether a compiler is there, knows the instructions,
     finds OpenMP and gives a library that loads shows in no other way.
     """
     flags = INSTRUCTION_FLAGS.get(instruction_set, ())
+    if extension:
+        flags = (*flags, f"-m{extension}")
     try:
         library = compile_source(PROBE_SOURCE, extra_flags=flags)
         return (
@@ -90,7 +100,7 @@ def compile_command(spec: KernelSpec) -> str:
     from torch._inductor.cpp_builder import CppTorchDeviceOptions, get_cpp_compiler
     from torch._inductor.cpu_vec_isa import invalid_vec_isa
 
-    flags = (*EXTRA_FLAGS, *INSTRUCTION_FLAGS.get(spec.instruction_set, ()))
+    flags = (*EXTRA_FLAGS, *instruction_flags(spec))
     options = CppTorchDeviceOptions(
         vec_isa=invalid_vec_isa, device_type="cpu", extra_flags=list(flags)
     )

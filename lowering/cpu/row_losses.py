@@ -20,7 +20,8 @@ from mpass.lowering.inputs import AttentionInputs, RowLosses
 def row_losses(inputs: AttentionInputs, index: SparseIndex, count: int, outputs: bool) -> RowLosses:
     """Of `count` rows, in fp32, bf16 or fp16. Raises MemoryError if buffers do not fit."""
     return run_row_losses(
-        replace(kernel_spec(inputs), kernel="row_losses"), inputs, index, count, outputs
+        replace(kernel_spec(replace(inputs, int8=False)), kernel="row_losses"),
+        *(inputs, index, count, outputs),
     )
 
 

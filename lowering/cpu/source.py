@@ -113,9 +113,11 @@ struct bfloat16_tag {{}};
 struct float16_tag {{}};
 using input = {"float" if spec.input == "float32" else "uint16_t"};
 using input_tag = {spec.input}_tag;
-using packed = {"uint16_t" if spec.bf16 else "float"};  // element of packed K, V and of P
+using packed = {"uint16_t" if spec.bf16 else "float"};  // element of packed K and V
 using packed_tag = {spec.packed}_tag;
 using word = {"uint32_t" if spec.bf16 else "float"};  // what the micro-GEMM broadcasts
+using weight = {"float" if spec.weight == "float32" else "uint16_t"};  // element of P
+using weight_tag = {spec.weight}_tag;
 constexpr int PAIR = {2 if spec.bf16 else 1};  // packed elements per word
 constexpr bool INPUT_IS_PACKED = {cpp_bool(spec.input == spec.packed)};
 
@@ -126,6 +128,8 @@ constexpr int VALUE_WIDTH = {spec.value_width};  // floats of an output row with
 constexpr int BLOCK = {BLOCK};  // positions per block of queries and of keys
 constexpr int STRIP = {spec.strip};  // tiles per softmax update
 constexpr bool SOFTCAP = {cpp_bool(spec.softcap)};
+constexpr bool INT8_SCORES = {cpp_bool(spec.int8)};  // scores of attention are
+constexpr bool HALF_VALUES = {cpp_bool(spec.halves)};  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = {cpp_bool(spec.sums_distances)};
 
 constexpr int32_t ALL_BLOCKS = {ALL_BLOCKS};  // lowering/index.py

@@ -30,6 +30,8 @@ class KernelSpec:
     layers.
     kernels/<kernel>.h is its source.
     input: dtype of q, k, v and out, without `torch.`.
+    int8: whether the scores of attention are products of 8-bit numbers.
+    halves: whether it then multiplies weights with values in fp16.
     """
 
     input: str
@@ -39,12 +41,16 @@ class KernelSpec:
     softcap: bool = False
     strip: int = STRIP
     kernel: str = "attention"
+    int8: bool = False
+    halves: bool = False
 
     def __str__(self) -> str:
         cap = ", softcap" if self.softcap else ""
         shape = f"{self.kernel}, {self.input}, D={self.head_dim}"
         if self.attends:
             shape += f", DV={self.value_dim}, strips of {self.strip} tiles{cap}"
+            shape += ", scores in 8 bits" if self.int8 else ""
+            shape += ", values in fp16" if self.halves else ""
         return f"{shape}, {self.instruction_set}"
 
     @property
@@ -103,11 +109,24 @@ class KernelSpec:
             "POOLED_KEYS_HEADER": (
                 "pooled_keys_int8.h" if self.uses_int8 else "pooled_keys_packed.h"
             ),
+            "SCORES_HEADER": "scores_int8.h" if self.int8 else "scores_packed.h",
+            "WEIGHTS_HEADER": "weights_fp16.h" if self.halves else "weights_packed.h",
         }
 
     @property
     def packed(self) -> str:
         return "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def weight(self) -> str:
+        """The dtype of the weights of a softmax as they are multiplied with values."""
+        return "float16" if self.halves else self.packed
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Instructions that it needs beyond those of its set, as compilers call them."""
+        vnni = ("avx512vnni",) if self.int8 and not self.bf16 else ()
+        return (*vnni, "avx512fp16") if self.halves else vnni
 
     @property
     def lanes(self) -> int:

@@ -6,6 +6,7 @@ import functools
 import platform
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -90,7 +91,10 @@ def instruction_sets() -> tuple[str, ...]:
 def has(instructions: str) -> bool:
     """Whether torch finds these instructions here; not if this torch cannot tell."""
     probe = getattr(torch.cpu, f"_is_{instructions}_supported", None)
-    return probe is not None and bool(probe())
+    if probe is not None:
+        return bool(probe())
+    listed: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(listed.get(instructions, False))
 
 
 def kernel_spec(inputs: AttentionInputs) -> KernelSpec:
@@ -102,7 +106,30 @@ def kernel_spec(inputs: AttentionInputs) -> KernelSpec:
         inputs.value.shape[-1],
         attention_instruction_set(dtype),
         softcap=inputs.softcap > 0,
+        int8=inputs.int8 and not int8_reason(dtype),
+        halves=inputs.int8 and not int8_reason(dtype) and multiplies_halves(dtype),
     )
+
+
+@functools.cache
+def int8_reason(dtype: torch.dtype) -> str:
+    """Why scores are not products of 8-bit numbers here, for inputs of a dtype; "" if they are."""
+    if dtype_name(dtype) not in INPUT_TYPES:
+        return f"scores in 8 bits are for {', '.join(INPUT_TYPES)}, not {dtype_name(dtype)}"
+    if "avx512" not in instruction_sets() or not (has("vnni") or has("avx512_vnni")):
+        return "the processor has no AVX-512 with VNNI, by which products of 8-bit numbers are fast"
+    return machine_reason() or compiler_fault("avx512", "avx512vnni") or ""
+
+
+@functools.cache
+def multiplies_halves(dtype: torch.dtype) -> bool:
+    """Whether weights are multiplied with values in fp16 where scores are in 8 bits.
+
+    Only instead of fp32: products of bf16 pairs are as fast, and those of AMX faster.
+    """
+    if attention_instruction_set(dtype) != "avx512":
+        return False
+    return has("avx512_fp16") and not compiler_fault("avx512", "avx512fp16")
 
 
 def backward_spec(inputs: AttentionInputs) -> KernelSpec:
@@ -110,7 +137,7 @@ def backward_spec(inputs: AttentionInputs) -> KernelSpec:
 
     Its tiles are no whole AMX tiles: machines that have those take products of pairs.
     """
-    spec = kernel_spec(inputs)
+    spec = kernel_spec(replace(inputs, int8=False))
     chosen = "avx512_bf16" if spec.amx else spec.instruction_set
     return replace(spec, kernel="attention_backward", instruction_set=chosen)
 

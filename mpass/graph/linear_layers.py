@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mpass.graph.arguments import bind
-from mpass.graph.new_nodes import copy_meta, propagate
+from mpass.graph.new_nodes import copy_meta, propagate, value_key
 from mpass.graph.nodes import example, number_now, op_name, value_of
 from mpass.graph.writes import StorageWrites
 from mpass.lowering import linear_op
@@ -113,6 +113,7 @@ def change_products(
             arguments = (found["input"], found["weight"], found.get("bias"))
             new = node.graph.call_function(op, arguments)
             copy_meta(node, new)
+            new.meta[value_key(node)] = value_of(node)  # of the same sizes, in rows
         node.replace_all_uses_with(new)
         node.graph.erase_node(node)
     done = len(layers) - kept.total()

@@ -29,14 +29,37 @@ def is_unbacked(size: object) -> bool:
 
 
 def has_user_range(length: Size) -> bool:
-    """Whether a range constraint (mark_dynamic's min and max, torch.export) forbids new guards."""
+    """Whether a range constraint (mark_dynamic's min and max, torch.export) forbids new guards.
+
+    A range that follows from guards, as where positions are looked up in a table of 512 rows,
+    forbids none.
+    """
     if not isinstance(length, torch.SymInt):
         return False
     env = length.node.shape_env
     for symbol in free_symbols(length):
         upper = env.var_to_range[symbol].upper
-        if not (upper.is_infinite or upper > math.inf) and int(upper) < 2**62:
+        bounded = not (upper.is_infinite or upper > math.inf) and int(upper) < 2**62
+        if bounded and is_constrained(symbol, env):
             return True
+    return False
+
+
+def is_constrained(symbol: Any, env: Any) -> bool:
+    """Whether a user gave a range for the size that a symbol stands for.
+
+    True as well where a shape environment does not tell which tensors its sizes come from.
+    """
+    if not env.tracked_fakes:
+        return True
+    for tracked in env.tracked_fakes:
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None)
+        if not isinstance(tracked.fake, torch.Tensor) or not constraints:
+            continue
+        for size, constraint in zip(tracked.fake.shape, constraints, strict=False):
+            # Dynamo's own constraints say that a size is dynamic, and no range.
+            if hasattr(constraint, "vr") and symbol in free_symbols(size):
+                return True
     return False
 
 

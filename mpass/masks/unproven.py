@@ -56,6 +56,8 @@ def parameter_behind(node: fx.Node) -> fx.Node | None:
         item = pending.pop()
         if item.op in ("placeholder", "get_attr") and is_tensor(item):
             if isinstance(example(item), torch.nn.Parameter):
+                if found is not None:
+                    return None  # Layers of the model, most likely: what they give is not learned.
                 found = item
             elif example(item).dtype.is_floating_point:
                 return None

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from mpass.graph.arguments import argument, bind, subject
+from mpass.graph.arguments import argument, subject
 from mpass.graph.call_keys import hint
 from mpass.graph.nodes import example, is_tensor, op_name, shape_of
 from mpass.graph.site import AttentionSite, Length
@@ -25,9 +25,7 @@ from mpass.masks.expressions import Expr, number
 from mpass.match.common import make_site
 from mpass.match.eager_scores import CASTS, FACTORS, FOLDS, MASKS, MAX_STEPS, RESHAPES
 from mpass.match.eager_weights import DROPOUTS
-from mpass.match.products import OPERANDS, einsum_arguments, operands
-
-PRODUCTS = frozenset({*OPERANDS, "mm"})
+from mpass.match.products import einsum_arguments, is_product, operands
 
 PASSING = (
     frozenset(
@@ -92,6 +90,8 @@ def find_unserved(
             query, key = pair_of(found)
             if key not in inputs or not has_many_keys(cells, found):
                 continue
+            if is_given(key) and is_given(value) and not is_given(query):
+                continue  # after a graph break the weights of a layer are inputs as any other
             rows = shape_of(cells.node)[cells.query]
             site = listed(node, (query, key, value), rows, why(found))
             sites.setdefault((site.path, site.source, site.dense_reason), site)
@@ -111,29 +111,21 @@ def given_inputs(graph: fx.Graph) -> set[fx.Node]:
     return inputs
 
 
-def is_any_product(node: fx.Node) -> bool:
-    """Whether a node multiplies two tensors, of any number of dimensions."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in PRODUCTS:
-        return False
-    return is_tensor(node) and len(factors(node)) == 2
-
-
-def factors(product: fx.Node) -> list[fx.Node]:
-    """The two tensors that a product multiplies."""
-    if op_name(product) == "mm":
-        given = bind(product) or dict(zip(("input", "mat2"), product.args, strict=False))
-        tensors = [given.get("input"), given.get("mat2")]
-        return [node for node in tensors if isinstance(node, fx.Node) and is_tensor(node)]
-    return operands(product)
+def is_given(node: fx.Node) -> bool:
+    """Whether a tensor is one that the graph is given, or a view of it."""
+    while node.op != "placeholder":
+        before = subject(node) if op_name(node) in PASSING else None
+        if not isinstance(before, fx.Node) or not is_tensor(before):
+            return False
+        node = before
+    return True
 
 
 def letters_of(product: fx.Node) -> tuple[str, str, str] | None:
     """The axes of a product's operands and result as letters; None where they are not distinct."""
-    pair = factors(product)
+    pair = operands(product)
     if op_name(product) != "einsum":
         ranks = [len(shape_of(tensor)) for tensor in pair]
-        if min(ranks) < 2:
-            return None
         batch = string.ascii_uppercase[: len(shape_of(product)) - 2]
         left, right = (batch[len(batch) - (rank - 2) :] for rank in ranks)
         return f"{left}qc", f"{right}ck", f"{batch}qk"
@@ -157,13 +149,13 @@ def letters_of(product: fx.Node) -> tuple[str, str, str] | None:
 
 def weights_of(product: fx.Node) -> Iterator[tuple[Cells, fx.Node]]:
     """The operands of a product that may be weights, each with the value that is summed up."""
-    if not is_any_product(product):
+    if not is_product(product):
         return
     letters = letters_of(product)
-    if letters is None:
+    if letters is None or len(operands(product)) != 2:
         return
     *sides, result = letters
-    pair = factors(product)
+    pair = operands(product)
     places = (0, 1) if op_name(product) == "einsum" else (0,)
     for place in places:
         mine, other = sides[place], sides[1 - place]
@@ -194,7 +186,7 @@ def first_product(cells: Cells) -> Cells | None:
 
 def is_score_product(cells: Cells) -> bool:
     """Whether a product makes the cells: its operands have the queries and the keys apart."""
-    if not is_any_product(cells.node):
+    if not is_product(cells.node):
         return False
     letters = letters_of(cells.node)
     if letters is None:
@@ -208,7 +200,7 @@ def is_score_product(cells: Cells) -> bool:
 def pair_of(cells: Cells) -> tuple[fx.Node, fx.Node]:
     """Query and key of the product that makes the cells."""
     letters = letters_of(cells.node)
-    pair = factors(cells.node)
+    pair = operands(cells.node)
     first = letters is not None and letters[2][cells.key] in letters[0]
     return (pair[1], pair[0]) if first else (pair[0], pair[1])
 
@@ -237,11 +229,11 @@ def axes_before(cells: Cells, tensor: fx.Node) -> tuple[int, int] | None:
     if name == "linear":
         apart = subject(node) is tensor and rank - 1 not in axes
         return axes if apart else None
-    if is_any_product(node):
+    if is_product(node):
         letters = letters_of(node)
         if letters is None:
             return None
-        side = letters[factors(node).index(tensor)] if tensor in factors(node) else ""
+        side = letters[operands(node).index(tensor)] if tensor in operands(node) else ""
         wanted = [letters[2][axis] for axis in axes]
         kept = all(letter in side for letter in wanted)
         return (side.index(wanted[0]), side.index(wanted[1])) if kept else None
@@ -292,7 +284,7 @@ def has_many_keys(cells: Cells, found: Cells) -> bool:
     if letters is None or (isinstance(keys, int) and keys < FEWEST_KEYS):
         return False
     (summed,) = (set(letters[0]) & set(letters[1])) - set(letters[2])
-    channels = shape_of(factors(found.node)[0])[letters[0].index(summed)]
+    channels = shape_of(operands(found.node)[0])[letters[0].index(summed)]
     return hint(keys) > hint(channels)
 
 

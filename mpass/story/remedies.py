@@ -73,7 +73,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "key, as ALiBi, is served",
     ),
     (
-        r"this op is not understood",
+        r"this op is not understood|too many parts",
         "write the mask with comparisons of positions, or add a mask rule",
     ),
     (r"scores are also read|read more than once", "do not ask for the attention weights"),

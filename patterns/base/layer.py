@@ -102,6 +102,7 @@ def attend_heads(
     site: int = 0,
     measured: int = 0,
     most_lost: float = 1.0,
+    int8: bool = False,
 ) -> Tensor:
     """Estimate the index of a layer and attend over it, now: [B, H, Nq, Dv].
 
@@ -114,6 +115,7 @@ def attend_heads(
         ),
         measured,
         most_lost,
+        int8,
     )
     return out
 

@@ -81,6 +81,7 @@ class Request:
     measured: int
     causal_only: bool
     most_lost: float
+    int8: bool
 
 
 @define_op(
@@ -88,7 +89,7 @@ class Request:
     "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor form, Tensor key_mask, "
     "Tensor first, Tensor last, Tensor? sinks, str patterns, float scale, float softcap, "
     "bool written_out, float dense_above, SymInt min_seq_len, int layer, int measured=0, "
-    "bool causal_only=False, float most_lost=1.0) -> Tensor",
+    "bool causal_only=False, float most_lost=1.0, bool int8=False) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def masked_attention(
@@ -111,6 +112,7 @@ def masked_attention(
     measured: int = 0,
     causal_only: bool = False,
     most_lost: float = 1.0,
+    int8: bool = False,
 ) -> Tensor:
     """Attention under `mask`, sparse where its form allows it.
 
@@ -123,7 +125,7 @@ def masked_attention(
     """
     own = patterns_from_text(patterns)
     read = MaskForm.from_tensor(form)
-    limits = (dense_above, min_seq_len, layer, -measured, causal_only, most_lost)
+    limits = (dense_above, min_seq_len, layer, -measured, causal_only, most_lost, int8)
     request = Request(own, sinks, scale, softcap, written_out, *limits)
     if measured and read.offset == 0:
         start_prompt(measured)
@@ -242,6 +244,7 @@ def attend(
         layer=request.layer,
         measured=request.measured,
         most_lost=request.most_lost,
+        int8=request.int8,
     )
 
 

@@ -60,6 +60,28 @@ def test_a_range_of_what_both_sizes_hold_is_no_obstacle():
     assert answers == [True, False]  # a guard on the range itself would break the promise
 
 
+def test_a_range_that_follows_from_a_table_of_positions_is_no_obstacle():
+    """Learned positions of 64 tokens, of which those after a cache are looked up."""
+    answers: list[bool] = []
+
+    def backend(gm, _inputs):
+        tensors = [shape_of(n) for n in gm.graph.find_nodes(op="placeholder") if is_tensor(n)]
+        keys, values = (shape[0] for shape in tensors if len(shape) == 1)
+        env = keys.node.shape_env
+        answers.append(int(env.var_to_range[keys.node.expr].upper) <= 64)
+        answers.append(agree(keys, values))
+        return gm.forward
+
+    def look_up(table, keys, values):
+        return table[keys.shape[0] : keys.shape[0] + 3] + 1, keys + 1, values + 1
+
+    table, keys, values = torch.ones(64, 2), torch.ones(5), torch.ones(5)
+    torch._dynamo.mark_static(table)
+    with torch.fx.experimental._config.patch(use_duck_shape=False):  # equal sizes, two symbols
+        torch.compile(look_up, backend=backend, dynamic=True)(table, keys, values)
+    assert answers == [True, True]
+
+
 def test_no_guard_outside_of_dynamo():
     """An exported program has none, so nothing may depend on one."""
     n = torch.export.Dim("n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,9 @@ from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import (
     best_instruction_set,
     dtype_name,
+    has,
+    instruction_sets,
+    int8_reason,
     unsupported,
 )
 from mpass.lowering.index import (
@@ -209,6 +213,35 @@ def run_case(case: dict[str, object]) -> None:
     inputs, index, mask = make_case(case, generator, case["dtype"], 40, 24)
     spec = KernelSpec(dtype_name(case["dtype"]), 40, 24, best_instruction_set(case["dtype"]))
     assert_matches_reference(spec, inputs, index, mask, scale=0.2)
+
+
+INT8_TOLERANCE = 0.06
+"""Largest difference of attention with scores in 8 bits to fp64, for inputs of unit variance."""
+
+
+def int8_specs(dtype: torch.dtype, head_dim: int = 64, value_dim: int = 64) -> list[KernelSpec]:
+    """Kernels with scores in 8 bits that run here: values as their dtype is, and in fp16."""
+    if int8_reason(dtype):
+        return []
+    spec = KernelSpec(dtype_name(dtype), head_dim, value_dim, "avx512", int8=True)
+    found = [spec]
+    if has("avx512_fp16"):
+        found.append(dataclasses.replace(spec, halves=True))
+    if dtype == torch.bfloat16 and "avx512_bf16" in instruction_sets():
+        found.append(dataclasses.replace(spec, instruction_set="avx512_bf16"))
+    return found
+
+
+def run_int8_case(case: dict[str, object]) -> None:
+    """Compare one drawn case in 8 bits; also what the AddressSanitizer run calls."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    inputs, index, mask = make_case(case, generator, case["dtype"], 40, 24)
+    wide = [tensor.double() for tensor in inputs]
+    expected = reference.sparse_attention(AttentionInputs(*wide, mask, 0.2), index)
+    for spec in int8_specs(case["dtype"], 40, 24)[-1:]:
+        found = run_attention(spec, AttentionInputs(*inputs, mask, 0.2), index).double()
+        size = max(1.0, expected.abs().max().item())
+        assert (found - expected).abs().max() <= INT8_TOLERANCE * size
 
 
 def assert_same_index(found: SparseIndex, expected: SparseIndex) -> None:

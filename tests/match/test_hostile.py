@@ -89,7 +89,7 @@ NARROW = [torch.int32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch
 DENSE = {
     "some scores zeroed": (some_scores_zeroed, "scores are replaced"),
     "own score zeroed": (own_score_zeroed, "scores are replaced"),
-    "own score raised": (own_score_raised, "bias"),
+    "own score raised": (own_score_raised, "not known to be a mask"),
     "maximum before softcap": (maximum_before_softcap, "maximum"),
     "maximum before sinks": (maximum_before_sinks, "maximum"),
     "first rows see nothing": (first_rows_see_nothing, "rows that see no key"),

@@ -275,7 +275,7 @@ DENSE = {
     "weights": (with_weights, {}, "pass need_weights=False"),
     "zeros": (left_open, {"add_zero_attn": True}, "add_zero_attn"),
     "learned key": (left_open, {"add_bias_kv": True}, "add_bias_kv"),
-    "bias": (biased, {}, "a bias is added"),
+    "bias": (biased, {}, "not known to be a mask"),
     "length": (short, {}, "50 keys"),
 }
 

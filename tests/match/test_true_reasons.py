@@ -69,6 +69,18 @@ class Buckets(nn.Module):
         return ((q @ k.mT) + self.table(away).permute(2, 0, 1)).softmax(-1) @ v
 
 
+class FromLayers(torch.nn.Module):
+    """A bias that layers compute, as those of ProphetNet and Inkling do: none of their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(N, 8)
+        self.relative = torch.nn.Linear(8, N)
+
+    def forward(self, q, k, v):
+        return ((q @ k.mT) + self.relative(self.words(ROWS))).softmax(-1) @ v
+
+
 def per_head_input(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(1, 4, N, N))
 
@@ -114,6 +126,7 @@ CASES = (
         "a learned bias is added, which is no mask: self.table.weight",
         ("understood",),
     ),
+    (FromLayers(), (), "is not known to be a mask", ("learned", "words")),
     (per_head_input, (MASK,), "may differ per head: mask is an input", ("differs",)),
     (added_input, (MASK,), "is not known to be a mask", ("bias",)),
     (

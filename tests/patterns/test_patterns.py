@@ -54,7 +54,7 @@ def exact_estimates():
 
 
 @pytest.mark.usefixtures("exact_estimates")
-@pytest.mark.parametrize("pattern", part_of_today(PATTERNS, share=2), ids=str)
+@pytest.mark.parametrize("pattern", part_of_today(PATTERNS, share=3), ids=str)
 @settings(max_examples=12)
 @given(tensors=attentions())
 def test_pattern_computes_dense_attention_under_its_computed_mask(pattern, tensors):
@@ -110,9 +110,7 @@ def test_pattern_serves_padding_windows_and_dtypes(pattern, dtype):
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [p for p in PATTERNS if p.bidirectional],
-    ids=str,
+    "pattern", part_of_today([p for p in PATTERNS if p.bidirectional], share=2), ids=str
 )
 def test_bidirectional_pattern_sees_later_keys(pattern):
     query, key, value = random_attention(num_queries=200, num_keys=330)

@@ -29,6 +29,7 @@ BY_SCENARIO = {scenario.name: scenario for scenario in SCENARIOS}
 
 REASONS = (
     "bias",
+    "not known to be a mask",
     "chunked attention",
     "one query: there is nothing to skip",
     "known at run time only",

@@ -26,32 +26,34 @@
 
 namespace {
 
-void pack_block(const AttentionArguments& a, const PackedKeyValues& p, packed* staging, int64_t b,
-                int64_t g, int64_t kb) {
+void pack_block(const AttentionArguments& a, const PackedKeyValues& p, const SharedScores& shared,
+                packed* staging, int64_t b, int64_t g, int64_t kb) {
   const TensorView key{static_cast<const input*>(a.key), a.key_batch, a.key_head, a.key_row};
   const TensorView value{static_cast<const input*>(a.value), a.value_batch, a.value_head,
                          a.value_row};
   const int64_t slot = (b * a.kv_heads + g) * p.key_blocks + kb;
   const int64_t first = kb * BLOCK;
+  const uint64_t valid = valid_keys(a, b, kb);
   word* packed_keys = p.keys.get() + slot * KEY_WORDS;
-  if (ROWS_ARE_WORDS && first + BLOCK <= a.num_keys && a.key_row % PAIR == 0) {
+  if (!INT8_SCORES && ROWS_ARE_WORDS && first + BLOCK <= a.num_keys && a.key_row % PAIR == 0) {
     transpose_rows(packed_keys, reinterpret_cast<const word*>(key.at(b, g, first)), DEPTH,
                    a.key_row / PAIR);
   } else {
-    pack_keys(packed_keys, staging, [&](int r) -> const input* {
-      return first + r < a.num_keys ? key.at(b, g, first + r) : nullptr;
+    pack_scored_keys(packed_keys, staging, shared.centre(b, g), [&](int r) -> const input* {
+      return valid >> r & 1 ? key.at(b, g, first + r) : nullptr;
     });
   }
   if (kb >= p.in_place) {
-    pack_values(p.packed_values(a, b, g, kb), staging, [&](int r) -> const input* {
-      return first + r < a.num_keys ? value.at(b, g, first + r) : nullptr;
+    pack_weighted_values(p.packed_values(a, b, g, kb), staging, [&](int r) -> const input* {
+      return valid >> r & 1 ? value.at(b, g, first + r) : nullptr;
     });
   }
-  if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid_keys(a, b, kb);
+  if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid;
 }
 
-void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p, packed* staging,
-                           int64_t b, int64_t h, int64_t chunk) {
+void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p,
+                           const SharedScores& shared, packed* staging, int64_t b, int64_t h,
+                           int64_t chunk) {
   const int64_t count = a.column_count[b * a.heads + h] - chunk * BLOCK;
   if (count <= 0) return;
   const int32_t* positions = a.column_index + (b * a.heads + h) * a.max_columns + chunk * BLOCK;
@@ -63,32 +65,27 @@ void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p
   const auto exists = [&](int r) {
     return r < count && positions[r] >= 0 && positions[r] < a.num_keys;
   };
-  pack_keys(p.column_keys.get() + slot * KEY_WORDS, staging, [&](int r) -> const input* {
-    return exists(r) ? key.at(b, g, positions[r]) : nullptr;
-  });
-  pack_values(p.column_values.get() + slot * VALUE_WORDS, staging, [&](int r) -> const input* {
-    return exists(r) ? value.at(b, g, positions[r]) : nullptr;
-  });
+  pack_scored_keys(
+      p.column_keys.get() + slot * KEY_WORDS, staging, shared.centre(b, g),
+      [&](int r) -> const input* { return exists(r) ? key.at(b, g, positions[r]) : nullptr; });
+  pack_weighted_values(
+      p.column_values.get() + slot * VALUE_WORDS, staging,
+      [&](int r) -> const input* { return exists(r) ? value.at(b, g, positions[r]) : nullptr; });
 }
 
 // Computes the rows of a query block over its tiles and writes them to `out`. `next` is the block
 // that this thread computes after it.
-void attend(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
-            const QueryBlock& next) {
+void attend(const AttentionArguments& a, const SharedScores& shared, AttentionScratch& s,
+            const QueryBlock& block, const QueryBlock& next) {
   const TensorView query{static_cast<const input*>(a.query), a.query_batch, a.query_head,
                          a.query_row};
   const int64_t n = block.first - a.query_offset;
-  for (int r = 0; r < BLOCK; ++r) {
-    packed* row = s.query.get() + r * DEPTH * PAIR;
-    if (r < block.rows && a.scale != 0)
-      pack_row(row, query.at(block.b, block.h, n + r), HEAD_DIM, DEPTH * PAIR);
-    else std::memset(row, 0, DEPTH * sizeof(word));
-    if (a.scale < 0)  // maxima are taken before scaling, so the sign goes into the query
-      for (int d = 0; d < DEPTH * PAIR; ++d) row[d] = negate(row[d]);
-  }
+  s.scores.take_query(a, block, query, shared.centre(block.b, block.h / (a.heads / a.kv_heads)));
   const float sink = a.sinks ? a.sinks[block.h] * LOG2E : NEGATIVE_INFINITY;
-  std::fill_n(s.maximum, BLOCK, sink);
-  std::fill_n(s.sum, BLOCK, sink == NEGATIVE_INFINITY ? 0.0f : 1.0f);
+  // In fp16, weights that are relative to a far greater sink would be zero: it is added at the end.
+  const float first = HALF_VALUES ? NEGATIVE_INFINITY : sink;
+  std::fill_n(s.maximum, BLOCK, first);
+  std::fill_n(s.sum, BLOCK, first == NEGATIVE_INFINITY ? 0.0f : 1.0f);
   std::fill_n(s.scale, BLOCK, 1.0f);
   std::memset(s.out.get(), 0, BLOCK * VALUE_WIDTH * sizeof(float));
 
@@ -119,7 +116,14 @@ void attend(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& 
   }
   for (int r = 0; r < block.rows; ++r) {
     float* row = s.out.get() + r * VALUE_WIDTH;
-    const vec factor = set1(s.sum[r] == 0.0f ? 0.0f : 1.0f / s.sum[r]);
+    float part = 1.0f;  // of a row's weight that is not the sink's
+    if (HALF_VALUES && sink != NEGATIVE_INFINITY) {
+      const float greatest = std::max(s.maximum[r], sink);
+      part = std::exp2(s.maximum[r] - greatest);
+      s.sum[r] = s.sum[r] * part + std::exp2(sink - greatest);
+      s.maximum[r] = greatest;
+    }
+    const vec factor = set1(s.sum[r] == 0.0f ? 0.0f : part / s.sum[r]);
     for (int d = 0; d < VALUE_WIDTH; d += LANES) store(row + d, mul(load(row + d), factor));
     unpack_row(out + r * a.out_row, row, VALUE_DIM);
   }
@@ -136,6 +140,7 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
   const AttentionArguments& a = *arguments;
   try {
     const PackedKeyValues in(a);
+    SharedScores shared(a);
     const int64_t blocks = a.batch * a.kv_heads * in.key_blocks;
     const int64_t chunks = a.batch * a.heads * in.chunks;
     const int64_t tasks = a.batch * a.heads * a.num_blocks;
@@ -151,13 +156,15 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
 #pragma omp parallel num_threads(a.threads)
     {
       AttentionScratch& scratch = scratches[omp_get_thread_num()];
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < a.batch * a.kv_heads; ++t) shared.prepare(a, t);
 #pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < chunks; ++t)
-        pack_vertical_columns(a, in, scratch.staging.get(), t / in.chunks / a.heads,
+        pack_vertical_columns(a, in, shared, scratch.staging.get(), t / in.chunks / a.heads,
                               t / in.chunks % a.heads, t % in.chunks);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < blocks; ++t)
-        pack_block(a, in, scratch.staging.get(), t / in.key_blocks / a.kv_heads,
+        pack_block(a, in, shared, scratch.staging.get(), t / in.key_blocks / a.kv_heads,
                    t / in.key_blocks % a.kv_heads, t % in.key_blocks);
       const TileScope tiles;
       // Heads come one after the other, and in each the longest rows first, so that the last tasks
@@ -177,7 +184,7 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
                  *next = &query_blocks[omp_get_thread_num()][1];
       for (bool some = take(*current), more; some; some = more) {
         more = take(*next);
-        attend(a, scratch, *current, *next);
+        attend(a, shared, scratch, *current, *next);
         std::swap(current, next);
       }
     }

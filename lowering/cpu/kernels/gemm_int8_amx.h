@@ -5,15 +5,19 @@
 #include <cstdint>
 
 #include "gemm_amx.h"
+#include "vector_int8.h"
 
 namespace {
 
 constexpr bool INT8_ROWS_ARE_UNSIGNED = false;
 
-// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 32, with BLOCK others. The
-// steps are what 1 is worth in each row and in each column.
+// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 32, with BLOCK others, `stride`
+// floats per row. The steps are what 1 is worth in each row (null: 1 in all) and in each column.
+// Nothing is fetched.
+template <int BYTES = 0>
 inline void multiply_int8(const uint32_t* a, const float* a_step, const uint32_t* b,
-                          const float* b_step, const int32_t*, int rows, float* products) {
+                          const float* b_step, const int32_t*, int rows, float* products,
+                          int stride = BLOCK, const char* = nullptr) {
   for (int n = 0; n < BLOCK; n += 32) {
     for (int r = 0; r < rows; r += 32) {
       _tile_zero(0);
@@ -32,17 +36,17 @@ inline void multiply_int8(const uint32_t* a, const float* a_step, const uint32_t
         _tile_dpbssd(2, 5, 6);
         _tile_dpbssd(3, 5, 7);
       }
-      float* c = products + r * BLOCK + n;
-      _tile_stored(0, c, BLOCK * 4);
-      _tile_stored(1, c + 16, BLOCK * 4);
-      _tile_stored(2, c + 16 * BLOCK, BLOCK * 4);
-      _tile_stored(3, c + 16 * BLOCK + 16, BLOCK * 4);
+      float* c = products + r * stride + n;
+      _tile_stored(0, c, stride * 4);
+      _tile_stored(1, c + 16, stride * 4);
+      _tile_stored(2, c + 16 * stride, stride * 4);
+      _tile_stored(3, c + 16 * stride + 16, stride * 4);
     }
   }
   for (int r = 0; r < rows; ++r) {
-    const vec step = set1(a_step[r]);
+    const vec step = set1(a_step ? a_step[r] : 1.0f);
     for (int n = 0; n < BLOCK; n += LANES) {
-      float* c = products + r * BLOCK + n;
+      float* c = products + r * stride + n;
       const vec sum = to_floats(load_ints(c));
       store(c, mul(mul(sum, step), load(b_step + n)));
     }

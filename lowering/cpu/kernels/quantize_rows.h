@@ -9,39 +9,25 @@
 #include <new>
 
 #include "memory.h"
+#include "rotate.h"
 #include "vector.h"
 
 namespace {
 
-constexpr int GROUP = 64;  // channels that are rotated together
-constexpr int VECTORS = GROUP / LANES;
 constexpr float MOST_LEVEL = 127.0f, ZERO_LEVEL = 128.0f;
-constexpr float ROOT = 8.0f;  // of GROUP: the matrix below is orthogonal but for it
-
-// Multiplies a group by the Hadamard matrix of 1 and -1.
-inline void rotate(vec (&group)[VECTORS]) {
-  for (vec& x : group) x = rotate_lanes(x);
-  for (int step = 1; step < VECTORS; step *= 2)
-    for (int v = 0; v < VECTORS; ++v) {
-      if (v & step) continue;
-      const vec even = group[v], odd = group[v + step];
-      group[v] = add(even, odd);
-      group[v + step] = sub(even, odd);
-    }
-}
 
 // Rotates a row of `groups` groups into `rotated`, and returns its greatest absolute number.
 // `poison` becomes NaN if a number of the row is not finite, and is zero otherwise.
 inline float rotate_row(float* rotated, const input* row, int64_t groups, float* poison) {
   vec most = set1(0.0f), wrong = set1(0.0f);
   for (int64_t g = 0; g < groups; ++g) {
-    vec group[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) {
+    vec group[VECTORS_PER_GROUP];
+    for (int v = 0; v < VECTORS_PER_GROUP; ++v) {
       group[v] = load(row + g * GROUP + v * LANES, input_tag{});
       wrong = add(wrong, mul(group[v], set1(0.0f)));
     }
     rotate(group);
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = 0; v < VECTORS_PER_GROUP; ++v) {
       most = maximum(maximum(group[v], sub(set1(0.0f), group[v])), most);
       store(rotated + g * GROUP + v * LANES, group[v]);
     }

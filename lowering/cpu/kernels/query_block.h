@@ -16,7 +16,8 @@ namespace {
 // Whether the rows of V are a packed panel as they lie in memory, as those of a cache in fp32 are.
 // Chunks of a prompt would pack all values that are cached again and again.
 inline bool values_lie_packed(const AttentionArguments& a) {
-  return INPUT_IS_PACKED && PAIR == 1 && VALUE_DIM == VALUE_WIDTH && a.value_row == VALUE_WIDTH;
+  return !HALF_VALUES && INPUT_IS_PACKED && PAIR == 1 && VALUE_DIM == VALUE_WIDTH &&
+      a.value_row == VALUE_WIDTH;
 }
 
 // K and V of the whole call, packed, and what the attention mask says of each key block.

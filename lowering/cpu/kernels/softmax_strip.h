@@ -8,23 +8,26 @@
 #include "gemm.h"
 #include "memory.h"
 #include "query_block.h"
+#include SCORES_HEADER
+#include WEIGHTS_HEADER
 
 namespace {
 
 // What one thread works on.
 struct AttentionScratch {
-  Buffer<packed> query, staging, probabilities;
-  Buffer<float> scores, out;
+  ScoreScratch scores;
+  ValueScratch of_values;
+  Buffer<packed> staging;
+  Buffer<weight> weights;
+  Buffer<float> out;
   alignas(64) uint64_t row_bits[STRIP][BLOCK];
   alignas(64) float maximum[BLOCK], sum[BLOCK], scale[BLOCK];
 
   AttentionScratch()
-      : query(BLOCK * DEPTH * PAIR),
-        staging(BLOCK * std::max(DEPTH * PAIR, VALUE_WIDTH)),
-        probabilities(BLOCK * STRIP * BLOCK),
-        scores(BLOCK * STRIP * BLOCK),
+      : staging(BLOCK * std::max(DEPTH * PAIR, VALUE_WIDTH)),
+        weights(BLOCK * STRIP * BLOCK),
         out(BLOCK * VALUE_WIDTH) {
-    std::memset(probabilities.get(), 0, BLOCK * STRIP * BLOCK * sizeof(packed));
+    std::memset(weights.get(), 0, BLOCK * STRIP * BLOCK * sizeof(weight));
   }
 };
 
@@ -41,11 +44,12 @@ struct Exponents {
   }
 };
 
-// Takes softcap * tanh(score * scale / softcap), in units of log2, of `count` scores.
-inline void cap_scores(float* scores, int count, float to_exponent, float cap) {
+// Takes softcap * tanh(score * scale / softcap), in units of log2, of `count` scores. A score is
+// number * to_exponent + shift.
+inline void cap_scores(float* scores, int count, float to_exponent, float cap, float shift = 0.0f) {
   for (int n = 0; n < count; n += LANES) {
     // tanh(x) is 1 - 2 / (e^2x + 1). At |x| = 20 it is 1 to the last bit.
-    vec x = mul(load(scores + n), set1(to_exponent));
+    vec x = fma(load(scores + n), set1(to_exponent), set1(shift));
     x = sub(set1(0.0f), maximum(set1(-57.0f), sub(set1(0.0f), maximum(set1(-57.0f), x))));
     const vec e = add(exp2_vec(x), set1(1.0f));
     store(scores + n, mul(set1(cap), sub(set1(1.0f), divide(set1(2.0f), e))));
@@ -62,27 +66,27 @@ constexpr float LARGE_EXPONENT = 16777216.0f;
 
 // Takes 2^exponent(score) of one row of the strip, as P x V reads it, and returns the sum.
 template <typename Exponent>
-inline float exponentiate(packed* out, const float* scores, int width, const Exponent& exponent) {
+inline float exponentiate(weight* out, const float* scores, int width, const Exponent& exponent) {
   vec sum = set1(0.0f);
-  if constexpr (USES_BF16) {
+  if constexpr (sizeof(weight) == 2) {
     for (int n = 0; n < width; n += 2 * LANES) {
       const vec low = exp2_vec(exponent(load(scores + n)));
       const vec high = exp2_vec(exponent(load(scores + n + LANES)));
       sum = add(sum, add(low, high));
-      store(out + n, low, high, packed_tag{});
+      store(out + n, low, high, weight_tag{});
     }
   } else {
     for (int n = 0; n < width; n += LANES) {
       const vec x = exp2_vec(exponent(load(scores + n)));
       sum = add(sum, x);
-      store(out + n, x, packed_tag{});
+      store(out + n, x, weight_tag{});
     }
   }
   return reduce_add(sum);
 }
 
 // Takes e^(score - maximum) of one row of the strip and returns the sum.
-inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
+inline float exponentiate(weight* out, const float* scores, int width, float scale, float shift) {
   const vec factor = set1(scale), offset = set1(shift);
   if (std::abs(shift) < LARGE_EXPONENT)
     return exponentiate(out, scores, width, [&](vec x) { return fma(x, factor, offset); });
@@ -109,25 +113,23 @@ struct Prefetch {
 // Adds scores, exponentials and P x V of `count` tiles on top of `out`.
 void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
                const Tile* tiles, int count, const Exponents& exponents, const Prefetch& prefetch) {
-  constexpr int FETCH_VALUES = fetch_step(VALUE_WORDS, DEPTH, BLOCK);
-  constexpr int FETCH_KEYS = fetch_step(KEY_WORDS, BLOCK / PAIR, VALUE_WIDTH);
   const int computed = (block.rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
-  float* scores = s.scores.get();
-  packed* probabilities = s.probabilities.get();
-  const word* values[STRIP];
-  TileBounds bounds[STRIP];
-  for (int t = 0; t < count; ++t) {
-    values[t] = tiles[t].values;
-    bounds[t] = tiles[t].bounds;
+  float* scores = s.scores.scores.get();
+  weight* weights = s.weights.get();
+  for (int t = 0; t < count; ++t)
     if (tiles[t].masked) fill_mask(a, block, tiles[t], s.row_bits[t]);
-    multiply<false, FETCH_VALUES>(reinterpret_cast<const word*>(s.query.get()), DEPTH,
-                                  &tiles[t].keys, 1, DEPTH, BLOCK, scores + t * BLOCK,
-                                  STRIP * BLOCK, computed, BLOCK, nullptr, &bounds[t], &values[t]);
-  }
+  s.scores.compute(a, block, tiles, count, computed);
   for (int r = 0; r < block.rows; ++r) {
     float* row = scores + r * STRIP * BLOCK;
     prefetch.fetch_rows(a, r);
-    if constexpr (SOFTCAP) cap_scores(row, count * BLOCK, exponents.cap_exponent, exponents.cap);
+    float factor = s.scores.factor(r) * exponents.scale;
+    float shift = s.scores.shift(r) * exponents.scale;
+    if constexpr (SOFTCAP) {
+      const float to_exponent = exponents.cap_exponent;
+      cap_scores(row, count * BLOCK, s.scores.factor(r) * to_exponent, exponents.cap,
+                 s.scores.shift(r) * to_exponent);
+      factor = exponents.scale, shift = 0.0f;
+    }
     vec highest = set1(NEGATIVE_INFINITY);
     for (int t = 0; t < count; ++t) {
       float* tile = row + t * BLOCK;
@@ -138,18 +140,16 @@ void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBloc
       for (int n = 0; n < BLOCK; n += LANES) highest = maximum(highest, load(tile + n));
     }
     const float before = s.maximum[r];
-    const float after = std::max(before, reduce_max(highest) * exponents.scale);
+    const float after = std::max(before, reduce_max(highest) * factor + shift);
     // At -inf nothing is visible yet. Zero keeps the exponents at -inf instead of NaN.
-    const float shift = after == NEGATIVE_INFINITY ? 0.0f : after;
-    s.scale[r] = before == shift ? 1.0f : std::exp2(before - shift);
+    const float least = after == NEGATIVE_INFINITY ? 0.0f : after;
+    s.scale[r] = before == least ? 1.0f : std::exp2(before - least);
     s.maximum[r] = after;
     s.sum[r] = s.sum[r] * s.scale[r] +
-        exponentiate(probabilities + r * STRIP * BLOCK, row, count * BLOCK, exponents.scale,
-                     -shift);
+        exponentiate(weights + r * STRIP * BLOCK, row, count * BLOCK, factor, shift - least);
   }
-  multiply<true, FETCH_KEYS>(reinterpret_cast<const word*>(probabilities), STRIP * BLOCK / PAIR,
-                             values, count, BLOCK / PAIR, VALUE_WIDTH, s.out.get(), VALUE_WIDTH,
-                             computed, VALUE_WIDTH, s.scale, bounds, prefetch.keys);
+  add_values(a, s.of_values, block, weights, tiles, count, computed, s.out.get(), s.scale,
+             prefetch.keys);
 }
 
 }  // namespace

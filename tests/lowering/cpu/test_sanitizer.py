@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mpass.lowering.cpu import estimators as cpu
-from tests.helpers.cpu_cases import REASON, attention_cases, run_case
+from tests.helpers.cpu_cases import REASON, attention_cases, run_case, run_int8_case
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import run_python
 
@@ -72,6 +72,7 @@ def run_cases() -> None:
     def check(case: dict[str, object]) -> None:
         nonlocal passed
         run_case(case)
+        run_int8_case(case)
         passed += 1
 
     check()

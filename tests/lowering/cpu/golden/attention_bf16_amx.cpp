@@ -22,6 +22,8 @@
 #define GEMM_HEADER "gemm_amx.h"
 #define GEMM_INT8_HEADER "gemm_int8_amx.h"
 #define POOLED_KEYS_HEADER "pooled_keys_packed.h"
+#define SCORES_HEADER "scores_packed.h"
+#define WEIGHTS_HEADER "weights_packed.h"
 #define USES_BF16 1
 
 namespace {
@@ -31,9 +33,11 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = bfloat16_tag;
-using packed = uint16_t;  // element of packed K, V and of P
+using packed = uint16_t;  // element of packed K and V
 using packed_tag = bfloat16_tag;
 using word = uint32_t;  // what the micro-GEMM broadcasts
+using weight = uint16_t;  // element of P
+using weight_tag = bfloat16_tag;
 constexpr int PAIR = 2;  // packed elements per word
 constexpr bool INPUT_IS_PACKED = true;
 
@@ -44,6 +48,8 @@ constexpr int VALUE_WIDTH = 128;  // floats of an output row with its padding
 constexpr int BLOCK = 64;  // positions per block of queries and of keys
 constexpr int STRIP = 4;  // tiles per softmax update
 constexpr bool SOFTCAP = false;
+constexpr bool INT8_SCORES = false;  // scores of attention are
+constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
@@ -121,7 +127,12 @@ namespace {
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
-constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDTH;  // of one block
+// Words of one packed block. In 8 bits two numbers of each key and a line of what holds for all of
+// them follow; in fp16, where pairs of values are words, such a line.
+constexpr int LINE_WORDS = 16;
+constexpr int KEY_WORDS = INT8_SCORES ? (INT8_DEPTH + 2) * BLOCK + LINE_WORDS : DEPTH * BLOCK;
+constexpr int VALUE_WORDS =
+    HALF_VALUES ? BLOCK / 2 * VALUE_WIDTH + LINE_WORDS : BLOCK / PAIR * VALUE_WIDTH;
 
 }  // namespace
 
@@ -202,6 +213,15 @@ inline vec rotate_lanes(vec x) {
   return _mm512_mask_sub_ps(add(y, x), 0xff00, y, x);
 }
 
+// Stores LANES words, each of a 16-bit number of the even row and the one below it in the odd row.
+inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
+  const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
+  const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
+  const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  _mm512_storeu_si512(out, pairs);
+}
+
 // Transposes [16, in_stride] words to [16, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m512i x[16], y[16];
@@ -235,7 +255,7 @@ inline void transpose(word* out, int out_stride, const word* in, int in_stride) 
 }  // namespace
 
 // ---- vector_avx512_bf16.h
-// AVX-512 with products of bf16 pairs and of 8-bit numbers.
+// AVX-512 with products of bf16 pairs.
 
 namespace {
 
@@ -248,39 +268,6 @@ inline __m512i load_words(const uint32_t* b) { return _mm512_loadu_si512(b); }
 // Stores two vectors, `low` first.
 inline void store(uint16_t* p, vec low, vec high, bfloat16_tag) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-// Stores LANES words, each of a bf16 of the even row and the one below it in the odd row.
-inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
-  const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
-  const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
-  const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-  _mm512_storeu_si512(out, pairs);
-}
-
-// LANES integers of 32 bits.
-using int_vec = __m512i;
-inline int_vec zero_ints() { return _mm512_setzero_si512(); }
-inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
-inline int_vec load_ints(const void* p) { return _mm512_loadu_si512(p); }
-inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
-inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
-inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
-
-// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
-// numbers added.
-inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
-  const __m512i levels = _mm512_cvtps_epi32(x);
-  const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
-  _mm_store_si128(reinterpret_cast<__m128i*>(p), narrow);
-  return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
-}
-
-// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
-// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
-inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
 
 }  // namespace
@@ -317,7 +304,7 @@ inline vec exp2_vec(vec x) {
   x = maximum(set1(LOWEST_EXPONENT), x);
   const vec n = round_nearest(x);
   const vec r = sub(x, n);
-  if constexpr (USES_BF16) {  // degree 3, relative error 7.5e-5 (bf16 rounds at 2e-3)
+  if constexpr (USES_BF16 || INT8_SCORES) {  // degree 3, relative error 7.5e-5 (bf16: 2e-3)
     vec p = set1(0.0551716691f);
     p = fma(p, r, set1(0.242611122f));
     p = fma(p, r, set1(0.693260985f));
@@ -665,7 +652,8 @@ namespace {
 // Whether the rows of V are a packed panel as they lie in memory, as those of a cache in fp32 are.
 // Chunks of a prompt would pack all values that are cached again and again.
 inline bool values_lie_packed(const AttentionArguments& a) {
-  return INPUT_IS_PACKED && PAIR == 1 && VALUE_DIM == VALUE_WIDTH && a.value_row == VALUE_WIDTH;
+  return !HALF_VALUES && INPUT_IS_PACKED && PAIR == 1 && VALUE_DIM == VALUE_WIDTH &&
+      a.value_row == VALUE_WIDTH;
 }
 
 // K and V of the whole call, packed, and what the attention mask says of each key block.
@@ -838,6 +826,107 @@ void fill_mask(const AttentionArguments& a, const QueryBlock& block, const Tile&
 
 }  // namespace
 
+// ---- scores_packed_block.h
+// Products of the packed queries of a block with packed keys.
+
+namespace {
+
+// The query rows of a block, and the scores of a strip [BLOCK, STRIP * BLOCK].
+struct PackedScores {
+  Buffer<packed> query;
+  Buffer<float> scores;
+
+  PackedScores() : query(BLOCK * DEPTH * PAIR), scores(BLOCK * STRIP * BLOCK) {}
+
+  void pack_query(const AttentionArguments& a, const QueryBlock& block, const TensorView& rows) {
+    for (int r = 0; r < BLOCK; ++r) {
+      packed* row = query.get() + r * DEPTH * PAIR;
+      if (r < block.rows && a.scale != 0)
+        pack_row(row, rows.at(block.b, block.h, block.first - a.query_offset + r), HEAD_DIM,
+                 DEPTH * PAIR);
+      else std::memset(row, 0, DEPTH * sizeof(word));
+      if (a.scale < 0)  // maxima are taken before scaling, so the sign goes into the query
+        for (int d = 0; d < DEPTH * PAIR; ++d) row[d] = negate(row[d]);
+    }
+  }
+
+  // Multiplies the `computed` rows with the keys of a tile, whose values are fetched meanwhile.
+  void multiply_tile(const Tile& tile, int t, int computed) {
+    constexpr int FETCH_VALUES = fetch_step(VALUE_WORDS, DEPTH, BLOCK);
+    multiply<false, FETCH_VALUES>(reinterpret_cast<const word*>(query.get()), DEPTH, &tile.keys, 1,
+                                  DEPTH, BLOCK, scores.get() + t * BLOCK, STRIP * BLOCK, computed,
+                                  BLOCK, nullptr, &tile.bounds, &tile.values);
+  }
+};
+
+}  // namespace
+
+// ---- scores_packed.h
+// Scores of a strip by products of packed queries and keys, as exact as packing is.
+
+namespace {
+
+// What a call shares between its threads beside packed keys.
+struct SharedScores {
+  explicit SharedScores(const AttentionArguments&) {}
+  void prepare(const AttentionArguments&, int64_t) {}
+  const float* centre(int64_t, int64_t) const { return nullptr; }
+};
+
+// Packs 64 keys. row(r) is row r of the input, or null where there is none.
+template <typename Row>
+void pack_scored_keys(word* out, packed* staging, const float*, const Row& row) {
+  pack_keys(out, staging, row);
+}
+
+// The query rows of a block, and the scores of a strip [BLOCK, STRIP * BLOCK].
+struct ScoreScratch : PackedScores {
+  void take_query(const AttentionArguments& a, const QueryBlock& block, const TensorView& rows,
+                  const float*) {
+    pack_query(a, block, rows);
+  }
+
+  // A score is factor(r) * number + shift(r).
+  float factor(int) const { return 1.0f; }
+  float shift(int) const { return 0.0f; }
+
+  void compute(const AttentionArguments&, const QueryBlock&, const Tile* tiles, int count,
+               int computed) {
+    for (int t = 0; t < count; ++t) multiply_tile(tiles[t], t, computed);
+  }
+};
+
+}  // namespace
+
+// ---- weights_packed.h
+// P x V of a strip by products of packed weights and values.
+
+namespace {
+
+// Packs 64 values. row(r) is row r of the input, or null where there is none.
+template <typename Row>
+void pack_weighted_values(word* out, packed* staging, const Row& row) {
+  pack_values(out, staging, row);
+}
+
+struct ValueScratch {};
+
+// Multiplies each row of `out` by its scale and adds what the tiles of a strip give. A panel of
+// `fetched` per tile is fetched meanwhile.
+inline void add_values(const AttentionArguments&, ValueScratch&, const QueryBlock&,
+                       const weight* weights, const Tile* tiles, int count, int computed,
+                       float* out, const float* scale, const word* const* fetched) {
+  constexpr int FETCH_KEYS = fetch_step(KEY_WORDS, BLOCK / PAIR, VALUE_WIDTH);
+  const word* values[STRIP];
+  TileBounds bounds[STRIP];
+  for (int t = 0; t < count; ++t) values[t] = tiles[t].values, bounds[t] = tiles[t].bounds;
+  multiply<true, FETCH_KEYS>(reinterpret_cast<const word*>(weights), STRIP * BLOCK / PAIR, values,
+                             count, BLOCK / PAIR, VALUE_WIDTH, out, VALUE_WIDTH, computed,
+                             VALUE_WIDTH, scale, bounds, fetched);
+}
+
+}  // namespace
+
 // ---- softmax_strip.h
 // One softmax update of a query block: scores of a strip of tiles, their exponentials, and P x V.
 
@@ -845,18 +934,19 @@ namespace {
 
 // What one thread works on.
 struct AttentionScratch {
-  Buffer<packed> query, staging, probabilities;
-  Buffer<float> scores, out;
+  ScoreScratch scores;
+  ValueScratch of_values;
+  Buffer<packed> staging;
+  Buffer<weight> weights;
+  Buffer<float> out;
   alignas(64) uint64_t row_bits[STRIP][BLOCK];
   alignas(64) float maximum[BLOCK], sum[BLOCK], scale[BLOCK];
 
   AttentionScratch()
-      : query(BLOCK * DEPTH * PAIR),
-        staging(BLOCK * std::max(DEPTH * PAIR, VALUE_WIDTH)),
-        probabilities(BLOCK * STRIP * BLOCK),
-        scores(BLOCK * STRIP * BLOCK),
+      : staging(BLOCK * std::max(DEPTH * PAIR, VALUE_WIDTH)),
+        weights(BLOCK * STRIP * BLOCK),
         out(BLOCK * VALUE_WIDTH) {
-    std::memset(probabilities.get(), 0, BLOCK * STRIP * BLOCK * sizeof(packed));
+    std::memset(weights.get(), 0, BLOCK * STRIP * BLOCK * sizeof(weight));
   }
 };
 
@@ -873,11 +963,12 @@ struct Exponents {
   }
 };
 
-// Takes softcap * tanh(score * scale / softcap), in units of log2, of `count` scores.
-inline void cap_scores(float* scores, int count, float to_exponent, float cap) {
+// Takes softcap * tanh(score * scale / softcap), in units of log2, of `count` scores. A score is
+// number * to_exponent + shift.
+inline void cap_scores(float* scores, int count, float to_exponent, float cap, float shift = 0.0f) {
   for (int n = 0; n < count; n += LANES) {
     // tanh(x) is 1 - 2 / (e^2x + 1). At |x| = 20 it is 1 to the last bit.
-    vec x = mul(load(scores + n), set1(to_exponent));
+    vec x = fma(load(scores + n), set1(to_exponent), set1(shift));
     x = sub(set1(0.0f), maximum(set1(-57.0f), sub(set1(0.0f), maximum(set1(-57.0f), x))));
     const vec e = add(exp2_vec(x), set1(1.0f));
     store(scores + n, mul(set1(cap), sub(set1(1.0f), divide(set1(2.0f), e))));
@@ -894,27 +985,27 @@ constexpr float LARGE_EXPONENT = 16777216.0f;
 
 // Takes 2^exponent(score) of one row of the strip, as P x V reads it, and returns the sum.
 template <typename Exponent>
-inline float exponentiate(packed* out, const float* scores, int width, const Exponent& exponent) {
+inline float exponentiate(weight* out, const float* scores, int width, const Exponent& exponent) {
   vec sum = set1(0.0f);
-  if constexpr (USES_BF16) {
+  if constexpr (sizeof(weight) == 2) {
     for (int n = 0; n < width; n += 2 * LANES) {
       const vec low = exp2_vec(exponent(load(scores + n)));
       const vec high = exp2_vec(exponent(load(scores + n + LANES)));
       sum = add(sum, add(low, high));
-      store(out + n, low, high, packed_tag{});
+      store(out + n, low, high, weight_tag{});
     }
   } else {
     for (int n = 0; n < width; n += LANES) {
       const vec x = exp2_vec(exponent(load(scores + n)));
       sum = add(sum, x);
-      store(out + n, x, packed_tag{});
+      store(out + n, x, weight_tag{});
     }
   }
   return reduce_add(sum);
 }
 
 // Takes e^(score - maximum) of one row of the strip and returns the sum.
-inline float exponentiate(packed* out, const float* scores, int width, float scale, float shift) {
+inline float exponentiate(weight* out, const float* scores, int width, float scale, float shift) {
   const vec factor = set1(scale), offset = set1(shift);
   if (std::abs(shift) < LARGE_EXPONENT)
     return exponentiate(out, scores, width, [&](vec x) { return fma(x, factor, offset); });
@@ -941,25 +1032,23 @@ struct Prefetch {
 // Adds scores, exponentials and P x V of `count` tiles on top of `out`.
 void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
                const Tile* tiles, int count, const Exponents& exponents, const Prefetch& prefetch) {
-  constexpr int FETCH_VALUES = fetch_step(VALUE_WORDS, DEPTH, BLOCK);
-  constexpr int FETCH_KEYS = fetch_step(KEY_WORDS, BLOCK / PAIR, VALUE_WIDTH);
   const int computed = (block.rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
-  float* scores = s.scores.get();
-  packed* probabilities = s.probabilities.get();
-  const word* values[STRIP];
-  TileBounds bounds[STRIP];
-  for (int t = 0; t < count; ++t) {
-    values[t] = tiles[t].values;
-    bounds[t] = tiles[t].bounds;
+  float* scores = s.scores.scores.get();
+  weight* weights = s.weights.get();
+  for (int t = 0; t < count; ++t)
     if (tiles[t].masked) fill_mask(a, block, tiles[t], s.row_bits[t]);
-    multiply<false, FETCH_VALUES>(reinterpret_cast<const word*>(s.query.get()), DEPTH,
-                                  &tiles[t].keys, 1, DEPTH, BLOCK, scores + t * BLOCK,
-                                  STRIP * BLOCK, computed, BLOCK, nullptr, &bounds[t], &values[t]);
-  }
+  s.scores.compute(a, block, tiles, count, computed);
   for (int r = 0; r < block.rows; ++r) {
     float* row = scores + r * STRIP * BLOCK;
     prefetch.fetch_rows(a, r);
-    if constexpr (SOFTCAP) cap_scores(row, count * BLOCK, exponents.cap_exponent, exponents.cap);
+    float factor = s.scores.factor(r) * exponents.scale;
+    float shift = s.scores.shift(r) * exponents.scale;
+    if constexpr (SOFTCAP) {
+      const float to_exponent = exponents.cap_exponent;
+      cap_scores(row, count * BLOCK, s.scores.factor(r) * to_exponent, exponents.cap,
+                 s.scores.shift(r) * to_exponent);
+      factor = exponents.scale, shift = 0.0f;
+    }
     vec highest = set1(NEGATIVE_INFINITY);
     for (int t = 0; t < count; ++t) {
       float* tile = row + t * BLOCK;
@@ -970,18 +1059,16 @@ void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBloc
       for (int n = 0; n < BLOCK; n += LANES) highest = maximum(highest, load(tile + n));
     }
     const float before = s.maximum[r];
-    const float after = std::max(before, reduce_max(highest) * exponents.scale);
+    const float after = std::max(before, reduce_max(highest) * factor + shift);
     // At -inf nothing is visible yet. Zero keeps the exponents at -inf instead of NaN.
-    const float shift = after == NEGATIVE_INFINITY ? 0.0f : after;
-    s.scale[r] = before == shift ? 1.0f : std::exp2(before - shift);
+    const float least = after == NEGATIVE_INFINITY ? 0.0f : after;
+    s.scale[r] = before == least ? 1.0f : std::exp2(before - least);
     s.maximum[r] = after;
     s.sum[r] = s.sum[r] * s.scale[r] +
-        exponentiate(probabilities + r * STRIP * BLOCK, row, count * BLOCK, exponents.scale,
-                     -shift);
+        exponentiate(weights + r * STRIP * BLOCK, row, count * BLOCK, factor, shift - least);
   }
-  multiply<true, FETCH_KEYS>(reinterpret_cast<const word*>(probabilities), STRIP * BLOCK / PAIR,
-                             values, count, BLOCK / PAIR, VALUE_WIDTH, s.out.get(), VALUE_WIDTH,
-                             computed, VALUE_WIDTH, s.scale, bounds, prefetch.keys);
+  add_values(a, s.of_values, block, weights, tiles, count, computed, s.out.get(), s.scale,
+             prefetch.keys);
 }
 
 }  // namespace
@@ -1001,32 +1088,34 @@ void add_strip(const AttentionArguments& a, AttentionScratch& s, const QueryBloc
 
 namespace {
 
-void pack_block(const AttentionArguments& a, const PackedKeyValues& p, packed* staging, int64_t b,
-                int64_t g, int64_t kb) {
+void pack_block(const AttentionArguments& a, const PackedKeyValues& p, const SharedScores& shared,
+                packed* staging, int64_t b, int64_t g, int64_t kb) {
   const TensorView key{static_cast<const input*>(a.key), a.key_batch, a.key_head, a.key_row};
   const TensorView value{static_cast<const input*>(a.value), a.value_batch, a.value_head,
                          a.value_row};
   const int64_t slot = (b * a.kv_heads + g) * p.key_blocks + kb;
   const int64_t first = kb * BLOCK;
+  const uint64_t valid = valid_keys(a, b, kb);
   word* packed_keys = p.keys.get() + slot * KEY_WORDS;
-  if (ROWS_ARE_WORDS && first + BLOCK <= a.num_keys && a.key_row % PAIR == 0) {
+  if (!INT8_SCORES && ROWS_ARE_WORDS && first + BLOCK <= a.num_keys && a.key_row % PAIR == 0) {
     transpose_rows(packed_keys, reinterpret_cast<const word*>(key.at(b, g, first)), DEPTH,
                    a.key_row / PAIR);
   } else {
-    pack_keys(packed_keys, staging, [&](int r) -> const input* {
-      return first + r < a.num_keys ? key.at(b, g, first + r) : nullptr;
+    pack_scored_keys(packed_keys, staging, shared.centre(b, g), [&](int r) -> const input* {
+      return valid >> r & 1 ? key.at(b, g, first + r) : nullptr;
     });
   }
   if (kb >= p.in_place) {
-    pack_values(p.packed_values(a, b, g, kb), staging, [&](int r) -> const input* {
-      return first + r < a.num_keys ? value.at(b, g, first + r) : nullptr;
+    pack_weighted_values(p.packed_values(a, b, g, kb), staging, [&](int r) -> const input* {
+      return valid >> r & 1 ? value.at(b, g, first + r) : nullptr;
     });
   }
-  if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid_keys(a, b, kb);
+  if (g == 0) p.valid.get()[b * p.key_blocks + kb] = valid;
 }
 
-void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p, packed* staging,
-                           int64_t b, int64_t h, int64_t chunk) {
+void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p,
+                           const SharedScores& shared, packed* staging, int64_t b, int64_t h,
+                           int64_t chunk) {
   const int64_t count = a.column_count[b * a.heads + h] - chunk * BLOCK;
   if (count <= 0) return;
   const int32_t* positions = a.column_index + (b * a.heads + h) * a.max_columns + chunk * BLOCK;
@@ -1038,32 +1127,27 @@ void pack_vertical_columns(const AttentionArguments& a, const PackedKeyValues& p
   const auto exists = [&](int r) {
     return r < count && positions[r] >= 0 && positions[r] < a.num_keys;
   };
-  pack_keys(p.column_keys.get() + slot * KEY_WORDS, staging, [&](int r) -> const input* {
-    return exists(r) ? key.at(b, g, positions[r]) : nullptr;
-  });
-  pack_values(p.column_values.get() + slot * VALUE_WORDS, staging, [&](int r) -> const input* {
-    return exists(r) ? value.at(b, g, positions[r]) : nullptr;
-  });
+  pack_scored_keys(
+      p.column_keys.get() + slot * KEY_WORDS, staging, shared.centre(b, g),
+      [&](int r) -> const input* { return exists(r) ? key.at(b, g, positions[r]) : nullptr; });
+  pack_weighted_values(
+      p.column_values.get() + slot * VALUE_WORDS, staging,
+      [&](int r) -> const input* { return exists(r) ? value.at(b, g, positions[r]) : nullptr; });
 }
 
 // Computes the rows of a query block over its tiles and writes them to `out`. `next` is the block
 // that this thread computes after it.
-void attend(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& block,
-            const QueryBlock& next) {
+void attend(const AttentionArguments& a, const SharedScores& shared, AttentionScratch& s,
+            const QueryBlock& block, const QueryBlock& next) {
   const TensorView query{static_cast<const input*>(a.query), a.query_batch, a.query_head,
                          a.query_row};
   const int64_t n = block.first - a.query_offset;
-  for (int r = 0; r < BLOCK; ++r) {
-    packed* row = s.query.get() + r * DEPTH * PAIR;
-    if (r < block.rows && a.scale != 0)
-      pack_row(row, query.at(block.b, block.h, n + r), HEAD_DIM, DEPTH * PAIR);
-    else std::memset(row, 0, DEPTH * sizeof(word));
-    if (a.scale < 0)  // maxima are taken before scaling, so the sign goes into the query
-      for (int d = 0; d < DEPTH * PAIR; ++d) row[d] = negate(row[d]);
-  }
+  s.scores.take_query(a, block, query, shared.centre(block.b, block.h / (a.heads / a.kv_heads)));
   const float sink = a.sinks ? a.sinks[block.h] * LOG2E : NEGATIVE_INFINITY;
-  std::fill_n(s.maximum, BLOCK, sink);
-  std::fill_n(s.sum, BLOCK, sink == NEGATIVE_INFINITY ? 0.0f : 1.0f);
+  // In fp16, weights that are relative to a far greater sink would be zero: it is added at the end.
+  const float first = HALF_VALUES ? NEGATIVE_INFINITY : sink;
+  std::fill_n(s.maximum, BLOCK, first);
+  std::fill_n(s.sum, BLOCK, first == NEGATIVE_INFINITY ? 0.0f : 1.0f);
   std::fill_n(s.scale, BLOCK, 1.0f);
   std::memset(s.out.get(), 0, BLOCK * VALUE_WIDTH * sizeof(float));
 
@@ -1094,7 +1178,14 @@ void attend(const AttentionArguments& a, AttentionScratch& s, const QueryBlock& 
   }
   for (int r = 0; r < block.rows; ++r) {
     float* row = s.out.get() + r * VALUE_WIDTH;
-    const vec factor = set1(s.sum[r] == 0.0f ? 0.0f : 1.0f / s.sum[r]);
+    float part = 1.0f;  // of a row's weight that is not the sink's
+    if (HALF_VALUES && sink != NEGATIVE_INFINITY) {
+      const float greatest = std::max(s.maximum[r], sink);
+      part = std::exp2(s.maximum[r] - greatest);
+      s.sum[r] = s.sum[r] * part + std::exp2(sink - greatest);
+      s.maximum[r] = greatest;
+    }
+    const vec factor = set1(s.sum[r] == 0.0f ? 0.0f : part / s.sum[r]);
     for (int d = 0; d < VALUE_WIDTH; d += LANES) store(row + d, mul(load(row + d), factor));
     unpack_row(out + r * a.out_row, row, VALUE_DIM);
   }
@@ -1111,6 +1202,7 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
   const AttentionArguments& a = *arguments;
   try {
     const PackedKeyValues in(a);
+    SharedScores shared(a);
     const int64_t blocks = a.batch * a.kv_heads * in.key_blocks;
     const int64_t chunks = a.batch * a.heads * in.chunks;
     const int64_t tasks = a.batch * a.heads * a.num_blocks;
@@ -1126,13 +1218,15 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
 #pragma omp parallel num_threads(a.threads)
     {
       AttentionScratch& scratch = scratches[omp_get_thread_num()];
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < a.batch * a.kv_heads; ++t) shared.prepare(a, t);
 #pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < chunks; ++t)
-        pack_vertical_columns(a, in, scratch.staging.get(), t / in.chunks / a.heads,
+        pack_vertical_columns(a, in, shared, scratch.staging.get(), t / in.chunks / a.heads,
                               t / in.chunks % a.heads, t % in.chunks);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < blocks; ++t)
-        pack_block(a, in, scratch.staging.get(), t / in.key_blocks / a.kv_heads,
+        pack_block(a, in, shared, scratch.staging.get(), t / in.key_blocks / a.kv_heads,
                    t / in.key_blocks % a.kv_heads, t % in.key_blocks);
       const TileScope tiles;
       // Heads come one after the other, and in each the longest rows first, so that the last tasks
@@ -1152,7 +1246,7 @@ extern "C" int sparse_attention(const AttentionArguments* arguments) {
                  *next = &query_blocks[omp_get_thread_num()][1];
       for (bool some = take(*current), more; some; some = more) {
         more = take(*next);
-        attend(a, scratch, *current, *next);
+        attend(a, shared, scratch, *current, *next);
         std::swap(current, next);
       }
     }

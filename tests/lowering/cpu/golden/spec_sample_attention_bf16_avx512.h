@@ -8,6 +8,8 @@
 #define GEMM_HEADER "gemm_vector.h"
 #define GEMM_INT8_HEADER "gemm_int8_vnni.h"
 #define POOLED_KEYS_HEADER "pooled_keys_packed.h"
+#define SCORES_HEADER "scores_packed.h"
+#define WEIGHTS_HEADER "weights_packed.h"
 #define USES_BF16 1
 
 namespace {
@@ -17,9 +19,11 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = bfloat16_tag;
-using packed = uint16_t;  // element of packed K, V and of P
+using packed = uint16_t;  // element of packed K and V
 using packed_tag = bfloat16_tag;
 using word = uint32_t;  // what the micro-GEMM broadcasts
+using weight = uint16_t;  // element of P
+using weight_tag = bfloat16_tag;
 constexpr int PAIR = 2;  // packed elements per word
 constexpr bool INPUT_IS_PACKED = true;
 
@@ -30,6 +34,8 @@ constexpr int VALUE_WIDTH = 48;  // floats of an output row with its padding
 constexpr int BLOCK = 64;  // positions per block of queries and of keys
 constexpr int STRIP = 4;  // tiles per softmax update
 constexpr bool SOFTCAP = false;
+constexpr bool INT8_SCORES = false;  // scores of attention are
+constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py

@@ -23,6 +23,8 @@
 #define GEMM_HEADER "gemm_vector.h"
 #define GEMM_INT8_HEADER "gemm_int8_vnni.h"
 #define POOLED_KEYS_HEADER "pooled_keys_int8.h"
+#define SCORES_HEADER "scores_packed.h"
+#define WEIGHTS_HEADER "weights_packed.h"
 #define USES_BF16 1
 
 namespace {
@@ -32,9 +34,11 @@ struct bfloat16_tag {};
 struct float16_tag {};
 using input = uint16_t;
 using input_tag = bfloat16_tag;
-using packed = uint16_t;  // element of packed K, V and of P
+using packed = uint16_t;  // element of packed K and V
 using packed_tag = bfloat16_tag;
 using word = uint32_t;  // what the micro-GEMM broadcasts
+using weight = uint16_t;  // element of P
+using weight_tag = bfloat16_tag;
 constexpr int PAIR = 2;  // packed elements per word
 constexpr bool INPUT_IS_PACKED = true;
 
@@ -45,6 +49,8 @@ constexpr int VALUE_WIDTH = 64;  // floats of an output row with its padding
 constexpr int BLOCK = 64;  // positions per block of queries and of keys
 constexpr int STRIP = 4;  // tiles per softmax update
 constexpr bool SOFTCAP = false;
+constexpr bool INT8_SCORES = false;  // scores of attention are
+constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
@@ -297,7 +303,12 @@ namespace {
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
-constexpr int KEY_WORDS = DEPTH * BLOCK, VALUE_WORDS = BLOCK / PAIR * VALUE_WIDTH;  // of one block
+// Words of one packed block. In 8 bits two numbers of each key and a line of what holds for all of
+// them follow; in fp16, where pairs of values are words, such a line.
+constexpr int LINE_WORDS = 16;
+constexpr int KEY_WORDS = INT8_SCORES ? (INT8_DEPTH + 2) * BLOCK + LINE_WORDS : DEPTH * BLOCK;
+constexpr int VALUE_WORDS =
+    HALF_VALUES ? BLOCK / 2 * VALUE_WIDTH + LINE_WORDS : BLOCK / PAIR * VALUE_WIDTH;
 
 }  // namespace
 
@@ -378,6 +389,15 @@ inline vec rotate_lanes(vec x) {
   return _mm512_mask_sub_ps(add(y, x), 0xff00, y, x);
 }
 
+// Stores LANES words, each of a 16-bit number of the even row and the one below it in the odd row.
+inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
+  const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
+  const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
+  const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  _mm512_storeu_si512(out, pairs);
+}
+
 // Transposes [16, in_stride] words to [16, out_stride] words.
 inline void transpose(word* out, int out_stride, const word* in, int in_stride) {
   __m512i x[16], y[16];
@@ -411,7 +431,7 @@ inline void transpose(word* out, int out_stride, const word* in, int in_stride) 
 }  // namespace
 
 // ---- vector_avx512_bf16.h
-// AVX-512 with products of bf16 pairs and of 8-bit numbers.
+// AVX-512 with products of bf16 pairs.
 
 namespace {
 
@@ -424,39 +444,6 @@ inline __m512i load_words(const uint32_t* b) { return _mm512_loadu_si512(b); }
 // Stores two vectors, `low` first.
 inline void store(uint16_t* p, vec low, vec high, bfloat16_tag) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-// Stores LANES words, each of a bf16 of the even row and the one below it in the odd row.
-inline void store_pairs(uint32_t* out, const uint16_t* even_row, const uint16_t* odd_row) {
-  const __m256i even = _mm256_loadu_si256((const __m256i*)even_row);
-  const __m256i odd = _mm256_loadu_si256((const __m256i*)odd_row);
-  const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-  _mm512_storeu_si512(out, pairs);
-}
-
-// LANES integers of 32 bits.
-using int_vec = __m512i;
-inline int_vec zero_ints() { return _mm512_setzero_si512(); }
-inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
-inline int_vec load_ints(const void* p) { return _mm512_loadu_si512(p); }
-inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
-inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
-inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
-
-// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
-// numbers added.
-inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
-  const __m512i levels = _mm512_cvtps_epi32(x);
-  const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
-  _mm_store_si128(reinterpret_cast<__m128i*>(p), narrow);
-  return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
-}
-
-// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
-// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
-inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
 
 }  // namespace
@@ -493,7 +480,7 @@ inline vec exp2_vec(vec x) {
   x = maximum(set1(LOWEST_EXPONENT), x);
   const vec n = round_nearest(x);
   const vec r = sub(x, n);
-  if constexpr (USES_BF16) {  // degree 3, relative error 7.5e-5 (bf16 rounds at 2e-3)
+  if constexpr (USES_BF16 || INT8_SCORES) {  // degree 3, relative error 7.5e-5 (bf16: 2e-3)
     vec p = set1(0.0551716691f);
     p = fma(p, r, set1(0.242611122f));
     p = fma(p, r, set1(0.693260985f));
@@ -1323,18 +1310,93 @@ void write_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s
 
 }  // namespace
 
+// ---- vector_int8.h
+// Products of 8-bit numbers in vector registers of AVX-512.
+
+namespace {
+
+// LANES integers of 32 bits.
+using int_vec = __m512i;
+inline int_vec zero_ints() { return _mm512_setzero_si512(); }
+inline int_vec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline int_vec load_ints(const void* p) { return _mm512_loadu_si512(p); }
+inline int_vec load_aligned_ints(const void* p) { return _mm512_load_si512(p); }
+inline vec to_floats(int_vec x) { return _mm512_cvtepi32_ps(x); }
+inline int32_t reduce_add(int_vec x) { return _mm512_reduce_add_epi32(x); }
+
+// Stores x rounded to 8-bit numbers, at an address that 16 divides, and returns `sum` with those
+// numbers added.
+inline int_vec store_int8(int8_t* p, vec x, int_vec sum) {
+  const __m512i levels = _mm512_cvtps_epi32(x);
+  const __m128i narrow = _mm512_cvtsepi32_epi8(levels);
+  _mm_store_si128(reinterpret_cast<__m128i*>(p), narrow);
+  return _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
+}
+
+// Adds sums of four products to each lane, of unsigned `a` and signed `b`. The instruction is
+// named, because with the intrinsic GCC 12 keeps accumulators on the stack, at half the speed.
+inline void add_int8_products(int_vec& acc, int_vec a, int_vec b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+
+}  // namespace
+
+// ---- int8_rows.h
+// Rows of numbers, each rounded to 255 levels of its greatest one.
+
+namespace {
+
+// Says what a level is worth if 127 of them are the greatest number of a row [POOLED]. A row of
+// zeros gets 1.
+inline float step_of(const float* row) {
+  vec most = set1(0.0f);
+  for (int d = 0; d < POOLED; d += LANES) {
+    const vec x = load(row + d);
+    most = maximum(maximum(x, sub(set1(0.0f), x)), most);
+  }
+  const float greatest = reduce_max(most);
+  return greatest > 0.0f ? greatest / 127 : 1.0f;
+}
+
+// Writes a row [POOLED] in steps, as [INT8_DEPTH] words, and returns the sum of all its numbers.
+inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
+  const vec inverse = set1(1.0f / step);
+  alignas(16) int8_t bytes[POOLED];
+  int_vec sum = zero_ints();
+  for (int d = 0; d < POOLED; d += LANES)
+    sum = store_int8(bytes + d, mul(load(row + d), inverse), sum);
+  constexpr int BYTES = INT8_DEPTH * 4, SHARED = POOLED < BYTES ? POOLED : BYTES;
+  std::memset(out, 0, BYTES);
+  std::memcpy(out, bytes, SHARED);
+  return reduce_add(sum);
+}
+
+// Widens a row of HEAD_DIM inputs to POOLED floats, with zeros at the end.
+inline void widen_row(float* out, const input* in) {
+  int d = 0;
+  for (; d + LANES <= HEAD_DIM; d += LANES) store(out + d, load(in + d, input_tag{}));
+  if (d == HEAD_DIM) return;
+  input tail[LANES] = {};
+  std::memcpy(tail, in + d, (HEAD_DIM - d) * sizeof(input));
+  store(out + d, load(tail, input_tag{}));
+}
+
+}  // namespace
+
 // ---- gemm_int8_vnni.h
 // Products of 8-bit numbers in vector registers.
 
 namespace {
 
 constexpr bool INT8_ROWS_ARE_UNSIGNED = true;
+constexpr int INT8_ROWS = 6;  // of a register tile, R x 4 accumulators, 4 of columns and 1 of a row
 
-// Multiplies R rows with all columns, in R x 4 accumulators, 4 registers of columns and 1 of a row.
-template <int R>
+// Multiplies R rows with all columns. Each step fetches LINES lines from `fetched` on.
+template <int R, int LINES>
 __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float* a_step,
                                                   const uint32_t* b, const float* b_step,
-                                                  const int32_t* start, float* products) {
+                                                  const int32_t* start, float* products, int stride,
+                                                  const char* fetched) {
   constexpr int VECTORS_PER_ROW = BLOCK / LANES;
   int_vec acc[R][VECTORS_PER_ROW];
 #pragma GCC unroll 8
@@ -1342,6 +1404,8 @@ __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS_PER_ROW; ++v) acc[r][v] = load_aligned_ints(start + v * LANES);
   for (int k = 0; k < INT8_DEPTH; ++k, b += BLOCK) {
+#pragma GCC unroll 8
+    for (int n = 0; n < LINES; ++n) __builtin_prefetch(fetched + (k * LINES + n) * 64, 0, 2);
     int_vec factor[VECTORS_PER_ROW];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS_PER_ROW; ++v) factor[v] = load_ints(b + v * LANES);
@@ -1354,25 +1418,37 @@ __attribute__((noinline)) void multiply_int8_rows(const uint32_t* a, const float
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const vec step = set1(a_step[r]);
+    const vec step = set1(a_step ? a_step[r] : 1.0f);
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS_PER_ROW; ++v)
-      store(products + r * BLOCK + v * LANES,
-            mul(mul(to_floats(acc[r][v]), step), load(b_step + v * LANES)));
+    for (int v = 0; v < VECTORS_PER_ROW; ++v) {
+      vec sum = to_floats(acc[r][v]);
+      if (a_step) sum = mul(sum, step);
+      store(products + r * stride + v * LANES, mul(sum, load(b_step + v * LANES)));
+    }
   }
 }
 
-// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 2, with BLOCK others. The
-// steps are what 1 is worth in each row and in each column; sums begin with `start`.
+// Computes products [rows, BLOCK] of `rows` packed rows, a multiple of 2, with BLOCK others, `stride`
+// floats per row. The steps are what 1 is worth in each row (null: 1 in all) and in each column; sums
+// begin with `start`. Memory of BYTES bytes that is read soon is fetched meanwhile.
+template <int BYTES = 0>
 inline void multiply_int8(const uint32_t* a, const float* a_step, const uint32_t* b,
-                          const float* b_step, const int32_t* start, int rows, float* products) {
+                          const float* b_step, const int32_t* start, int rows, float* products,
+                          int stride = BLOCK, const char* fetched = nullptr) {
+  constexpr int GROUPS = (BLOCK + INT8_ROWS - 1) / INT8_ROWS;
+  constexpr int LINES = (BYTES / 64 + GROUPS * INT8_DEPTH - 1) / (GROUPS * INT8_DEPTH);
+  const auto step_at = [&](int r) { return a_step ? a_step + r : nullptr; };
   int r = 0;
-  for (; r + 6 <= rows; r += 6)
-    multiply_int8_rows<6>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+  for (; r + INT8_ROWS <= rows; r += INT8_ROWS)
+    multiply_int8_rows<INT8_ROWS, LINES>(a + r * INT8_DEPTH, step_at(r), b, b_step, start,
+                                         products + r * stride, stride,
+                                         fetched + r / INT8_ROWS * INT8_DEPTH * LINES * 64);
   for (; r + 4 <= rows; r += 4)
-    multiply_int8_rows<4>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+    multiply_int8_rows<4, 0>(a + r * INT8_DEPTH, step_at(r), b, b_step, start,
+                             products + r * stride, stride, nullptr);
   for (; r < rows; r += 2)
-    multiply_int8_rows<2>(a + r * INT8_DEPTH, a_step + r, b, b_step, start, products + r * BLOCK);
+    multiply_int8_rows<2, 0>(a + r * INT8_DEPTH, step_at(r), b, b_step, start,
+                             products + r * stride, stride, nullptr);
 }
 
 }  // namespace
@@ -1428,31 +1504,6 @@ class AllPooledKeys {
   int64_t heads_;
   Buffer<float> steps_, centres_;
 };
-
-// Says what a level is worth if 127 of them are the greatest number of a row [POOLED]. A row of
-// zeros gets 1.
-inline float step_of(const float* row) {
-  vec most = set1(0.0f);
-  for (int d = 0; d < POOLED; d += LANES) {
-    const vec x = load(row + d);
-    most = maximum(maximum(x, sub(set1(0.0f), x)), most);
-  }
-  const float greatest = reduce_max(most);
-  return greatest > 0.0f ? greatest / 127 : 1.0f;
-}
-
-// Writes a row [POOLED] in steps, as [INT8_DEPTH] words, and returns the sum of all its numbers.
-inline int32_t pack_int8(uint32_t* out, const float* row, float step) {
-  const vec inverse = set1(1.0f / step);
-  alignas(16) int8_t bytes[POOLED];
-  int_vec sum = zero_ints();
-  for (int d = 0; d < POOLED; d += LANES)
-    sum = store_int8(bytes + d, mul(load(row + d), inverse), sum);
-  constexpr int BYTES = INT8_DEPTH * 4, SHARED = POOLED < BYTES ? POOLED : BYTES;
-  std::memset(out, 0, BYTES);
-  std::memcpy(out, bytes, SHARED);
-  return reduce_add(sum);
-}
 
 // Finds the vector that is subtracted from all pooled keys of a kv head.
 void find_centre(const EstimateArguments& a, const PooledKeys& runs, const TensorView& key,
@@ -1511,16 +1562,6 @@ struct PackedQueryRows {
     }
     transpose_rows(reinterpret_cast<word*>(words.get()), reinterpret_cast<word*>(rows.get()),
                    INT8_DEPTH);
-  }
-
- private:
-  static void widen_row(float* out, const input* in) {
-    int d = 0;
-    for (; d + LANES <= HEAD_DIM; d += LANES) store(out + d, load(in + d, input_tag{}));
-    if (d == HEAD_DIM) return;
-    input tail[LANES] = {};
-    std::memcpy(tail, in + d, (HEAD_DIM - d) * sizeof(input));
-    store(out + d, load(tail, input_tag{}));
   }
 };
 

@@ -172,7 +172,7 @@ def test_means_in_8_bits_are_those_of_the_keys_less_one_vector(size):
 
 
 @pytest.mark.parametrize(
-    ("mask", "lines"), part_of_today(itertools.product(MASKS_TODAY, (64, 128)), share=3)
+    ("mask", "lines"), part_of_today(itertools.product(MASKS_TODAY, (64, 128)), share=6)
 )
 def test_union_in_8_bits_selects_nearly_what_the_reference_selects(mask, lines):
     mask = MASKS[mask]
