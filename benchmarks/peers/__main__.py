@@ -53,6 +53,7 @@ PEERS = {
     "mpass half": Peer("run_mpass", "", "", "half", dense=False),
     "mpass int8": Peer("run_mpass", "", "", "int8", dense=False),
     "mpass int8 scores": Peer("run_mpass", "", "", "int8 scores", dense=False),
+    "mpass half + int8 scores": Peer("run_mpass", "", "", "half int8", dense=False),
     "mpass all int8": Peer("run_mpass", "", "", "all int8", dense=False),
     "inductor": Peer("run_mpass", "", "", "inductor"),
     **{
@@ -149,6 +150,7 @@ def measure(
     tokenizer = load_tokenizer(settings.model, dtype=torch.bfloat16)
     ids = load_tokens(find_text(settings.text).read(), tokenizer, length)[0].tolist()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    new = settings.new_tokens
     for turn in range(settings.repeats + 1):
         names = list(workers) if turn % 2 else list(reversed(workers))
         for name in names:
@@ -161,7 +163,7 @@ def measure(
             "cpu": statistics.median(run["cpu"] for run in taken[1:]),
             "wall": statistics.median(run["wall"] for run in taken[1:]),
             "runs": taken[1:],
-            **workers[name].ask("continue", ids, count=settings.new_tokens),
+            **(workers[name].ask("continue", ids, count=new) if new else {"tokens": []}),
             **(workers[name].ask("loss", ids) if length <= settings.loss_up_to else {}),
         }
         for name, taken in runs.items()
@@ -199,7 +201,7 @@ def main() -> None:
     parser.add_argument("--systems", default=",".join(PEERS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=16, help="0 spares another prefill")
     parser.add_argument("--loss-up-to", type=int, default=8192, help="tokens")
     parser.add_argument("--json", type=Path, help="write the figures here")
     settings = parser.parse_args()

@@ -16,6 +16,7 @@ KINDS = {
     "half": ("minference", {"linear": "half"}),
     "int8": ("minference", {"linear": "int8"}),
     "int8 scores": ("minference", {"attention": "int8"}),
+    "half int8": ("minference", {"linear": "half", "attention": "int8"}),
     "all int8": ("minference", {"linear": "int8", "attention": "int8"}),
     "inductor": ("inductor", None),
 }
