@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.cpu.arguments import LinearArguments, pointer, rows_contiguous
-from mpass.lowering.cpu.library import INSTRUCTION_FLAGS, compile_source, load_library
+from mpass.lowering.cpu.library import compiler_fault, load_library
 from mpass.lowering.cpu.linear import linear_in_fp32
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import dtype_name, has, machine_reason
@@ -22,20 +22,6 @@ from mpass.lowering.reference.linear import CHAIN
 INSTRUCTIONS = "avx512_fp16"
 
 DTYPES = (torch.bfloat16, torch.float16)
-
-PROBE_SOURCE = """#include <cpuid.h>
-#include <immintrin.h>
-#include <cstdint>
-extern "C" int32_t mpass_multiplies_half() {
-  unsigned a, b, c, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
-}
-extern "C" void mpass_multiply_half(void* x) {
-  const __m512h y = _mm512_loadu_ph(x);
-  _mm512_storeu_ph(x, _mm512_fmadd_ph(y, y, y));
-}
-"""
-"""Asks the processor, as torch does not, and shows whether the compiler knows the instructions."""
 
 NO_MEMORY, NOT_FINITE = 1, 2
 """What the kernel returns where it has written no result."""
@@ -52,13 +38,10 @@ def half_linear_reason(dtype: torch.dtype) -> str:
 @functools.cache
 def half_fault() -> str:
     """Why this machine cannot multiply half-precision numbers; "" if it can."""
-    if not has("avx512"):
+    if not (has("avx512") and has(INSTRUCTIONS)):
         return "the processor has no AVX512-FP16"
-    try:
-        library = compile_source(PROBE_SOURCE, extra_flags=INSTRUCTION_FLAGS[INSTRUCTIONS])
-    except Exception:
-        return "the C++ compiler does not know AVX512-FP16 (g++ 12 or newer does)"
-    return "" if library.mpass_multiplies_half() else "the processor has no AVX512-FP16"
+    fault = compiler_fault(INSTRUCTIONS)
+    return f"{fault}: AVX512-FP16 needs g++ 12 or newer" if fault else ""
 
 
 def linear_in_half(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -128,6 +128,7 @@ def test_a_cpu_without_avx2_takes_plain_torch(
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     for name in ("avx2", "avx512", "avx512_bf16", "amx_tile"):
         if present is None:
             monkeypatch.delattr(torch.cpu, f"_is_{name}_supported")
