@@ -72,7 +72,7 @@ NO_PRODUCTS = (
 
 FROM_THE_RIGHT = "the weights are the right factor of their product, which sums over queries"
 
-MIXED = "scores are mixed with what {} makes of them, as of other heads"
+CHANGED_BY_THEMSELVES = "attention scores are also read by {}, whose result goes back into them"
 
 NO_KEYS = "rows that see no key have a bias per key: hide keys by -inf, not a number"
 
@@ -314,7 +314,7 @@ def other_readers(chain: Chain, own: frozenset[fx.Node]) -> str:
             if reads_no_values(user, node) and known.issuperset(user.users):
                 continue
             if leads_to(user, chain.path):
-                return MIXED.format(op_name(user))
+                return CHANGED_BY_THEMSELVES.format(op_name(user))
             return f"attention scores are also read by {user.name}"
     return ""
 

@@ -76,6 +76,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"this op is not understood|too many parts",
         "write the mask with comparisons of positions, or add a mask rule",
     ),
+    (r"result goes back into them", "nothing: scores that are changed by scores are not served"),
     (r"scores are also read|read more than once", "do not ask for the attention weights"),
     (r"without enable_gqa", "pass enable_gqa=True"),
     (r"^attention without a softmax|^the softmax is over", "nothing: such attention is not served"),
@@ -83,7 +84,6 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         r"^softmax attention that is not read|^scores have|broadcast or reshaped",
         "write it with scores [B, H, Nq, Nk]; heads that are mixed are not served",
     ),
-    (r"^scores are mixed with", "nothing: heads that are mixed are not served"),
     (r"joined with others by cat", "join the keys and the values instead of the scores"),
     (r"may differ per head", "pass a mask that heads share as [B, 1, Nq, Nk]"),
     (

@@ -206,7 +206,8 @@ PROGRAMS: dict[str, Case] = {
     ),
     "five dimensions": Case(scores.five_dimensions, "scores have 5 dimensions"),
     "added to mixed heads": Case(
-        scores.added_to_mixed_heads, "scores are mixed with what conv2d makes of them"
+        scores.added_to_mixed_heads,
+        "attention scores are also read by conv2d, whose result goes back into them",
     ),
     "mixed heads": Case(scores.mixed_heads, "between its two products are linear, softmax"),
     "learned bias": Case(

@@ -170,7 +170,7 @@ class Alibi(nn.Module):
 
 REMEDIES = (
     (row_by_row, "by comparing positions"),
-    (talking_heads, "heads that are mixed are not served"),
+    (talking_heads, "scores that are changed by scores are not served"),
     (Alibi(), "add one number per key"),
     (Windows(), "a number per key, as ALiBi, is served"),
     (Pooling(), "nothing needs to be done"),
