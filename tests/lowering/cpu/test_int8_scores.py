@@ -228,8 +228,8 @@ def test_what_is_no_number_stays_none(where: str, number: float, spec: KernelSpe
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize("number", [float("nan"), 1e30])
 def test_padding_is_not_looked_at(where: str, number: float, spec: KernelSpec) -> None:
-    if where == "value" and not spec.halves:
-        pytest.skip("values in fp32 may be read where they lie, padding included")
+    if where == "value" and not spec.halves and number != number:
+        pytest.skip("values in fp32 are multiplied where they lie: zero times NaN, as in eager")
     inputs = outliers(where, number)
     key_mask = (torch.arange(200) != 70)[None]
     clean = dataclasses.replace(outliers(where, 0.0), mask=AttentionMask(key_mask=key_mask))
