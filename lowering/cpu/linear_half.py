@@ -7,16 +7,15 @@ mpass.lowering.reference.linear.
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
 from mpass.lowering.cpu.arguments import LinearArguments, pointer, rows_contiguous
-from mpass.lowering.cpu.library import compiler_fault, load_library
+from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.linear import linear_in_fp32
 from mpass.lowering.cpu.spec import KernelSpec
-from mpass.lowering.cpu.support import dtype_name, has, machine_reason
+from mpass.lowering.cpu.support import dtype_name, fp16_fault, machine_reason
 from mpass.lowering.reference.linear import CHAIN
 
 INSTRUCTIONS = "avx512_fp16"
@@ -32,16 +31,7 @@ def half_linear_reason(dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
         name = dtype_name(dtype)
         return f"linear layers in half precision are for bfloat16 and float16, not {name}"
-    return machine_reason() or half_fault()
-
-
-@functools.cache
-def half_fault() -> str:
-    """Why this machine cannot multiply half-precision numbers; "" if it can."""
-    if not (has("avx512") and has(INSTRUCTIONS)):
-        return "the processor has no AVX512-FP16"
-    fault = compiler_fault(INSTRUCTIONS)
-    return f"{fault}: AVX512-FP16 needs g++ 12 or newer" if fault else ""
+    return machine_reason() or fp16_fault()
 
 
 def linear_in_half(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

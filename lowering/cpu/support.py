@@ -129,7 +129,16 @@ def multiplies_halves(dtype: torch.dtype) -> bool:
     """
     if attention_instruction_set(dtype) != "avx512":
         return False
-    return has("avx512_fp16") and not compiler_fault("avx512", "avx512fp16")
+    return not fp16_fault()
+
+
+@functools.cache
+def fp16_fault() -> str:
+    """Why this machine cannot multiply half-precision numbers; "" if it can."""
+    if not (has("avx512") and has("avx512_fp16")):
+        return "the processor has no AVX512-FP16"
+    fault = compiler_fault("avx512_fp16")
+    return f"{fault}: AVX512-FP16 needs g++ 12 or newer" if fault else ""
 
 
 def backward_spec(inputs: AttentionInputs) -> KernelSpec:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpass.lowering.cpu import linear_half
+from mpass.lowering.cpu import support
 from mpass.lowering.cpu.linear import linear_in_fp32
 from mpass.lowering.cpu.linear_half import half_linear_reason, linear_in_half
 from mpass.lowering.reference import linear as reference
@@ -129,11 +129,11 @@ def test_a_layer_without_numbers_is_what_torch_says(rows, inputs, outputs):
 @needs_kernels
 def test_the_reason_against_it_names_the_dtype_or_the_machine(monkeypatch):
     assert "not float32" in half_linear_reason(torch.float32)
-    linear_half.half_fault.cache_clear()
-    monkeypatch.setattr(linear_half, "has", lambda instructions: False)
+    support.fp16_fault.cache_clear()
+    monkeypatch.setattr(support, "has", lambda instructions: False)
     assert half_linear_reason(torch.bfloat16) == "the processor has no AVX512-FP16"
-    linear_half.half_fault.cache_clear()
-    monkeypatch.setattr(linear_half, "has", lambda instructions: True)
-    monkeypatch.setattr(linear_half, "compiler_fault", lambda instructions: "it failed")
+    support.fp16_fault.cache_clear()
+    monkeypatch.setattr(support, "has", lambda instructions: True)
+    monkeypatch.setattr(support, "compiler_fault", lambda instructions: "it failed")
     assert half_linear_reason(torch.bfloat16) == "it failed: AVX512-FP16 needs g++ 12 or newer"
-    linear_half.half_fault.cache_clear()
+    support.fp16_fault.cache_clear()
