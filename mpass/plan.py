@@ -25,8 +25,6 @@ from mpass.graph.sizes import holds, is_unbacked, may_guard
 from mpass.lowering.crossover import LeastLengths
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
-from mpass.lowering.index import AttentionMask
-from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.lowering.kv_selection import SnapKV
 from mpass.match.top_keys import KEPT_SHORTEST, kept_reason
@@ -160,8 +158,7 @@ def reason_to_skip(site: AttentionSite) -> str:
         head_dim += bias_channels(site.compute_dtype, *heads)
     if max(head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
         return f"head_dim {max(head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
-    inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
-    reason = reason_against(inputs)
+    reason = reason_against(site.inputs())
     if reason:
         return reason
     if site.read_mask is not None:
@@ -204,9 +201,8 @@ def training_reason(site: AttentionSite) -> str:
     """Why a site whose gradients are recorded has no sparse backward pass, or the empty string."""
     if not is_trained(site):
         return ""
-    query, key, value = (example(node) for node in (site.query, site.key, site.value))
-    inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
-    if choose_lowering(inputs).attention_backward is None:
+    query = example(site.query)
+    if choose_lowering(site.inputs()).attention_backward is None:
         return f"no backward kernels are generated for device {query.device.type!r}"
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
@@ -310,10 +306,12 @@ def decide_length(
     shortest = least.keys
     trained = is_trained(site)
     # Means of what is left out have no backward, and neither has the meter.
-    summaries = options.summaries if site.is_two_sided and site.softcap == 0 and not trained else 0
-    selecting = options.kv_select if site.feeds_a_cache and not trained else None
+    # Nor do ops of other kinds than these know of a bias by distance.
+    plainly = not trained and site.distance_bias is None
+    summaries = options.summaries if site.is_two_sided and site.softcap == 0 and plainly else 0
+    selecting = options.kv_select if site.feeds_a_cache and plainly else None
     # The meter knows what a selection loses, and not what means give back.
-    kept = options.denoising and site.is_two_sided and not trained
+    kept = options.denoising and site.is_two_sided and plainly
     measurable = not trained and site.kept is None
     plain = not summaries and measurable and selecting is None and not kept
     plan = AttentionPlan(
