@@ -33,6 +33,7 @@ SOURCES = sorted([*FOLDER.glob("match/*.py"), *FOLDER.glob("masks/**/*.py"), FOL
 
 NO_REASONS = {
     "a bias per key is added to the scores",  # of a proof
+    "a bias by distance is added to the scores",
     "each query keeps the {} keys with the largest bias that it may see",
     "is_causal=True: k <= q",
     "no mask: every key is seen",

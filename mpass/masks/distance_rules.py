@@ -82,7 +82,7 @@ def looked_up(lines: DistanceReader, node: fx.Node) -> Line:
     """A row of a table for each index: torch.nn.functional.embedding."""
     given = bind(node)
     indices, table = given.get("input", given.get("indices")), given.get("weight")
-    if not (is_tensor(table) and is_tensor(indices)) or given.get("max_norm"):
+    if not (isinstance(table, fx.Node) and isinstance(indices, fx.Node)) or given.get("max_norm"):
         raise NoLineError
     return indexed(lines, node, table, indices, -1)
 
@@ -157,12 +157,12 @@ def permuted(lines: DistanceReader, node: fx.Node) -> Line:
         dims = node.kwargs.get("dims", given)
         if not isinstance(dims, (list, tuple)):
             raise NoLineError
-        order = [dim % rank for dim in dims]  # type: ignore[operator]
+        order = [dim % rank for dim in dims]
     else:
         pair = [*rest, *node.kwargs.values()]
         if len(pair) != 2 or not all(isinstance(dim, int) for dim in pair):
             raise NoLineError
-        first, second = (dim % rank for dim in pair)  # type: ignore[operator]
+        first, second = (int(dim) % rank for dim in pair)  # type: ignore[arg-type]
         order[first], order[second] = order[second], order[first]
 
     def place(dim: int) -> int:

@@ -108,8 +108,9 @@ def test_losses_of_rows_are_those_of_biased_scores():
     found = run_row_losses(spec, inputs, index, 16, True)
     expected = row_losses(inputs, index, 16, True)
     assert torch.equal(found.rows, expected.rows)
-    assert torch.allclose(found.lost, expected.lost, atol=1e-5)
     seen = found.counted[:, None, :, None]
+    assert torch.equal(found.counted, expected.counted) and seen.sum() > 20
+    assert torch.allclose(found.lost * seen[..., 0], expected.lost * seen[..., 0], atol=1e-5)
     assert torch.allclose(found.exact * seen, expected.exact * seen, atol=1e-4)
 
 
@@ -148,9 +149,9 @@ PATTERNS = {
     "union": {},
     "vertical_slash": {"vertical_size": 40, "slash_size": 120},
     "block_sparse": {"top_k": 3},
-    "block_max": {},
+    "block_max": {"share": 0.9, "sink_blocks": 0, "last_blocks": 0},
     "x_attention": {},
-    "flex_prefill": {"tau": 0.9},
+    "flex_prefill": {"tau": 0.9, "gamma": 0.5, "min_budget": 64},
     "sample_attention": {},
 }
 
@@ -189,11 +190,11 @@ def test_estimators_see_the_bias(name, causal):
         return computed_mask(index, inputs.mask, **sizes)
 
     found = cells(cls.estimate(inputs, own))
-    expected = cls.select(inputs, own)
+    expected = cells(cls.estimator.reference(inputs, [pattern.rule() for pattern in own]))
     share = (found & expected).sum() / (found | expected).sum()
-    assert share > 0.97, share
+    assert share > 0.96, share
     blind = cells(cls.estimate(dataclasses.replace(inputs, distance_bias=None), own))
-    assert (found & blind).sum() / (found | blind).sum() < share - 0.02
+    assert (found & blind).sum() / (found | blind).sum() < share - 0.05
 
 
 def test_what_is_kept_for_a_kv_head_has_the_mean_of_the_biases():
@@ -203,3 +204,41 @@ def test_what_is_kept_for_a_kv_head_has_the_mean_of_the_biases():
     merged = merge_heads(inputs, [0, 0, 1, 1], [Turns(), Turns()])
     expected = inputs.distance_bias.unflatten(0, (2, 2)).mean(1)
     assert torch.allclose(merged.distance_bias, expected)
+
+
+def gradients_in_fp64(inputs: AttentionInputs, index: SparseIndex) -> list[torch.Tensor]:
+    """Of the sum of squares of the output: for query, key, value and bias."""
+    leaves = [
+        tensor.detach().double().requires_grad_()
+        for tensor in (inputs.query, inputs.key, inputs.value, inputs.distance_bias)
+    ]
+    fields = dict(zip(("query", "key", "value", "distance_bias"), leaves, strict=True))
+    truth(dataclasses.replace(inputs, **fields), index).square().sum().backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("lowering", ["reference", pytest.param("cpu", marks=needs_kernels)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_the_bias(lowering, dtype, case):
+    from mpass.lowering.dispatch import find_lowering
+    from mpass.lowering.reference.attention import sparse_attention_lse
+    from mpass.lowering.reference.backward import ForwardResult, attention_backward
+
+    inputs, index = attention(dtype, **CASES[case])
+    wide = dataclasses.replace(
+        inputs,
+        **{
+            name: getattr(inputs, name).double()
+            for name in ("query", "key", "value", "distance_bias")
+        },
+    )
+    out, lse = sparse_attention_lse(wide, index)
+    grad_bias = torch.zeros_like(inputs.distance_bias, dtype=torch.float32)
+    result = ForwardResult(2 * out.to(dtype), out.to(dtype), lse.float(), grad_bias)
+    run = attention_backward if lowering == "reference" else None
+    run = run or find_lowering(lowering).attention_backward
+    found = [*run(inputs, index, result), grad_bias]
+    for own, expected in zip(found, gradients_in_fp64(inputs, index), strict=True):
+        error = (own.double() - expected).abs().max() / expected.abs().max()
+        assert error < 5 * TOLERANCE[dtype], error
