@@ -139,8 +139,8 @@ def sparse_attention(*arguments: Any) -> Tensor:
     int8: scores may be products of 8-bit numbers. distance_bias: as in AttentionInputs.
     """
     call = over_index(*arguments[:ARGUMENTS])
-    usual: tuple[Any, ...] = (0, 1.0, False, None)  # torch may leave these out
-    measured, most_lost, int8, bias = (*arguments, *usual[len(arguments) - ARGUMENTS :])[ARGUMENTS:]
+    given, usual = arguments[ARGUMENTS:], cast(Any, (0, 1.0, False, None))  # may be left out
+    measured, most_lost, int8, bias = given + usual[len(given) :]
     if int8 or bias is not None:
         call = replace(call, inputs=replace(call.inputs, int8=int8, distance_bias=bias))
     rows = rows_of_call(call.inputs.query) if measured else 0

@@ -121,7 +121,8 @@ def _(
 def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save what the backward op takes: the arguments up to softcap, the bias, and the results."""
     out, lse, dense = output
-    arguments = (*inputs[: SOFTCAP + 1], inputs[DISTANCE_BIAS])
+    bias = inputs[DISTANCE_BIAS] if len(inputs) > DISTANCE_BIAS else None
+    arguments = (*inputs[: SOFTCAP + 1], bias)
     ctx.mark_non_differentiable(lse, dense)
     ctx.places = [place for place, a in enumerate(arguments) if isinstance(a, Tensor)]
     ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
@@ -140,7 +141,8 @@ def backward(ctx: Any, grad_out: Tensor | None, *unused: object) -> tuple[Any, .
         *main, sinks, bias = op(grad_out, out, lse, dense, *arguments)
         gradients[:3] = main
         gradients[SINKS] = None if arguments[SINKS] is None else sinks
-        gradients[DISTANCE_BIAS] = None if arguments[-1] is None else bias
+        if arguments[-1] is not None:
+            gradients[DISTANCE_BIAS] = bias
     return tuple(gradients)
 
 
