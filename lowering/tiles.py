@@ -159,7 +159,8 @@ def tile_order_of(grid: Grid, device: torch.device) -> Tensor:
     cells = math.prod(shape)
     rest = torch.arange(cells, device=device)
     number, cut, inner = (torch.zeros_like(rest) for _ in range(3))
-    places, step = [], 1
+    places: list[tuple[Tensor, int]] = []
+    step = 1
     for size, side in zip(reversed(shape), reversed(grid.tile), strict=True):
         place = rest % size
         rest = rest // size
