@@ -17,16 +17,19 @@ from torch.utils._sympy.functions import Max, Min
 
 from mpass.config.promise import promised_share
 from mpass.errors import ConfigMismatchError
+from mpass.graph.dtypes import dtype_reason
 from mpass.graph.exact_scores import exact_reason
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.numbers import meter_number
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.graph.sizes import holds, is_unbacked, may_guard
+from mpass.graph.tile_nodes import grid_of
 from mpass.lowering.crossover import LeastLengths
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
 from mpass.lowering.key_bias import bias_channels
 from mpass.lowering.kv_selection import SnapKV
+from mpass.lowering.tiles import Grid
 from mpass.match.top_keys import KEPT_SHORTEST, kept_reason
 from mpass.options import Options
 from mpass.patterns.base import Pattern
@@ -38,7 +41,6 @@ from mpass.resolve import BUILTIN, PROMISED, ResolvedPatterns, resolve_site
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 """What lengths are made by that the rewrite can build."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 ONE_QUERY = "one query: there is nothing to skip"
@@ -66,6 +68,7 @@ class AttentionPlan:
     kv_select: how it selects the keys that a cache keeps; None for not at all.
     causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
     most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
+    grid: in whose tiles it sees its tokens; None for their own order.
     denoising: whether what it leaves out is kept over the steps of a sampler.
     int8: whether scores are products of 8-bit numbers.
     """
@@ -84,6 +87,7 @@ class AttentionPlan:
     most_lost: float = 1.0
     denoising: bool = False
     int8: bool = False
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -221,29 +225,6 @@ def is_single_query(site: AttentionSite) -> bool:
     return len(shape) == 4 and bool(statically_known_true(shape[2] == 1))
 
 
-def dtype_reason(site: AttentionSite) -> str:
-    """Why no kernel computes what the site computes, by its dtypes; "" if one does."""
-    output = example(site.output).dtype
-    dtypes = [example(node).dtype for node in (site.query, site.key, site.value)]
-    if is_autocast(site):
-        return ""
-    if dtypes[0] not in DTYPES:
-        return f"dtype {dtypes[0]} is not served; allowed: float32, bfloat16, float16"
-    if len(set(dtypes)) > 1:
-        return "query, key and value differ in dtype: {}, {}, {}".format(*dtypes)
-    if output != dtypes[0]:
-        return f"the output is of {output}, the query of {dtypes[0]}"
-    return ""
-
-
-def is_autocast(site: AttentionSite) -> bool:
-    """Whether autocast narrows query, key and value to the output's dtype before they are used."""
-    output = example(site.output).dtype
-    dtypes = {example(node).dtype for node in (site.query, site.key, site.value)}
-    narrow = output in (torch.bfloat16, torch.float16) and site.compute_dtype == output
-    return narrow and dtypes <= {torch.float32, output}
-
-
 def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
     """Whether a length of valid keys can be cut off: by what is known, else by a guard."""
     valid: Any = mask.valid_keys
@@ -334,6 +315,8 @@ def decide_length(
     if needed:
         reason = f"{length_in_words(num_queries)} queries, sparse from {needed} on"
         return Skip(site, reason, resolved.source)
+    grid = grid_of(site, resolved.grid, resolved.grid_source)
+    plan = dataclasses.replace(plan, grid=grid)
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -146,6 +147,9 @@ def fake_layer(plan: AttentionPlan) -> FakeLayer:
         key, value = (replace(t, shape=(*t.shape[:2], kept, t.shape[3])) for t in (key, value))
         if key_mask is not None:
             key_mask = replace(key_mask, shape=(key_mask.shape[0], kept))
+    if plan.grid is not None:  # tokens in another order are copies
+        query, key, value = map(contiguous, (query, key, value))
+        key_mask = None if key_mask is None else contiguous(key_mask)
     return FakeLayer(
         patterns=plan.patterns,
         query=query,
@@ -160,6 +164,12 @@ def fake_layer(plan: AttentionPlan) -> FakeLayer:
         softcap=site.softcap,
         training=plan.training,
     )
+
+
+def contiguous(tensor: FakeTensorLike) -> FakeTensorLike:
+    """What index_select gives of a tensor."""
+    steps = [math.prod(tensor.shape[dim + 1 :]) for dim in range(len(tensor.shape))]
+    return replace(tensor, stride=tuple(steps), offset=0)
 
 
 def tensor_like(tensor: Tensor, dtype: torch.dtype | None = None) -> FakeTensorLike:

@@ -28,7 +28,13 @@ FOLDER = Path(mpass.__file__).parent
 OPTIONS = {"min_seq_len": 128, "read_masks": False}
 CASES = sorted(MASKS | DYNAMIC_MASKS | PROGRAMS)
 
-SOURCES = sorted([*FOLDER.glob("match/*.py"), *FOLDER.glob("masks/**/*.py"), FOLDER / "plan.py"])
+SOURCES = sorted(
+    [
+        *FOLDER.glob("match/*.py"),
+        *FOLDER.glob("masks/**/*.py"),
+        *(FOLDER / "plan.py", FOLDER / "graph" / "dtypes.py"),
+    ]
+)
 """Where reasons come from."""
 
 NO_REASONS = {

@@ -186,6 +186,15 @@ def test_the_bias_of_every_pair_is_gone():
     assert len(lines) == 1  # of both layers
 
 
+def test_tokens_with_a_bias_by_distance_keep_their_order():
+    """A grid is for attention whose tokens may be seen in the order of tiles."""
+    x, mask = inputs(torch.float32)
+    x = x[:, :, :144].contiguous()
+    found, sites = compiled_sites(alibi_both_ways, x, mask, grid=(12, 12))
+    assert [site.status for site in sites] == ["sparse"]
+    assert torch.allclose(found, alibi_both_ways(x), atol=1e-4)
+
+
 def of_each_row(x):
     bias = apart(N, N) * x[0, 0, :, :1]
     return F.softmax(x @ x.mT / 4 + bias, -1) @ x
