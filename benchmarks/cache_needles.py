@@ -6,7 +6,8 @@
 Each prompt hides a needle and ends with the question. It runs once through attention (`--prefill`
 sparse or dense); then its cache is cut to a share of the keys, and decoding goes on from it: by
 SnapKV with its defaults or the numbers given (`snap`), to the first 4 and the last keys (`recent`),
-and to random ones and the last 64 (`random`). A needle is told if each token of it is the likeliest
+and to random ones and the last 64 (`random`). `snap(kernel=21, compact=True)` moves the kept keys
+together (FINCH). A needle is told if each token of it is the likeliest
 after those before it. Prints, per share and rule, how many of the needles were told of those that
 the whole cache tells, what the cache takes, and CPU seconds per token.
 With `--json` a line is added per answer, and a run that was cut off goes on where the file ends.
@@ -15,20 +16,17 @@ With `--json` a line is added per answer, and a run that was cut off goes on whe
 from __future__ import annotations
 
 import argparse
-import ast
-import copy
 import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from cut_caches import Cut, compile_for, cut_caches, num_bytes, parse_cut
 
-import mpass
 from mpass.evaluate.samples import Sample, fit
 from mpass.evaluate.tasks import make_haystack, make_puzzle
 from mpass.models.load import load_model, parse_dtype
@@ -56,31 +54,6 @@ class Answer:
         return self.task, self.length, self.prefill, self.seed, self.share, self.rule
 
 
-def parse_rule(text: str) -> dict[str, Any] | None:
-    """The numbers of `snap(window=16)`; None for the other rules."""
-    name, _, given = text.partition("(")
-    if name in ("recent", "random"):
-        return None
-    if name != "snap":
-        raise SystemExit(f"unknown rule {text!r}: snap, snap(window=16), recent, random")
-    call = ast.parse(f"f({given.removesuffix(')')})", mode="eval").body
-    assert isinstance(call, ast.Call)
-    return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-
-
-def by_hand(rule: str, length: int, budget: int, like: mpass.KVSelection) -> mpass.KVSelection:
-    """A selection of `budget` keys that nobody estimated, the same in every layer and head."""
-    if rule == "recent":
-        kept = torch.cat([torch.arange(4), torch.arange(length - budget + 4, length)])
-    else:
-        generator = torch.Generator().manual_seed(0)
-        others = torch.randperm(length - 64, generator=generator)[: budget - 64]
-        kept = torch.cat([others.sort().values, torch.arange(length - 64, length)])
-    shapes = {layer: positions.shape[:2] for layer, positions in like.positions.items()}
-    positions = {layer: kept.int().expand(*shape, -1) for layer, shape in shapes.items()}
-    return mpass.KVSelection(positions, dict(like.length))
-
-
 def answer(model: Any, cache: Any, sample: Sample) -> tuple[torch.Tensor, float, float]:
     """The likeliest token at each place of the answer, the share of needles told, and CPU seconds
     per token.
@@ -97,47 +70,21 @@ def answer(model: Any, cache: Any, sample: Sample) -> tuple[torch.Tensor, float,
     return said, sum(told) / len(told), seconds
 
 
-def num_bytes(cache: Any) -> int:
-    """What the keys and values of a cache take."""
-    return sum(t.numel() * t.element_size() for one in cache.layers for t in (one.keys, one.values))
-
-
-def compile_for(model: Any, prefill: str) -> Any:
-    """The model with an attention that selects, and that is sparse or dense."""
-    options: dict[str, Any] = {"kv_select": mpass.SnapKV(), "inner_backend": "eager"}
-    if prefill == "dense":
-        options["dense_above"] = 1e-9
-    return torch.compile(model, backend="minference", options=options)
-
-
 def answers_of(
-    model: Any, tokenizer: Any, forward: Any, sample: Sample, like: Answer, places: list[Any]
+    model: Any, tokenizer: Any, forward: Any, sample: Sample, like: Answer, cuts: list[Cut]
 ) -> Iterator[Answer]:
-    """Answers of one prompt. places: (share, rule, numbers of SnapKV or None) of each."""
+    """Answers of one prompt."""
     prompt = sample.tokens[:, : sample.prompt]
-    length = prompt.shape[1] - 1
-    with ExitStack() as stack:
-        heard = [
-            stack.enter_context(
-                mpass.select_keys(mpass.SnapKV(int(share * length), **(numbers or {})))
-            )
-            for share, _, numbers in places
-        ]
-        output = forward(prompt[:, :-1], use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
-    for (share, rule, numbers), selection in zip(places, heard, strict=True):
-        cut = copy.deepcopy(cache)
-        if rule != "whole":
-            own = selection
-            if numbers is None:
-                own = by_hand(rule, length, int(share * length), selection)
-            mpass.compress(cut, own)
-        size = num_bytes(cut)
-        said, score, seconds = answer(model, cut, sample)
-        text = tokenizer.decode(said)
+    for cut, cache in cut_caches(model, forward, prompt[:, :-1], cuts):
+        size = num_bytes(cache)
+        said, score, seconds = answer(model, cache, sample)
         yield replace(
             like,
-            **{"share": share, "rule": rule, "score": score, "said": text, "bytes": size},
+            share=cut.share,
+            rule=cut.text,
+            score=score,
+            said=tokenizer.decode(said),
+            bytes=size,
             seconds_per_token=round(seconds, 4),
         )
 
@@ -172,8 +119,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file of lines; what it has is not run again")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rules = [(share, rule, parse_rule(rule)) for share in given.keep for rule in given.rules]
-    rules.insert(0, (1.0, "whole", {}))
+    cuts = [parse_cut(share, rule) for share in given.keep for rule in given.rules]
+    cuts.insert(0, parse_cut(1.0, "whole"))
     lines = given.json.read_text().splitlines() if given.json and given.json.exists() else []
     answers = [Answer(**json.loads(line)) for line in lines]
     model, tokenizer = load_model(given.model, dtype=parse_dtype(given.dtype))
@@ -184,7 +131,7 @@ def main() -> None:
         for seed in range(given.samples):
             like = Answer(given.task, given.length, prefill, seed, 0.0, "", 0.0, "", 0, 0.0)
             done = {a.place for a in answers}
-            left = [r for r in rules if replace(like, share=r[0], rule=r[1]).place not in done]
+            left = [c for c in cuts if replace(like, share=c.share, rule=c.text).place not in done]
             if not left:
                 continue
             sample = fit(make_puzzle(given.task, seed, haystack), tokenizer, given.length)

@@ -16,6 +16,7 @@ from mpass.errors import OptionValueError, UnknownOptionError, UnknownPatternErr
 from mpass.lowering.device import SHORTEST_PROMPT
 from mpass.lowering.kv_selection import SnapKV
 from mpass.lowering.summaries import RUNS
+from mpass.lowering.tiles import Grid, as_grid
 from mpass.patterns.base import Pattern, registered_patterns
 
 DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
@@ -70,6 +71,9 @@ class Options:
     whoever listens (mpass.select_keys); None for no selection.
     denoising: attention that is not causal keeps over the steps of a sampler what it leaves out, in
     the runs of mpass.denoising, and is dense elsewhere; it needs a pattern.
+    grid: how the tokens of attention that is not causal lie in a picture or a video: a mpass.Grid,
+    its shape (height, width) or (frames, height, width), or "square". Sparse attention then sees
+    them in the order of tiles (mpass.lowering.tiles), which changes no number of dense attention.
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
@@ -91,6 +95,7 @@ class Options:
     summaries: int = 0
     kv_select: SnapKV | None = None
     denoising: bool = False
+    grid: Grid | None = None
     measure: bool = False
     debug: bool | str | os.PathLike[str] = False
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -209,6 +214,8 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
         raise OptionValueError("denoising", denoising, "True or False")
     if denoising and summaries:
         raise OptionValueError("denoising", denoising, "False together with 'summaries'")
+    if values.get("grid") is not None:
+        values["grid"] = as_grid(values["grid"])
     measure = values.get("measure", False)
     if not isinstance(measure, bool):
         raise OptionValueError("measure", measure, "True or False")

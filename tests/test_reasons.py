@@ -28,11 +28,18 @@ FOLDER = Path(mpass.__file__).parent
 OPTIONS = {"min_seq_len": 128, "read_masks": False}
 CASES = sorted(MASKS | DYNAMIC_MASKS | PROGRAMS)
 
-SOURCES = sorted([*FOLDER.glob("match/*.py"), *FOLDER.glob("masks/**/*.py"), FOLDER / "plan.py"])
+SOURCES = sorted(
+    [
+        *FOLDER.glob("match/*.py"),
+        *FOLDER.glob("masks/**/*.py"),
+        *(FOLDER / "plan.py", FOLDER / "graph" / "dtypes.py"),
+    ]
+)
 """Where reasons come from."""
 
 NO_REASONS = {
     "a bias per key is added to the scores",  # of a proof
+    "a bias by distance is added to the scores",
     "each query keeps the {} keys with the largest bias that it may see",
     "is_causal=True: k <= q",
     "no mask: every key is seen",

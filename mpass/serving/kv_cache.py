@@ -9,19 +9,25 @@ import torch
 
 from mpass.errors import KVCacheError, MissingPackageError
 from mpass.lowering.kv_selection import KVSelection
+from mpass.serving.kv_positions import Rotation, rotations
 
 
-def compress(cache: Any, selection: KVSelection) -> Any:
+def compress(cache: Any, selection: KVSelection, *, compact: Any | None = None) -> Any:
     """Cut a DynamicCache, in place, to the keys of a selection, and return it.
 
     cache: of the forward pass that was listened to, before anything is added to it. Sliding layers
         stay as they are. What is kept keeps its place: later tokens get the positions that they
         would have after the whole prompt.
     selection: of `mpass.select_keys`. A budget of all keys or more cuts nothing.
+    compact: the model, compiled or not. Its kept keys then move together, up to the last of them,
+        which keeps its place, and are turned by the model's rotary positions for that (FINCH). A
+        few tokens are run to prove how each layer turns its keys. One position per token is taken
+        for granted, in the order of the cache.
 
     Raises MissingPackageError without transformers, and KVCacheError, before anything is cut, for
     another kind of cache, for one of another length or batch, for a layer that selected nothing,
-    and for batch rows that have fewer real keys than the budget.
+    for batch rows that have fewer real keys than the budget, and for keys that are to move and are
+    not turned by rotary positions alone.
     """
     cut_class = cut_layer_class()
     kept = {
@@ -32,9 +38,33 @@ def compress(cache: Any, selection: KVSelection) -> Any:
     widths = sorted({positions.shape[-1] for positions in kept.values()})
     if len(widths) > 1:
         raise KVCacheError(min(kept), f"layers select {widths} keys; give all of them one budget")
+    turns: dict[int, Rotation] = {}
+    if compact is not None and kept:
+        turns = proven_rotations(compact, kept, max(selection.length.values()))
     for number, positions in kept.items():
-        cache.layers[number] = cut_class.of(cache.layers[number], positions)
+        cut = cut_class.of(cache.layers[number], positions)
+        if number in turns:
+            last = positions[..., -1:]
+            steps = torch.arange(1 - positions.shape[-1], 1, device=positions.device)
+            cut.keys = turns[number].turn(cut.keys, last + steps - positions)
+        cache.layers[number] = cut
     return cache
+
+
+def proven_rotations(model: Any, kept: dict[int, torch.Tensor], length: int) -> dict[int, Rotation]:
+    """How the layers that are cut turn their keys; raises KVCacheError where that is not proven."""
+    found = rotations(model, length)
+    proven = {}
+    for number in kept:
+        rotation = found[number] if number < len(found) else None
+        if rotation is None:
+            raise KVCacheError(
+                number,
+                "its keys do not move by one rotation per position (learned, biased or dynamic "
+                "positions, or another model); leave out `compact`",
+            )
+        proven[number] = rotation
+    return proven
 
 
 def checked(number: int, layer: Any, selection: KVSelection) -> torch.Tensor | None:

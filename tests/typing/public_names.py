@@ -76,7 +76,13 @@ def shorten(model: nn.Module, tokens: Tensor) -> object:
     with mpass.select_keys(chosen) as found:
         selection: mpass.KVSelection = found
         output = model(tokens)
-    return mpass.compress(output.past_key_values, selection)
+    return mpass.compress(output.past_key_values, selection, compact=model)
+
+
+def in_tiles(model: nn.Module, side: int) -> nn.Module:
+    """A vision model whose attention sees its patches in tiles."""
+    grid: mpass.Grid = mpass.Grid((side, side), prefix=1)
+    return mpass.compile(model, pattern="union", grid=grid)
 
 
 def denoise(model: nn.Module, latents: Tensor) -> mpass.DenoisingRun:

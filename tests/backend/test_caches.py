@@ -80,6 +80,7 @@ EVERY_HEAD: dict[str, dict[str, Any]] = {
     "measured": {"measure": True},
     "summaries": {"summaries": 64},
     "denoising": {"denoising": True},
+    "grid": {"grid": (10, 30)},
     "selecting keys": {"kv_select": mpass.SnapKV(budget=64, window=32)},
 }
 
