@@ -109,7 +109,8 @@ class Lowering:
     half_linear_reason: the same of half precision.
     quantize_rows, multiply_rows, linear_in_fp32, linear_in_half: as in
     mpass.lowering.reference.linear.
-    fp32_linear_pays: whether linear layers of a dtype are faster with their numbers made fp32.
+    fp32_linear_pays, half_linear_pays: whether linear layers of a dtype are faster with their
+    numbers made fp32, and whether they are fastest in half precision.
     language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
     dtype, a head_dim and a softcap or none.
     synchronize: waits until a device has done its work.
@@ -154,6 +155,7 @@ class Lowering:
     quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]] = linear.quantize_rows
     multiply_rows: Callable[[Tensor, Tensor], Tensor] = linear.multiply_rows
     fp32_linear_pays: Callable[[torch.dtype], bool] = lambda dtype: False
+    half_linear_pays: Callable[[torch.dtype], bool] = lambda dtype: False
     linear_in_fp32: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear.linear_in_fp32
     half_linear_reason: Callable[[torch.dtype], str] = no_linear
     linear_in_half: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear.linear_in_half
