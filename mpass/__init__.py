@@ -21,6 +21,7 @@ _EXPORTS = {
     "BlockTopP": "mpass.patterns.block_top_p",
     "Dense": "mpass.patterns.dense",
     "FlexPrefill": "mpass.patterns.flex_prefill",
+    "Grid": "mpass.lowering.tiles",
     "SampleAttention": "mpass.patterns.sample_attention",
     "SnapKV": "mpass.lowering.kv_selection",
     "KVSelection": "mpass.lowering.kv_selection",

@@ -24,6 +24,7 @@ from mpass.lowering.kv_selection import KVSelection as KVSelection
 from mpass.lowering.kv_selection import SnapKV as SnapKV
 from mpass.lowering.kv_selection import select_keys as select_keys
 from mpass.lowering.recorder import record as record
+from mpass.lowering.tiles import Grid as Grid
 from mpass.patterns.a_shape import AShape as AShape
 from mpass.patterns.base import Pattern as Pattern
 from mpass.patterns.block_max import BlockMax as BlockMax

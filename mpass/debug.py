@@ -163,6 +163,8 @@ def repro_options(options: Options) -> tuple[str, dict[str, object]]:
     }
     if options.min_seq_len is not None:
         given["min_seq_len"] = options.min_seq_len
+    if options.grid is not None:
+        given["grid"] = options.grid.values()
     config = options.sparse_config
     if config.default is not None:
         given["pattern"] = str(config.default)

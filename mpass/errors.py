@@ -43,6 +43,10 @@ class OptionValueError(MpassError):
         super().__init__(f"option {key!r} is {value!r}; allowed: {allowed}")
 
 
+class GridError(MpassError):
+    """A grid that the tokens of an attention do not fill, or that causal attention was given."""
+
+
 class KVCacheError(MpassError):
     """A cache that cannot be cut to what was selected, or not be shortened after that."""
 

@@ -17,18 +17,19 @@ from torch.utils._sympy.functions import Max, Min
 
 from mpass.config.promise import promised_share
 from mpass.errors import ConfigMismatchError
+from mpass.graph.dtypes import dtype_reason
 from mpass.graph.exact_scores import exact_reason
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.numbers import meter_number
 from mpass.graph.site import AttentionSite, Length, MaskMeaning
 from mpass.graph.sizes import holds, is_unbacked, may_guard
+from mpass.graph.tile_nodes import grid_of
 from mpass.lowering.crossover import LeastLengths
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
-from mpass.lowering.index import AttentionMask
-from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.lowering.kv_selection import SnapKV
+from mpass.lowering.tiles import Grid
 from mpass.match.top_keys import KEPT_SHORTEST, kept_reason
 from mpass.options import Options
 from mpass.patterns.base import Pattern
@@ -40,7 +41,6 @@ from mpass.resolve import BUILTIN, PROMISED, ResolvedPatterns, resolve_site
 FOLDS = (sympy.Add, sympy.Mul, Max, Min)
 """What lengths are made by that the rewrite can build."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 ONE_QUERY = "one query: there is nothing to skip"
@@ -68,6 +68,7 @@ class AttentionPlan:
     kv_select: how it selects the keys that a cache keeps; None for not at all.
     causal_only: whether a mask that, read at run time, turns out to see both ways leaves it dense.
     most_lost: the share of a head's attention that a call may lose before it runs dense; 1 for all.
+    grid: in whose tiles it sees its tokens; None for their own order.
     denoising: whether what it leaves out is kept over the steps of a sampler.
     int8: whether scores are products of 8-bit numbers.
     """
@@ -86,6 +87,7 @@ class AttentionPlan:
     most_lost: float = 1.0
     denoising: bool = False
     int8: bool = False
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,7 @@ def reason_to_skip(site: AttentionSite) -> str:
         head_dim += bias_channels(site.compute_dtype, *heads)
     if max(head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
         return f"head_dim {max(head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
-    inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
-    reason = reason_against(inputs)
+    reason = reason_against(site.inputs())
     if reason:
         return reason
     if site.read_mask is not None:
@@ -204,10 +205,11 @@ def training_reason(site: AttentionSite) -> str:
     """Why a site whose gradients are recorded has no sparse backward pass, or the empty string."""
     if not is_trained(site):
         return ""
-    query, key, value = (example(node) for node in (site.query, site.key, site.value))
-    inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
-    if choose_lowering(inputs).attention_backward is None:
+    query = example(site.query)
+    if choose_lowering(site.inputs()).attention_backward is None:
         return f"no backward kernels are generated for device {query.device.type!r}"
+    if site.distance_bias is not None and not device_lowering(query.device).trains_bias:
+        return f"no gradient of a bias by distance is computed on device {query.device.type!r}"
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
     if site.listed is not None:
@@ -223,29 +225,6 @@ def is_single_query(site: AttentionSite) -> bool:
     if site.rows is not None:
         return bool(statically_known_true(site.rows == 1))
     return len(shape) == 4 and bool(statically_known_true(shape[2] == 1))
-
-
-def dtype_reason(site: AttentionSite) -> str:
-    """Why no kernel computes what the site computes, by its dtypes; "" if one does."""
-    output = example(site.output).dtype
-    dtypes = [example(node).dtype for node in (site.query, site.key, site.value)]
-    if is_autocast(site):
-        return ""
-    if dtypes[0] not in DTYPES:
-        return f"dtype {dtypes[0]} is not served; allowed: float32, bfloat16, float16"
-    if len(set(dtypes)) > 1:
-        return "query, key and value differ in dtype: {}, {}, {}".format(*dtypes)
-    if output != dtypes[0]:
-        return f"the output is of {output}, the query of {dtypes[0]}"
-    return ""
-
-
-def is_autocast(site: AttentionSite) -> bool:
-    """Whether autocast narrows query, key and value to the output's dtype before they are used."""
-    output = example(site.output).dtype
-    dtypes = {example(node).dtype for node in (site.query, site.key, site.value)}
-    narrow = output in (torch.bfloat16, torch.float16) and site.compute_dtype == output
-    return narrow and dtypes <= {torch.float32, output}
 
 
 def is_served(mask: MaskMeaning, num_queries: Length, num_keys: Length) -> bool:
@@ -277,6 +256,9 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
             f"not causal: {', '.join(other)} is defined for causal attention only; "
             f"{serving_both_ways()} serve it"
         )
+    blind = sorted({p.name for p in resolved.patterns if is_blind(p, site)})
+    if blind:
+        return f"a bias by distance is not seen by {', '.join(blind)} on this device"
     windowed = site.mask is not None and site.mask.window
     if windowed or any(pattern.name != "dense" for pattern in resolved.patterns):
         return ""
@@ -284,6 +266,14 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
         others = serving_both_ways()
         return f"not causal: dense by default, since such attention is diffuse; {others} serve it"
     return "the config keeps every head of this layer dense"
+
+
+def is_blind(pattern: Pattern, site: AttentionSite) -> bool:
+    """Whether a pattern would be estimated without the bias by distance that a site has."""
+    if site.distance_bias is None:
+        return False
+    blind = device_lowering(example(site.query).device).blind
+    return getattr(pattern, "estimator", None) in blind
 
 
 def steps_reason(site: AttentionSite, options: Options) -> str:
@@ -310,10 +300,12 @@ def decide_length(
     shortest = least.keys
     trained = is_trained(site)
     # Means of what is left out have no backward, and neither has the meter.
-    summaries = options.summaries if site.is_two_sided and site.softcap == 0 and not trained else 0
-    selecting = options.kv_select if site.feeds_a_cache and not trained else None
+    # Nor do ops of other kinds than these know of a bias by distance.
+    plainly = not trained and site.distance_bias is None
+    summaries = options.summaries if site.is_two_sided and site.softcap == 0 and plainly else 0
+    selecting = options.kv_select if site.feeds_a_cache and plainly else None
     # The meter knows what a selection loses, and not what means give back.
-    kept = options.denoising and site.is_two_sided and not trained
+    kept = options.denoising and site.is_two_sided and plainly
     measurable = not trained and site.kept is None
     plain = not summaries and measurable and selecting is None and not kept
     plan = AttentionPlan(
@@ -336,6 +328,8 @@ def decide_length(
     if needed:
         reason = f"{length_in_words(num_queries)} queries, sparse from {needed} on"
         return Skip(site, reason, resolved.source)
+    grid = grid_of(site, resolved.grid, resolved.grid_source)
+    plan = dataclasses.replace(plan, grid=grid)
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
     return plan if decided else dataclasses.replace(plan, min_seq_len=shortest)

@@ -41,6 +41,7 @@ class SiteReport:
     training: whether its sparse attention has gradients.
     measured: the number by which the meter keeps what it loses, 0 where nothing is measured.
     queries, keys: its lengths in the call that was compiled; 0 if they are not known.
+    grid: the grid whose tiles are the order in which it sees its tokens, "" for their own order.
     """
 
     layer: int
@@ -60,6 +61,7 @@ class SiteReport:
     measured: int = field(default=0, repr=False, compare=False)
     queries: int = field(default=0, repr=False, compare=False)
     keys: int = field(default=0, repr=False, compare=False)
+    grid: str = ""
 
     @property
     def remedy(self) -> str:
@@ -144,6 +146,7 @@ def describe_site(decision: AttentionPlan | Skip) -> SiteReport:
         measured=decision.measured if isinstance(decision, AttentionPlan) else 0,
         queries=length_now(site.query),
         keys=length_now(site.key),
+        grid=str(decision.grid or "") if isinstance(decision, AttentionPlan) else "",
     )
 
 
@@ -237,7 +240,7 @@ def report_table(report: Report) -> Table:
             str(site.num_kv_heads),
             str(site.head_dim),
             f"{site.status}, training" if site.training else site.status,
-            site.reason or patterns_of_heads(site.patterns),
+            site.reason or ", ".join(filter(None, [patterns_of_heads(site.patterns), site.grid])),
             site.config_source or "-",
         )
     return table
@@ -306,7 +309,7 @@ def runs_of_sites(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
     for number, site in enumerate(sites):
         alike = (
             *(path_of_layers(site), site.num_heads, site.num_kv_heads, site.head_dim),
-            *(site.status, site.reason, site.patterns, site.config_source),
+            *(site.status, site.reason, site.patterns, site.config_source, site.grid),
         )
         if site.layer < 0 or (alike in runs and runs[alike][-1].layer >= site.layer):
             runs[(*alike, number)] = [site]

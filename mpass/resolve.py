@@ -27,6 +27,8 @@ from mpass.graph.guards import count_layers, guard_equal, guarded_layer, live_st
 from mpass.graph.nodes import example, number_now, shape_of
 from mpass.graph.shards import OwnedHeads, owned_heads
 from mpass.graph.site import AttentionSite
+from mpass.graph.tile_nodes import OPTION
+from mpass.lowering.tiles import Grid
 from mpass.options import Options
 from mpass.patterns.base import Pattern
 
@@ -44,12 +46,15 @@ class ResolvedPatterns:
 
     layer: the site's layer, found out if its path did not tell; patterns: one per query head;
     min_seq_len: tokens, None where nothing says so; source: which place decided, in words.
+    grid: how tokens lie, None where nothing says so; grid_source: which place says so.
     """
 
     layer: int
     patterns: tuple[Pattern, ...]
     min_seq_len: int | None
     source: str
+    grid: Grid | None = None
+    grid_source: str = ""
 
 
 def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
@@ -96,6 +101,7 @@ def resolve_site(site: AttentionSite, options: Options) -> ResolvedPatterns:
     default = builtin_default(device, window, causal=causal, max_loss=max_loss)
     last = BUILTIN if max_loss is None else f"{PROMISED} = {max_loss:g}"
     levels.append((last, LayerConfig(default)))
+    levels.append((OPTION, LayerConfig(grid=options.grid)))
     return resolve_heads(layer, [(offset or 0) + head for head in range(site.num_heads)], levels)
 
 
@@ -126,7 +132,7 @@ def refuse_layers(
 def resolve_heads(
     layer: int, heads: list[int], levels: list[tuple[str, LayerConfig]]
 ) -> ResolvedPatterns:
-    """The first level that names a pattern, for each head; the last level names all."""
+    """The first level that names a pattern, for each head; one level names all."""
     picked = [
         next((label, p) for label, own in levels if (p := own.pattern(head))) for head in heads
     ]
@@ -138,7 +144,9 @@ def resolve_heads(
         source = next(iter(sources))
     else:
         source = ", ".join(f"{label} (heads {in_spans(own)})" for label, own in sources.items())
-    return ResolvedPatterns(layer, tuple(pattern for _, pattern in picked), length, source)
+    patterns = tuple(pattern for _, pattern in picked)
+    grid = next(((own.grid, label) for label, own in levels if own.grid is not None), (None, ""))
+    return ResolvedPatterns(layer, patterns, length, source, *grid)
 
 
 def covers_all(config: SparseConfig) -> bool:

@@ -28,6 +28,7 @@ from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.numbers import kept_number, site_number
 from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, KeptKeys, MaskMeaning
+from mpass.graph.tile_nodes import insert_back, insert_tiles
 from mpass.match import OpenedCall, settle_calls
 from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
@@ -146,6 +147,12 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         site = insert_bias(graph, plain)
         plan = dataclasses.replace(plan, site=site)
         key, value, key_mask = insert_keys(graph, site, mask)
+        tiled = None
+        if plan.grid is not None:
+            shared = not plan.training
+            tiled = insert_tiles(graph, site, key, value, key_mask, plan.grid, shared=shared)
+            site, key, value, key_mask = tiled.site, tiled.key, tiled.value, tiled.key_mask
+            plan = dataclasses.replace(plan, site=site)
         offset = as_argument(graph, mask.query_offset)
         visible = (key_mask, offset, mask.window, mask.causal)
         index, slots = insert_index(graph, plan, key, visible)
@@ -173,6 +180,9 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         created = [output, *insert_check(graph, site, output, visible)]
         if sinks is None:  # a sink takes the whole weight of a row without keys
             created += insert_fills(graph, plain, mask, output, key_mask, offset)
+        if tiled is not None:
+            created += insert_back(graph, output, tiled.places)
+            output = created[-1]
         output = insert_dimensions(graph, site, output)
         created.append(output)
     for node in created:
@@ -211,9 +221,10 @@ def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
 
 
 def guarded_by(plan: AttentionPlan) -> dict[str, fx.node.Argument]:
-    """The last arguments of an attention: when it is dense, and its numbers; others do without."""
+    """The last arguments of an attention: when it is dense, its numbers; others do without."""
     guards: dict[str, fx.node.Argument] = {"causal_only": True} if plan.causal_only else {}
     guards |= {"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {}
+    guards |= {"distance_bias": plan.site.distance_bias} if plan.site.distance_bias else {}
     return guards | ({"int8": True} if plan.int8 else {})
 
 
@@ -366,7 +377,8 @@ def insert_index(
         arguments = (site.query, key, key_mask, group.heads, offset, window, causal, site.scale)
         limits = (plan.dense_above, plan.min_seq_len)
         number = site_number(site, plan.patterns)
-        given = (*arguments, *limits, *group.parameters, number)
+        bias = (site.distance_bias,) if site.distance_bias else ()
+        given = (*arguments, *limits, *group.parameters, number, *bias)
         estimate = graph.call_function(named_op(group.name), given)
         copy_meta(site.output, estimate)
         parts += unpack(graph, estimate, site.output)

@@ -30,6 +30,7 @@ from mpass.config.layer import LayerConfig, as_layer, as_pattern
 from mpass.config.spans import Span, as_span
 from mpass.errors import OptionValueError
 from mpass.lowering.recorder import watch_compiled
+from mpass.lowering.tiles import FIELDS, Grid, as_grid
 from mpass.patterns.base import Pattern
 
 PREFIX = "mpass.configure "
@@ -123,6 +124,7 @@ def configure(
     heads: int | str | Sequence[int | str] | None = None,
     min_seq_len: int | None = None,
     head_offset: int | None = None,
+    grid: Grid | Sequence[int] | str | None = None,
 ) -> Any:
     """Say which patterns the attentions inside use; a decorator or, in traced code, a context.
 
@@ -143,6 +145,7 @@ def configure(
     min_seq_len: the number of tokens from which on prompts are sparse.
     head_offset: the first head that the module owns, where it owns a slice of a layer's heads
         (tensor parallelism).
+    grid: how their tokens lie in a picture or a video: a mpass.Grid, its shape, or "square".
 
     Raises OptionValueError and UnknownPatternError.
     """
@@ -152,6 +155,7 @@ def configure(
         "heads": heads,
         "min_seq_len": min_seq_len,
         "head_offset": head_offset,
+        "grid": grid_as_json(grid),
     }
     if is_traced():
         return region(**settings)
@@ -199,12 +203,26 @@ def as_json_values(pattern: Any) -> Any:
     return pattern
 
 
+def grid_as_json(grid: Any) -> Any:
+    """A grid as JSON values, as `as_json_values` has patterns."""
+    if not isinstance(grid, Grid):
+        return grid
+    return {name: getattr(grid, name) for name in FIELDS}
+
+
 def make_override(
-    label: str, *, pattern: Any, layers: Any, heads: Any, min_seq_len: Any, head_offset: Any
+    label: str,
+    *,
+    pattern: Any,
+    layers: Any,
+    heads: Any,
+    min_seq_len: Any,
+    head_offset: Any,
+    grid: Any = None,
 ) -> Override:
     """Check what `configure` was given. Patterns are as `as_json_values` makes them."""
-    if pattern is None and min_seq_len is None and head_offset is None:
-        raise OptionValueError("configure", None, "pattern=, min_seq_len= or head_offset=")
+    if pattern is None and min_seq_len is None and head_offset is None and grid is None:
+        raise OptionValueError("configure", None, "pattern=, min_seq_len=, head_offset= or grid=")
     if head_offset is not None and (type(head_offset) is not int or head_offset < 0):
         raise OptionValueError("configure head_offset", head_offset, "a head, 0 or more")
     patterns = patterns_from_json(pattern)
@@ -223,7 +241,10 @@ def make_override(
     return Override(
         label,
         None if layers is None else tuple(as_span(key, "layer") for key in listed(layers)),
-        LayerConfig(given.default, given.heads, given.num_heads, min_seq_len),
+        LayerConfig(
+            *(given.default, given.heads, given.num_heads, min_seq_len),
+            grid=None if grid is None else as_grid(grid),
+        ),
         head_offset,
     )
 

@@ -23,6 +23,7 @@ from mpass.config.schema_faults import schema_faults
 from mpass.config.spans import Span, as_span
 from mpass.errors import ConfigFileError, MpassError, PatternValueError, nearest
 from mpass.files import write_whole
+from mpass.lowering.tiles import as_grid
 from mpass.patterns.base import (
     Pattern,
     find_pattern,
@@ -200,6 +201,7 @@ def parse_layer(item: Any, path: str, check: Checker) -> LayerConfig | None:
         item = {"default": item}
     default = check.value(f"{path}.default", pattern_from_json, item.get("default"))
     heads, num_heads = parse_heads(item.get("heads", {}), f"{path}.heads", check)
+    grid = check.value(f"{path}.grid", as_grid, item.get("grid"))
     named = item.get("num_heads", num_heads)
     if num_heads is not None and named != num_heads:
         check.errors.append((f"{path}.num_heads", f"is {named}, but {num_heads} heads are listed"))
@@ -211,6 +213,7 @@ def parse_layer(item: Any, path: str, check: Checker) -> LayerConfig | None:
             None if named is None else int(named),
             None if item.get("min_seq_len") is None else int(item["min_seq_len"]),
             tuple((int(head), tuple(row)) for head, row in item.get("records", {}).items()),
+            grid,
         ),
         item,
     )
@@ -278,6 +281,8 @@ def layer_to_json(layer: LayerConfig) -> Any:
             item["heads"] = {str(s): pattern_to_json(p) for s, p in head_spans(layer.heads)}
     if layer.min_seq_len is not None:
         item["min_seq_len"] = layer.min_seq_len
+    if layer.grid is not None:
+        item["grid"] = layer.grid.values()
     if layer.records:
         item["records"] = {str(head): list(row) for head, row in layer.records}
     if list(item) == ["default"]:

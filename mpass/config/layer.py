@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from mpass.config.pattern_text import parse_pattern
 from mpass.config.spans import MAX_COUNT, Span, as_span
 from mpass.errors import ConfigMismatchError, OptionValueError
+from mpass.lowering.tiles import Grid, as_grid
 from mpass.patterns.base import Pattern
 
 PatternLike: TypeAlias = Pattern | str
@@ -25,6 +26,7 @@ class LayerConfig:
         every head, so that it fixes the number.
     min_seq_len: shorter prompts keep this layer dense; None for the config's own value.
     records: numbers per head that a search left behind and that decide nothing, the score last.
+    grid: how the tokens of this layer lie in a picture or a video; None for options["grid"].
 
     Raises OptionValueError for a head that is named twice or a number that is out of range.
     """
@@ -34,8 +36,11 @@ class LayerConfig:
     num_heads: int | None = None
     min_seq_len: int | None = None
     records: tuple[tuple[int, tuple[int | float, ...]], ...] = field(default=(), compare=False)
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
+        if self.grid is not None and not isinstance(self.grid, Grid):
+            object.__setattr__(self, "grid", as_grid(self.grid))
         numbers = [head for head, _ in self.heads]
         if numbers != sorted(set(numbers)):
             raise OptionValueError("config heads", numbers, "every head once, ascending")

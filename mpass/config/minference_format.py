@@ -139,6 +139,8 @@ def config_to_minference(config: ConfigFields) -> str:
     errors: Errors = []
     if config.min_seq_len is not None or any(c.min_seq_len is not None for _, c in config.layers):
         errors.append(("$.min_seq_len", "MInference's format has no shortest length"))
+    if any(layer.grid is not None for _, layer in config.layers):
+        errors.append(("$.grid", "MInference's format has no grid"))
     count = config.num_layers or 1 + max((s.last or s.first for s, _ in config.layers), default=-1)
     if any(span.last is None for span, _ in config.layers) and config.num_layers is None:
         errors.append(("$.num_layers", "must be known where a span of layers is open"))

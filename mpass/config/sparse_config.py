@@ -92,7 +92,8 @@ class SparseConfig(ConfigFields):
         """What one layer uses, the config's own defaults filled in."""
         own = self.layer(number)
         length = self.min_seq_len if own.min_seq_len is None else own.min_seq_len
-        return LayerConfig(own.default or self.default, own.heads, own.num_heads, length)
+        default = own.default or self.default
+        return LayerConfig(default, own.heads, own.num_heads, length, grid=own.grid)
 
     def pattern(self, layer: int, head: int) -> Pattern | None:
         """The pattern of one query head, or None where the config leaves it open."""

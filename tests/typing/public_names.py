@@ -79,6 +79,12 @@ def shorten(model: nn.Module, tokens: Tensor) -> object:
     return mpass.compress(output.past_key_values, selection, compact=model)
 
 
+def in_tiles(model: nn.Module, side: int) -> nn.Module:
+    """A vision model whose attention sees its patches in tiles."""
+    grid: mpass.Grid = mpass.Grid((side, side), prefix=1)
+    return mpass.compile(model, pattern="union", grid=grid)
+
+
 def denoise(model: nn.Module, latents: Tensor) -> mpass.DenoisingRun:
     """A step of a sampler."""
     plan: mpass.DenoisingPlan = mpass.search_denoising(lambda run: model(latents), 9)

@@ -117,6 +117,10 @@ def calls(name, device, offset, window, padded):
                 yield (query, query, key, value, *lists, key_mask, *words, softcap, 3)
     elif name in ("read_mask", "masked_attention"):
         yield from calls_under_a_mask(name, query, key, value, sinks)
+    elif name == "tile_order":
+        yield (query, [25, 27], [8, 8], 5, QUERIES - 680)
+        yield (query, [3, 13, 17], [4, 4, 4], 30, 7)
+        yield (query[:, :, :680], [], [8, 8], -1, 0)
     elif name == "with_key_bias":
         for bias in (torch.empty(HEADS, 1, KEYS, device=device), torch.empty(KEYS, device=device)):
             for shifted in (False, True):
