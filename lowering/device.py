@@ -85,6 +85,8 @@ class Lowering:
     correct_as_listed: as in mpass.lowering.block_mask; asked for where costs do not decide.
     attention_backward: as in mpass.lowering.reference.backward; None where nothing is trained.
     estimators: its own implementations; the reference serves where there is none.
+    blind: those of them that do not see a bias by distance; trains_bias: whether the backward pass
+    gives the gradient of one.
     default_pattern: what a head gets that nothing configures: of the patterns with an own estimator
     here, the one that loses least (docs/patterns/union.md).
     shortest_prompt: keys from which attention is sparse where nothing configures it; least_lengths:
@@ -132,6 +134,8 @@ class Lowering:
         block_mask.correct_as_listed
     )
     estimators: Mapping[Estimator, EstimateFunction] = field(default_factory=dict)
+    blind: frozenset[Estimator] = frozenset()
+    trains_bias: bool = False
     default_pattern: str = "union"
     shortest_prompt: int = SHORTEST_PROMPT
     least_lengths: Callable[[LayerWork, torch.device], LeastLengths] | None = None

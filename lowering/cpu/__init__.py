@@ -36,6 +36,7 @@ LOWERING = Lowering(
         VERTICAL_SLASH: Lazy(f"{HERE}.estimators:vertical_slash_index"),
         X_ATTENTION: Lazy(f"{HERE}.estimators:x_attention_index"),
     },
+    trains_bias=True,
     int8_reason=Lazy(f"{HERE}.support:int8_reason"),
     linear_reason=Lazy(f"{HERE}.linear:linear_reason"),
     quantize_rows=Lazy(f"{HERE}.linear:quantize_rows"),
