@@ -31,6 +31,9 @@ DIRECTIONS = 16
 ROUNDS = 6
 """Of the iteration that finds the directions."""
 
+SAMPLED = 4
+"""One of so many tokens says where they differ most, and what others tell apart."""
+
 LEAF = 16
 """So few tokens stay together: the run of a mean."""
 
@@ -41,29 +44,29 @@ def tree_order(points: Tensor, leaf: int = LEAF) -> Tensor:
     Pieces are cut at multiples of 64 tokens, as long as they are larger, so that a piece of 64 is a
     block of an index; then at multiples of `leaf`.
     """
-    groups, count, _ = points.shape
-    order = torch.arange(count, device=points.device).expand(groups, count)
+    groups, count, directions = points.shape
+    rows, numbers = points.flatten(0, 1), points.flatten()
+    device = points.device
+    base = torch.arange(groups, device=device)[:, None, None] * count
+    order = torch.arange(count, device=device).expand(groups, count)
     pieces = [(0, count)]
     while True:
         cuts = [cut_of(start, stop, leaf) for start, stop in pieces]
         if not any(cuts):
             return order
-        longest = max(stop - start for start, stop in pieces)
-        starts = torch.tensor([start for start, _ in pieces], device=points.device)
-        lengths = torch.tensor([stop - start for start, stop in pieces], device=points.device)
-        steps = torch.arange(longest, device=points.device)
-        real = steps < lengths[:, None]
-        places = (starts[:, None] + steps).clamp(max=count - 1)
-        tokens = order[:, places]
-        held = points.gather(1, tokens.flatten(1)[..., None].expand(-1, -1, points.shape[-1]))
-        held = held.unflatten(1, places.shape)
-        weight = real[..., None].to(points.dtype)
-        mean = (held * weight).sum(2, keepdim=True) / lengths[:, None, None]
-        spread = ((held - mean).square() * weight).sum(2)
-        widest = spread.argmax(-1)[..., None, None].expand(-1, -1, longest, 1)
-        along = held.gather(-1, widest)[..., 0].masked_fill(~real, torch.inf)
-        sorted_tokens = tokens.gather(2, along.argsort(-1))
-        order = sorted_tokens[:, real]
+        starts = torch.tensor([start for start, _ in pieces], device=device)[:, None]
+        lengths = torch.tensor([stop - start for start, stop in pieces], device=device)[:, None]
+        steps = torch.arange(max(stop - start for start, stop in pieces), device=device)
+        real = steps < lengths
+        tokens = base + order[:, (starts + steps).clamp(max=count - 1)]
+        some = tokens[:, :, ::SAMPLED]
+        weight = real[:, ::SAMPLED, None].to(points.dtype)
+        held = rows.index_select(0, some.flatten()).view(*some.shape, directions) * weight
+        number = weight.sum(1)
+        spread = held.square().sum(2) / number - (held.sum(2) / number).square()
+        widest = spread.argmax(-1)[..., None]
+        along = numbers.take(tokens * directions + widest).masked_fill(~real, torch.inf)
+        order = (tokens.gather(2, along.argsort(-1)) - base)[:, real]
         pieces = [
             part
             for (start, stop), cut in zip(pieces, cuts, strict=True)
@@ -81,8 +84,9 @@ def cut_of(start: int, stop: int, leaf: int) -> int:
 
 
 def moments(tokens: Tensor) -> Tensor:
-    """The second moments of tokens [.., N, D]: [.., D, D]."""
-    return tokens.mT @ tokens / tokens.shape[-2]
+    """The second moments of some of the tokens [.., N, D]: [.., D, D]."""
+    some = tokens[..., ::SAMPLED, :]
+    return some.mT @ some / some.shape[-2]
 
 
 def factor(matrix: Tensor) -> Tensor:
@@ -123,25 +127,32 @@ def points_of(tokens: Tensor, others: Tensor) -> Tensor:
     return (centred @ basis).nan_to_num(0.0)
 
 
-@define_op("similar_order", "(Tensor query, Tensor key) -> (Tensor, Tensor)", chooses=True)
-def similar_order(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+@define_op("similar_order", "(Tensor query, Tensor key) -> (Tensor, Tensor, Tensor)", chooses=True)
+def similar_order(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orders in which queries and keys that are alike stand together, per head.
 
-    query [B, H, Nq, D], key [B, Hk, Nk, D] -> int64 [B, H, Nq] and [B, Hk, Nk].
+    query [B, H, Nq, D], key [B, Hk, Nk, D] -> int64 [B * H * Nq] and [B * Hk * Nk]: which of these
+    rows stands at each place; and [B * H * Nq]: the place of each row of the query.
     """
     kv_heads = key.shape[1]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    query, key = query.to(wide), key.to(wide)
-    grouped = query.unflatten(1, (kv_heads, -1))
-    asked = moments(grouped).mean(2)
-    held = key - key.mean(2, keepdim=True)
-    keys = points_of(key, asked)
-    queries = points_of(grouped, moments(held)[:, :, None])
-    orders = [tree_order(points.flatten(0, -3)) for points in (queries, keys)]
-    return orders[0].view(query.shape[:3]), orders[1].view(key.shape[:3])
+    grouped = query.to(wide).unflatten(1, (kv_heads, -1))
+    held = key.to(wide) - key.to(wide).mean(2, keepdim=True)
+    keys = rows_of(tree_order(points_of(held, moments(grouped).mean(2)).flatten(0, 1)))
+    asked = moments(held)[:, :, None].expand(-1, -1, grouped.shape[2], -1, -1)
+    queries = rows_of(tree_order(points_of(grouped, asked).flatten(0, 2)))
+    places = torch.arange(len(queries), device=query.device)
+    return queries, keys, torch.empty_like(queries).scatter_(0, queries, places)
+
+
+def rows_of(order: Tensor) -> Tensor:
+    """The tokens [G, N] of G heads as numbers of rows of all of them: [G * N]."""
+    groups, count = order.shape
+    return (order + torch.arange(groups, device=order.device)[:, None] * count).flatten()
 
 
 @fake_of("similar_order")
-def _(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    own, others = (t.new_empty(t.shape[:3], dtype=torch.int64) for t in (query, key))
-    return own, others
+def _(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (math.prod(tensor.shape[:3]) for tensor in (query, key, query))
+    own, others, back = (query.new_empty(size, dtype=torch.int64) for size in sizes)
+    return own, others, back

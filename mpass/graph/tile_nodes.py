@@ -127,16 +127,20 @@ def insert_by_content(graph: fx.Graph, site: AttentionSite, key: fx.Node, value:
     """Query, key and value of a site with tokens together that are alike, per head."""
     insert = functools.partial(insert_node, graph, site.output)
     made = insert(order_ops.similar_order, site.query, key)
-    queries, keys = (
-        insert(aten.unsqueeze.default, insert(operator.getitem, made, i), -1) for i in range(2)
-    )
-    query = insert(aten.take_along_dim.default, site.query, queries, 2)
-    key, value = (insert(aten.take_along_dim.default, node, keys, 2) for node in (key, value))
-    places = insert(aten.argsort.default, queries, 2)
+    queries, keys, places = (insert(operator.getitem, made, i) for i in range(3))
+
+    def moved(tokens: fx.Node, rows: fx.Node) -> fx.Node:
+        flat = insert(aten.flatten.using_ints, tokens, 0, 2)
+        return insert(
+            aten.view_as.default, insert(aten.index_select.default, flat, 0, rows), tokens
+        )
 
     def back(output: fx.Node) -> list[fx.Node]:
-        return [graph.call_function(aten.take_along_dim.default, (output, places, 2))]
+        flat = graph.call_function(aten.flatten.using_ints, (output, 0, 2))
+        rows = graph.call_function(aten.index_select.default, (flat, 0, places))
+        return [flat, rows, graph.call_function(aten.view_as.default, (rows, output))]
 
+    query, key, value = moved(site.query, queries), moved(key, keys), moved(value, keys)
     return Tiled(dataclasses.replace(site, query=query), key, value, None, back)
 
 

@@ -49,9 +49,12 @@ def test_what_is_alike_is_a_block(count):
 @pytest.mark.parametrize("length", [1, 15, 64, 65, 130, 333])
 def test_every_token_stands_once_at_any_length(length):
     q, k, _ = random_attention(2, 4, 2, length, head_dim=8)
-    for order, tokens in zip(similar_order(q, k), (q, k), strict=True):
-        assert order.shape == tokens.shape[:3]
-        assert torch.equal(order.sort(-1).values, torch.arange(length).expand_as(order))
+    queries, keys, places = similar_order(q, k)
+    for order, tokens in ((queries, q), (keys, k)):
+        heads = torch.arange(2 * tokens.shape[1])[:, None] * length
+        everyone = torch.arange(length) + heads
+        assert torch.equal(order.view(-1, length).sort(-1).values, everyone)
+    assert torch.equal(queries[places], torch.arange(len(places)))
 
 
 def test_runs_of_means_are_nearer_to_their_keys_than_neighbours_are():
