@@ -4,8 +4,9 @@
         "a_shape(0, 257) full=5 every=8" "a_shape(0, 257) keep=output full=5 every=3"
 
 A setting is a pattern and numbers of mpass.denoising, or `plan=0.4`: a plan of so many cells that
-`mpass.search_denoising` finds on other pictures; `grid=1` sees the patches in tiles. All start from the same noise: a picture with
-a square and one with dots, 2304 tokens, 4 layers, velocity by Euler's rule, without guidance.
+`mpass.search_denoising` finds on other pictures; `grid=1` sees the patches in tiles. All start from
+the same noise: a picture with a square and one with dots, 2304 tokens, 4 layers, velocity by
+Euler's rule, without guidance.
 Prints and stores per setting: PSNR and SSIM to the pictures of dense attention (their mean and the
 worst), the share of cells that was computed, CPU seconds of attention over all steps by those of
 dense attention, in one thread, and the graphs that were compiled. Attention is timed by itself, on
