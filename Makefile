@@ -92,7 +92,7 @@ $(DIFFUSION_VENV)/.installed: pyproject.toml
 
 diffusion: $(DIFFUSION_VENV)/.installed
 	$(DIFFUSION_VENV)/bin/mpass coverage --kind diffusion $(ARGS)
-	$(DIFFUSION_VENV)/bin/pytest -n 0 tests/evaluate/test_made_by_hand.py
+	$(DIFFUSION_VENV)/bin/pytest -n 0 tests/evaluate/coverage/test_made_by_hand.py
 
 # torch first and by exact version, as above: some of them would bring another.
 $(LIBRARIES_VENV)/.installed: benchmarks/libraries.txt pyproject.toml constraints.txt

@@ -54,6 +54,7 @@ def compile_once(backend: str, layers: int, outside: bool = False) -> dict[str, 
     outside: the mask is an input [1, 1, N, N], as of a static cache in `generate()`, so that the
     op that reads it at run time stands in the graph.
     """
+    import setuptools  # noqa: F401  (Inductor loads it to compile; ours must not pay for being first)
     import transformers
 
     import mpass.backend

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.dispatch import device_lowering
+from mpass.lowering.distance_bias import bias_rows
 from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, BLOCK, SparseIndex, first_query_block
 from mpass.lowering.inputs import AttentionInputs, RowLosses
 from mpass.lowering.reference.attention import allowed_cells, masked_softmax
@@ -92,6 +93,8 @@ def exact_rows(inputs: AttentionInputs, count: int, *, outputs: bool = True) -> 
         picked = query[:, :, rows].to(wide).unflatten(1, (kv_heads, -1)).flatten(2, 3)
         scores = (picked * inputs.scale) @ keys[:, :, :seen].mT
         scores = scores.view(batch, heads, len(rows), seen)
+        if inputs.distance_bias is not None:
+            scores += bias_rows(inputs.distance_bias.to(wide), rows, num_queries, 0, seen)
         if inputs.softcap > 0:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
         weights = row_weights(scores, allowed, inputs)

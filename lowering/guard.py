@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpass.lowering.dispatch import choose_lowering, device_lowering
+from mpass.lowering.distance_bias import bias_of_queries
 from mpass.lowering.exact_rows import rows_to_look_at
 from mpass.lowering.index import ALL_BLOCKS, ALL_DIAGONALS, SparseIndex, first_query_block
 from mpass.lowering.inputs import AttentionInputs, RowLosses
@@ -110,12 +111,16 @@ def lost_between(
     own, offset = slice(row, row + 1), inputs.mask.query_offset
     assert inputs.mask.key_mask is not None
     mask = replace(inputs.mask, query_offset=offset + start, key_mask=inputs.mask.key_mask[own])
+    bias = inputs.distance_bias
+    if bias is not None:
+        bias = bias_of_queries(bias, start, stop, inputs.query.shape[2])
     part = replace(
         inputs,
         query=inputs.query[own, :, start:stop],
         key=inputs.key[own],
         value=inputs.value[own],
         mask=mask,
+        distance_bias=bias,
     )
     first = first_query_block(offset)
     blocks = slice(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mpass.lowering.distance_bias import of_heads
 from mpass.lowering.index import AttentionMask, first_query_block, num_query_blocks
 
 
@@ -25,6 +26,8 @@ class AttentionInputs:
     softcap: scores become softcap * tanh(s / softcap) if it is above 0.
     sink_logits: float [H], one more logit per head that takes probability and has no value.
     int8: scores may be products of numbers that are rounded to 8 bits (docs/int8_attention.md).
+    distance_bias: [H or 1, Nq + Nk - 1 or more], added to the scaled scores by the distance of key
+    and query, as mpass.lowering.distance_bias reads it; before a softcap.
     """
 
     query: Tensor
@@ -35,6 +38,7 @@ class AttentionInputs:
     softcap: float = 0.0
     sink_logits: Tensor | None = None
     int8: bool = False
+    distance_bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +66,7 @@ class EstimateInputs:
     mask: which keys a query may see before any sparsity.
     heads: the query heads that the index is for, in the order of its rows.
     scale: factor of the scores.
+    distance_bias: as in AttentionInputs.
     """
 
     query: Tensor
@@ -69,6 +74,7 @@ class EstimateInputs:
     mask: AttentionMask
     heads: Sequence[int]
     scale: float
+    distance_bias: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -102,4 +108,12 @@ class EstimateInputs:
 
     def attention(self) -> AttentionInputs:
         """The attention of these queries and keys, the keys in the values' place."""
-        return AttentionInputs(self.query, self.key, self.key, self.mask, self.scale)
+        return AttentionInputs(
+            *(self.query, self.key, self.key, self.mask, self.scale),
+            distance_bias=self.distance_bias,
+        )
+
+    def bias_lines(self) -> list[Tensor | None]:
+        """The bias by distance of each of `heads`, fp32 [L]; None where there is none."""
+        line = self.distance_bias
+        return of_heads(None if line is None else line.float(), self.heads)

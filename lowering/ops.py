@@ -122,7 +122,8 @@ def over_index(
 
 @define_op(
     "sparse_attention",
-    f"({ATTENTION_SCHEMA}, int measured=0, float most_lost=1.0, bool int8=False) -> Tensor",
+    f"({ATTENTION_SCHEMA}, int measured=0, float most_lost=1.0, bool int8=False, "
+    "Tensor? distance_bias=None) -> Tensor",
 )
 def sparse_attention(*arguments: Any) -> Tensor:
     """Attention over the keys that the index selects; see lowering.reference for the meaning.
@@ -133,16 +134,15 @@ def sparse_attention(*arguments: Any) -> Tensor:
     very index; elsewhere the host would wait for it, and what an earlier call of the `site`
     selected counts (0: of no call). min_seq_len: run dense below this number of keys (where no
     guard could decide it). layer: for records only. measured: the number by which
-    mpass.lowering.meter keeps what the call lost; 0 for nothing is measured. most_lost: a head that
-    would lose more of its attention than this share, by some rows that are looked at, keeps every
-    key (mpass.lowering.guard). int8: scores may be products of 8-bit numbers.
+    mpass.lowering.meter keeps what the call lost; 0 for none. most_lost: a head that would lose
+    more of its attention than this share, by some rows, keeps every key (mpass.lowering.guard).
+    int8: scores may be products of 8-bit numbers. distance_bias: as in AttentionInputs.
     """
     call = over_index(*arguments[:ARGUMENTS])
-    extra = arguments[ARGUMENTS:]  # what has its default value may be left out
-    measured = extra[0] if extra else 0
-    most_lost = extra[1] if len(extra) > 1 else 1.0
-    if len(extra) > 2 and extra[2]:
-        call = replace(call, inputs=replace(call.inputs, int8=True))
+    given, usual = arguments[ARGUMENTS:], cast(Any, (0, 1.0, False, None))  # may be left out
+    measured, most_lost, int8, bias = given + usual[len(given) :]
+    if int8 or bias is not None:
+        call = replace(call, inputs=replace(call.inputs, int8=int8, distance_bias=bias))
     rows = rows_of_call(call.inputs.query) if measured else 0
     done = attend(replace(call, most_lost=most_lost, measured=rows), ATTENTION)
     if rows:

@@ -8,6 +8,7 @@ queries, Nk keys, D head_dim, Dv value dim.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,26 +18,42 @@ from mpass.failures import contain
 from mpass.lowering.define import NAMESPACE
 from mpass.lowering.dispatch import choose_lowering
 from mpass.lowering.lse_ops import ATTENTION_LSE, every_key, fake_attention_lse
-from mpass.lowering.ops import ATTENTION_SCHEMA, INDEX_SCHEMA, attend, over_index
+from mpass.lowering.ops import (
+    ARGUMENTS,
+    ATTENTION_SCHEMA,
+    INDEX_SCHEMA,
+    OverIndex,
+    attend,
+    over_index,
+)
 from mpass.lowering.reference.backward import ForwardResult, attention_backward, sink_gradient
 
-SINKS, SOFTCAP = 11, 16
+SINKS, SOFTCAP, DISTANCE_BIAS = 11, 16, ARGUMENTS
 """Places among the arguments of `minference::sparse_attention_train`."""
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::sparse_attention_train",
     mutates_args=(),
-    schema=f"({ATTENTION_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({ATTENTION_SCHEMA}, Tensor? distance_bias=None) -> (Tensor, Tensor, Tensor)",
 )
 def sparse_attention_train(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`minference::sparse_attention`, which see, with gradients for query, key, value and sinks.
+    """`minference::sparse_attention`, which see, with gradients for its tensors of numbers.
 
     Returns the output, the log-sum-exps [B, H, Nq] in fp32 and, bool [1] on the CPU, whether every
     key was computed: the backward pass must compute the same cells, whatever decided about them.
     """
-    done = attend(over_index(*arguments), ATTENTION_LSE)
+    done = attend(
+        with_bias(over_index(*arguments[:ARGUMENTS]), *arguments[ARGUMENTS:]), ATTENTION_LSE
+    )
     return *done.result, torch.tensor([bool(done.reason)], device="cpu")
+
+
+def with_bias(call: OverIndex, distance_bias: Tensor | None = None) -> OverIndex:
+    """A call with a bias by distance, if there is one."""
+    if distance_bias is None:
+        return call
+    return replace(call, inputs=replace(call.inputs, distance_bias=distance_bias))
 
 
 @sparse_attention_train.register_fake
@@ -50,20 +67,24 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor out, Tensor lse, Tensor dense, Tensor query, Tensor key, "
     f"Tensor value, {INDEX_SCHEMA}, Tensor? key_mask, Tensor? sinks, SymInt query_offset, "
-    "int window, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int window, bool causal, float scale, float softcap, Tensor? distance_bias=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def sparse_attention_backward(
     grad_out: Tensor, out: Tensor, lse: Tensor, dense: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and sinks (empty where there are none), contiguous.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, sinks and bias (empty where there are none), contiguous.
 
     grad_out: of `out`; out, lse, dense: what `minference::sparse_attention_train` returned.
     """
-    call = over_index(*arguments)
+    plain = SOFTCAP + 1
+    call = with_bias(over_index(*arguments[:plain]), *arguments[plain:])
     inputs, index = call.inputs, call.index
     if bool(dense):
         index = every_key(inputs)
-    result = ForwardResult(grad_out, out, lse)
+    bias = inputs.distance_bias
+    grad_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
+    result = ForwardResult(grad_out, out, lse, grad_bias)
     grad_sinks = sink_gradient(inputs, result)
     lowering = choose_lowering(inputs)
     run = lowering.attention_backward or attention_backward
@@ -71,8 +92,12 @@ def sparse_attention_backward(
         gradients = run(inputs, index, result)
     except Exception as error:
         contain(error, f"a kernel of the backward pass ({lowering.name})")
+        if grad_bias is not None:
+            grad_bias.zero_()
         gradients = attention_backward(inputs, index, result)
-    return (*gradients, out.new_empty(0) if grad_sinks is None else grad_sinks)
+    none = out.new_empty(0)
+    of_bias = none if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
+    return (*gradients, none.clone() if grad_sinks is None else grad_sinks, of_bias)
 
 
 @sparse_attention_backward.register_fake
@@ -85,17 +110,19 @@ def _(
     key: Tensor,
     value: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sinks = rest[8]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sinks, bias = rest[8], rest[14] if len(rest) > 14 else None
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
     grad_sinks = query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return grad_query, grad_key, grad_value, grad_sinks
+    grad_bias = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return grad_query, grad_key, grad_value, grad_sinks, grad_bias
 
 
 def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save what the backward op takes: the arguments up to softcap, and the results."""
+    """Save what the backward op takes: the arguments up to softcap, the bias, and the results."""
     out, lse, dense = output
-    arguments = inputs[: SOFTCAP + 1]
+    bias = inputs[DISTANCE_BIAS] if len(inputs) > DISTANCE_BIAS else None
+    arguments = (*inputs[: SOFTCAP + 1], bias)
     ctx.mark_non_differentiable(lse, dense)
     ctx.places = [place for place, a in enumerate(arguments) if isinstance(a, Tensor)]
     ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
@@ -103,7 +130,7 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def backward(ctx: Any, grad_out: Tensor | None, *unused: object) -> tuple[Any, ...]:
-    """The autograd formula: gradients for query, key, value and sinks, and for nothing else."""
+    """The autograd formula: gradients for query, key, value, sinks and bias, and nothing else."""
     out, lse, dense, *tensors = ctx.saved_tensors
     arguments = list(ctx.arguments)
     for place, tensor in zip(ctx.places, tensors, strict=True):
@@ -111,9 +138,11 @@ def backward(ctx: Any, grad_out: Tensor | None, *unused: object) -> tuple[Any, .
     gradients: list[Any] = [None] * len(ctx.needs_input_grad)
     if grad_out is not None:
         op = torch.ops.minference.sparse_attention_backward.default
-        *main, sinks = op(grad_out, out, lse, dense, *arguments)
+        *main, sinks, bias = op(grad_out, out, lse, dense, *arguments)
         gradients[:3] = main
         gradients[SINKS] = None if arguments[SINKS] is None else sinks
+        if arguments[-1] is not None:
+            gradients[DISTANCE_BIAS] = bias
     return tuple(gradients)
 
 

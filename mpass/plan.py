@@ -27,8 +27,6 @@ from mpass.graph.tile_nodes import grid_of
 from mpass.lowering.crossover import LeastLengths
 from mpass.lowering.device import REFERENCE
 from mpass.lowering.dispatch import choose_lowering, device_lowering, reason_against
-from mpass.lowering.index import AttentionMask
-from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.key_bias import bias_channels
 from mpass.lowering.kv_selection import SnapKV
 from mpass.lowering.tiles import Grid
@@ -164,8 +162,7 @@ def reason_to_skip(site: AttentionSite) -> str:
         head_dim += bias_channels(site.compute_dtype, *heads)
     if max(head_dim, int(value.shape[-1])) > MAX_HEAD_DIM:
         return f"head_dim {max(head_dim, int(value.shape[-1]))} is over {MAX_HEAD_DIM}"
-    inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
-    reason = reason_against(inputs)
+    reason = reason_against(site.inputs())
     if reason:
         return reason
     if site.read_mask is not None:
@@ -208,10 +205,11 @@ def training_reason(site: AttentionSite) -> str:
     """Why a site whose gradients are recorded has no sparse backward pass, or the empty string."""
     if not is_trained(site):
         return ""
-    query, key, value = (example(node) for node in (site.query, site.key, site.value))
-    inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
-    if choose_lowering(inputs).attention_backward is None:
+    query = example(site.query)
+    if choose_lowering(site.inputs()).attention_backward is None:
         return f"no backward kernels are generated for device {query.device.type!r}"
+    if site.distance_bias is not None and not device_lowering(query.device).trains_bias:
+        return f"no gradient of a bias by distance is computed on device {query.device.type!r}"
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
     if site.listed is not None:
@@ -258,6 +256,9 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
             f"not causal: {', '.join(other)} is defined for causal attention only; "
             f"{serving_both_ways()} serve it"
         )
+    blind = sorted({p.name for p in resolved.patterns if is_blind(p, site)})
+    if blind:
+        return f"a bias by distance is not seen by {', '.join(blind)} on this device"
     windowed = site.mask is not None and site.mask.window
     if windowed or any(pattern.name != "dense" for pattern in resolved.patterns):
         return ""
@@ -265,6 +266,14 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
         others = serving_both_ways()
         return f"not causal: dense by default, since such attention is diffuse; {others} serve it"
     return "the config keeps every head of this layer dense"
+
+
+def is_blind(pattern: Pattern, site: AttentionSite) -> bool:
+    """Whether a pattern would be estimated without the bias by distance that a site has."""
+    if site.distance_bias is None:
+        return False
+    blind = device_lowering(example(site.query).device).blind
+    return getattr(pattern, "estimator", None) in blind
 
 
 def steps_reason(site: AttentionSite, options: Options) -> str:
@@ -291,10 +300,12 @@ def decide_length(
     shortest = least.keys
     trained = is_trained(site)
     # Means of what is left out have no backward, and neither has the meter.
-    summaries = options.summaries if site.is_two_sided and site.softcap == 0 and not trained else 0
-    selecting = options.kv_select if site.feeds_a_cache and not trained else None
+    # Nor do ops of other kinds than these know of a bias by distance.
+    plainly = not trained and site.distance_bias is None
+    summaries = options.summaries if site.is_two_sided and site.softcap == 0 and plainly else 0
+    selecting = options.kv_select if site.feeds_a_cache and plainly else None
     # The meter knows what a selection loses, and not what means give back.
-    kept = options.denoising and site.is_two_sided and not trained
+    kept = options.denoising and site.is_two_sided and plainly
     measurable = not trained and site.kept is None
     plain = not summaries and measurable and selecting is None and not kept
     plan = AttentionPlan(

@@ -221,9 +221,10 @@ def measured_by(plan: AttentionPlan) -> tuple[int, ...]:
 
 
 def guarded_by(plan: AttentionPlan) -> dict[str, fx.node.Argument]:
-    """The last arguments of an attention: when it is dense, and its numbers; others do without."""
+    """The last arguments of an attention: when it is dense, its numbers; others do without."""
     guards: dict[str, fx.node.Argument] = {"causal_only": True} if plan.causal_only else {}
     guards |= {"most_lost": plan.most_lost} if plan.most_lost < 1.0 else {}
+    guards |= {"distance_bias": plan.site.distance_bias} if plan.site.distance_bias else {}
     return guards | ({"int8": True} if plan.int8 else {})
 
 
@@ -376,7 +377,8 @@ def insert_index(
         arguments = (site.query, key, key_mask, group.heads, offset, window, causal, site.scale)
         limits = (plan.dense_above, plan.min_seq_len)
         number = site_number(site, plan.patterns)
-        given = (*arguments, *limits, *group.parameters, number)
+        bias = (site.distance_bias,) if site.distance_bias else ()
+        given = (*arguments, *limits, *group.parameters, number, *bias)
         estimate = graph.call_function(named_op(group.name), given)
         copy_meta(site.output, estimate)
         parts += unpack(graph, estimate, site.output)

@@ -52,23 +52,23 @@ def start_kernels(plans: Sequence[AttentionPlan]) -> list[threading.Thread]:
     foreseen: set[FakeLayer] = set()
     for plan in plans:
         site = plan.site
-        query, key, value = (example(node) for node in (site.query, site.key, site.value))
-        inputs = AttentionInputs(query, key, value, AttentionMask(), 1.0, site.softcap)
+        query, value = example(site.query), example(site.value)
         lowering = device_lowering(query.device)
-        if site.kept is not None or not lowering.builds_ahead or lowering.serves(inputs):
+        unserved = lowering.serves(site.inputs())
+        if site.kept is not None or not lowering.builds_ahead or unserved:
             continue
         if lowering.prepare is not None:
             threads |= dict.fromkeys(start_foreseen(lowering, plan, foreseen))
             continue
         dtype, head_dim, value_dim = site.compute_dtype, int(query.shape[-1]), int(value.shape[-1])
-        sizes = (dtype, head_dim, value_dim, site.softcap)
+        sizes = (dtype, head_dim, value_dim, site.softcap, site.distance_bias is not None)
         threads[start_attention(lowering, *sizes, int8=plan.int8)] = None
         if plan.training:
             threads[start_training(lowering, *sizes)] = None
         if plan.measured or plan.most_lost < 1.0:
             threads[start_row_losses(lowering, *sizes)] = None
         for cls in dict.fromkeys(map(type, plan.patterns)):
-            threads[start_estimator(lowering, cls, dtype, head_dim)] = None
+            threads[start_estimator(lowering, cls, dtype, head_dim, sizes[-1])] = None
     return list(threads)
 
 
@@ -126,11 +126,13 @@ class FakeLayer:
     scale: float
     softcap: float
     training: bool = False
+    distance_bias: FakeTensorLike | None = None
 
 
 def fake_layer(plan: AttentionPlan) -> FakeLayer:
     """What stands in the graph for a site, with sizes as in the call that is compiled."""
     site, mask = plan.site, plan.site.mask
+    bias = site.distance_bias
     assert mask is not None and not isinstance(mask.query_offset, fx.Node)
     dtype = site.compute_dtype
     query = tensor_like(example(site.query), dtype)
@@ -163,6 +165,7 @@ def fake_layer(plan: AttentionPlan) -> FakeLayer:
         scale=site.scale,
         softcap=site.softcap,
         training=plan.training,
+        distance_bias=None if bias is None else tensor_like(example(bias)),
     )
 
 
@@ -189,12 +192,13 @@ def run_layer(lowering: Lowering, layer: FakeLayer) -> None:
         query, key, value = layer.query.make(), layer.key.make(), layer.value.make()
         key_mask = None if layer.key_mask is None else layer.key_mask.make()
         mask = AttentionMask(layer.causal, layer.query_offset, layer.window, key_mask)
+        bias = None if layer.distance_bias is None else layer.distance_bias.make()
         groups: dict[type[Pattern], list[int]] = {}
         for head, pattern in enumerate(layer.patterns):
             groups.setdefault(type(pattern), []).append(head)
         parts = [
             cls.estimate(
-                EstimateInputs(query, key, mask, heads, layer.scale),
+                EstimateInputs(query, key, mask, heads, layer.scale, bias),
                 [layer.patterns[head] for head in heads],
             )
             for cls, heads in groups.items()
@@ -202,7 +206,8 @@ def run_layer(lowering: Lowering, layer: FakeLayer) -> None:
         index = parts[0] if len(parts) == 1 else join_indexes(parts, list(groups.values()))
         slots = shared_slots(layer.patterns, index.head_slots)
         sinks = None if layer.sinks is None else layer.sinks.make()
-        inputs = AttentionInputs(query, key, value, mask, layer.scale, layer.softcap, sinks)
+        words = (mask, layer.scale, layer.softcap, sinks)
+        inputs = AttentionInputs(query, key, value, *words, distance_bias=bias)
         index = replace(index, head_slots=slots)
         if layer.training:
             train_layer(lowering, inputs, index)
@@ -219,13 +224,28 @@ def train_layer(lowering: Lowering, inputs: AttentionInputs, index: SparseIndex)
 
 
 def one_block(
-    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+    lowering: Lowering,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    softcap: float,
+    biased: bool,
 ) -> tuple[AttentionInputs, SparseIndex]:
-    """One head and one block of zeros, query and key [1, 1, BLOCK, head_dim], and all its keys."""
+    """One head and one block of zeros, query and key [1, 1, BLOCK, head_dim], and all its keys.
+
+    biased: whether there is a bias by distance.
+    """
     query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
     value = torch.zeros(1, 1, BLOCK, value_dim, dtype=dtype, device=lowering.device)
     index = whole_index(query, 1, IndexWidth(), diagonal_slots(1))
-    return AttentionInputs(query, query, value, AttentionMask(), 1.0, softcap), index
+    bias = zero_bias(lowering) if biased else None
+    sizes = (query, query, value, AttentionMask(), 1.0, softcap)
+    return AttentionInputs(*sizes, distance_bias=bias), index
+
+
+def zero_bias(lowering: Lowering) -> Tensor:
+    """A bias by distance of nothing, of one block."""
+    return torch.zeros(1, 2 * BLOCK - 1, device=lowering.device)
 
 
 @functools.cache
@@ -235,26 +255,32 @@ def start_attention(
     head_dim: int,
     value_dim: int,
     softcap: float,
+    biased: bool,
     int8: bool = False,
 ) -> threading.Thread:
     """One block of sparse attention."""
 
     def run() -> None:
-        inputs, index = one_block(lowering, dtype, head_dim, value_dim, softcap)
+        inputs, index = one_block(lowering, dtype, head_dim, value_dim, softcap, biased)
         lowering.sparse_attention(replace(inputs, int8=int8), index)
 
-    bits = ", 8 bits" if int8 else ""
+    bits = (", 8 bits" if int8 else "") + (", biased" if biased else "")
     return start(run, f"attention, {dtype}, D={head_dim}, DV={value_dim}{bits}")
 
 
 @functools.cache
 def start_row_losses(
-    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+    lowering: Lowering,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    softcap: float,
+    biased: bool,
 ) -> threading.Thread:
     """What one block of queries loses."""
 
     def run() -> None:
-        inputs, index = one_block(lowering, dtype, head_dim, value_dim, softcap)
+        inputs, index = one_block(lowering, dtype, head_dim, value_dim, softcap, biased)
         lowering.row_losses(inputs, index, 1, True)
 
     return start(run, f"losses, {dtype}, D={head_dim}, DV={value_dim}")
@@ -262,25 +288,31 @@ def start_row_losses(
 
 @functools.cache
 def start_training(
-    lowering: Lowering, dtype: torch.dtype, head_dim: int, value_dim: int, softcap: float
+    lowering: Lowering,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    softcap: float,
+    biased: bool,
 ) -> threading.Thread:
     """One block of attention and its gradients."""
 
     def run() -> None:
-        train_layer(lowering, *one_block(lowering, dtype, head_dim, value_dim, softcap))
+        train_layer(lowering, *one_block(lowering, dtype, head_dim, value_dim, softcap, biased))
 
     return start(run, f"gradients, {dtype}, D={head_dim}, DV={value_dim}")
 
 
 @functools.cache
 def start_estimator(
-    lowering: Lowering, cls: type[Pattern], dtype: torch.dtype, head_dim: int
+    lowering: Lowering, cls: type[Pattern], dtype: torch.dtype, head_dim: int, biased: bool
 ) -> threading.Thread:
     """One block of a pattern's estimator, with the default parameters."""
 
     def run() -> None:
         query = torch.zeros(1, 1, BLOCK, head_dim, dtype=dtype, device=lowering.device)
-        cls.estimate(EstimateInputs(query, query, AttentionMask(), [0], 1.0), [cls()])
+        bias = zero_bias(lowering) if biased else None
+        cls.estimate(EstimateInputs(query, query, AttentionMask(), [0], 1.0, bias), [cls()])
 
     return start(run, f"{cls.name}, {dtype}, D={head_dim}")
 

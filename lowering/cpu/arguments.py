@@ -29,6 +29,8 @@ POINTER_TYPES = {
     "steps": "float*",
     "dots": "const float*",
     **dict.fromkeys(("lost", "exact"), "float*"),
+    **dict.fromkeys(("distance_bias", "run_bias", "turned_bias"), "const float*"),
+    "grad_bias": "float*",
     "positions": "const int64_t*",
     **dict.fromkeys(("grad_query", "grad_key", "grad_value"), "void*"),
     "key_mask": "const uint8_t*",
@@ -55,16 +57,20 @@ def c_fields(structure: type[ctypes.Structure]) -> list[tuple[str, str]]:
 
 
 class AttentionArguments(ctypes.Structure):
-    """A call of `sparse_attention`; the index's tensors as in SparseIndex."""
+    """A call of `sparse_attention`; the index's tensors as in SparseIndex.
+
+    distance_bias: lines of a bias by distance, fp32, `bias_head` numbers apart, 0 for one of all
+    heads; each may be read a block beyond its end.
+    """
 
     _fields_: ClassVar = [
         *fields(ctypes.c_void_p, "query key value out lse key_mask sinks block_count block_index"),
         *fields(ctypes.c_void_p, "diagonal_count diagonal_index column_count column_index"),
-        *fields(ctypes.c_void_p, "head_slots"),
+        *fields(ctypes.c_void_p, "head_slots distance_bias"),
         *fields(ctypes.c_int64, "batch heads kv_heads num_queries num_keys num_blocks"),
         *strided("query", "key", "value", "out"),
         *fields(ctypes.c_int64, "num_lists max_blocks num_diagonals max_diagonals max_columns"),
-        *fields(ctypes.c_int64, "longest_columns query_offset window causal threads"),
+        *fields(ctypes.c_int64, "longest_columns query_offset window causal threads bias_head"),
         *fields(ctypes.c_float, "scale softcap"),
     ]
 
@@ -94,13 +100,16 @@ class BackwardArguments(ctypes.Structure):
     """What a call of `attention_backward` takes beside the arguments of the forward pass.
 
     dots: of each row the sum of out * grad_out, fp32 [B, H, Nq]; gradients of query, key and value
-    are contiguous; parts: units per kv head, see kernels/attention_backward.h.
+    are contiguous; parts: units per kv head, see kernels/attention_backward.h. turned_bias: lines
+    of a bias by distance from the last distance to the first, as far apart as `bias_head` says;
+    grad_bias: sums of their gradients, fp32 [B, Hk, parts, H / Hk, line], zeros; null for none.
     """
 
     _fields_: ClassVar = [
         *fields(ctypes.c_void_p, "grad_out dots grad_query grad_key grad_value"),
+        *fields(ctypes.c_void_p, "turned_bias grad_bias"),
         *strided("grad_out"),
-        *fields(ctypes.c_int64, "parts"),
+        *fields(ctypes.c_int64, "parts line"),
     ]
 
 
@@ -122,15 +131,19 @@ class EstimateArguments(ctypes.Structure):
 
     heads: the query heads, int32 [num_heads]. first and second are what a pattern looks for:
     vertical-slash columns and block diagonals (sizes: budgets); block top-k blocks and nothing
-    (first_sizes: top_k, second_sizes: positions per pooled block).
+    (first_sizes: top_k, second_sizes: positions per pooled block). distance_bias: a line of each of
+    `heads`, fp32 [num_heads, bias_head], which may be read a block beyond its end; run_bias: what
+    it is of runs of keys, [num_heads, run_head]; null where there is no bias.
     """
 
     _fields_: ClassVar = [
         *fields(ctypes.c_void_p, "query key key_mask heads first_sizes second_sizes"),
         *fields(ctypes.c_void_p, "first_count first_index second_count second_index"),
+        *fields(ctypes.c_void_p, "distance_bias run_bias"),
         *fields(ctypes.c_int64, "batch num_heads group kv_heads num_queries num_keys num_blocks"),
         *strided("query", "key"),
         *fields(ctypes.c_int64, "first_width second_width query_offset window causal threads"),
+        *fields(ctypes.c_int64, "bias_head run_head"),
         *fields(ctypes.c_float, "scale"),
     ]
 
@@ -153,12 +166,13 @@ def list_arguments(kernel: str) -> type[ctypes.Structure]:
 
     class ListArguments(ctypes.Structure):
         _fields_ = (
-            *fields(ctypes.c_void_p, "query key key_mask heads"),
+            *fields(ctypes.c_void_p, "query key key_mask heads distance_bias run_bias"),
             *fields(ctypes.c_void_p, " ".join(rule_fields(kernel))),
             *fields(ctypes.c_void_p, " ".join(OUTPUTS)),
             *fields(ctypes.c_int64, "batch num_heads group num_queries num_keys num_blocks"),
             *strided("query", "key"),
             *fields(ctypes.c_int64, "list_width column_width query_offset window causal threads"),
+            *fields(ctypes.c_int64, "bias_head run_head"),
             *fields(ctypes.c_float, "scale"),
         )
 
@@ -178,6 +192,7 @@ def list_c_fields(kernel: str) -> list[tuple[str, str]]:
     types = {name: f"const {kind}*" for name, kind in rule_fields(kernel).items()}
     types |= dict.fromkeys(OUTPUTS, "int32_t*") | {"heads": "const int32_t*"}
     types |= {"query": "const void*", "key": "const void*", "key_mask": "const uint8_t*"}
+    types |= dict.fromkeys(("distance_bias", "run_bias"), "const float*")
     return [
         (name, NUMBER_TYPES.get(kind) or types[name])
         for name, kind, *_ in list_arguments(kernel)._fields_

@@ -11,7 +11,7 @@ from mpass.lowering.cpu.arguments import AttentionArguments, pointer, rows_conti
 from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import kernel_spec
-from mpass.lowering.index import SparseIndex, num_query_blocks
+from mpass.lowering.index import BLOCK, SparseIndex, num_query_blocks
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference.attention import empty_lse, empty_output
 
@@ -62,6 +62,7 @@ def call_arguments(
     query, key, value = (rows_contiguous(t) for t in (inputs.query, inputs.key, inputs.value))
     key_mask = None if mask.key_mask is None else mask.key_mask.contiguous().view(torch.uint8)
     logits = None if sink_logits is None else sink_logits.to(torch.float32).contiguous()
+    bias = None if inputs.distance_bias is None else bias_lines(inputs.distance_bias)
     slots = torch.tensor(index.head_slots, dtype=torch.int32, device="cpu")
     tensors = tuple(tensor.contiguous() for tensor in index.tensors())
     block_count, block_index, diagonal_count, diagonal_index, column_count, column_index = tensors
@@ -80,6 +81,7 @@ def call_arguments(
         column_count=pointer(column_count),
         column_index=pointer(column_index),
         head_slots=pointer(slots),
+        distance_bias=pointer(bias),
         batch=query.shape[0],
         heads=query.shape[1],
         kv_heads=key.shape[1],
@@ -96,6 +98,7 @@ def call_arguments(
         window=mask.window,
         causal=mask.causal,
         threads=torch.get_num_threads(),
+        bias_head=0 if bias is None or bias.shape[0] == 1 else bias.shape[1],
         scale=inputs.scale,
         softcap=inputs.softcap,
         **strides("query", query),
@@ -103,4 +106,12 @@ def call_arguments(
         **strides("value", value),
         **strides("out", out),
     )
-    return arguments, (query, key, value, key_mask, logits, slots, *tensors)
+    return arguments, (query, key, value, key_mask, logits, bias, slots, *tensors)
+
+
+def bias_lines(bias: Tensor) -> Tensor:
+    """Lines of a bias by distance [H or 1, L] as kernels read them: fp32, a block of zeros after.
+
+    A tile of keys is read whole, and the last one ends beyond the last key.
+    """
+    return torch.nn.functional.pad(bias.to(torch.float32), (0, BLOCK)).contiguous()

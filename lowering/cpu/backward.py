@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from mpass.lowering.cpu.arguments import BackwardArguments, pointer, rows_contiguous, strides
-from mpass.lowering.cpu.attention import call_arguments
+from mpass.lowering.cpu.attention import bias_lines, call_arguments
 from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import backward_spec
@@ -39,18 +39,34 @@ def run_backward(
     lse, dots = result.lse.contiguous(), row_dots(result)
     grad_out = rows_contiguous(result.grad_out.to(query.dtype))
     arguments, _kept = call_arguments(inputs, index, result.out, lse)
+    parts = num_parts(arguments.threads, key.shape[0] * key.shape[1], arguments.num_blocks)
+    turned = grad_lines = None
+    length = query.shape[2] + key.shape[2] - 1
+    if inputs.distance_bias is not None:
+        turned = bias_lines(inputs.distance_bias[:, :length].flip(1))
+        arguments.bias_head = 0 if turned.shape[0] == 1 else turned.shape[1]
+        group = query.shape[1] // key.shape[1]
+        grad_lines = torch.zeros(*key.shape[:2], parts, group, turned.shape[1])
     more = BackwardArguments(
         grad_out=pointer(grad_out),
         dots=pointer(dots),
         grad_query=pointer(grad_query),
         grad_key=pointer(grad_key),
         grad_value=pointer(grad_value),
-        parts=num_parts(arguments.threads, key.shape[0] * key.shape[1], arguments.num_blocks),
+        turned_bias=pointer(turned),
+        grad_bias=pointer(grad_lines),
+        line=0 if turned is None else turned.shape[1],
+        parts=parts,
         **strides("grad_out", grad_out),
     )
     run = load_library(spec).attention_backward
     if run(ctypes.byref(arguments), ctypes.byref(more)) != 0:
         raise MemoryError(f"no memory for the gradients of keys {tuple(key.shape)}")
+    if result.grad_bias is not None and grad_lines is not None:
+        of_heads = grad_lines.sum((0, 2)).flatten(0, 1)[:, :length].flip(1)
+        if result.grad_bias.shape[0] == 1:
+            of_heads = of_heads.sum(0, keepdim=True)
+        result.grad_bias[:, :length] += of_heads
     return grad_query, grad_key, grad_value
 
 

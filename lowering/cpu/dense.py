@@ -27,12 +27,16 @@ from mpass.lowering.reference import dense
 
 
 def dense_attention(inputs: AttentionInputs) -> Tensor:
-    """Softmax attention over all keys that the mask allows; as mpass.lowering.reference.dense."""
+    """Softmax attention over all keys that the mask allows; as mpass.lowering.reference.dense.
+
+    With a bias by distance that is the kernel: torch's own would need the bias of every pair.
+    """
     query, mask = inputs.query, inputs.mask
     plain = mask.window == 0 and mask.key_mask is None
     plain = plain and inputs.softcap == 0 and inputs.sink_logits is None
     two_sided = not mask.causal and mask.window == 0
-    if two_sided or (plain and not kernel_is_faster(*sizes(inputs))):
+    biased = inputs.distance_bias is not None
+    if not biased and (two_sided or (plain and not kernel_is_faster(*sizes(inputs)))):
         return dense.dense_attention(inputs)
     rows = num_query_blocks(query.shape[2], mask.query_offset)
     return sparse_attention(inputs, all_tiles(query.shape[0], query.shape[1], rows))

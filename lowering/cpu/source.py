@@ -131,6 +131,7 @@ constexpr bool SOFTCAP = {cpp_bool(spec.softcap)};
 constexpr bool INT8_SCORES = {cpp_bool(spec.int8)};  // scores of attention are
 constexpr bool HALF_VALUES = {cpp_bool(spec.halves)};  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = {cpp_bool(spec.sums_distances)};
+constexpr bool BIASED = {cpp_bool(spec.biased)};  // by distance
 
 constexpr int32_t ALL_BLOCKS = {ALL_BLOCKS};  // lowering/index.py
 constexpr int LAST_QUERIES = {vertical_slash.LAST_QUERIES};

@@ -32,6 +32,7 @@ class KernelSpec:
     input: dtype of q, k, v and out, without `torch.`.
     int8: whether the scores of attention are products of 8-bit numbers.
     halves: whether it then multiplies weights with values in fp16.
+    biased: whether scores, or what an estimator takes for them, have a bias by distance added.
     """
 
     input: str
@@ -43,6 +44,7 @@ class KernelSpec:
     kernel: str = "attention"
     int8: bool = False
     halves: bool = False
+    biased: bool = False
 
     def __str__(self) -> str:
         cap = ", softcap" if self.softcap else ""
@@ -51,6 +53,7 @@ class KernelSpec:
             shape += f", DV={self.value_dim}, strips of {self.strip} tiles{cap}"
             shape += ", scores in 8 bits" if self.int8 else ""
             shape += ", values in fp16" if self.halves else ""
+        shape += ", biased by distance" if self.biased else ""
         return f"{shape}, {self.instruction_set}"
 
     @property
@@ -109,9 +112,16 @@ class KernelSpec:
             "POOLED_KEYS_HEADER": (
                 "pooled_keys_int8.h" if self.uses_int8 else "pooled_keys_packed.h"
             ),
-            "SCORES_HEADER": "scores_int8.h" if self.int8 else "scores_packed.h",
+            "SCORES_HEADER": self.scores_header,
             "WEIGHTS_HEADER": "weights_fp16.h" if self.halves else "weights_packed.h",
         }
+
+    @property
+    def scores_header(self) -> str:
+        """The header that takes the scores of a strip; in 8 bits none has a bias."""
+        if self.biased:
+            return "scores_biased.h"
+        return "scores_int8.h" if self.int8 else "scores_packed.h"
 
     @property
     def packed(self) -> str:

@@ -100,14 +100,16 @@ def has(instructions: str) -> bool:
 def kernel_spec(inputs: AttentionInputs) -> KernelSpec:
     """The specialisation of the attention kernel that serves these inputs here."""
     dtype = inputs.query.dtype
+    int8 = inputs.int8 and not int8_reason(dtype) and inputs.distance_bias is None
     return KernelSpec(
         dtype_name(dtype),
         inputs.query.shape[-1],
         inputs.value.shape[-1],
         attention_instruction_set(dtype),
         softcap=inputs.softcap > 0,
-        int8=inputs.int8 and not int8_reason(dtype),
-        halves=inputs.int8 and not int8_reason(dtype) and multiplies_halves(dtype),
+        int8=int8,
+        halves=int8 and multiplies_halves(dtype),
+        biased=inputs.distance_bias is not None,
     )
 
 
@@ -164,7 +166,7 @@ def made_for(spec: KernelSpec, dtype: torch.dtype, head_dim: int, softcap: bool)
 
 
 def estimate_spec(query: Tensor) -> KernelSpec:
-    """The specialisation of the estimators that serves this query here."""
+    """The specialisation of the estimators that serves this query here, without a bias."""
     size = query.shape[-1]
     chosen = best_instruction_set(torch.bfloat16)  # see KernelSpec.bf16
     return KernelSpec(dtype_name(query.dtype), size, size, chosen, kernel="fixed_budget")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import bias_rows
 from mpass.lowering.index import (
     ALL_BLOCKS,
     ALL_DIAGONALS,
@@ -58,6 +59,9 @@ def attend_rows(inputs: AttentionInputs, index: SparseIndex, lse: Tensor | None)
     for rows in query_chunks(num_queries, mask.query_offset):
         visible = visible_rows(index, mask, rows, batch=batch, num_keys=num_keys)
         scores = query[:, :, rows].to(wide) @ keys.transpose(-1, -2) * inputs.scale
+        if inputs.distance_bias is not None:
+            own = torch.arange(rows.start, rows.stop, device=query.device)
+            scores += bias_rows(inputs.distance_bias.to(wide), own, num_queries, 0, num_keys)
         if inputs.softcap > 0:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
         weights = masked_softmax(scores, visible, inputs.sink_logits)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import bias_rows
 from mpass.lowering.index import SparseIndex
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference.attention import query_chunks, repeat_kv, visible_rows
@@ -22,12 +23,14 @@ class ForwardResult:
     """What a forward pass leaves for the backward one.
 
     grad_out: the gradient of `out`; out: [B, H, Nq, Dv]; lse: log-sum-exps [B, H, Nq] in fp32, of
-    fp64 inputs in fp64.
+    fp64 inputs in fp64. grad_bias: [H or 1, L], to which the gradient of a bias by distance is
+    added; None where there is none or nobody asks.
     """
 
     grad_out: Tensor
     out: Tensor
     lse: Tensor
+    grad_bias: Tensor | None = None
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -53,6 +56,9 @@ def attention_backward(
         visible = visible_rows(index, mask, rows, batch=batch, num_keys=num_keys)
         queries, grads = query[:, :, rows].to(wide), result.grad_out[:, :, rows].to(wide)
         scores = queries @ keys.mT * inputs.scale
+        own = torch.arange(rows.start, rows.stop, device=query.device)
+        if inputs.distance_bias is not None:
+            scores += bias_rows(inputs.distance_bias.to(wide), own, num_queries, 0, num_keys)
         slope = None
         if inputs.softcap > 0:
             bent = torch.tanh(scores / inputs.softcap)
@@ -62,12 +68,24 @@ def attention_backward(
         grad_scores = weights * (grads @ values.mT - dots[:, :, rows, None])
         if slope is not None:
             grad_scores = grad_scores * slope
+        if result.grad_bias is not None:
+            add_to_line(result.grad_bias, grad_scores, own, num_queries)
         grad_query[:, :, rows] = (grad_scores @ keys * inputs.scale).to(query.dtype)
         grad_keys += grad_scores.mT @ queries * inputs.scale
         grad_values += weights.mT @ grads
     group = (batch, key.shape[1], heads // key.shape[1], num_keys)
     grad_key = grad_keys.view(*group, -1).sum(2).to(key.dtype)
     return grad_query, grad_key, grad_values.view(*group, -1).sum(2).to(value.dtype)
+
+
+def add_to_line(line: Tensor, grad_scores: Tensor, rows: Tensor, num_queries: int) -> None:
+    """Add the gradients of scores [B, H, R, Nk] of some rows to those of their distances."""
+    starts = (num_queries - 1 - rows)[:, None]
+    places = (starts + torch.arange(grad_scores.shape[-1], device=line.device)).flatten()
+    of_heads = grad_scores.sum(0).flatten(1)
+    if line.shape[0] == 1:
+        of_heads = of_heads.sum(0, keepdim=True)
+    line.index_add_(1, places, of_heads.to(line.dtype))
 
 
 def row_dots(result: ForwardResult) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mpass.lowering.distance_bias import run_line
 from mpass.lowering.index import IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import (
@@ -52,11 +53,19 @@ def block_scores_index(inputs: EstimateInputs, rules: Sequence[BlockScoresRule])
         for head, rule in zip(heads, rules, strict=True)
     ]
 
+    lines = inputs.bias_lines()
+
     def kept_tiles(i: int, tiles: Tensor) -> Tensor:
-        rule = rules[i]
+        rule, line = rules[i], lines[i]
         size = rule.block_size
         scores = tile_scores(
-            query[:, heads[i]], *pooled[i], mask, tiles, scale=inputs.scale, block_size=size
+            query[:, heads[i]],
+            *pooled[i],
+            mask,
+            tiles,
+            scale=inputs.scale,
+            block_size=size,
+            bias=None if line is None else run_line(line, size),
         )
         choice = candidates(
             query,

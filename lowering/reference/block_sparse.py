@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import pair_line
 from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
@@ -40,16 +41,21 @@ def block_sparse_index(inputs: EstimateInputs, rules: Sequence[BlockSparseRule])
     """The blocks of largest mean-pooled score, per query block, with one rule per head.
 
     Queries and keys are averaged over blocks of `rule.block_size` positions; the `rule.top_k` key
-    blocks of largest mean query x mean key are kept, the diagonal one always. The scale does not
-    matter.
+    blocks of largest mean query x mean key are kept, the diagonal one always. The scale only
+    matters beside a bias by distance.
     """
     mask, rows, columns = inputs.mask, inputs.num_blocks, num_key_blocks(inputs.num_keys)
     per_head = []
-    for head, rule in zip(inputs.heads, rules, strict=True):
+    for head, rule, line in zip(inputs.heads, rules, inputs.bias_lines(), strict=True):
         size = rule.block_size
         pooled_query = pooled_means(inputs.query[:, head], size, mask, offset=mask.query_offset)
         pooled_key = pooled_means(inputs.key[:, head // inputs.group], size, mask, offset=0)
-        table = top_k_blocks(pooled_query, pooled_key, mask, size, rule.top_k)
+        bias = None
+        if line is not None:
+            origin = mask.query_offset + inputs.num_queries - 1
+            bias = pair_line(line, origin, size, pooled_key.shape[1])
+        scale = 1.0 if bias is None else inputs.scale
+        table = top_k_blocks(pooled_query * scale, pooled_key, mask, size, rule.top_k, bias)
         repeat = size // BLOCK
         table = table.repeat_interleave(repeat, 1).repeat_interleave(repeat, 2)
         first = inputs.first_block
@@ -95,12 +101,23 @@ def pooled_means(rows: Tensor, block_size: int, mask: AttentionMask, *, offset: 
 
 
 def top_k_blocks(
-    pooled_query: Tensor, pooled_key: Tensor, mask: AttentionMask, block_size: int, top_k: int
+    pooled_query: Tensor,
+    pooled_key: Tensor,
+    mask: AttentionMask,
+    block_size: int,
+    top_k: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Selected blocks, bool [B, I, J], of pooled queries [B, I, D] and pooled keys [B, J, D]."""
+    """Selected blocks, bool [B, I, J], of pooled queries [B, I, D] and pooled keys [B, J, D].
+
+    bias: `pair_line` of a bias by distance, [2 * J - 1], or None.
+    """
     scores = pooled_query @ pooled_key.transpose(1, 2)
     rows = torch.arange(scores.shape[1], device=scores.device) + mask.query_offset // block_size
     distance = rows[:, None] - torch.arange(scores.shape[2], device=scores.device)
+    if bias is not None:
+        most = scores.shape[2] - 1
+        scores += bias[(most - distance).clamp(0, 2 * most)]
     allowed = torch.ones_like(distance, dtype=torch.bool)
     if mask.causal:
         allowed &= distance >= 0

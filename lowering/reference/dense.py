@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpass.lowering.crossover import EstimatedWork
+from mpass.lowering.distance_bias import bias_rows
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.inputs import AttentionInputs
 from mpass.lowering.reference.attention import (
@@ -31,7 +32,9 @@ def dense_attention(inputs: AttentionInputs) -> Tensor:
     """
     query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
     scale, softcap, sink_logits = inputs.scale, inputs.softcap, inputs.sink_logits
+    bias = inputs.distance_bias
     plain = mask.window == 0 and mask.key_mask is None and softcap == 0 and sink_logits is None
+    plain = plain and bias is None
     square = mask.query_offset == 0 and query.shape[2] <= key.shape[2]
     if plain and (square or not mask.causal):
         # Causal is aligned to the upper left: keys after the last query are never seen.
@@ -50,8 +53,11 @@ def dense_attention(inputs: AttentionInputs) -> Tensor:
         allowed = allowed_cells(mask, positions, key.shape[2])[..., first:last]
         keys, values = key[:, :, first:last], value[:, :, first:last]
         rows = query[:, :, start:stop]
-        if softcap > 0 or sink_logits is not None:
+        if softcap > 0 or sink_logits is not None or bias is not None:
             scores = rows.float() @ repeat_kv(keys, query.shape[1]).float().mT * scale
+            if bias is not None:
+                own = torch.arange(start, stop, device=query.device)
+                scores += bias_rows(bias.float(), own, query.shape[2], first, last)
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
             weights = masked_softmax(scores, allowed, sink_logits)

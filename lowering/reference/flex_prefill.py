@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import pair_line
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import estimated_softmax
@@ -76,6 +77,7 @@ def flex_prefill_index(inputs: EstimateInputs, rules: Sequence[FlexPrefillRule])
     """
     query, key, mask, heads = inputs.query, inputs.key, inputs.mask, inputs.heads
     chosen: dict[int, FlexPrefillChoice] = {}
+    lines = inputs.bias_lines()
 
     def kept_tiles(i: int, tiles: Tensor) -> Tensor:
         if i not in chosen:
@@ -86,6 +88,7 @@ def flex_prefill_index(inputs: EstimateInputs, rules: Sequence[FlexPrefillRule])
                 mask,
                 rules[i],
                 scale=inputs.scale,
+                bias=lines[i],
             )
         choice, rule = chosen[i], rules[i]
         num_blocks = choice.vertical.shape[1]
@@ -124,12 +127,21 @@ def flex_prefill_width(rules: Sequence[FlexPrefillRule]) -> IndexWidth:
 
 
 def choose(
-    query: Tensor, key: Tensor, mask: AttentionMask, rule: FlexPrefillRule, *, scale: float
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    rule: FlexPrefillRule,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> FlexPrefillChoice:
-    """Kind and budgets of one head: query [B, Nq, D], key [B, Nk, D]."""
+    """Kind and budgets of one head: query [B, Nq, D], key [B, Nk, D].
+
+    bias: by distance, [L], or None. Of pooled queries it counts as `pair_line` has it.
+    """
     size, num_keys = rule.block_size, key.shape[1]
     rows = last_rows(real_rows(mask, query.shape[0], query.shape[1], query.device), size)
-    weights, _ = row_attention(query, key, mask, rows, scale=scale)
+    weights, _ = row_attention(query, key, mask, rows, scale=scale, bias=bias)
     live = (weights.sum(-1) > 0).sum(-1, keepdim=True).clamp(min=1)
     vertical = weights.sum(1) / live
     slash = distance_sums(weights, rows + mask.query_offset) / live
@@ -143,12 +155,17 @@ def choose(
 
     means, counts = pooled_keys(key, mask, size, size)
     mean_query = last_mean(query, rows, weights)
-    proxy = estimated_softmax((mean_query[:, None] @ means.mT)[:, 0] * scale, counts > 0)
+    products = (mean_query[:, None] @ means.mT)[:, 0] * scale
+    line = None
+    if bias is not None:
+        line = pair_line(bias, mask.query_offset + query.shape[1] - 1, size, means.shape[1])
+        products = products + last_block_bias(line, mask, rows, size)
+    proxy = estimated_softmax(products, counts > 0)
     query_aware = root_divergence(proxy, vertical) < rule.tau
     vertical_blocks = vertical_blocks.masked_fill(query_aware, fewest)
     slash_blocks = slash_blocks.masked_fill(query_aware, fewest)
 
-    pooled, kept = pooled_attention(query, means, counts, mask, rule, scale=scale)
+    pooled, kept = pooled_attention(query, means, counts, mask, rule, scale=scale, bias=line)
     return FlexPrefillChoice(
         vertical=largest_each(with_first(vertical), vertical_blocks),
         slash=largest_each(with_first(slash), slash_blocks),
@@ -168,24 +185,41 @@ def pooled_attention(
     rule: FlexPrefillRule,
     *,
     scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of mean queries to mean keys, fp32 [B, I, J], and which cells are kept, bool.
 
     Cells are ranked over all query blocks together; they are kept while their running sum is at
     most gamma times the number of query blocks; a gamma of 1 keeps every one that weighs anything.
+    bias: `pair_line` of a bias by distance, or None.
     """
     size = rule.block_size
     pooled = pooled_means(query, size, mask, offset=mask.query_offset)
     first = mask.query_offset // size
     tiles = torch.arange(first, first + pooled.shape[1], device=query.device)
     allowed = allowed_blocks(mask, tiles, means.shape[1] * size, size)
-    weights = estimated_softmax(pooled @ means.mT * scale, allowed & (counts > 0)[:, None, :])
+    products = pooled @ means.mT * scale
+    if bias is not None:
+        most = means.shape[1] - 1
+        distance = tiles[:, None] - torch.arange(most + 1, device=query.device)
+        products += bias[(most - distance).clamp(0, 2 * most)]
+    weights = estimated_softmax(products, allowed & (counts > 0)[:, None, :])
     flat = weights.flatten(1)
     ordered = flat.sort(dim=-1, descending=True, stable=True)
     kept = running_sums(ordered.values) <= rule.gamma * pooled.shape[1]
     kept = (kept if rule.gamma < 1 else torch.ones_like(kept)) & (ordered.values > 0)
     table = torch.zeros_like(kept).scatter_(-1, ordered.indices, kept)
     return weights, table.view_as(weights)
+
+
+def last_block_bias(line: Tensor, mask: AttentionMask, rows: Tensor, size: int) -> Tensor:
+    """What is added to the products of the last rows' mean query with mean keys: [B, J].
+
+    line: of `pair_line`; rows: [B, R], whose last one says in which block they end.
+    """
+    most = line.shape[0] // 2
+    block = (rows[:, -1:].clamp(min=0) + mask.query_offset) // size
+    return line[(most - block + torch.arange(most + 1, device=line.device)).clamp(0, 2 * most)]
 
 
 def distance_sums(weights: Tensor, positions: Tensor) -> Tensor:

@@ -46,11 +46,13 @@ def row_scores(
     scale: float,
     rows: int,
     pool: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that key blocks get from sampled rows of query blocks: sum and greatest, [B, C, J].
 
     query [B, Nq, D]; means [B, S, D] and counts [B, S] of `pooled_keys`; blocks: query blocks [C];
-    rows: how many of each are looked at, see `sampled_rows`. Per row the softmax over all runs that
+    rows: how many of each are looked at, see `sampled_rows`; bias: `run_line` of a bias by distance
+    and the runs, [L], or None. Per row the softmax over all runs that
     it sees, summed over the runs of a block. A run is seen by a row that sees its
     first key (causal) and its last (window). Padding rows do not count. The second result is the
     largest share that one row gives to the block; both are fp32.
@@ -63,7 +65,7 @@ def row_scores(
         visible &= distance >= 0
     if mask.window > 0:
         visible &= distance - (pool - 1) < mask.window
-    logits = run_logits(query, means, local, scale) + counts.log()[:, None, None, :]
+    logits = run_logits(query, means, local, scale, pool, bias) + counts.log()[:, None, None, :]
     weights = estimated_softmax(logits, visible & (counts > 0)[:, None, None, :])
     weights = (weights * counted[..., None]).unflatten(-1, (-1, BLOCK // pool)).sum(-1)
     return weights.sum(2), weights.amax(2)
@@ -78,6 +80,7 @@ def tile_scores(
     *,
     scale: float,
     block_size: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Exponentials of all rows of a query block relative to its greatest: fp32 [B, C, J], <= rows.
 
@@ -95,15 +98,25 @@ def tile_scores(
     if mask.window > 0:
         whole &= distance < mask.window
     seen = whole & (counts > 0)[:, None, None, :] & counted[..., None]
-    logits = run_logits(query, means, local, scale).masked_fill(~seen, -torch.inf)
+    logits = run_logits(query, means, local, scale, block_size, bias).masked_fill(~seen, -torch.inf)
     greatest = logits.amax((2, 3), keepdim=True)
     return (logits - greatest).exp().nan_to_num(0.0).sum(2)
 
 
-def run_logits(query: Tensor, means: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """Scaled products of the query rows [C, R] with all means: fp32 [B, C, R, S]."""
+def run_logits(
+    query: Tensor, means: Tensor, rows: Tensor, scale: float, pool: int, bias: Tensor | None = None
+) -> Tensor:
+    """Scaled products of the query rows [C, R] with all means: fp32 [B, C, R, S].
+
+    pool: keys of a run; bias: `run_line` of a bias by distance, [L], which is added.
+    """
     logits = query[:, rows.flatten()].float() @ means.transpose(1, 2) * scale
-    return logits.view(query.shape[0], *rows.shape, means.shape[1])
+    logits = logits.view(query.shape[0], *rows.shape, means.shape[1])
+    if bias is None:
+        return logits
+    starts = torch.arange(means.shape[1], device=query.device) * pool
+    places = starts - rows[..., None] + (query.shape[1] - 1)
+    return logits + bias[places.clamp(0, bias.shape[0] - 1)]
 
 
 def sampled_rows(

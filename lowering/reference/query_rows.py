@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import bias_rows
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.reference.attention import estimated_softmax
 from mpass.lowering.reference.block_lists import last_query, query_mask
@@ -40,12 +41,18 @@ def last_rows(bounds: Tensor, count: int) -> Tensor:
 
 
 def row_attention(
-    query: Tensor, key: Tensor, mask: AttentionMask, rows: Tensor, *, scale: float
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    rows: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax weights of some query rows over all keys, and what they see: [B, R, Nk] each.
 
-    query [B, Nq, D], key [B, Nk, D]; rows: int64 [B, R]. Rows that are negative, padding or see
-    nothing weigh 0 everywhere.
+    query [B, Nq, D], key [B, Nk, D]; rows: int64 [B, R]; bias: by distance, [L], or None. Rows that
+    are negative, padding or see nothing weigh 0 everywhere.
     """
     num_queries, dim = query.shape[1:]
     num_keys = key.shape[1]
@@ -63,4 +70,6 @@ def row_attention(
     if real is not None:
         visible &= real.gather(1, rows.clamp(min=0))[..., None]
     scores = picked @ key.float().transpose(1, 2) * scale
+    if bias is not None:
+        scores += bias_rows(bias, rows.clamp(min=0), num_queries, 0, num_keys)
     return estimated_softmax(scores, visible), visible

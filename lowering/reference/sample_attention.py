@@ -113,25 +113,32 @@ def sample_attention_columns(
             inputs.mask,
             column_rule(rule, inputs.num_queries),
             scale=inputs.scale,
+            bias=line,
         )
-        for head, rule in zip(inputs.heads, rules, strict=True)
+        for head, rule, line in zip(inputs.heads, rules, inputs.bias_lines(), strict=True)
     ]
     return torch.stack(columns, 1)
 
 
 def top_share_columns(
-    query: Tensor, key: Tensor, mask: AttentionMask, rule: ColumnRule, *, scale: float
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    rule: ColumnRule,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The fewest keys that hold `coverage` of the sampled attention: bool [B, Nk].
 
-    query [B, Nq, D], key [B, Nk, D]. The rows are evenly spaced, the last one included. A coverage
-    of 1 keeps every key with any attention.
+    query [B, Nq, D], key [B, Nk, D]; bias: by distance, [L], or None. The rows are evenly spaced,
+    the last one included. A coverage of 1 keeps every key with any attention.
     """
     real = real_rows(mask, query.shape[0], query.shape[1], query.device)
     rows = evenly_spaced_rows(real, rule.rows)
     sums = torch.zeros(key.shape[0], key.shape[1], device=key.device)
     for some in rows.split(ROWS_AT_ONCE, 1):
-        sums += row_attention(query, key, mask, some, scale=scale)[0].sum(1)
+        sums += row_attention(query, key, mask, some, scale=scale, bias=bias)[0].sum(1)
     ordered = sums.sort(dim=-1, descending=True, stable=True)
     before = running_sums(ordered.values) - ordered.values
     kept = before < rule.coverage * sums.sum(-1, keepdim=True)

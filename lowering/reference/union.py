@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import run_line
 from mpass.lowering.index import IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.block_lists import candidates, keep_mass, list_index
@@ -45,8 +46,10 @@ def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRu
         for head, rule in zip(heads, rules, strict=True)
     ]
 
+    lines = inputs.bias_lines()
+
     def kept_blocks(i: int, blocks: Tensor) -> Tensor:
-        rule = rules[i]
+        rule, line = rules[i], lines[i]
         scores, greatest = row_scores(
             query[:, heads[i]],
             *pooled[i],
@@ -55,6 +58,7 @@ def vertical_block_index(inputs: EstimateInputs, rules: Sequence[VerticalBlockRu
             scale=inputs.scale,
             rows=rule.rows,
             pool=rule.pool,
+            bias=None if line is None else run_line(line, rule.pool),
         )
         choice = candidates(
             query,
@@ -92,8 +96,9 @@ def spread_sums(inputs: EstimateInputs, counts: Sequence[int]) -> Tensor:
             inputs.mask,
             evenly_spaced_rows(bounds, count),
             scale=inputs.scale,
+            bias=line,
         )[0].sum(1)
-        for head, count in zip(inputs.heads, counts, strict=True)
+        for head, count, line in zip(inputs.heads, counts, inputs.bias_lines(), strict=True)
     ]
     return torch.stack(sums, 1)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import bias_rows
 from mpass.lowering.index import (
     BLOCK,
     AttentionMask,
@@ -107,6 +108,9 @@ def last_query_sums(
     )
     keys = key[:, [head // inputs.group for head in heads]].float()
     scores = picked @ keys.transpose(-1, -2) * inputs.scale
+    for i, line in enumerate(inputs.bias_lines()):
+        if line is not None:
+            scores[:, i] += bias_rows(line, rows.clamp(min=0), inputs.num_queries, 0, num_keys)
 
     positions = rows + mask.query_offset
     visible = torch.stack(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import antidiagonal_line
 from mpass.lowering.index import AttentionMask, IndexWidth, SparseIndex
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.attention import estimated_softmax
@@ -48,8 +49,10 @@ def x_attention_index(inputs: EstimateInputs, rules: Sequence[XAttentionRule]) -
         for head, rule in zip(heads, rules, strict=True)
     ]
 
+    lines = inputs.bias_lines()
+
     def kept_tiles(i: int, tiles: Tensor) -> Tensor:
-        rule = rules[i]
+        rule, line = rules[i], lines[i]
         scores = x_attention_scores(
             query[:, heads[i]],
             *keys[i],
@@ -58,6 +61,7 @@ def x_attention_index(inputs: EstimateInputs, rules: Sequence[XAttentionRule]) -
             scale=inputs.scale,
             stride=rule.stride,
             block_size=rule.block_size,
+            bias=line,
         )
         choice = candidates(
             query,
@@ -111,11 +115,13 @@ def x_attention_scores(
     scale: float,
     stride: int,
     block_size: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention between groups, summed over each tile and key block: fp32 [B, C, J].
 
     query [B, Nq, D]; keys and exists of `key_groups`; tiles: [C], of block_size positions. Group i
     of queries gives group j of keys the logit of the mean of their antidiagonal and sees j <= i.
+    bias: by distance, [L], or None.
     """
     batch, num_queries, dim = query.shape
     positions = tiles[:, None] * block_size + torch.arange(block_size, device=tiles.device)
@@ -132,6 +138,10 @@ def x_attention_scores(
 
     groups = tiles[:, None] * per_tile + torch.arange(per_tile, device=tiles.device)
     distance = groups[..., None] - torch.arange(keys.shape[1], device=tiles.device)
+    if bias is not None:
+        line = antidiagonal_line(bias, mask.query_offset + num_queries - 1, stride, keys.shape[1])
+        most = keys.shape[1] - 1
+        logits += line[(most - distance).clamp(0, 2 * most)].flatten(0, 1)
     visible = torch.ones_like(distance, dtype=torch.bool)
     if mask.causal:
         visible &= distance >= 0

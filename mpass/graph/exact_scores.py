@@ -16,6 +16,8 @@ def exact_reason(site: AttentionSite, trained: bool, summaries: int, denoising: 
         return "gradients are recorded"
     if site.kept is not None:
         return "the model itself chooses the keys"
+    if site.distance_bias is not None:
+        return "a bias by distance is added to them"
     if summaries:
         return "'summaries' needs exact sums"
     if denoising:

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 
 from mpass.graph.nodes import example, head_count, number_now, shape_of
+from mpass.lowering.index import AttentionMask
+from mpass.lowering.inputs import AttentionInputs
 
 Length = int | torch.SymInt
 
@@ -91,6 +93,8 @@ class AttentionSite:
     key_bias: the node of numbers that are added to the scores of each key, the same in every row:
     [B or 1, H or 1, 1, Nk], or with fewer dimensions as lowering/key_bias.py reads them; times
     bias_factor. None for none.
+    distance_bias: the node of a bias by distance, [H or 1, Nq + Nk - 1], as
+    lowering/distance_bias.py reads it. None for none.
     kept: which keys each query keeps of those that the mask lets it see; None for all.
     ahead: what keys ahead of a query get, where that matters: rows whose bias hides every key that
     they see are then computed as eager attention does.
@@ -118,6 +122,7 @@ class AttentionSite:
     dtype: torch.dtype | None = None
     key_bias: fx.Node | None = None
     bias_factor: float = 1.0
+    distance_bias: fx.Node | None = None
     kept: KeptKeys | None = None
     ahead: HiddenAhead | None = None
     rows: Length | None = None
@@ -144,6 +149,13 @@ class AttentionSite:
     def compute_dtype(self) -> torch.dtype:
         """What query, key and value are in when they are multiplied: autocast may narrow them."""
         return self.dtype or example(self.query).dtype
+
+    def inputs(self) -> AttentionInputs:
+        """What a lowering is asked about it: dtypes and sizes, and whether there is a bias."""
+        query, key, value = (example(node) for node in (self.query, self.key, self.value))
+        bias = None if self.distance_bias is None else example(self.distance_bias)
+        words = (AttentionMask(), 1.0, self.softcap)
+        return AttentionInputs(query, key, value, *words, distance_bias=bias)
 
     @property
     def num_heads(self) -> int:

@@ -62,10 +62,15 @@ OPTION = "options['grid']"
 
 
 def is_over_a_grid(site: AttentionSite, mask: MaskMeaning) -> bool:
-    """Whether a site may be seen in another order: all tokens look at the same ones, both ways."""
+    """Whether a site may be seen in another order: all tokens look at the same ones, both ways.
+
+    A bias by distance is one of the tokens' own order.
+    """
     length, keys = shape_of(site.query)[2], shape_of(site.key)[2]
     plain = site.is_two_sided and mask.valid_keys is None and site.listed is None
     if not plain or site.kept is not None or site.ahead is not None:
+        return False
+    if site.distance_bias is not None:
         return False
     if is_unbacked(length) or not agree(length, keys):
         return False
@@ -108,9 +113,9 @@ def insert_tiles(
     same = (n for n in known if n.args[1:] == numbers and example(n.args[0]).device == device)
     made = next(same, None) or insert(target, site.query, *numbers)
     order, places = (insert(operator.getitem, made, i) for i in range(2))
-    tokens = [
+    query, key, value = (
         insert(aten.index_select.default, node, 2, order) for node in (site.query, key, value)
-    ]
+    )
     if key_mask is not None:
         propagate(key_mask, site.output)
         key_mask = insert(aten.index_select.default, key_mask, 1, order)
@@ -120,7 +125,7 @@ def insert_tiles(
         rows_back = graph.call_function(aten.index_select.default, (rows, 1, places))
         return [rows, rows_back, graph.call_function(aten.transpose.int, (rows_back, 1, 2))]
 
-    return Tiled(dataclasses.replace(site, query=tokens[0]), *tokens[1:], key_mask, back)
+    return Tiled(dataclasses.replace(site, query=query), key, value, key_mask, back)
 
 
 def insert_by_content(graph: fx.Graph, site: AttentionSite, key: fx.Node, value: fx.Node) -> Tiled:

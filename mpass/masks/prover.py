@@ -80,6 +80,7 @@ class MaskProver:
         self.reader = GraphReader(self.writes, RULES)
         self._memo: dict[tuple[object, ...], MaskProof] = {}
         self.rearrangements: dict[object, bool] = {}
+        self.lines: dict[object, fx.Node | None] = {}
 
     def prove_mask(
         self,

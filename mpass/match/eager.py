@@ -29,6 +29,7 @@ from mpass.match.common import (
     new_node,
     shape_reason,
 )
+from mpass.match.distance_bias import split_distance, with_distance
 from mpass.match.eager_scores import (
     MASKS,
     MAX_STEPS,
@@ -129,8 +130,11 @@ def build_site(
     )
     proof, bias = MaskProof(None, "not read: the site stays dense"), scores.bias
     steps: Sequence[tuple[fx.Node, fx.Node]] = ()
+    line = None
     if not reason:
         proof, bias, steps = prove_masks(chain, scores, query, key, prover)
+        if proof.meaning is None and bias is None:
+            proof, line = prove_by_distance(chain, scores, query, key, prover, proof)
     return make_site(
         output,
         query=query,
@@ -141,10 +145,13 @@ def build_site(
         sinks=sinks,
         mask=proof.meaning,
         unproven=proof.reason,
-        mask_tensor=None if reason else added_mask(steps, query, key, chain.softmax, prover),
+        mask_tensor=None
+        if reason or line
+        else added_mask(steps, query, key, chain.softmax, prover),
         key_bias=None if bias is None else first_row(bias.node, chain.softmax),
         bias_factor=1.0 if bias is None else bias.factor,
         ahead=None if bias is None else bias.ahead,
+        distance_bias=line,
         output_transposed=second.output_transposed,
         output_folded=len(shape_of(output)) == 3,
         dtype=example(product).dtype,
@@ -189,6 +196,27 @@ def prove_masks(
         proof = dataclasses.replace(proof, meaning=with_words(proof.meaning))
         bias = dataclasses.replace(bias, ahead=ahead)
     return proof, bias, steps
+
+
+def prove_by_distance(
+    chain: Chain,
+    scores: Scores,
+    query: fx.Node,
+    key: fx.Node,
+    prover: MaskProver,
+    before: MaskProof,
+) -> tuple[MaskProof, fx.Node | None]:
+    """What the masks of a chain mean beside a bias by distance, and the line of that.
+
+    before: the proof without one, which stays where there is none.
+    """
+    if scores.softcap > 0 or len(shape_of(chain.softmax)) != 4:
+        return before, None
+    found, steps = split_distance(scores.masks, query, key, prover)
+    if found is None or scores.factors:
+        return before, None
+    proof = prover.prove_steps(steps, query, key, chain.softmax, leading_sizes(chain.softmax))
+    return with_distance(proof), found.line
 
 
 def is_first(step: tuple[fx.Node, fx.Node], steps: Sequence[tuple[fx.Node, fx.Node]]) -> bool:

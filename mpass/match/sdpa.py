@@ -23,6 +23,7 @@ from mpass.match.common import (
     readable_mask,
     shape_reason,
 )
+from mpass.match.distance_bias import distance_bias, with_distance
 from mpass.match.folds import folds_to_four, four_dimensional, leading_sizes, readable
 from mpass.match.key_bias import first_row, with_choice, with_words
 from mpass.match.masked_bias import bias_behind
@@ -84,17 +85,20 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
     if not reason and leading is None:
         key, value = original_pair(key, value, node, node, prover)
     mask, unproven = mask_of(node, call, prover, leading)
-    bias = kept = ahead = None
+    bias = kept = ahead = line = None
     if not reason and mask is None and leading is None and call.is_causal is False:
         found = bias_behind(call.attn_mask, call.query, key, node, prover)
         if found is not None:
             bias, mask, unproven = first_row(found.node, node), with_words(found.meaning), ""
             mask, kept = with_choice(mask, found.best), found.best
             ahead = found.ahead
+        else:
+            mask, unproven, line = by_distance(call, key, node, prover, unproven)
     mask_tensor = None
     if (
         not reason
         and bias is None
+        and line is None
         and call.is_causal is False
         and readable(call.attn_mask, leading is not None)
     ):
@@ -109,12 +113,27 @@ def match_sdpa(node: fx.Node, prover: MaskProver) -> AttentionSite | None:
         unproven=unproven,
         mask_tensor=mask_tensor,
         key_bias=bias,
+        distance_bias=line,
         kept=kept,
         ahead=ahead,
         dense_reason=reason,
         output_folded=leading is not None,
         dtype=example(node).dtype,
     )
+
+
+def by_distance(
+    call: SdpaCall, key: fx.Node, node: fx.Node, prover: MaskProver, unproven: str
+) -> tuple[MaskMeaning | None, str, fx.Node | None]:
+    """What a mask with a bias by distance in it means, or why not, and the line of the bias.
+
+    unproven: why the mask is not proven without one.
+    """
+    found = distance_bias(call.attn_mask, node, call.query, key, prover)
+    if found is None:
+        return None, unproven, None
+    proof = with_distance(prover.prove_steps(found.steps, call.query, key, node))
+    return proof.meaning, proof.reason, found.line
 
 
 def mask_of(

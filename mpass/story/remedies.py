@@ -28,7 +28,11 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "run under torch.no_grad() or torch.inference_mode(), or train sparse, with "
         'options={"training": "sparse"}',
     ),
-    (r"^no backward kernels", "train on a CPU"),
+    (r"^no backward kernels|^no gradient of a bias", "train on a CPU"),
+    (
+        r"^a bias by distance is not seen by",
+        "choose union, vertical_slash, sample_attention or a pattern that is not estimated",
+    ),
     (
         r"^trained under a mask",
         "load the model with attn_implementation='sdpa' and give it a padding mask [B, N] or none",
@@ -56,7 +60,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (
         r"known to be a mask: .* is an input",
         "if it hides keys, build it inside the compiled model from a padding mask [B, N]; if it is "
-        "a bias by distance, as ALiBi, add one number per key, [.., 1, Nk], beside a causal mask",
+        "a bias by distance, make it of the positions' difference inside the compiled model",
     ),
     (
         r"is an input whose values are unknown|position of the first query",
@@ -69,8 +73,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"a learned bias|known to be a mask: .*(embedding|gather)",
-        "nothing: a bias that differs from row to row (by distance, T5) runs dense; a number per "
-        "key, as ALiBi, is served",
+        "make it of the difference of positions, k - q, as T5 and ALiBi do, or add a number per "
+        "key: other biases run dense",
     ),
     (
         r"this op is not understood|too many parts",
@@ -114,7 +118,10 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"^mpass failed", "report it; the results are right"),
     (r"mask is not proven", "build the mask from positions in int64"),
     (r"two biases", "add the biases to each other first"),
-    (r"bias|what differs", "add one number per key, as [.., 1, Nk]: other biases are not served"),
+    (
+        r"bias|what differs",
+        "add one number per key, as [.., 1, Nk], or a bias made of k - q: others are not served",
+    ),
 )
 """Regular expressions of reasons, the first that is found decides, and what to do."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from mpass.graph.nodes import MADE_HERE, example
 from mpass.graph.site import AttentionSite, KeptKeys, MaskMeaning
+from mpass.lowering.distance_bias import bias_rows
 from mpass.lowering.index import AttentionMask
 from mpass.lowering.key_bias import as_rows
 from mpass.lowering.mask_forms import HIDDEN
@@ -28,7 +29,8 @@ def claim_key(site: AttentionSite) -> tuple[Any, ...]:
     inputs = (*map(shape_now, (site.query, site.key, site.value)), site.compute_dtype)
     numbers = (site.scale, site.softcap, site.sinks is None, site.output_transposed, site.kept)
     meaning = (site.read_mask, mask.causal, str(mask.query_offset), mask.window, mask.key_mask)
-    return (*inputs, *numbers, *meaning, str(mask.valid_keys), site.key_bias, site.bias_factor)
+    biases = (site.key_bias, site.bias_factor, site.distance_bias)
+    return (*inputs, *numbers, *meaning, str(mask.valid_keys), *biases)
 
 
 def claimed_cells(mask: MaskMeaning | None, run: Run, site: AttentionSite, rows: Tensor) -> Tensor:
@@ -82,6 +84,8 @@ def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
     query = query.index_select(2, rows.to(query.device)).double()
     key = repeat_kv(key, query.shape[1]).double()
     scores = query @ key.transpose(-1, -2) * site.scale
+    if site.distance_bias is not None:
+        scores = scores + claimed_bias(site, run, rows).double()
     scores = site.softcap * torch.tanh(scores / site.softcap) if site.softcap > 0 else scores
     if site.key_bias is not None:
         bias = as_rows(run.whole(site.key_bias).double(), *query.shape[:2])
@@ -94,6 +98,19 @@ def claimed_scores(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
     return scores + run.strip(added).double()
 
 
+def claimed_bias(site: AttentionSite, run: Run, rows: Tensor) -> Tensor:
+    """What a bias by distance is claimed to add to the scores of some rows: [H or 1, rows, Nk]."""
+    assert site.distance_bias is not None
+    line = run.whole(site.distance_bias)
+    queries, keys = shape_now(site.query)[2], shape_now(site.key)[2]
+    return bias_rows(line, rows.to(line.device), queries, 0, keys)
+
+
+def has_bias(site: AttentionSite) -> bool:
+    """Whether a bias is added to scores, which may be larger than these."""
+    return site.key_bias is not None or site.distance_bias is not None
+
+
 def tolerance(site: AttentionSite) -> float:
     """Largest relative difference that rounding makes in the dtype that the site computes in.
 
@@ -104,7 +121,7 @@ def tolerance(site: AttentionSite) -> float:
 
 def mask_inputs(site: AttentionSite) -> list[fx.Node]:
     """The tensors that a claim about a mask reads: the key mask, or the mask itself; a bias."""
-    bias = [] if site.key_bias is None else [site.key_bias]
+    bias = [each for each in (site.key_bias, site.distance_bias) if each is not None]
     if site.read_mask is not None:
         return [site.read_mask, *bias]
     return [*bias, site.mask.key_mask] if site.mask is not None and site.mask.key_mask else bias

@@ -13,12 +13,17 @@ from mpass.errors import in_one_line
 from mpass.graph.nodes import op_name
 from mpass.graph.site import AttentionSite
 from mpass.graph.writes import StorageWrites
+from mpass.masks.conjuncts import HIDDEN
 from mpass.validation.claims import (
     attention_inputs,
+    claimed_bias,
+    claimed_cells,
+    tolerance,
 )
 from mpass.validation.samples import next_node
 from mpass.validation.slices import (
     NotRunError,
+    Run,
     part_of,
 )
 
@@ -61,6 +66,20 @@ def differing(
             values += f", the proof says {claimed[place].item():g}"
         first.append(f"{position}: {values}")
     return Difference(what, len(cells), tuple(first))
+
+
+def differing_bias(site: AttentionSite, run: Run, rows: Tensor, got: Tensor) -> Difference | None:
+    """Where a mask with a bias by distance in it is not what is claimed; None if it is."""
+    cells, bias = torch.broadcast_tensors(
+        claimed_cells(site.mask, run, site, rows), claimed_bias(site, run, rows)[None]
+    )
+    got = got.expand(cells.shape)
+    slack = tolerance(site) * (1 + bias.abs())
+    wrong = torch.where(cells, ~((got - bias).abs() <= slack), ~(got <= HIDDEN))
+    if not wrong.any():
+        return None
+    claimed = bias.masked_fill(~cells, -torch.inf)
+    return differing("a mask with a bias by distance", wrong, rows, got, claimed)
 
 
 def bug_report(site: AttentionSite, difference: Difference) -> str:

@@ -30,11 +30,13 @@ from mpass.lowering.reference.attention import masked_softmax, repeat_kv
 from mpass.masks.conjuncts import HIDDEN
 from mpass.match.sdpa import bind_sdpa
 from mpass.plan import AttentionPlan, Skip
+from mpass.validation import report
 from mpass.validation.claims import (
     attention_inputs,
     claim_key,
     claimed_cells,
     claimed_scores,
+    has_bias,
     made_operands,
     mask_inputs,
     operands,
@@ -162,6 +164,10 @@ def check_mask(validator: Validator, site: AttentionSite) -> Difference | None:
         for part, values in inputs_of(validator, site, [mask, *mask_inputs(site)], []):
             for run, rows in strips(validator, site, part, values):
                 seen = run.strip(mask)
+                if site.distance_bias is not None:
+                    if found := report.differing_bias(site, run, rows, seen):
+                        return found
+                    continue
                 if seen.dtype != torch.bool:
                     bias = (seen != 0) & ~(seen <= HIDDEN)
                     if bias.any():
@@ -254,7 +260,7 @@ def check_scores(validator: Validator, site: AttentionSite) -> Difference | None
                 least = expected.abs().masked_fill(~claimed, torch.inf).argmin(-1, keepdim=True)
                 shift = (got - expected).gather(-1, least).nan_to_num(0.0, 0.0, 0.0)
                 slack = tolerance(site) * (1 + expected.abs())
-                if site.key_bias is not None:  # the row's largest numbers are rounded most
+                if has_bias(site):  # the row's largest numbers are rounded most
                     slack += 1e-6 * expected.abs().amax(-1, keepdim=True)
                 near = (got - expected - shift).abs() <= slack
                 near |= got == expected  # minus infinity, of a bias
@@ -297,7 +303,7 @@ def check_output(validator: Validator, site: AttentionSite) -> Difference | None
                 shapes = (f"{list(got.shape)} computed", f"{list(expected.shape)} claimed")
                 return Difference("shape of the output", 1, shapes)
             slack = tolerance(site) * (1 + expected.abs())
-            if site.key_bias is not None:  # large scores are rounded before the softmax
+            if has_bias(site):  # large scores are rounded before the softmax
                 slack += 1e-6 * scores.abs().amax() * value.abs().amax()
             near = (got - expected).abs() <= slack
             near |= (got == expected) | (got.isnan() & expected.isnan())

@@ -66,7 +66,7 @@ def merge_heads(
 
     rows: of `index_rows`, one per head of the inputs; turns: one per row of the index. The query is
     [B, Hk * m, Nq, D], where m is the most rows that a kv head has; what none of `heads` names is
-    not written.
+    not written. A bias by distance is the mean of those of the heads.
     """
     members: list[list[int]] = [[] for _ in turns]
     for head, row in zip(inputs.heads, rows, strict=True):
@@ -86,7 +86,13 @@ def merge_heads(
         for head, own, turn in zip(heads, members, turns, strict=True):
             given = torch.stack([inputs.query[:, member] for member in own], 1)[:, None]
             take_turns(query[:, head : head + 1], given, turn, offset)
-    return replace(inputs, query=query, heads=heads)
+    bias = inputs.distance_bias
+    if bias is not None and bias.shape[0] > 1:
+        joined = bias.new_zeros(query.shape[1], bias.shape[1], dtype=torch.float32)
+        for head, own in zip(heads, members, strict=True):
+            joined[head] = torch.stack([bias[member] for member in own]).float().mean(0)
+        bias = joined
+    return replace(inputs, query=query, heads=heads, distance_bias=bias)
 
 
 def take_turns(out: Tensor, given: Tensor, turns: Turns, offset: int) -> None:

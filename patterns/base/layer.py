@@ -103,6 +103,7 @@ def attend_heads(
     measured: int = 0,
     most_lost: float = 1.0,
     int8: bool = False,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """Estimate the index of a layer and attend over it, now: [B, H, Nq, Dv].
 
@@ -112,10 +113,12 @@ def attend_heads(
         *attention_arguments(
             *(query, key, value, heads, mask, scale, softcap, sinks),
             *(dense_above, min_seq_len, layer, site),
+            distance_bias,
         ),
         measured,
         most_lost,
         int8,
+        distance_bias,
     )
     return out
 
@@ -158,6 +161,7 @@ def attention_arguments(
     min_seq_len: int,
     layer: int,
     site: int,
+    distance_bias: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """The arguments of `minference::sparse_attention`, the index estimated."""
     visible = (mask.query_offset, mask.window, mask.causal)
@@ -165,7 +169,7 @@ def attention_arguments(
     parts: list[Tensor] = []
     for group in heads.groups:
         arguments = (query, key, mask.key_mask, group.heads, *visible, scale)
-        parts += named_op(group.name)(*arguments, *limits, *group.parameters, site)
+        parts += named_op(group.name)(*arguments, *limits, *group.parameters, site, distance_bias)
     if len(heads.groups) > 1:
         order = (heads.flat_slots, heads.flat_heads, heads.sizes)
         parts = list(torch.ops.minference.join_indexes.default(parts, *order))

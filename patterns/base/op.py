@@ -33,16 +33,16 @@ from mpass.patterns.base.pattern import Pattern
 def define_index_op(cls: type[Pattern]) -> None:
     """Define the op that runs `cls.estimate`: the pattern's fields as one list argument each.
 
-    dense_above, min_seq_len and site are those of `minference::sparse_attention`. Where they say
-    before anything is estimated that dense attention will run, nothing is: the index selects every
-    key.
+    dense_above, min_seq_len, site and distance_bias are those of `minference::sparse_attention`.
+    Where they say before anything is estimated that dense attention will run, nothing is: the index
+    selects every key.
     """
     kinds = parameter_kinds(cls)
     arguments = "".join(f", {kind.schema} {name}" for name, kind in kinds.items())
     schema = (
         "(Tensor query, Tensor key, Tensor? key_mask, int[] heads, SymInt query_offset, "
         "int window, bool causal, float scale, float dense_above, "
-        f"SymInt min_seq_len{arguments}, int site=0) "
+        f"SymInt min_seq_len{arguments}, int site=0, Tensor? distance_bias=None) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
@@ -59,10 +59,10 @@ def define_index_op(cls: type[Pattern]) -> None:
         min_seq_len: int,
         *parameters: Any,
     ) -> IndexTensors:
-        parameters, site = split_site(parameters, len(kinds))
+        parameters, site, bias = split_site(parameters, len(kinds))
         own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         mask = AttentionMask(causal, query_offset, window, key_mask)
-        inputs = EstimateInputs(query, key, mask, heads, scale)
+        inputs = EstimateInputs(query, key, mask, heads, scale, bias)
         try:
             reason = reason_for_dense(
                 inputs, own, dense_above=dense_above, min_seq_len=min_seq_len, site=site
@@ -89,7 +89,7 @@ def define_index_op(cls: type[Pattern]) -> None:
         min_seq_len: int,
         *parameters: Any,
     ) -> IndexTensors:
-        parameters, _ = split_site(parameters, len(kinds))
+        parameters, _, _ = split_site(parameters, len(kinds))
         own = patterns_of(cls, len(heads), tuple(map(tuple, parameters)))  # type: ignore[arg-type]
         rows = num_query_blocks(query.shape[2], query_offset)
         slots = head_slots(own.patterns, heads, query.shape[1] // key.shape[1])
@@ -99,12 +99,16 @@ def define_index_op(cls: type[Pattern]) -> None:
     fake_of(cls.name)(fake)
 
 
-def split_site(arguments: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], int]:
-    """The `count` lists of parameters at the end of an op's arguments, and the site if it is given.
+def split_site(
+    arguments: tuple[Any, ...], count: int
+) -> tuple[tuple[Any, ...], int, Tensor | None]:
+    """The `count` lists of parameters at the end of an op's arguments, the site and the bias.
 
     Arguments that have their default value may be left out by torch.
     """
-    return arguments[:count], arguments[count] if len(arguments) > count else 0
+    given = arguments[count:]
+    site = given[0] if given else 0
+    return arguments[:count], site, given[1] if len(given) > 1 else None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -69,3 +69,18 @@ def test_sites_that_no_layer_tells_apart_stay_rows_of_their_own():
     unknown = dataclasses.replace(SITE, layer=-1, path="attn")
     twice = sites_of_layers([3, 3])
     assert [row[0] for row in rows_of([unknown, unknown, *twice])] == ["-", "-", "3", "3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("vertical_slash", mpass.VerticalSlash()),
+        ("vertical_slash(100, 200)", mpass.VerticalSlash(100, 200)),
+        ("vertical_slash(slash_size=200)", mpass.VerticalSlash(slash_size=200)),
+        ("block_sparse(5, block_size=128)", mpass.BlockSparse(5, 128)),
+        (" dense ", mpass.Dense()),
+    ],
+)
+def test_patterns_are_read_from_text(text, pattern):
+    assert parse_pattern(text) == pattern
+    assert parse_pattern(str(pattern)) == pattern

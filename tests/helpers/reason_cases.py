@@ -186,7 +186,10 @@ MASKS: dict[str, tuple[Maker, str]] = {
     "complex": (lambda x: torch.full((N,), 1j) == 1, "constant 1j"),
     "narrow": (lambda x: x.short + 1 > 3, "arithmetic on positions in torch.int16"),
     "bias": (lambda x: x.floats + distance(), "what may be fractions, as biases are"),
-    "alibi": (lambda x: distance() * -0.1, "what is added is not known to be a mask: mul"),
+    "of both": (
+        lambda x: (x.ids[:, None] + x.ids) * -0.1,
+        "what is added is not known to be a mask: mul",
+    ),
     "wrap": (lambda x: distance().int() + BIG > BIG, "torch.int32 might wrap or round"),
     "rounding": (
         lambda x: torch.div(distance(), 4, rounding_mode="trunc") > 0,

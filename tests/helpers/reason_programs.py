@@ -229,6 +229,9 @@ PROGRAMS: dict[str, Case] = {
     "bias of rows without keys": Case(
         scores.bias_of_no_keys, "rows that see no key have a bias per key"
     ),
+    "distances of rows without keys": Case(
+        scores.distance_of_no_keys, "rows that see no key have a bias by distance"
+    ),
     "scaled after the mask": Case(
         scores.scaled_after_mask, "changed by mul after a mask or a bias"
     ),

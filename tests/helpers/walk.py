@@ -32,8 +32,8 @@ LARGEST_ADDED = 60e6
 """Bytes that `pip install` of the wheel may add to an environment that has torch."""
 
 TESTS = (
-    *("tests/test_package.py", "tests/test_backend.py", "tests/test_functional.py"),
-    *("tests/test_compile_in_place.py", "tests/config", "tests/graph"),
+    *("tests/test_package.py", "tests/backend/test_backend.py", "tests/test_functional.py"),
+    *("tests/backend/test_compile_in_place.py", "tests/config", "tests/graph"),
     *("tests/masks/test_prover.py", "tests/match/test_spellings.py", "tests/patterns"),
     "tests/lowering/cpu/test_attention.py",
 )

@@ -40,8 +40,8 @@ REASONS = (
 )
 """What a site may stay dense for: biases, chunks, decoding, positions that are tensors."""
 
-PARTLY = {"bloom", "t5", "llama4", "whisper"}
-"""Families with attention that no sparse op serves: ALiBi, position bias, chunks, cross."""
+PARTLY = {"bloom", "llama4", "whisper"}
+"""Families with attention that no sparse op serves: ALiBi, chunks, cross."""
 
 QUICK = part_of_today(
     [

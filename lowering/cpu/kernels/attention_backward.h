@@ -126,10 +126,25 @@ struct Softmax {
   }
 };
 
+// A bias by distance and its gradient, from the last distance to the first: of a query row and the
+// key at position k they stand k before those of the key at position 0.
+struct TurnedBias {
+  const float* bias = nullptr;
+  float* grad = nullptr;
+};
+
+// Where that of row n of the queries stands, for the key at position 0. grad: sums of the head.
+inline TurnedBias bias_of_block(const AttentionArguments& a, const BackwardArguments& g,
+                                float* grad, int64_t h, int64_t n) {
+  if constexpr (!BIASED) return {};
+  return {g.turned_bias + h * a.bias_head + n + a.num_keys - 1, grad + n + a.num_keys - 1};
+}
+
 // Adds what a tile gives to the gradients of the block's queries, and of the tile's keys and
 // values: rows of GRAD_WIDTH floats, the key's first.
 void add_tile(const AttentionArguments& a, BackwardScratch& s, const QueryBlock& block,
-              const Tile& tile, const word* data, float* grad_keys, const Softmax& softmax) {
+              const Tile& tile, const word* data, float* grad_keys, const Softmax& softmax,
+              const TurnedBias& turned) {
   const int count = padded(tile.bounds.keys, KEY_STEP);
   const word *queries = s.queries.get(), *grads = s.grads.get();
   float *scores = s.scores.get(), *grad_weights = s.grad_weights.get();
@@ -142,12 +157,20 @@ void add_tile(const AttentionArguments& a, BackwardScratch& s, const QueryBlock&
     const uint64_t bits = masked ? queries_of_key(a, block, tile, k) : ~uint64_t(0);
     const float *score = scores + k * BLOCK, *grad = grad_weights + k * BLOCK;
     packed *weight = weights + k * BLOCK, *grad_score = grad_scores + k * BLOCK;
+    const bool biased = BIASED && (tile.visible >> k & 1);
+    const int64_t place = !biased ? 0 : tile.columns ? tile.columns[k] : tile.first + k;
     for (int n = 0; n < BLOCK; n += 2 * LANES) {
       vec w[2], g[2];
       for (int i = 0; i < 2; ++i) {
         const int q = n + i * LANES;
-        softmax(load(score + q), load(s.exponent + q), load(grad + q), load(s.dots + q), masked,
-                bits >> q, &w[i], &g[i]);
+        vec exponent = load(s.exponent + q);
+        if (biased) exponent = fma(load(turned.bias - place + q), set1(LOG2E), exponent);
+        softmax(load(score + q), exponent, load(grad + q), load(s.dots + q), masked, bits >> q,
+                &w[i], &g[i]);
+        if (biased) {
+          float* sum = turned.grad - place + q;
+          store(sum, add(load(sum), g[i]));
+        }
       }
       store(weight + n, w[0], w[1], packed_tag{});
       store(grad_score + n, g[0], g[1], packed_tag{});
@@ -176,7 +199,7 @@ void add_tile(const AttentionArguments& a, BackwardScratch& s, const QueryBlock&
 // them; positions: of its head's columns.
 void add_block(const AttentionArguments& a, const BackwardArguments& g, BackwardScratch& s,
                const QueryBlock& block, const word* keys, float* grad_keys,
-               const int32_t* positions, const Softmax& softmax) {
+               const int32_t* positions, const Softmax& softmax, float* grad_line) {
   const TensorView query{static_cast<const input*>(a.query), a.query_batch, a.query_head,
                          a.query_row};
   const TensorView grad_out{static_cast<const input*>(g.grad_out), g.grad_out_batch,
@@ -201,14 +224,15 @@ void add_block(const AttentionArguments& a, const BackwardArguments& g, Backward
     s.dots[r] = r < block.rows ? g.dots[first + r] : 0.0f;
   }
   std::memset(s.grad_query.get(), 0, TURNED_ROWS * BLOCK * sizeof(float));
+  const TurnedBias turned = bias_of_block(a, g, grad_line, block.h, n);
   for (const Tile& tile : block.tiles) {
     if (tile.columns) {
       const int64_t chunk = (tile.columns - positions) / BLOCK;
       add_tile(a, s, block, tile, s.columns.get() + chunk * TILE_WORDS,
-               s.grad_columns.get() + chunk * BLOCK * GRAD_WIDTH, softmax);
+               s.grad_columns.get() + chunk * BLOCK * GRAD_WIDTH, softmax, turned);
     } else {
       add_tile(a, s, block, tile, keys + tile.first / BLOCK * TILE_WORDS,
-               grad_keys + tile.first * GRAD_WIDTH, softmax);
+               grad_keys + tile.first * GRAD_WIDTH, softmax, turned);
     }
   }
   input* out = static_cast<input*>(g.grad_query) + first * HEAD_DIM;
@@ -246,8 +270,8 @@ inline void add_row(float* to, const float* from) {
 
 // One unit: every `parts`-th query block, from `part` on, of all query heads of a kv head.
 void add_unit(const AttentionArguments& a, const BackwardArguments& g, const PackedKeyValues& in,
-              BackwardScratch& s, QueryBlock& block, const word* keys, float* grad_keys, int64_t b,
-              int64_t kv_head, int64_t part) {
+              BackwardScratch& s, QueryBlock& block, const word* keys, float* grad_keys,
+              float* grad_lines, int64_t b, int64_t kv_head, int64_t part) {
   const Softmax softmax(a);
   const int64_t group = a.heads / a.kv_heads;
   std::memset(grad_keys, 0, in.key_blocks * BLOCK * GRAD_WIDTH * sizeof(float));
@@ -256,7 +280,8 @@ void add_unit(const AttentionArguments& a, const BackwardArguments& g, const Pac
     const int64_t count = gather_columns(a, s, b, h);
     for (int64_t i = part; i < a.num_blocks; i += g.parts) {
       list_tiles(a, in, block, b, h, i);
-      add_block(a, g, s, block, keys, grad_keys, positions, softmax);
+      add_block(a, g, s, block, keys, grad_keys, positions, softmax,
+                BIASED ? grad_lines + (h - kv_head * group) * g.line : nullptr);
     }
     for (int64_t c = 0; c < count; ++c)
       if (positions[c] >= 0 && positions[c] < a.num_keys)
@@ -305,8 +330,9 @@ extern "C" int attention_backward(const AttentionArguments* arguments,
       for (int64_t unit = 0; unit < heads * g.parts; ++unit) {
         const int64_t head = unit / g.parts;
         add_unit(a, g, in, scratch, query_block, tiles.get() + head * in.key_blocks * TILE_WORDS,
-                 sums.get() + unit * rows * GRAD_WIDTH, head / a.kv_heads, head % a.kv_heads,
-                 unit % g.parts);
+                 sums.get() + unit * rows * GRAD_WIDTH,
+                 BIASED ? g.grad_bias + unit * (a.heads / a.kv_heads) * g.line : nullptr,
+                 head / a.kv_heads, head % a.kv_heads, unit % g.parts);
       }
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < heads * rows; ++row) {

@@ -40,8 +40,10 @@ void choose_tile(const EstimateArguments& a, RunScratch& s, const KeyRuns& runs,
                  int64_t tile) {
   const int64_t size = a.block_size[h];
   float greatest = NEGATIVE_INFINITY;
+  int64_t at_once = 0;  // the first of the rows that are multiplied at once
   const auto pack = [&](int64_t index, packed* out) -> RunRange {
     const int64_t p = tile * size + index, n = p - a.query_offset;
+    at_once = index / ROWS_AT_ONCE * ROWS_AT_ONCE;
     if (n < 0 || n >= a.num_queries || !query_is_real(a, b, n)) return {0, 0};
     pack_query(a, out, query.at(b, a.heads[h], n));
     // Only the blocks that the row sees whole count.
@@ -49,6 +51,10 @@ void choose_tile(const EstimateArguments& a, RunScratch& s, const KeyRuns& runs,
     return {low, a.causal ? std::min(runs.count, (p + 1) / size) : runs.count};
   };
   const auto add_row = [&](float* row, RunRange seen) {
+    if constexpr (BIASED) {
+      const int64_t n = tile * size + at_once + place_in_strip(s, row) - a.query_offset;
+      add_run_bias(row, seen, a.run_bias + h * a.run_head + (a.num_queries - 1 - n), size, a.scale);
+    }
     add_exponentials(s.sums.get(), row, runs.weight, seen, runs.padded, a.scale, &greatest);
   };
   visit_rows(s, runs, size, size, pack, add_row, [&](int64_t) {

@@ -65,7 +65,10 @@ void select_blocks(const EstimateArguments& a, MarkScratch& s, const float* quer
       const float* key = keys.data() + column * POOLED;
       vec sum = set1(0.0f);
       for (int d = 0; d < POOLED; d += LANES) sum = fma(load(query + d), load(key + d), sum);
-      s.values[column] = a.causal && column == row ? INFINITE : reduce_add(sum);
+      float value = reduce_add(sum);
+      if constexpr (BIASED)
+        value = value * a.scale + a.run_bias[h * a.run_head + a.run_head / 2 + column - row];
+      s.values[column] = a.causal && column == row ? INFINITE : value;
     }
     mark_largest(s.marks.data(), s.values.data(), columns, a.first_sizes[h], s.order, s.sorted);
     for (int64_t n = 0; n < repeat; ++n) {

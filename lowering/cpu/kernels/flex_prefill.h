@@ -153,6 +153,10 @@ bool mean_is_near(const EstimateArguments& a, FlexPrefillScratch& s, const LastR
     return {0, runs.count};
   };
   const auto add_row = [&](float* row, RunRange seen) {
+    if constexpr (BIASED) {
+      const int64_t block = (std::max<int64_t>(0, last) + a.query_offset) / a.block_size[h];
+      add_run_bias(row, seen, bias_of_group(a, h, block), 1, a.scale);
+    }
     const float total = exponentiate_row(row, runs.weight, seen, a.scale);
     if (!(total > 0.0f)) return;
     for (int64_t kb = 0; kb < runs.count; ++kb) s.proxy[kb] = row[kb] / total;
@@ -185,6 +189,7 @@ void keep_pairs(const EstimateArguments& a, FlexPrefillScratch& s, const KeyRuns
     return {low, a.causal ? std::min(runs.count, query_tile + 1) : runs.count};
   };
   const auto add_row = [&](float* row, RunRange seen) {
+    if constexpr (BIASED) add_run_bias(row, seen, bias_of_group(a, h, tile), 1, a.scale);
     const float total = exponentiate_row(row, runs.weight, seen, a.scale);
     if (!(total > 0.0f)) return;
     float* shares = s.pooled.get() + (tile - first_tile) * runs.count;

@@ -103,6 +103,22 @@ void score_block(const EstimateArguments& a, const word* queries, packed* stagin
   }
 }
 
+// Adds the bias by distance to such products. row(q) is the row of a head's q-th query.
+template <int QUERIES, int HEADS, typename Row>
+void add_bias_to_block(const EstimateArguments& a, int64_t h, int64_t first, float* scores,
+                       const Row& row) {
+  constexpr int WIDTH = SCORE_WIDTH<QUERIES * HEADS>;
+  const float unit = a.scale == 0 ? LOG2E : 1.0f / std::abs(a.scale);
+  const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
+  for (int q = 0; q < QUERIES * HEADS; ++q) {
+    const int64_t n = row(q % QUERIES);
+    if (n < 0) continue;
+    const float* bias =
+        a.distance_bias + (h + q / QUERIES) * a.bias_head + (a.num_queries - 1 - n) + first;
+    for (int r = 0; r < count; ++r) scores[r * WIDTH + q] += bias[r] * unit;
+  }
+}
+
 // Takes the exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of
 // each query in it. `greatest` (as exponents of 2) and `total` of them are [QUERIES].
 template <int QUERIES = LAST_QUERIES>

@@ -101,6 +101,7 @@ struct QueryRowScratch {
 struct QueryRows {
   int count;
   int64_t low[QUERY_ROWS], high[QUERY_ROWS];
+  int64_t row[QUERY_ROWS];  // of the queries, where it exists
   bool exists[QUERY_ROWS];
 
   // The rows that see anything of a panel are neighbours.
@@ -129,6 +130,7 @@ QueryRows pack_query_rows(const EstimateArguments& a, QueryRowScratch& s, const 
   for (int r = 0; r < QUERY_ROWS; ++r) {
     packed* out = s.rows.get() + r * DEPTH * PAIR;
     const int64_t n = r < count ? row_at(r) : -1;
+    query_rows.row[r] = n;
     query_rows.exists[r] = n >= 0 && query_is_real(a, b, n);
     if (query_rows.exists[r] && a.scale != 0)
       pack_row(out, query.at(b, a.heads[h], n), HEAD_DIM, DEPTH * PAIR);
@@ -138,6 +140,19 @@ QueryRows pack_query_rows(const EstimateArguments& a, QueryRowScratch& s, const 
     query_rows.high[r] = a.causal ? std::min(a.num_keys, p + 1) : a.num_keys;
   }
   return query_rows;
+}
+
+// Adds the bias by distance to some rows of a tile.
+void add_bias_to_rows(const EstimateArguments& a, float* tile, const QueryRows& query_rows,
+                      int64_t h, int first, int stop, int64_t panel) {
+  const vec unit = set1(a.scale == 0 ? 1.0f : 1.0f / a.scale);
+  for (int r = first; r < stop; ++r) {
+    if (!query_rows.exists[r]) continue;
+    float* row = tile + FIRST_ROW + r * ROW_STRIDE;
+    const float* bias =
+        a.distance_bias + h * a.bias_head + (a.num_queries - 1 - query_rows.row[r]) + panel * BLOCK;
+    for (int n = 0; n < BLOCK; n += LANES) store(row + n, fma(load(bias + n), unit, load(row + n)));
+  }
 }
 
 // Takes the exponentials of some rows of a tile, relative to the greatest exponent of each in it.
@@ -222,6 +237,9 @@ void add_query_rows(const EstimateArguments& a, QueryRowScratch& s, const KeyPan
     const word* words = keys.of(b, h) + panel * DEPTH * BLOCK;
     multiply<false>(row_words, DEPTH, &words, 1, DEPTH, BLOCK, tile + FIRST_ROW, ROW_STRIDE, rows,
                     BLOCK, nullptr);
+    if constexpr (BIASED)
+      add_bias_to_rows(a, tile, query_rows, h, query_rows.first_of(panel),
+                       query_rows.stop_of(panel), panel);
     exponentiate_tile(tile, query_rows, query_rows.first_of(panel), query_rows.stop_of(panel),
                       panel, keys.real_keys(b, panel), scale,
                       s.factor.get() + (panel - low) * SLOTS,

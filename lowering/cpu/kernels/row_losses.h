@@ -15,6 +15,7 @@
 #include <new>
 #include <vector>
 
+#include "distance_bias.h"
 #include "gemm.h"
 #include "indexing.h"
 #include "memory.h"
@@ -128,6 +129,9 @@ void weigh_row(const AttentionArguments& a, const RowLossArguments& m, RowUnit& 
   const int64_t blocks = (a.num_keys + BLOCK - 1) / BLOCK, p = s.position[r];
   const int tiles = strip.tiles;
   float* row = strip.scores.get() + r * WIDTH;
+  if constexpr (BIASED)
+    add_bias(row, bias_of_row(a, s.head[r], p - a.query_offset) + strip.kb * BLOCK, tiles * BLOCK,
+             bias_unit(a));
   if constexpr (SOFTCAP) cap_scores(row, tiles * BLOCK, exponents.cap_exponent, exponents.cap);
   vec highest = set1(NEGATIVE_INFINITY);
   for (int t = 0; t < tiles; ++t) {

@@ -84,6 +84,23 @@ inline void pack_query(const EstimateArguments& a, packed* out, const input* row
 // The factor from products to exponents of 2.
 inline vec exponent_factor(float scale) { return set1((scale == 0 ? 1.0f : scale) * LOG2E); }
 
+// Adds what a bias by distance gives to the runs that a row sees. Run s has the entry
+// s * step of `bias`; the products are still to be multiplied with the scale.
+inline void add_run_bias(float* row, RunRange seen, const float* bias, int64_t step, float scale) {
+  const float unit = scale == 0 ? 1.0f : 1.0f / scale;
+  for (int64_t s = seen.low; s < seen.high; ++s) row[s] += bias[s * step] * unit;
+}
+
+// Where the bias of groups of keys stands for a group of queries: entry s is that of key group s.
+inline const float* bias_of_group(const EstimateArguments& a, int64_t h, int64_t group) {
+  return a.run_bias + h * a.run_head + a.run_head / 2 - group;
+}
+
+// The row that a row of the strip has among those that are multiplied at once.
+inline int64_t place_in_strip(const RunScratch& s, const float* row) {
+  return (row - s.strip.get()) / s.stride;
+}
+
 // Hides what a row does not see in the vectors at the edges of what it does.
 inline void hide_edges(float* row, RunRange seen, float scale) {
   const int64_t first = seen.low / LANES * LANES, last = (seen.high - 1) / LANES * LANES;

@@ -37,6 +37,7 @@ constexpr bool SOFTCAP = false;
 constexpr bool INT8_SCORES = false;  // scores of attention are
 constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
+constexpr bool BIASED = false;  // by distance
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
 constexpr int LAST_QUERIES = 64;
@@ -59,6 +60,7 @@ struct AttentionArguments {
   const int32_t* column_count;
   const int32_t* column_index;
   const int32_t* head_slots;
+  const float* distance_bias;
   int64_t batch;
   int64_t heads;
   int64_t kv_heads;
@@ -87,6 +89,7 @@ struct AttentionArguments {
   int64_t window;
   int64_t causal;
   int64_t threads;
+  int64_t bias_head;
   float scale;
   float softcap;
 };
@@ -123,10 +126,13 @@ struct BackwardArguments {
   void* grad_query;
   void* grad_key;
   void* grad_value;
+  const float* turned_bias;
+  float* grad_bias;
   int64_t grad_out_batch;
   int64_t grad_out_head;
   int64_t grad_out_row;
   int64_t parts;
+  int64_t line;
 };
 
 // The numbers of a call: field by field the ctypes structure of the caller.
@@ -149,6 +155,8 @@ struct EstimateArguments {
   int32_t* first_index;
   int32_t* second_count;
   int32_t* second_index;
+  const float* distance_bias;
+  const float* run_bias;
   int64_t batch;
   int64_t num_heads;
   int64_t group;
@@ -168,6 +176,8 @@ struct EstimateArguments {
   int64_t window;
   int64_t causal;
   int64_t threads;
+  int64_t bias_head;
+  int64_t run_head;
   float scale;
   const float* mass;
   const float* row_share;

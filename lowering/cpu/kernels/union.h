@@ -12,6 +12,7 @@
 
 #include <omp.h>
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <new>
@@ -74,6 +75,18 @@ void hide_unseen(float* products, const VisibleRuns& visible, int64_t panel, int
           at_least(run, load(visible.low + n)) & at_least(load(visible.high + n), next);
       store(row, keep(seen, load(row)));
     }
+  }
+}
+
+// Adds what a bias by distance gives to runs, for query rows; -1 is none.
+void add_run_bias(const EstimateArguments& a, float* products, const int64_t* query_rows, int64_t h,
+                  int64_t first, int64_t runs) {
+  const float unit = a.scale == 0 ? LOG2E : 1.0f / std::abs(a.scale);
+  for (int row = 0; row < BLOCK; ++row) {
+    if (query_rows[row] < 0) continue;
+    const float* bias = a.run_bias + h * a.run_head + (a.num_queries - 1 - query_rows[row]);
+    for (int64_t r = 0; r < runs; ++r)
+      products[r * BLOCK + row] += bias[(first + r) * a.pool[h]] * unit;
   }
 }
 
@@ -146,13 +159,16 @@ void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledK
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size());
   VisibleRuns visible;
   const input* query_rows[BLOCK] = {};
+  int64_t looking[BLOCK];  // these rows of the queries; -1 for none
   for (int row = 0; row < BLOCK; ++row) {
     const int64_t block = first + row / rows;
     const int64_t last = std::min(end, (block + 1) * BLOCK) - 1;
     const int64_t p = last - (rows - 1 - row % rows) * (BLOCK / rows), n = p - a.query_offset;
     RunRange seen{0, 0};
+    looking[row] = -1;
     if (row < blocks * rows && n >= 0 && p >= block * BLOCK && query_is_real(a, b, n)) {
       query_rows[row] = query.at(b, a.heads[h], n);
+      looking[row] = n;
       const int64_t hidden = a.window > 0 ? p - a.window - (pool - 1) : -1;
       seen = {hidden < 0 ? 0 : hidden / pool + 1,
               a.causal ? std::min(runs.count, p / pool + 1) : runs.count};
@@ -168,6 +184,8 @@ void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledK
     const int64_t seen = std::min<int64_t>(BLOCK, round_up(visible.stop - start, ratio));
     multiply_pooled_keys(runs, start, static_cast<int>(round_up(seen, ROW_STEP)), s.query_rows,
                          s.products.get());
+    if constexpr (BIASED)
+      add_run_bias(a, s.products.get(), looking, h, start, std::min(seen, runs.count - start));
     if (start < visible.low_of_all || start + seen > visible.high_of_all)
       hide_unseen(s.products.get(), visible, panel, seen);
     sum_panel(s.products.get(), runs.weight + start, exponent, seen, ratio,

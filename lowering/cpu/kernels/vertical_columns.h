@@ -105,6 +105,10 @@ void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
   for (int64_t n = 0; n < blocks; ++n) {
     score_block<QUERIES, HEADS>(a, s.queries.get(), s.staging.get(), key, b, a.heads[h] / a.group,
                                 n * BLOCK, first_row, s.scores.get());
+    if constexpr (BIASED)
+      add_bias_to_block<QUERIES, HEADS>(a, h, n * BLOCK, s.scores.get(), [&](int q) {
+        return a.causal ? first_row + q : EvenlySpacedRows(a, extent, b, QUERIES).at(q);
+      });
     exponentiate_block<WIDTH>(s.scores.get(), exponent, s.weights.get() + n * BLOCK * WIDTH,
                               s.factors.get() + n * WIDTH, s.totals.get() + n * WIDTH);
   }

@@ -72,6 +72,9 @@ void weigh_chunk(const EstimateArguments& a, const VerticalSlashSums& sums, Vert
     const int64_t block = slot * sums.blocks + n;
     score_block(a, queries, s.staging.get(), key, b, a.heads[h] / a.group, n * BLOCK,
                 sums.first_row(b), s.scores.get());
+    if constexpr (BIASED)
+      add_bias_to_block<LAST_QUERIES, 1>(a, h, n * BLOCK, s.scores.get(),
+                                         [&](int q) { return sums.first_row(b) + q; });
     exponentiate_block(s.scores.get(), exponent, sums.weights.get() + block * BLOCK * LAST_QUERIES,
                        sums.factors.get() + block * LAST_QUERIES,
                        sums.totals.get() + block * LAST_QUERIES);

@@ -42,9 +42,11 @@ void choose_tiles(const EstimateArguments& a, RunScratch& s, const KeyRuns& runs
                   const Extent& extent, const TensorView& query, int64_t b, int64_t h,
                   int64_t first, int64_t tiles) {
   const int64_t size = a.block_size[h], length = a.stride[h], per_tile = size / length;
+  int64_t at_once = 0;  // the first of the groups that are multiplied at once
   const int64_t key_blocks = (a.num_keys + size - 1) / size;
   const auto pack = [&](int64_t index, packed* out) -> RunRange {
     const int64_t group = first * per_tile + index;
+    at_once = index / ROWS_AT_ONCE * ROWS_AT_ONCE;
     bool exists = false;
     for (int64_t t = 0; t < length; ++t) {
       const int64_t n = (group + 1) * length - 1 - t - a.query_offset;
@@ -61,8 +63,12 @@ void choose_tiles(const EstimateArguments& a, RunScratch& s, const KeyRuns& runs
     return {low, a.causal ? std::min(runs.count, group + 1) : runs.count};
   };
   const auto add_row = [&](float* row, RunRange seen) {
-    const float total =
-        exponentiate_row(row, runs.weight, seen, a.scale / static_cast<float>(length));
+    const float scale = a.scale / static_cast<float>(length);
+    if constexpr (BIASED) {
+      const int64_t group = first * per_tile + at_once + place_in_strip(s, row);
+      add_run_bias(row, seen, bias_of_group(a, h, group), 1, scale);
+    }
+    const float total = exponentiate_row(row, runs.weight, seen, scale);
     if (total == 0.0f) return;
     const vec share = set1(1.0f / total);
     float* sums = s.sums.get();

@@ -153,7 +153,8 @@ def test_every_header_is_part_of_a_kernel() -> None:
     pairs = itertools.product(kernels, sets)
     specs = [KernelSpec("bfloat16", 64, 64, of_set, kernel=kernel) for kernel, of_set in pairs]
     int8 = KernelSpec("bfloat16", 64, 64, "avx512", int8=True, halves=True)
-    for spec in (*specs, half_spec(torch.float16), int8):
+    biased = KernelSpec("bfloat16", 64, 64, "avx512", biased=True)
+    for spec in (*specs, half_spec(torch.float16), int8, biased):
         text = generate_source(spec)
         used |= set(re.findall(r"^// ---- (\S+)$", text, re.MULTILINE))
     assert used == {path.name for path in KERNELS.glob("*.h")}

@@ -37,6 +37,7 @@ constexpr bool SOFTCAP = false;
 constexpr bool INT8_SCORES = false;  // scores of attention are
 constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
+constexpr bool BIASED = false;  // by distance
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
 constexpr int LAST_QUERIES = 64;
@@ -59,6 +60,7 @@ struct AttentionArguments {
   const int32_t* column_count;
   const int32_t* column_index;
   const int32_t* head_slots;
+  const float* distance_bias;
   int64_t batch;
   int64_t heads;
   int64_t kv_heads;
@@ -87,6 +89,7 @@ struct AttentionArguments {
   int64_t window;
   int64_t causal;
   int64_t threads;
+  int64_t bias_head;
   float scale;
   float softcap;
 };

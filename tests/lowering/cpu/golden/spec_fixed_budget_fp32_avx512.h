@@ -37,6 +37,7 @@ constexpr bool SOFTCAP = false;
 constexpr bool INT8_SCORES = false;  // scores of attention are
 constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
+constexpr bool BIASED = false;  // by distance
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
 constexpr int LAST_QUERIES = 64;
@@ -55,6 +56,8 @@ struct EstimateArguments {
   int32_t* first_index;
   int32_t* second_count;
   int32_t* second_index;
+  const float* distance_bias;
+  const float* run_bias;
   int64_t batch;
   int64_t num_heads;
   int64_t group;
@@ -74,6 +77,8 @@ struct EstimateArguments {
   int64_t window;
   int64_t causal;
   int64_t threads;
+  int64_t bias_head;
+  int64_t run_head;
   float scale;
 };
 

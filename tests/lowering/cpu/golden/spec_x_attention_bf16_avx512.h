@@ -37,6 +37,7 @@ constexpr bool SOFTCAP = false;
 constexpr bool INT8_SCORES = false;  // scores of attention are
 constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
+constexpr bool BIASED = false;  // by distance
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
 constexpr int LAST_QUERIES = 64;
@@ -49,6 +50,8 @@ struct EstimateArguments {
   const void* key;
   const uint8_t* key_mask;
   const int32_t* heads;
+  const float* distance_bias;
+  const float* run_bias;
   const float* threshold;
   const int32_t* stride;
   const int32_t* block_size;
@@ -78,6 +81,8 @@ struct EstimateArguments {
   int64_t window;
   int64_t causal;
   int64_t threads;
+  int64_t bias_head;
+  int64_t run_head;
   float scale;
 };
 

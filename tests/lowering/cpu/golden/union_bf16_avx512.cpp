@@ -52,6 +52,7 @@ constexpr bool SOFTCAP = false;
 constexpr bool INT8_SCORES = false;  // scores of attention are
 constexpr bool HALF_VALUES = false;  // P x V is in fp16
 constexpr bool SUMS_DISTANCES = false;
+constexpr bool BIASED = false;  // by distance
 
 constexpr int32_t ALL_BLOCKS = -1;  // lowering/index.py
 constexpr int LAST_QUERIES = 64;
@@ -64,6 +65,8 @@ struct EstimateArguments {
   const void* key;
   const uint8_t* key_mask;
   const int32_t* heads;
+  const float* distance_bias;
+  const float* run_bias;
   const float* mass;
   const float* row_share;
   const int32_t* columns;
@@ -96,6 +99,8 @@ struct EstimateArguments {
   int64_t window;
   int64_t causal;
   int64_t threads;
+  int64_t bias_head;
+  int64_t run_head;
   float scale;
 };
 
@@ -1068,6 +1073,22 @@ void score_block(const EstimateArguments& a, const word* queries, packed* stagin
   }
 }
 
+// Adds the bias by distance to such products. row(q) is the row of a head's q-th query.
+template <int QUERIES, int HEADS, typename Row>
+void add_bias_to_block(const EstimateArguments& a, int64_t h, int64_t first, float* scores,
+                       const Row& row) {
+  constexpr int WIDTH = SCORE_WIDTH<QUERIES * HEADS>;
+  const float unit = a.scale == 0 ? LOG2E : 1.0f / std::abs(a.scale);
+  const int count = static_cast<int>(std::min<int64_t>(BLOCK, a.num_keys - first));
+  for (int q = 0; q < QUERIES * HEADS; ++q) {
+    const int64_t n = row(q % QUERIES);
+    if (n < 0) continue;
+    const float* bias =
+        a.distance_bias + (h + q / QUERIES) * a.bias_head + (a.num_queries - 1 - n) + first;
+    for (int r = 0; r < count; ++r) scores[r * WIDTH + q] += bias[r] * unit;
+  }
+}
+
 // Takes the exponentials of one block, fp16 [BLOCK, QUERIES], relative to the greatest score of
 // each query in it. `greatest` (as exponents of 2) and `total` of them are [QUERIES].
 template <int QUERIES = LAST_QUERIES>
@@ -1221,6 +1242,10 @@ void sum_vertical_columns(const EstimateArguments& a, VerticalColumnScratch& s,
   for (int64_t n = 0; n < blocks; ++n) {
     score_block<QUERIES, HEADS>(a, s.queries.get(), s.staging.get(), key, b, a.heads[h] / a.group,
                                 n * BLOCK, first_row, s.scores.get());
+    if constexpr (BIASED)
+      add_bias_to_block<QUERIES, HEADS>(a, h, n * BLOCK, s.scores.get(), [&](int q) {
+        return a.causal ? first_row + q : EvenlySpacedRows(a, extent, b, QUERIES).at(q);
+      });
     exponentiate_block<WIDTH>(s.scores.get(), exponent, s.weights.get() + n * BLOCK * WIDTH,
                               s.factors.get() + n * WIDTH, s.totals.get() + n * WIDTH);
   }
@@ -1640,6 +1665,18 @@ void hide_unseen(float* products, const VisibleRuns& visible, int64_t panel, int
   }
 }
 
+// Adds what a bias by distance gives to runs, for query rows; -1 is none.
+void add_run_bias(const EstimateArguments& a, float* products, const int64_t* query_rows, int64_t h,
+                  int64_t first, int64_t runs) {
+  const float unit = a.scale == 0 ? LOG2E : 1.0f / std::abs(a.scale);
+  for (int row = 0; row < BLOCK; ++row) {
+    if (query_rows[row] < 0) continue;
+    const float* bias = a.run_bias + h * a.run_head + (a.num_queries - 1 - query_rows[row]);
+    for (int64_t r = 0; r < runs; ++r)
+      products[r * BLOCK + row] += bias[(first + r) * a.pool[h]] * unit;
+  }
+}
+
 // Takes the exponentials of the first `runs` of a panel, summed over the runs of each key block,
 // `ratio` each.
 void sum_panel(const float* products, const float* weight, vec exponent, int64_t runs,
@@ -1709,13 +1746,16 @@ void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledK
   const int64_t key_blocks = static_cast<int64_t>(s.sharp.size());
   VisibleRuns visible;
   const input* query_rows[BLOCK] = {};
+  int64_t looking[BLOCK];  // these rows of the queries; -1 for none
   for (int row = 0; row < BLOCK; ++row) {
     const int64_t block = first + row / rows;
     const int64_t last = std::min(end, (block + 1) * BLOCK) - 1;
     const int64_t p = last - (rows - 1 - row % rows) * (BLOCK / rows), n = p - a.query_offset;
     RunRange seen{0, 0};
+    looking[row] = -1;
     if (row < blocks * rows && n >= 0 && p >= block * BLOCK && query_is_real(a, b, n)) {
       query_rows[row] = query.at(b, a.heads[h], n);
+      looking[row] = n;
       const int64_t hidden = a.window > 0 ? p - a.window - (pool - 1) : -1;
       seen = {hidden < 0 ? 0 : hidden / pool + 1,
               a.causal ? std::min(runs.count, p / pool + 1) : runs.count};
@@ -1731,6 +1771,8 @@ void score_query_rows(const EstimateArguments& a, UnionScratch& s, const PooledK
     const int64_t seen = std::min<int64_t>(BLOCK, round_up(visible.stop - start, ratio));
     multiply_pooled_keys(runs, start, static_cast<int>(round_up(seen, ROW_STEP)), s.query_rows,
                          s.products.get());
+    if constexpr (BIASED)
+      add_run_bias(a, s.products.get(), looking, h, start, std::min(seen, runs.count - start));
     if (start < visible.low_of_all || start + seen > visible.high_of_all)
       hide_unseen(s.products.get(), visible, panel, seen);
     sum_panel(s.products.get(), runs.weight + start, exponent, seen, ratio,
