@@ -73,7 +73,8 @@ class Options:
     the runs of mpass.denoising, and is dense elsewhere; it needs a pattern.
     grid: how the tokens of attention that is not causal lie in a picture or a video: a mpass.Grid,
     its shape (height, width) or (frames, height, width), or "square". Sparse attention then sees
-    them in the order of tiles (mpass.lowering.tiles), which changes no number of dense attention.
+    them in the order of tiles (mpass.lowering.tiles), which changes no number of dense attention;
+    under "content" per head in the order of what they hold (mpass.lowering.similar_order).
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.

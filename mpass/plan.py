@@ -328,7 +328,7 @@ def decide_length(
     if needed:
         reason = f"{length_in_words(num_queries)} queries, sparse from {needed} on"
         return Skip(site, reason, resolved.source)
-    grid = grid_of(site, resolved.grid, resolved.grid_source)
+    grid = grid_of(site, resolved.grid, resolved.grid_source, kept)
     plan = dataclasses.replace(plan, grid=grid)
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None
