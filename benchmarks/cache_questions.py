@@ -3,14 +3,14 @@
     python benchmarks/cache_questions.py --length 8192 --keep 0.5 0.25 0.1 --json questions.jsonl \\
         --rules snap "snap(window=64, kernel=5)" recent random
 
-Each prompt is a long text in which eight people are told of, such as where each of them lives, and
-ends with a question about one of them. The answer is chosen among what was told of the eight: the
-one that the model holds likeliest, by the mean log-likelihood of its tokens. A guess is right in
-one of eight, and knowing that something was told of somebody is not enough. The prompt runs once
-through sparse and once through dense attention (`--prefill`); then its cache is cut, see
-cut_caches.py. Prints, per share and rule, how many questions are answered rightly, of all and of
-those that dense attention answers with its whole cache. `--task document` asks instead which of the
-documents of mpass.evaluate's qa_1 says something, among the names of all documents in the prompt.
+Each prompt is a long text in which four people are told of: where one lives, what another works as,
+keeps and drinks. It ends with a question about one of them. The answer is chosen among the twelve
+that the kind of question has: the one that the model holds likeliest, by the mean log-likelihood of
+its tokens; a guess is right in one of twelve. The prompt runs once through sparse or dense
+attention (`--prefill`); then its cache is cut, see cut_caches.py. Prints, per share and rule, how
+many questions are answered rightly, of all and of those that dense attention answers with its whole
+cache. `--task document` asks instead which of the documents of mpass.evaluate's qa_1 says
+something, among the names of all documents in the prompt.
 With `--json` a line is added per answer, and a run that was cut off goes on where the file ends.
 """
 
@@ -61,8 +61,6 @@ FACTS = {
 }
 """Stories: what is told of a person, the question up to where the answer starts, and values."""
 
-PEOPLE = 8
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -91,22 +89,26 @@ class Choice:
 
 
 def people(seed: int, haystack: Haystack) -> tuple[Puzzle, list[str]]:
-    """A puzzle about one of eight people, and the values of all of them."""
+    """A puzzle about one of four people, and what may be answered."""
     rng = random.Random(f"people/{seed}")
-    told, question, values = FACTS[sorted(FACTS)[seed % len(FACTS)]]
-    names, own = rng.sample(NAMES, PEOPLE), rng.sample(values, PEOPLE)
-    stories = [told.format(name=n, value=v) for n, v in zip(names, own, strict=True)]
-    depths = [(place + rng.random()) / PEOPLE for place in range(PEOPLE)]
-    asked = rng.randrange(PEOPLE)
+    kinds, names = sorted(FACTS), rng.sample(NAMES, len(FACTS))
+    own = {kind: rng.choice(FACTS[kind][2]) for kind in kinds}
+    stories = [
+        FACTS[kind][0].format(name=name, value=own[kind])
+        for kind, name in zip(kinds, names, strict=True)
+    ]
+    rng.shuffle(stories)
+    asked = seed % len(FACTS)
+    _, question, values = FACTS[kinds[asked]]
     puzzle = Puzzle(
         head="Read the text and answer the question about it.\n\n",
         filler=cycle_from(haystack.units, rng.randrange(len(haystack.units))),
-        inserts=tuple(zip(depths, stories, strict=True)),
+        inserts=tuple(((place + rng.random()) / 4, told) for place, told in enumerate(stories)),
         tail="\n\n" + question.format(name=names[asked]),
-        answers=(own[asked],),
+        answers=(own[kinds[asked]],),
         separator=haystack.separator,
     )
-    return puzzle, own
+    return puzzle, values
 
 
 def make(task: str, seed: int, haystack: Haystack, tokenizer: Any, length: int) -> tuple[Any, ...]:
@@ -119,7 +121,6 @@ def make(task: str, seed: int, haystack: Haystack, tokenizer: Any, length: int) 
     prompt = sample.tokens[:, : sample.prompt]
     if task == "document":
         text = tokenizer.decode(prompt[0])
-        # Methods are named by their class as well, and are never asked for.
         values = re.findall(r"Document: (?:class|function) (\w+) of", text)
     return prompt, sample.answers[0], sorted(set(values))
 
@@ -199,7 +200,7 @@ def main() -> None:
                         *key,
                         cut.share,
                         cut.text,
-                        chosen == right,
+                        found[right] > others,
                         values[chosen],
                         len(values),
                         round(found[right] - others, 3),

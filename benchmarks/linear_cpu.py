@@ -3,9 +3,10 @@
     python -m benchmarks.linear_cpu --length 8192 --json benchmarks/results/linear_cpu.json
 
 A packaged model reads a text in bf16: dense by Inductor, sparse, and sparse with
-`options={"linear": "half"}` and `"int8"`, with `options={"attention": "int8"}`, and with 8 bits in
-both; `--kinds` names some of these. Timed interleaved in one process, medians of CPU seconds and of
-wall seconds; the loss is over every position of each text, in nats per token over dense.
+`options={"linear": "fp32"}`, `"half"` and `"int8"`, with `options={"attention": "int8"}`, and with
+8 bits in both; `--kinds` names some of these. Timed interleaved in one process, medians of CPU
+seconds and of wall seconds; the loss is over every position of each text, in nats per token over
+dense.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mpass.models.texts import find_text, load_tokens
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("inductor", {}),
     "sparse": ("minference", {}),
+    "sparse, fp32": ("minference", {"linear": "fp32"}),
     "sparse, half": ("minference", {"linear": "half"}),
     "sparse, int8": ("minference", {"linear": "int8"}),
     "sparse, int8 scores": ("minference", {"attention": "int8"}),

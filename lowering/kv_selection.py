@@ -31,7 +31,8 @@ class SnapKV:
 
     budget: keys that each kv head keeps, the last `window` ones included.
     window: so many queries at the end of the prompt look, and their own keys are kept.
-    kernel: attention is joined over this many neighbouring keys, an odd number; 1 for none.
+    kernel: attention is joined over this many neighbouring keys, an odd number; 1 for none. The
+        paper's 5 keeps where a number begins and loses its end (docs/compress.md).
     pool: how it is joined, "avg" or "max".
     by_length: whether a query's attention counts by the number of keys that it sees (FINCH).
 
@@ -40,7 +41,7 @@ class SnapKV:
 
     budget: int = 1024
     window: int = 64
-    kernel: int = 5
+    kernel: int = 21
     pool: Pool = "avg"
     by_length: bool = False
 

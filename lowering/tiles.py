@@ -30,6 +30,9 @@ from mpass.lowering.index import BLOCK
 SQUARE = "square"
 """The shape of a grid whose side follows from the number of tokens."""
 
+CONTENT = "content"
+"""The shape of no grid: tokens that are alike stand together (mpass.lowering.similar_order)."""
+
 TILES = {2: (8, 8), 3: (4, 4, 4)}
 """The tile of a grid, by its number of dimensions."""
 
@@ -42,7 +45,8 @@ class Grid:
     """How the tokens of an attention lie on a picture or in a video.
 
     shape: patches per axis, the last axis running fastest: (height, width), or (frames, height,
-    width); "square" takes the largest square that the tokens fill.
+    width); "square" takes the largest square that the tokens fill. "content" is no grid: per head
+    tokens that are alike stand together, wherever they are.
     prefix: tokens before the grid, as class, registers or text. None takes what is left of the
     length, up to 16.
     suffix: tokens behind the grid.
@@ -51,13 +55,13 @@ class Grid:
     Raises OptionValueError for a number that cannot be.
     """
 
-    shape: tuple[int, ...] | Literal["square"]
+    shape: tuple[int, ...] | Literal["square", "content"]
     prefix: int | None = None
     suffix: int = 0
     tile: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.shape != SQUARE:
+        if self.shape not in (SQUARE, CONTENT):
             object.__setattr__(self, "shape", numbers("shape", self.shape))
         tile = TILES[self.dimensions] if self.tile == () else numbers("tile", self.tile)
         object.__setattr__(self, "tile", tile)
@@ -68,16 +72,23 @@ class Grid:
             value = getattr(self, name)
             if not (is_count(value, 0) or (name == "prefix" and value is None)):
                 raise OptionValueError(f"Grid.{name}", value, "a number of tokens, 0 or more")
+        if self.by_content and (self.prefix is not None or self.suffix or tile != TILES[2]):
+            raise OptionValueError("Grid", "content", "without prefix, suffix and tile")
+
+    @property
+    def by_content(self) -> bool:
+        """Whether no grid is meant, but tokens that are alike."""
+        return self.shape == CONTENT
 
     @property
     def dimensions(self) -> int:
-        return 2 if self.shape == SQUARE else len(self.shape)
+        return 2 if isinstance(self.shape, str) else len(self.shape)
 
     def values(self) -> dict[str, Any]:
         """The fields as JSON has them, those that say nothing left out."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         given |= {"tile": list(self.tile)}
-        if self.shape != SQUARE:
+        if not isinstance(self.shape, str):
             given["shape"] = list(self.shape)
         if self.tile == TILES[self.dimensions]:
             del given["tile"]
@@ -88,6 +99,8 @@ class Grid:
 
         where: which attention has them, for the error.
         """
+        if self.by_content:
+            return self
         before, shape = self.prefix or 0, self.shape
         if isinstance(shape, str):
             side = math.isqrt(max(0, length - before - self.suffix))
@@ -110,6 +123,8 @@ class Grid:
         return shape, list(self.tile), -1 if self.prefix is None else self.prefix, self.suffix
 
     def __str__(self) -> str:
+        if self.by_content:
+            return "in the order of their content"
         shape = self.shape if isinstance(self.shape, str) else by(self.shape)
         return f"{shape} in tiles of {by(self.tile)}"
 
@@ -145,9 +160,9 @@ def as_grid(value: object) -> Grid:
         return value
     if isinstance(value, Mapping) and "shape" in value and set(value) <= set(FIELDS):
         return Grid(**value)
-    if isinstance(value, (tuple, list)) or value == SQUARE:
+    if isinstance(value, (tuple, list)) or value in (SQUARE, CONTENT):
         return Grid(value)  # type: ignore[arg-type]
-    raise OptionValueError("grid", value, 'a mpass.Grid, (height, width) or "square"')
+    raise OptionValueError("grid", value, 'a mpass.Grid, (height, width), "square" or "content"')
 
 
 FIELDS = ("shape", "prefix", "suffix", "tile")

@@ -23,6 +23,7 @@ from mpass.errors import ModuleTypeError
 from mpass.failures import contain
 from mpass.graph.linear_layers import (
     halve_linear_layers,
+    hasten_linear_layers,
     narrow_linear_layers,
     widen_linear_layers,
 )
@@ -138,8 +139,10 @@ def apply_passes(
                 notes = narrow_linear_layers(gm)
             elif options.linear == "half":
                 notes = halve_linear_layers(gm)
-            elif options.linear == "auto" and options.inner_backend in BACKENDS_OF_TORCH:
+            elif options.linear == "fp32":
                 notes = widen_linear_layers(gm)
+            elif options.linear == "auto" and options.inner_backend in BACKENDS_OF_TORCH:
+                notes = hasten_linear_layers(gm)
             if options.attention == "int8":
                 notes = (*notes, *int8_notes(decisions))
             trace.mark("rewrite")

@@ -25,7 +25,7 @@ DEFAULT_MIN_SEQ_LEN = SHORTEST_PROMPT
 VALIDATIONS = ("off", "sample", "full")
 """How much of a proven mask is held against the mask that the model computes."""
 
-LINEAR = ("auto", "half", "int8", None)
+LINEAR = ("auto", "fp32", "half", "int8", None)
 """What linear layers can multiply in."""
 
 BACKENDS_OF_TORCH = ("inductor", "aot_eager", "eager")
@@ -57,9 +57,10 @@ class Options:
     "sample" looks at some rows of a mask, "full" at every cell, "off" at nothing.
     read_masks: read a mask that cannot be proven in each call, and run sparse where it has a form
     that the kernels know; on CPUs. False keeps such attention dense.
-    linear: "auto" multiplies linear layers of bf16 in fp32 on CPUs that are faster at that, which
-    loses nothing; "half" multiplies them in half precision on CPUs with AVX512-FP16, "int8" in 8
-    bits on CPUs with VNNI; None leaves them.
+    linear: "auto" multiplies linear layers of bf16 on CPUs in what is fastest there: in half
+    precision (AVX512-FP16), whose sums are as near to fp32 as bf16 is, or in fp32, which loses
+    nothing and is all that "fp32" does; "half" multiplies layers of fp16 in half precision as well,
+    "int8" in 8 bits on CPUs with VNNI; None leaves them.
     attention: "int8" multiplies queries and keys of sparse attention in 8 bits, on CPUs with VNNI,
     and with AVX512-FP16 weights and values in fp16; None computes the chosen keys exactly.
     training: "sparse" makes attention sparse where gradients are recorded as well, with gradients
@@ -72,7 +73,8 @@ class Options:
     the runs of mpass.denoising, and is dense elsewhere; it needs a pattern.
     grid: how the tokens of attention that is not causal lie in a picture or a video: a mpass.Grid,
     its shape (height, width) or (frames, height, width), or "square". Sparse attention then sees
-    them in the order of tiles (mpass.lowering.tiles), which changes no number of dense attention.
+    them in the order of tiles (mpass.lowering.tiles), which changes no number of dense attention;
+    under "content" per head in the order of what they hold (mpass.lowering.similar_order).
     measure: compute some query rows of every sparse attention exactly as well, and report what was
     lost (mpass.lowering.meter); it costs about 3% of dense attention at 8192 tokens.
     debug: write what became of every graph into this folder; True for ./mpass_debug.
@@ -144,7 +146,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         patches[name] = value
 
     parsed = Options(**check_values(values), inductor=tuple(sorted(patches.items())))
-    if parsed.linear in ("half", "int8") and parsed.inner_backend not in BACKENDS_OF_TORCH:
+    if parsed.linear in ("fp32", "half", "int8") and parsed.inner_backend not in BACKENDS_OF_TORCH:
         # zentorch's passes change what the ops of such layers give: see docs/linear.md.
         raise OptionValueError("linear", parsed.linear, "None with another package's inner_backend")
     if parsed.inductor and parsed.inner_backend != "inductor":
@@ -193,7 +195,7 @@ def check_values(values: dict[str, Any]) -> dict[str, Any]:
         raise OptionValueError("read_masks", read_masks, "True or False")
     linear = values.get("linear", "auto")
     if linear not in LINEAR:
-        raise OptionValueError("linear", linear, "'auto', 'half', 'int8' or None")
+        raise OptionValueError("linear", linear, "'auto', 'fp32', 'half', 'int8' or None")
     training = values.get("training", "dense")
     if training not in TRAININGS:
         raise OptionValueError("training", training, ", ".join(TRAININGS))

@@ -208,6 +208,8 @@ def training_reason(site: AttentionSite) -> str:
     query = example(site.query)
     if choose_lowering(site.inputs()).attention_backward is None:
         return f"no backward kernels are generated for device {query.device.type!r}"
+    if site.distance_bias is not None and not device_lowering(query.device).trains_bias:
+        return f"no gradient of a bias by distance is computed on device {query.device.type!r}"
     if site.read_mask is not None:
         return "trained under a mask that is read at run time: that op has no backward"
     if site.listed is not None:
@@ -254,6 +256,9 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
             f"not causal: {', '.join(other)} is defined for causal attention only; "
             f"{serving_both_ways()} serve it"
         )
+    blind = sorted({p.name for p in resolved.patterns if is_blind(p, site)})
+    if blind:
+        return f"a bias by distance is not seen by {', '.join(blind)} on this device"
     windowed = site.mask is not None and site.mask.window
     if windowed or any(pattern.name != "dense" for pattern in resolved.patterns):
         return ""
@@ -261,6 +266,14 @@ def pattern_reason(site: AttentionSite, resolved: ResolvedPatterns) -> str:
         others = serving_both_ways()
         return f"not causal: dense by default, since such attention is diffuse; {others} serve it"
     return "the config keeps every head of this layer dense"
+
+
+def is_blind(pattern: Pattern, site: AttentionSite) -> bool:
+    """Whether a pattern would be estimated without the bias by distance that a site has."""
+    if site.distance_bias is None:
+        return False
+    blind = device_lowering(example(site.query).device).blind
+    return getattr(pattern, "estimator", None) in blind
 
 
 def steps_reason(site: AttentionSite, options: Options) -> str:
@@ -315,7 +328,7 @@ def decide_length(
     if needed:
         reason = f"{length_in_words(num_queries)} queries, sparse from {needed} on"
         return Skip(site, reason, resolved.source)
-    grid = grid_of(site, resolved.grid, resolved.grid_source)
+    grid = grid_of(site, resolved.grid, resolved.grid_source, kept)
     plan = dataclasses.replace(plan, grid=grid)
     # Of a cache that is longer than what it holds, the op alone knows how many keys count.
     decided = long_enough and site.mask_tensor is None

@@ -28,7 +28,7 @@ from mpass.graph.nodes import example, same_size, shape_of, value_of
 from mpass.graph.numbers import kept_number, site_number
 from mpass.graph.printing import count_ops, without_guards
 from mpass.graph.site import AttentionSite, KeptKeys, MaskMeaning
-from mpass.graph.tile_nodes import insert_back, insert_tiles
+from mpass.graph.tile_nodes import insert_tiles
 from mpass.match import OpenedCall, settle_calls
 from mpass.patterns.base import group_heads, named_op, patterns_as_text
 from mpass.plan import AttentionPlan, Skip
@@ -181,7 +181,7 @@ def insert_site(graph: fx.Graph, plan: AttentionPlan) -> fx.Node:
         if sinks is None:  # a sink takes the whole weight of a row without keys
             created += insert_fills(graph, plain, mask, output, key_mask, offset)
         if tiled is not None:
-            created += insert_back(graph, output, tiled.places)
+            created += tiled.back(output)
             output = created[-1]
         output = insert_dimensions(graph, site, output)
         created.append(output)

@@ -126,11 +126,13 @@ class FakeLayer:
     scale: float
     softcap: float
     training: bool = False
+    distance_bias: FakeTensorLike | None = None
 
 
 def fake_layer(plan: AttentionPlan) -> FakeLayer:
     """What stands in the graph for a site, with sizes as in the call that is compiled."""
     site, mask = plan.site, plan.site.mask
+    bias = site.distance_bias
     assert mask is not None and not isinstance(mask.query_offset, fx.Node)
     dtype = site.compute_dtype
     query = tensor_like(example(site.query), dtype)
@@ -163,6 +165,7 @@ def fake_layer(plan: AttentionPlan) -> FakeLayer:
         scale=site.scale,
         softcap=site.softcap,
         training=plan.training,
+        distance_bias=None if bias is None else tensor_like(example(bias)),
     )
 
 
@@ -189,12 +192,13 @@ def run_layer(lowering: Lowering, layer: FakeLayer) -> None:
         query, key, value = layer.query.make(), layer.key.make(), layer.value.make()
         key_mask = None if layer.key_mask is None else layer.key_mask.make()
         mask = AttentionMask(layer.causal, layer.query_offset, layer.window, key_mask)
+        bias = None if layer.distance_bias is None else layer.distance_bias.make()
         groups: dict[type[Pattern], list[int]] = {}
         for head, pattern in enumerate(layer.patterns):
             groups.setdefault(type(pattern), []).append(head)
         parts = [
             cls.estimate(
-                EstimateInputs(query, key, mask, heads, layer.scale),
+                EstimateInputs(query, key, mask, heads, layer.scale, bias),
                 [layer.patterns[head] for head in heads],
             )
             for cls, heads in groups.items()
@@ -202,7 +206,8 @@ def run_layer(lowering: Lowering, layer: FakeLayer) -> None:
         index = parts[0] if len(parts) == 1 else join_indexes(parts, list(groups.values()))
         slots = shared_slots(layer.patterns, index.head_slots)
         sinks = None if layer.sinks is None else layer.sinks.make()
-        inputs = AttentionInputs(query, key, value, mask, layer.scale, layer.softcap, sinks)
+        words = (mask, layer.scale, layer.softcap, sinks)
+        inputs = AttentionInputs(query, key, value, *words, distance_bias=bias)
         index = replace(index, head_slots=slots)
         if layer.training:
             train_layer(lowering, inputs, index)

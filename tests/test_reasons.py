@@ -114,6 +114,8 @@ UNREACHED = {
     "the best keys are chosen by numbers of few digits, of which many are equal": "see "
     "test_top_keys.py",
     "the best keys of each query are found by the host: on CPUs only": "there is no GPU in tests",
+    "a bias by distance is not seen by {} on this device": "match/test_distance_bias.py",
+    "no gradient of a bias by distance is computed on device {}": "match/test_distance_bias.py",
     "trained where rows without a key get a mean: that op has no backward": "test_training.py",
     "a checkpoint with a context_fn chooses itself what is recomputed": "test_training.py",
     # Arguments that torch refuses, or that nothing but a graph made by hand has.

@@ -43,7 +43,7 @@ AT_EQUAL_TIME = {
         "25%": ("a_shape(0, 513) keep=nothing full=1 every=50", "full=3 every=3", 0.39),
     },
     20: {
-        "3%": ("a_shape(0, 353) keep=nothing full=1 every=20", "full=2 every=4", 0.28),
+        "3%": ("a_shape(0, 353) keep=nothing full=1 every=20", "full=2 every=4", 0.31),
         "12.5%": ("a_shape(0, 449) keep=nothing full=1 every=20", "full=3 every=4", 0.35),
         "25%": ("a_shape(0, 513) keep=nothing full=1 every=20", "full=2 every=3", 0.42),
     },

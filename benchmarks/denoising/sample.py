@@ -4,8 +4,9 @@
         "a_shape(0, 257) full=5 every=8" "a_shape(0, 257) keep=output full=5 every=3"
 
 A setting is a pattern and numbers of mpass.denoising, or `plan=0.4`: a plan of so many cells that
-`mpass.search_denoising` finds on other pictures. All start from the same noise: a picture with
-a square and one with dots, 2304 tokens, 4 layers, velocity by Euler's rule, without guidance.
+`mpass.search_denoising` finds on other pictures; `grid=1` sees the patches in tiles. All start from
+the same noise: a picture with a square and one with dots, 2304 tokens, 4 layers, velocity by
+Euler's rule, without guidance.
 Prints and stores per setting: PSNR and SSIM to the pictures of dense attention (their mean and the
 worst), the share of cells that was computed, CPU seconds of attention over all steps by those of
 dense attention, in one thread, and the graphs that were compiled. Attention is timed by itself, on
@@ -45,11 +46,12 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """A pattern, and what mpass.denoising is given."""
+    """A pattern, what mpass.denoising is given, and whether patches are seen in tiles."""
 
     text: str
     pattern: str
     numbers: dict[str, Any]
+    grid: bool = False
 
 
 def parse_setting(text: str) -> Setting:
@@ -59,7 +61,7 @@ def parse_setting(text: str) -> Setting:
     for part in rest.split():
         name, _, value = part.partition("=")
         numbers[name] = value if name == "keep" else json.loads(value)
-    return Setting(text, pattern + ")", numbers)
+    return Setting(text, pattern + ")", numbers, bool(numbers.pop("grid", 0)))
 
 
 def sample(
@@ -127,7 +129,7 @@ def feature_distance(picture: Tensor, true: Tensor, weights: Path) -> float:
 def options_of(setting: Setting) -> dict[str, Any]:
     """What torch.compile is given. Nothing decides by cost: the setting is what is measured."""
     own = {"pattern": setting.pattern, "denoising": True, "dense_above": 2.0}
-    return own | {"inner_backend": "eager"}
+    return own | {"inner_backend": "eager"} | ({"grid": "square"} if setting.grid else {})
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -177,6 +179,7 @@ def measure(
             steps,
             cells=cells_allowed,
             full=3 if steps == 50 else 2,
+            ranges=3 if steps == 50 else 2,  # each begins with a whole step
         )
     begin = time.process_time()
     with mpass.denoising(steps, **numbers) as run:

@@ -50,6 +50,7 @@ class Peer:
 
 PEERS = {
     "mpass": Peer("run_mpass", "", "", "default", dense=False),
+    "mpass fp32": Peer("run_mpass", "", "", "fp32", dense=False),
     "mpass half": Peer("run_mpass", "", "", "half", dense=False),
     "mpass int8": Peer("run_mpass", "", "", "int8", dense=False),
     "mpass int8 scores": Peer("run_mpass", "", "", "int8 scores", dense=False),

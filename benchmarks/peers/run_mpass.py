@@ -13,6 +13,7 @@ from mpass.models.prefill import compile_body, continue_text, logits, predict, p
 
 KINDS = {
     "default": ("minference", {}),
+    "fp32": ("minference", {"linear": "fp32"}),
     "half": ("minference", {"linear": "half"}),
     "int8": ("minference", {"linear": "int8"}),
     "int8 scores": ("minference", {"attention": "int8"}),

@@ -39,7 +39,7 @@ from mpass.lowering.cpu.cost_model import (
 )
 from mpass.lowering.cpu.spec import KernelSpec
 from mpass.lowering.cpu.support import (
-    attention_instruction_set,
+    attention_spec,
     best_instruction_set,
     dtype_name,
 )
@@ -93,12 +93,15 @@ DEFAULT_CALL = 5e-5
 
 
 @functools.cache
-def machine_constants(dtype: torch.dtype, head_dim: int, value_dim: int) -> CostConstants:
+def machine_constants(
+    dtype: torch.dtype, head_dim: int, value_dim: int, int8: bool = False
+) -> CostConstants:
     """Constants of this machine: from the user's cache, or timed (under a second) and kept there.
 
-    They hold for one CPU model, version of torch and instruction set.
+    They hold for one CPU model, version of torch and instruction set. int8: of the sparse kernel
+    whose scores are products of 8-bit numbers, where there is one.
     """
-    spec = KernelSpec(dtype_name(dtype), head_dim, value_dim, attention_instruction_set(dtype))
+    spec = attention_spec(dtype, head_dim, value_dim, int8=int8)
     found = kept_or_measured(
         str(spec),
         lambda numbers: CostConstants(**numbers),
@@ -259,7 +262,7 @@ def timings(spec: KernelSpec, dtype: torch.dtype, length: int) -> list[float]:
 
     def sparse(index: SparseIndex, kv_heads: int = MEASURED_HEADS) -> Tensor:
         keys, values = key[:, :kv_heads], value[:, :kv_heads]
-        inputs = AttentionInputs(query, keys, values, mask, scale)
+        inputs = AttentionInputs(query, keys, values, mask, scale, int8=spec.int8)
         return run_attention(spec, inputs, index)
 
     return least_seconds(

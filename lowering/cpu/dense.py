@@ -86,8 +86,8 @@ def estimation_worthwhile(work: EstimatedWork) -> bool:
     )
 
 
-def sizes(inputs: AttentionInputs) -> tuple[torch.dtype, int, int, int, int, int]:
-    """What the costs depend on: dtype, head_dim, value dim, heads, kv heads, keys."""
+def sizes(inputs: AttentionInputs) -> tuple[torch.dtype, int, int, int, int, int, bool]:
+    """What the costs depend on: dtype, head_dim, value dim, heads, kv heads, keys, 8-bit scores."""
     query, key, value = inputs.query, inputs.key, inputs.value
     return (
         query.dtype,
@@ -96,23 +96,36 @@ def sizes(inputs: AttentionInputs) -> tuple[torch.dtype, int, int, int, int, int
         query.shape[1],
         key.shape[1],
         key.shape[2],
+        inputs.int8,
     )
 
 
 @functools.lru_cache(maxsize=4096)
 def kernel_is_faster(
-    dtype: torch.dtype, head_dim: int, value_dim: int, heads: int, kv_heads: int, length: int
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    int8: bool = False,
 ) -> bool:
     """Whether the generated kernel beats torch's attention at torch's own work."""
-    constants = machine_constants(dtype, head_dim, value_dim)
+    constants = machine_constants(dtype, head_dim, value_dim, int8)
     cost = predict(constants, length=length, heads=heads, kv_heads=kv_heads, density=1.0)
     return cost.sparse < cost.dense
 
 
 @functools.lru_cache(maxsize=4096)
 def breakeven_density_of(
-    dtype: torch.dtype, head_dim: int, value_dim: int, heads: int, kv_heads: int, length: int
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    int8: bool = False,
 ) -> float:
     """`crossover_density` of this machine, once per size."""
-    constants = machine_constants(dtype, head_dim, value_dim)
+    constants = machine_constants(dtype, head_dim, value_dim, int8)
     return crossover_density(constants, length=length, heads=heads, kv_heads=kv_heads)

@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpass.lowering.cpu.arguments import QuantizeArguments, pointer, rows_contiguous
-from mpass.lowering.cpu.cost_constants import kept_or_measured, least_seconds, one_thread
-from mpass.lowering.cpu.cost_model import LinearConstants
 from mpass.lowering.cpu.library import load_library
 from mpass.lowering.cpu.spec import INPUT_TYPES, KernelSpec
 from mpass.lowering.cpu.support import best_instruction_set, dtype_name, has, machine_reason
@@ -166,42 +164,3 @@ def scratch(thread: int) -> Tensor:
     """Memory of a thread: 24 MiB, of which only what is used is ever taken from the system."""
     with torch.inference_mode(False):
         return torch.empty(3 * FP32_NUMBERS, dtype=torch.float32, device="cpu")
-
-
-LINEAR_SIZE = (1024, 1024, 768)
-"""Rows, inputs and outputs of the layer that is timed."""
-
-LINEAR_REPEATS = 8
-
-
-@functools.cache
-def fp32_linear_pays(dtype: torch.dtype) -> bool:
-    """Whether linear layers of a dtype are faster with their numbers made fp32 here."""
-    if dtype != torch.bfloat16:
-        return False
-    found = kept_or_measured(
-        "linear layers in bf16 and in fp32",
-        lambda numbers: LinearConstants(**numbers),
-        measure_linear,
-        lambda constants: "" if constants.bf16 > 0 < constants.fp32 else "they took no time",
-    )
-    return found is not None and found.bf16 > found.fp32
-
-
-def measure_linear() -> LinearConstants:
-    """Time a linear layer in bf16 and with its numbers made fp32, in turns, on one thread."""
-    rows, inputs, outputs = LINEAR_SIZE
-    generator = torch.Generator("cpu").manual_seed(0)
-    x, weight = (
-        torch.randn(size, inputs, device="cpu", generator=generator).to(torch.bfloat16)
-        for size in (rows, outputs)
-    )
-    with one_thread():
-        seconds = least_seconds(
-            [
-                lambda: torch.nn.functional.linear(x, weight),
-                lambda: linear_in_fp32(x, weight),
-            ],
-            LINEAR_REPEATS,
-        )
-    return LinearConstants(*seconds)

@@ -99,17 +99,22 @@ def has(instructions: str) -> bool:
 
 def kernel_spec(inputs: AttentionInputs) -> KernelSpec:
     """The specialisation of the attention kernel that serves these inputs here."""
-    dtype = inputs.query.dtype
-    int8 = inputs.int8 and not int8_reason(dtype) and inputs.distance_bias is None
+    query, value, biased = inputs.query, inputs.value, inputs.distance_bias is not None
+    int8 = inputs.int8 and not biased
+    spec = attention_spec(query.dtype, query.shape[-1], value.shape[-1], int8=int8)
+    return replace(spec, softcap=inputs.softcap > 0, biased=biased)
+
+
+def attention_spec(dtype: torch.dtype, head_dim: int, value_dim: int, *, int8: bool) -> KernelSpec:
+    """The same by what its speed depends on; int8: whether scores may be products of 8 bits."""
+    int8 = int8 and not int8_reason(dtype)
     return KernelSpec(
         dtype_name(dtype),
-        inputs.query.shape[-1],
-        inputs.value.shape[-1],
+        head_dim,
+        value_dim,
         attention_instruction_set(dtype),
-        softcap=inputs.softcap > 0,
         int8=int8,
         halves=int8 and multiplies_halves(dtype),
-        biased=inputs.distance_bias is not None,
     )
 
 

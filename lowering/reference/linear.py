@@ -27,7 +27,10 @@ ZERO = 128
 """The level of zero in rows of the input, which are unsigned: VNNI multiplies such with signed."""
 
 CHAIN = 32
-"""Products that are summed in half precision before they are added in fp32."""
+"""Products that are summed in half precision before they are added in fp32,"""
+
+RUN = CHAIN // 2
+"""and of these as many in a row: where sums are small, little is lost by rounding them."""
 
 HALF_EXPONENT = 5
 """Rows are scaled so that their greatest number is below 2 to that: CHAIN products stay finite."""
@@ -92,18 +95,21 @@ def linear_in_fp32(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def linear_in_half(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer of rows [.., K], weight [M, K] with half-precision products -> [.., M].
 
-    Each sum of CHAIN products is rounded to half precision after every product, as a fused
-    multiply-add does; those sums are added in fp32. Rows that hold a number which is not finite
-    have no meaning here.
+    Each sum of RUN products is rounded to half precision after every product, as a fused
+    multiply-add does, and so is the sum of two of these; those sums are added in fp32. Rows that
+    hold a number which is not finite have no meaning here.
     """
     flat = rows.reshape(-1, rows.shape[-1])
     (left, left_undone), (right, right_undone) = half_rows(flat), half_rows(weight)
     sums = left.new_zeros(flat.shape[0], weight.shape[0], dtype=torch.float32)
     for start in range(0, flat.shape[1], CHAIN):
         chain = torch.zeros_like(sums, dtype=torch.float16)
-        for k in range(start, min(start + CHAIN, flat.shape[1])):
-            product = left[:, k, None].double() * right[:, k].double()
-            chain = rounded_once(chain.double() + product)
+        for first in range(start, min(start + CHAIN, flat.shape[1]), RUN):
+            run = torch.zeros_like(chain)
+            for k in range(first, min(first + RUN, flat.shape[1])):
+                product = left[:, k, None].double() * right[:, k].double()
+                run = rounded_once(run.double() + product)
+            chain = rounded_once(chain.double() + run.double())
         sums += chain.float()
     sums = sums * left_undone * right_undone.t()
     if bias is not None:

@@ -34,6 +34,7 @@ LOWERING = Lowering(
         VERTICAL_SLASH: Lazy(f"{HERE}.vertical_slash:vertical_slash_index"),
         X_ATTENTION: Lazy(f"{HERE}.x_attention:x_attention_index"),
     },
+    blind=frozenset({BLOCK_SCORES, BLOCK_SPARSE, FLEX_PREFILL, X_ATTENTION}),
     builds_ahead=True,
     prepare=Lazy(f"{HERE}.prepare:prepare"),
     least_lengths=Lazy(f"{HERE}.policy:least_lengths"),

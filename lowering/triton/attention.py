@@ -104,6 +104,7 @@ def attention_spec(
     columns = index.column_index.shape[-1] > 0
     window, padding, softcap = mask.window > 0, mask.key_mask is not None, inputs.softcap > 0
     flags = {"columns": columns, "window": window, "padding": padding, "softcap": softcap}
+    flags["biased"] = inputs.distance_bias is not None
     features = [name for name, has in flags.items() if has]
     tile = attention_tile(target, head_dim, value_dim, features)
     group = query.shape[1] // inputs.key.shape[1]
@@ -122,6 +123,7 @@ def attention_spec(
         padding=padding,
         softcap=softcap,
         sinks=inputs.sink_logits is not None,
+        biased=inputs.distance_bias is not None,
         lse=lse,
         num_warps=pack_warps(tile, pack),
         num_stages=tile.num_stages,
@@ -283,7 +285,20 @@ def attend(
         score_power=math.ldexp(0.5, math.frexp(score_scale)[1]),
         softcap=softcap * LOG2_E,
         **({} if lse is None else {"lse": lse}),
+        **bias_arguments(inputs.distance_bias, 1.0 / scale),
     )
+
+
+def bias_arguments(bias: Tensor | None, unit: float) -> dict[str, Any]:
+    """A bias by distance [H or 1, L] as kernels read it: lines with a block of zeros after each.
+
+    unit: what 1 of it is in scores before they are scaled.
+    """
+    if bias is None:
+        return {}
+    lines = torch.nn.functional.pad(bias.to(torch.float32), (0, BLOCK)).contiguous()
+    apart = lines.shape[1] if lines.shape[0] > 1 else 0
+    return {"bias": lines, "bias_head": apart, "bias_unit": unit}
 
 
 def index_sizes(index: SparseIndex) -> dict[str, int]:

@@ -28,6 +28,7 @@ from mpass.lowering.triton.launch import DTYPES, device_ints, launch, strides, t
 from mpass.lowering.triton.list_blocks import float_bits, group_by_kind
 from mpass.lowering.triton.pooled_keys import kernel_inputs
 from mpass.lowering.triton.spec import TritonKernelSpec, score_warps
+from mpass.lowering.triton.vertical_slash import bias_lines
 
 
 def sample_attention_index(
@@ -97,6 +98,7 @@ def sampled_sums(inputs: EstimateInputs, heads: Sequence[int], count: int) -> Te
         causal=mask.causal,
         window=mask.window > 0,
         padding=mask.key_mask is not None,
+        biased=inputs.distance_bias is not None,
         num_warps=score_warps(query.shape[-1]),
         num_stages=2,
         target=target_for(query.device),
@@ -116,6 +118,7 @@ def sampled_sums(inputs: EstimateInputs, heads: Sequence[int], count: int) -> Te
         "query_offset": mask.query_offset,
         "window": mask.window,
         "scale": inputs.scale * LOG2_E,
+        **bias_lines(inputs.distance_bias, num_queries),
     }
     log_totals = torch.empty(batch, len(heads), num_tiles * BLOCK, device=query.device)
     sums = log_totals.new_empty(batch, len(heads), num_keys)

@@ -63,8 +63,9 @@ class TritonKernelSpec:
     "fp32"; tile: keys per step; pack: query heads per program; form: how heads select blocks;
     rows, pool: query rows sampled per block and keys per mean or group, of estimation; lines: query
     rows that a program of estimation takes; int8: whether means and the rows that score them are
-    8-bit numbers; rule: which blocks estimation keeps, see blocks.py.jinja; the flags say which
-    parts of the mask and of the index exist at all. What varies from call to call (lengths, the
+    8-bit numbers; rule: which blocks estimation keeps, see blocks.py.jinja; biased: whether a bias
+    by distance is added; the other flags say which parts of the mask and of the index exist at all.
+    What varies from call to call (lengths, the
     query offset, strides, the scale) is an argument of the kernel instead.
     """
 
@@ -86,13 +87,14 @@ class TritonKernelSpec:
     padding: bool = False
     softcap: bool = False
     sinks: bool = False
+    biased: bool = False
     lse: bool = False
     num_warps: int = 4
     num_stages: int = 1
     target: Target = "sm_90"
 
 
-FEATURES = ("columns", "window", "padding", "softcap")
+FEATURES = ("columns", "window", "padding", "softcap", "biased")
 """Flags of a TritonKernelSpec that take registers of the attention kernel."""
 
 
@@ -106,7 +108,7 @@ def attention_tile(
     leave room for fewer programs on a multiprocessor: sm_89 and sm_120, which take sm_80's tile,
     have 100 KB of shared memory.
     """
-    dim, few = max(head_dim, value_dim), len(features)
+    dim, few = max(head_dim, value_dim), len(features) + ("biased" in features)
     stages = 3 if target in ("sm_90", "sm_100") else 2
     if dim <= 64:
         return Tile(64, 4, stages, max_pack=2)
@@ -160,6 +162,11 @@ def query_heads_per_program(head_slots: tuple[int, ...], group: int, limit: int)
 def score_warps(head_dim: int) -> int:
     """Warps of a program of estimation that multiplies 64 query rows with 64 keys or means."""
     return 4 if head_dim <= 128 else 8
+
+
+def row_score_warps(head_dim: int, biased: bool) -> int:
+    """The same of `row_scores`, where the places of a bias by distance take registers."""
+    return 8 if biased and head_dim > 64 else score_warps(head_dim)
 
 
 def score_lines(int8: bool) -> int:

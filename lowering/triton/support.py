@@ -35,8 +35,6 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     for name, dim in (("head_dim", query.shape[-1]), ("value dim", value.shape[-1])):
         if dim not in HEAD_DIMS:
             return f"{name} {dim} is outside of {HEAD_DIMS.start} to {HEAD_DIMS.stop - 1}"
-    if inputs.distance_bias is not None:
-        return "a bias by distance is added to the scores: it is served on CPUs only so far"
     if query.shape[1] > MAX_HEADS or query.shape[0] > MAX_HEADS:
         return f"more than {MAX_HEADS} heads or batch rows"
     return None

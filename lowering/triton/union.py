@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpass.lowering.distance_bias import run_line
 from mpass.lowering.index import BLOCK, SparseIndex, num_key_blocks
 from mpass.lowering.inputs import EstimateInputs
 from mpass.lowering.reference.union import VerticalBlockRule, vertical_block_width
@@ -32,11 +33,11 @@ from mpass.lowering.triton.spec import (
     INT8_TARGETS,
     SCORE_STAGES,
     TritonKernelSpec,
+    row_score_warps,
     score_lines,
     score_programs,
-    score_warps,
 )
-from mpass.lowering.triton.vertical_slash import last_query_sums, list_columns
+from mpass.lowering.triton.vertical_slash import bias_lines, last_query_sums, list_columns
 
 INTERPRETED_PROGRAMS = 3
 """Programs of `score_rows` in the interpreter: fewer than there are pieces of work, as on a GPU."""
@@ -67,7 +68,7 @@ def vertical_block_index_by(
     query, mask, batch = inputs.query, inputs.mask, inputs.batch
     width = vertical_block_width(rules)
     index = empty_lists(inputs, width)
-    num_blocks = num_key_blocks(inputs.num_keys)
+    num_blocks, biased = num_key_blocks(inputs.num_keys), inputs.distance_bias is not None
     for (sampled, pool), count, numbers in groups_of(tuple(rules), tuple(inputs.heads)):
         ints = device_ints(numbers, query.device)
         head_of, row_shares, rule_ints = ints.split([count, count, 8 * count])
@@ -80,9 +81,13 @@ def vertical_block_index_by(
             pool=pool,
             lines=lines,
             int8=int8,
-            num_warps=score_warps(query.shape[-1]) * lines // BLOCK,
+            num_warps=row_score_warps(query.shape[-1], biased) * lines // BLOCK,
             num_stages=SCORE_STAGES,
+            biased=biased,
         )
+        if inputs.distance_bias is not None:
+            runs = run_line(inputs.distance_bias.to(torch.float32), pool)
+            common |= bias_lines(runs, inputs.num_queries)
         for start, stop in score_chunks(index, mask, count, num_blocks, 1):
             scores = torch.empty(batch, count, stop - start, num_blocks, device=query.device)
             tiles = -(-(stop - start) * sampled // lines)

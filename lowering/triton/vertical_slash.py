@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from mpass.lowering.reference.vertical_slash import (
     VerticalSlashRule,
     vertical_slash_width,
 )
-from mpass.lowering.triton.attention import mask_bytes
+from mpass.lowering.triton.attention import bias_arguments, mask_bytes
 from mpass.lowering.triton.interpret import interpreted, upcast
 from mpass.lowering.triton.launch import (
     DTYPES,
@@ -58,6 +59,14 @@ def vertical_slash_index(inputs: EstimateInputs, rules: Sequence[VerticalSlashRu
     list_columns(index, sums[0], columns)
     list_diagonals(index, sums[1], distances, mask)
     return index
+
+
+def bias_lines(bias: Tensor | None, num_queries: int) -> dict[str, Any]:
+    """A bias by distance [H or 1, L] as kernels of estimation read it, in log2 units."""
+    if bias is None:
+        return {}
+    given = bias_arguments(bias.to(torch.float32) * LOG2_E, 1.0)
+    return {"bias": given["bias"], "bias_head": given["bias_head"], "num_queries": num_queries}
 
 
 def list_columns(
@@ -148,6 +157,7 @@ def last_query_sums(
         causal=mask.causal,
         window=mask.window > 0,
         padding=mask.key_mask is not None,
+        biased=inputs.distance_bias is not None,
         num_warps=score_warps(head_dim),
         num_stages=2,
         target=target_for(query.device),
@@ -174,6 +184,7 @@ def last_query_sums(
         "window": mask.window,
         "tiles_per_split": tiles_per_split,
         "scale": inputs.scale * LOG2_E,
+        **bias_lines(inputs.distance_bias, num_queries),
     }
     grid = (-(-tiles // tiles_per_split), count, batch)
     maxima, row_sums = statistics

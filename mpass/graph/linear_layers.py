@@ -1,11 +1,13 @@
-"""Linear layers in other numbers: fp32 where that is faster, 16 or 8 bits where that is asked for.
+"""Linear layers in other numbers: 16 bits or fp32 where that is faster, 8 bits where that is asked.
 
-Layers of bf16 are multiplied in fp32 where this processor is faster at that, which loses nothing:
-`options={"linear": "auto"}`, the default. `"half"` multiplies in half precision where the processor
-does, twice as many numbers at a time. With `options={"linear": "int8"}` a layer whose weight is
-a parameter reads levels of its rotated input (lowering/reference/linear.py), which the layers that
-read the same tensor share. The rest of the graph sees a tensor of the same dtype. What is not
-served keeps its products, and the report counts why.
+`options={"linear": "auto"}`, the default, multiplies layers of bf16 in half precision where this
+processor is fastest at that, which is no farther from fp32 than what eager bf16 rounds away
+(docs/linear.md), and else in fp32 where that is faster, which loses nothing and is all that
+`"fp32"` does. `"half"` multiplies layers of fp16 in half precision as well. With
+`options={"linear": "int8"}` a layer whose weight is a parameter reads levels of its rotated input
+(lowering/reference/linear.py), which the layers that read the same tensor share. The rest of the
+graph sees a tensor of the same dtype. What is not served keeps its products, and the report counts
+why.
 """
 
 from __future__ import annotations
@@ -62,12 +64,30 @@ def narrow_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
     return (f"{done} of {len(layers)} linear layers in 8 bits{because(kept)}",)
 
 
+def hasten_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Multiply linear layers of bf16 in what this processor is fastest at.
+
+    That is half precision, unless the user has forbidden torch to sum products of bf16 in fewer
+    bits than fp32, or fp32. Returns a sentence for the report if there are any.
+    """
+    if foreign_pass():
+        return ()
+    notes: tuple[str, ...] = ()
+    if reduced_sums_allowed() and any(pays(node, slow_in_half) for node in gm.graph.nodes):
+        op = torch.ops.minference.linear_in_half.default
+        done, total, _ = change_products(gm, op, slow_in_half)
+        if done:
+            what = f"{done} of {total} linear layers of bf16 multiply in half precision"
+            notes = (f"{what}, fastest here (linear='fp32' has none that rounds a product)",)
+    return (*notes, *widen_linear_layers(gm))
+
+
 def widen_linear_layers(gm: fx.GraphModule) -> tuple[str, ...]:
     """Multiply linear layers of bf16 in fp32 where this processor is faster at that.
 
     Returns a sentence for the report if there are any.
     """
-    if foreign_pass() or not any(map(pays_in_fp32, gm.graph.nodes)):
+    if foreign_pass() or not any(pays(node, slow_in_fp32) for node in gm.graph.nodes):
         return ()
     done, total, _ = change_products(gm, torch.ops.minference.linear_in_fp32.default, slow_in_fp32)
     if not done:
@@ -127,6 +147,23 @@ def slow_in_fp32(dtype: torch.dtype, device: torch.device) -> str:
     return "" if device_lowering(device).fp32_linear_pays(dtype) else "no faster in fp32"
 
 
+def slow_in_half(dtype: torch.dtype, device: torch.device) -> str:
+    """Why layers of a dtype are not put into half precision unasked; "" where they are."""
+    return (
+        "" if device_lowering(device).half_linear_pays(dtype) else "not fastest in half precision"
+    )
+
+
+def reduced_sums_allowed() -> bool:
+    """Whether torch may sum products of bf16 in fewer bits than fp32, as it may by default.
+
+    The switch is called after cuBLAS and says what a user wants of bf16. Dynamo guards it. What
+    torch allows for products of fp32 (`set_float32_matmul_precision` and its kin) says nothing
+    about those of bf16.
+    """
+    return bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+
+
 def half_linear_reason(dtype: torch.dtype, device: torch.device) -> str:
     """Why layers of a dtype are not multiplied in half precision on a device."""
     return device_lowering(device).half_linear_reason(dtype)
@@ -138,12 +175,12 @@ def because(kept: Counter[str]) -> str:
     return f" ({why})" if why else ""
 
 
-def pays_in_fp32(node: fx.Node) -> bool:
-    """Whether a node is a linear layer of a dtype that this processor multiplies faster in fp32."""
+def pays(node: fx.Node, against: Callable[[torch.dtype, torch.device], str]) -> bool:
+    """Whether a node is a linear layer of enough rows of a dtype that nothing is said against."""
     if not is_linear(node) or few_rows(node):
         return False
     weight = example(bind(node)["weight"])
-    return not slow_in_fp32(weight.dtype, weight.device)
+    return not against(weight.dtype, weight.device)
 
 
 def foreign_pass() -> bool:
@@ -238,4 +275,10 @@ def replace_layer(
     graph.erase_node(node)
 
 
-__all__ = ["halve_linear_layers", "linear_op", "narrow_linear_layers", "widen_linear_layers"]
+__all__ = [
+    "halve_linear_layers",
+    "hasten_linear_layers",
+    "linear_op",
+    "narrow_linear_layers",
+    "widen_linear_layers",
+]

@@ -28,7 +28,11 @@ REMEDIES: tuple[tuple[str, str], ...] = (
         "run under torch.no_grad() or torch.inference_mode(), or train sparse, with "
         'options={"training": "sparse"}',
     ),
-    (r"^no backward kernels", "train on a CPU"),
+    (r"^no backward kernels|^no gradient of a bias", "train on a CPU"),
+    (
+        r"^a bias by distance is not seen by",
+        "choose union, vertical_slash, sample_attention or a pattern that is not estimated",
+    ),
     (
         r"^trained under a mask",
         "load the model with attn_implementation='sdpa' and give it a padding mask [B, N] or none",
@@ -114,7 +118,6 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"^mpass failed", "report it; the results are right"),
     (r"mask is not proven", "build the mask from positions in int64"),
     (r"two biases", "add the biases to each other first"),
-    (r"bias by distance is added to the scores", "run on a CPU"),
     (
         r"bias|what differs",
         "add one number per key, as [.., 1, Nk], or a bias made of k - q: others are not served",

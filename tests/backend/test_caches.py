@@ -12,7 +12,7 @@ from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
 import mpass
 from mpass import backend
-from mpass.lowering.cpu import linear, linear_half
+from mpass.lowering.cpu import linear_half, linear_rates
 from tests.helpers.processes import run_python
 from tests.helpers.toys import Decoder
 
@@ -74,6 +74,7 @@ def test_a_graph_of_another_version_is_not_taken(monkeypatch):
 
 EVERY_HEAD: dict[str, dict[str, Any]] = {
     "default": {},
+    "layers in fp32": {"linear": "fp32"},
     "layers in half precision": {"linear": "half"},
     "layers in 8 bits": {"linear": "int8"},
     "measured": {"measure": True},
@@ -88,7 +89,7 @@ EVERY_HEAD: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def test_what_was_rewritten_can_be_kept_on_disk(options, monkeypatch):
     """AOTAutograd takes a graph from its cache only if it knows a value of what methods are of."""
-    monkeypatch.setattr(linear, "fp32_linear_pays", lambda dtype: True)
+    monkeypatch.setattr(linear_rates, "fp32_linear_pays", lambda dtype: True)
     monkeypatch.setattr(linear_half, "half_linear_reason", lambda dtype: "")
     seen = []
 

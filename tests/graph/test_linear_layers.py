@@ -11,6 +11,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 import mpass
 from mpass.backend import minference
 from mpass.errors import OptionValueError
+from mpass.lowering.cpu import linear_rates
+from mpass.lowering.cpu.cost_model import LinearConstants
 from mpass.lowering.cpu.linear import linear_reason
 from mpass.lowering.cpu.linear_half import half_linear_reason
 
@@ -183,12 +185,13 @@ def test_passes_of_other_packages_keep_every_product():
 
 
 def test_backends_of_other_packages_are_refused():
-    with pytest.raises(OptionValueError, match="None with another package's inner_backend"):
-        mpass.compile(Layer(), linear="int8", inner_backend="cudagraphs")
+    for linear in ("fp32", "half", "int8"):
+        with pytest.raises(OptionValueError, match="None with another package's inner_backend"):
+            mpass.compile(Layer(), linear=linear, inner_backend="cudagraphs")
 
 
 def test_another_word_is_refused():
-    with pytest.raises(OptionValueError, match="'auto', 'half', 'int8' or None"):
+    with pytest.raises(OptionValueError, match="'auto', 'fp32', 'half', 'int8' or None"):
         mpass.compile(Layer(), linear="int4")
 
 
@@ -233,10 +236,66 @@ def test_a_machine_without_half_precision_takes_what_is_fastest_else(monkeypatch
 
 @pytest.fixture
 def fp32_pays(monkeypatch):
-    """A processor that is faster in fp32 than with pairs of bf16, whatever this one is."""
-    from mpass.lowering.cpu import linear
+    """A processor that is fastest in fp32 with numbers of bf16, whatever this one is."""
+    found = LinearConstants(bf16=2.0, fp32=1.0, half=0.0)
+    monkeypatch.setattr(linear_rates, "linear_constants", lambda dtype: only_bf16(dtype, found))
 
-    monkeypatch.setattr(linear, "fp32_linear_pays", lambda dtype: dtype == torch.bfloat16)
+
+@pytest.fixture
+def half_pays(monkeypatch):
+    """A processor that is fastest in half precision with numbers of bf16."""
+    found = LinearConstants(bf16=2.0, fp32=1.0, half=0.7)
+    monkeypatch.setattr(linear_rates, "linear_constants", lambda dtype: only_bf16(dtype, found))
+
+
+def only_bf16(dtype, constants):
+    return constants if dtype == torch.bfloat16 else None
+
+
+IN_HALF = (
+    "3 of 3 linear layers of bf16 multiply in half precision, fastest here "
+    "(linear='fp32' has none that rounds a product)"
+)
+IN_FP32 = "3 of 3 linear layers of bf16 multiply in fp32, faster here"
+
+
+@needs_half
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@torch.no_grad()
+def test_layers_of_bf16_multiply_in_half_precision_where_that_is_fastest(inner, half_pays):
+    layer, x = Layer(torch.bfloat16), torch.randn(2, 100, 64).bfloat16()
+    out, notes = compiled(layer, linear="auto", inner_backend=inner)(x)
+    assert notes == (IN_HALF,)
+    asked, _ = compiled(layer, linear="half", inner_backend=inner)(x)
+    assert torch.equal(out, asked)
+    wanted = Layer(torch.bfloat16).double()(x.double())
+    own = (layer(x).double() - wanted).norm()
+    assert (out.double() - wanted).norm() <= 1.1 * own
+
+
+@torch.no_grad()
+def test_fp32_rounds_no_product_where_half_precision_is_fastest(half_pays):
+    layer, x = Layer(torch.bfloat16), torch.randn(2, 100, 64).bfloat16()
+    _, notes = compiled(layer, linear="fp32")(x)
+    assert notes == (IN_FP32,)
+
+
+@torch.no_grad()
+def test_who_forbids_reduced_sums_of_bf16_gets_none(half_pays, monkeypatch):
+    layer, x = Layer(torch.bfloat16), torch.randn(2, 100, 64).bfloat16()
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", False)
+    _, notes = compiled(layer, linear="auto")(x)
+    assert notes == (IN_FP32,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@torch.no_grad()
+def test_other_dtypes_are_not_halved_unless_asked(dtype, half_pays):
+    layer, x = Layer(dtype), torch.randn(1, 200, 64).to(dtype)
+    out, notes = compiled(layer, linear="auto")(x)
+    assert not notes
+    assert torch.equal(out, layer(x))
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
@@ -244,7 +303,7 @@ def fp32_pays(monkeypatch):
 def test_layers_of_bf16_multiply_in_fp32_where_that_is_faster(inner, fp32_pays):
     layer, x = Layer(torch.bfloat16), torch.randn(2, 100, 64).bfloat16()
     out, notes = compiled(layer, linear="auto", inner_backend=inner)(x)
-    assert notes == ("3 of 3 linear layers of bf16 multiply in fp32, faster here",)
+    assert notes == (IN_FP32,)
     wanted = layer.double()(x.double())
     assert out.dtype == torch.bfloat16
     own = (Layer(torch.bfloat16)(x).double() - wanted).norm()
@@ -260,7 +319,7 @@ def test_layers_of_bf16_multiply_in_fp32_where_that_is_faster(inner, fp32_pays):
     ],
 )
 @torch.no_grad()
-def test_layers_are_left_alone_otherwise(dtype, options, fp32_pays):
+def test_layers_are_left_alone_otherwise(dtype, options, half_pays):
     layer, x = Layer(dtype), torch.randn(1, 200, 64).to(dtype)
     out, notes = compiled(layer, **options)(x)
     assert not notes
@@ -268,7 +327,7 @@ def test_layers_are_left_alone_otherwise(dtype, options, fp32_pays):
 
 
 @pytest.mark.parametrize("kind", ["computed", "autocast", "gradients", "subclass", "short"])
-def test_layers_that_must_stay_are_not_made_fp32(kind, fp32_pays):
+def test_layers_that_must_stay_are_not_changed_unasked(kind, half_pays):
     program, x = Odd(kind), torch.randn(1, 5 if kind == "short" else 200, 64)
     if kind not in ("autocast", "subclass"):
         program, x = program.bfloat16(), x.bfloat16()

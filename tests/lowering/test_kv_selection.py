@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -80,6 +82,18 @@ def test_more_window_than_queries_keeps_the_keys_before_them_too():
     found = select_keys(inputs, budget=20, window=16, kernel=1, pool="avg")
     assert (found[..., -16:] == torch.arange(LENGTH - 16, LENGTH)).all()
     assert (found.diff(dim=-1) > 0).all()
+
+
+def test_what_stands_around_a_key_that_is_looked_at_is_kept_by_default():
+    """A question looks for the first token of a number; those after it are looked for later."""
+    key = torch.zeros(1, 1, 400, 16)
+    key[0, 0, 200, 0] = 60.0
+    query = torch.zeros(1, 1, 400, 16)
+    query[..., 0] = 1.0
+    inputs = EstimateInputs(query, key, AttentionMask(), range(1), SCALE)
+    for rule, reach in ((mpass.SnapKV(budget=64 + 21), 10), (mpass.SnapKV(64 + 5, kernel=5), 2)):
+        kept = select_keys(inputs, **asdict(rule))[0, 0].tolist()
+        assert kept == [*range(200 - reach, 201 + reach), *range(400 - 64, 400)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -331,3 +332,26 @@ def test_proofs_with_a_bias_are_held_against_the_graph(program, monkeypatch):
     with pytest.warns(ValidationWarning):
         _, sites = compiled_sites(program, x)
     assert {site.status for site in sites} == {"dense"}
+
+
+@pytest.mark.parametrize(
+    ("blind", "trains", "words"),
+    [
+        (True, True, "a bias by distance is not seen by block_sparse on this device"),
+        (False, False, "no gradient of a bias by distance is computed on device 'cpu'"),
+    ],
+)
+def test_what_a_device_does_not_know_of_a_bias_keeps_it_dense(blind, trains, words, monkeypatch):
+    from mpass.lowering import dispatch
+    from mpass.lowering.estimators import BLOCK_SPARSE
+
+    cpu = dispatch.find_lowering("cpu")
+    unknown = frozenset({BLOCK_SPARSE}) if blind else frozenset()
+    other = dataclasses.replace(cpu, blind=unknown, trains_bias=trains)
+    monkeypatch.setitem(dispatch._added, "cpu", other)
+    x, _ = inputs(torch.float32)
+    torch._dynamo.reset()
+    options = FULL_BUDGET | {"training": "sparse", "inner_backend": "aot_eager"}
+    compiled = torch.compile(alibi_both_ways, backend="minference", options=options)
+    compiled(x.requires_grad_(not blind))
+    assert [site.reason for site in reports()[-1].sites] == [words]

@@ -117,6 +117,8 @@ def calls(name, device, offset, window, padded):
                 yield (query, query, key, value, *lists, key_mask, *words, softcap, 3)
     elif name in ("read_mask", "masked_attention"):
         yield from calls_under_a_mask(name, query, key, value, sinks)
+    elif name == "similar_order":
+        return  # planning keeps it on CPUs
     elif name == "tile_order":
         yield (query, [25, 27], [8, 8], 5, QUERIES - 680)
         yield (query, [3, 13, 17], [4, 4, 4], 30, 7)

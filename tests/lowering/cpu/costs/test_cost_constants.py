@@ -15,6 +15,7 @@ import torch
 from mpass.lowering.cpu import cost_constants as constants
 from mpass.lowering.cpu.cost_model import CostConstants, EstimatorConstants
 from mpass.lowering.cpu.spec import KernelSpec
+from mpass.lowering.cpu.support import attention_spec, int8_reason
 from tests.helpers.cpu_cases import needs_kernels
 
 SPEC = KernelSpec("float32", 64, 64, "avx2")
@@ -61,6 +62,35 @@ def test_constants_are_timed_once_and_kept(cache: Path, monkeypatch: pytest.Monk
     assert constants.implausible(first, SPEC) == ""
     monkeypatch.setattr(constants, "measure_constants", lambda *_: pytest.fail("timed again"))
     assert machine_constants() == first
+
+
+@needs_kernels
+def test_scores_in_8_bits_have_constants_of_their_own(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_measurements(monkeypatch)
+    machine_constants()
+    constants.machine_constants(torch.float32, 64, 64, int8=True)
+    in_int8 = not int8_reason(torch.float32)
+    assert [spec.int8 for spec in calls] == [False, True][: 1 + in_int8]
+    assert len(list((cache / "cpu-cost").iterdir())) == len(calls)
+
+
+@needs_kernels
+@pytest.mark.skipif(bool(int8_reason(torch.float32)), reason=int8_reason(torch.float32) or "it can")
+def test_scores_in_8_bits_are_timed_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    run = constants.run_attention
+
+    def watch(spec, inputs, index):
+        asked.append((spec.int8, inputs.int8))
+        return run(spec, inputs, index)
+
+    monkeypatch.setattr(constants, "run_attention", watch)
+    monkeypatch.setattr(constants, "MEASURED_LENGTH", 128)
+    spec = attention_spec(torch.float32, 40, 40, int8=True)
+    assert constants.measure_constants(spec, torch.float32).tile >= 0
+    assert set(asked) == {(True, True)}
 
 
 @needs_kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -222,3 +223,21 @@ def test_another_default_device_changes_nothing(pattern):
     assert torch.equal(dense, cpu_dense.dense_attention(inputs))
     again = mpass.sparse_attention(query, key, value, pattern=pattern, enable_gqa=True)
     assert torch.equal(sparse, again)
+
+
+def test_what_pays_with_8_bit_scores_is_asked_of_their_own_constants(monkeypatch) -> None:
+    slow = dataclasses.replace(CONSTANTS, tile=3e-5)
+    fast = dataclasses.replace(CONSTANTS, tile=1e-5)
+    monkeypatch.setattr(cpu_dense, "machine_constants", lambda *of: fast if of[-1] else slow)
+    cpu_dense.breakeven_density_of.cache_clear()
+    cpu_dense.kernel_is_faster.cache_clear()
+    query, key, value = random_attention(heads=4, num_queries=4096, head_dim=HEAD_DIM)
+    exact = AttentionInputs(query, key, value, AttentionMask(), 0.2)
+    in_int8 = dataclasses.replace(exact, int8=True)
+    try:
+        assert cpu_dense.breakeven_density(exact) < 0.7 < cpu_dense.breakeven_density(in_int8)
+        assert not cpu_dense.kernel_is_faster(*cpu_dense.sizes(exact))
+        assert cpu_dense.kernel_is_faster(*cpu_dense.sizes(in_int8))
+    finally:
+        cpu_dense.breakeven_density_of.cache_clear()
+        cpu_dense.kernel_is_faster.cache_clear()

@@ -27,6 +27,7 @@ from mpass.lowering.triton.spec import (
     TritonKernelSpec,
     gradient_tile,
     parts,
+    row_score_warps,
     score_programs,
     score_warps,
 )
@@ -59,6 +60,7 @@ FLAGS = {
         "softcap": True,
         "sinks": True,
     },
+    "biased": {"form": "mixed", "columns": True, "padding": True, "biased": True},
     "log_sum_exps": {"form": "mixed", "columns": True, "window": True, "lse": True},
 }
 
@@ -74,6 +76,7 @@ def score_spec(template: str, head_dim: int, **values) -> TritonKernelSpec:
     shape = {"num_warps": score_warps(head_dim) * lines // BLOCK, "num_stages": 2}
     if template == "row_scores":
         shape["num_stages"] = SCORE_STAGES
+        shape["num_warps"] = row_score_warps(head_dim, "biased" in values) * lines // BLOCK
     if template == "x_attention":
         shape = {"num_warps": 8, "num_stages": 3, "tile": GROUP_TILE}
     return TritonKernelSpec(template, head_dim=head_dim, **shape, **values)
@@ -117,6 +120,8 @@ SMALL_KERNELS = [
     (score_spec("tile_scores", 128), "score_tiles"),
     (score_spec("row_scores", 128, rows=16, pool=8, target="sm_80"), "score_rows"),
     (score_spec("row_scores", 128, rows=16, pool=8, int8=True), "score_rows"),
+    (score_spec("row_scores", 128, rows=16, pool=8, biased=True), "score_rows"),
+    (TritonKernelSpec("last_queries", head_dim=64, biased=True, num_stages=2), "row_statistics"),
     (TritonKernelSpec("pool", head_dim=128, pool=8, int8=True), "pool_runs"),
     (TritonKernelSpec("pool", head_dim=256, int8=True, pool=64, padding=True), "find_centre"),
     (score_spec("sampled_rows", 128), "row_totals"),
@@ -146,6 +151,7 @@ def check_attention(spec: TritonKernelSpec) -> Report:
         ("sm_90", 128, "lists"),
         ("sm_90", 128, "diagonals_columns"),
         ("sm_90", 96, "everything"),
+        ("sm_90", 128, "biased"),
         ("sm_80", 128, "mixed_columns"),
         ("sm_80", 64, "everything"),
     ],
