@@ -24,7 +24,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("one line for all heads", "window")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
+)
 def test_attention_adds_the_bias_of_each_distance(case):
     inputs, index = attention(**CASES[case])
     with poisoned_memory():
@@ -32,7 +37,7 @@ def test_attention_adds_the_bias_of_each_distance(case):
     assert torch.allclose(found.double(), truth(inputs, index), atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("scale", [pytest.param(-0.3, marks=pytest.mark.slow), 0.0])
 def test_scales_that_are_not_positive_leave_the_bias_as_it_is(scale):
     inputs, index = attention(padding=False)
     inputs = dataclasses.replace(inputs, scale=scale)
@@ -52,9 +57,9 @@ ESTIMATES = {
 @pytest.mark.parametrize(
     ("name", "causal"),
     [
-        pytest.param("union", True, marks=pytest.mark.slow),
+        ("union", True),
         pytest.param("union", False, marks=pytest.mark.slow),
-        ("union in 8 bits", True),
+        pytest.param("union in 8 bits", True, marks=pytest.mark.slow),
         ("vertical_slash", True),
         pytest.param("sample_attention", True, marks=pytest.mark.slow),
         ("sample_attention", False),
