@@ -79,6 +79,7 @@ class Report:
     notes: what else is to be known, as graph breaks and recompile limits, one sentence each.
     losses: with `options={"measure": True}`, what each of `sites` lost on its last prompt; None for
     those that were not measured. Empty otherwise, and in the report of a single graph.
+    limit: the recompile limit of Dynamo that the model reached, with its value; "" if none.
     """
 
     sites: tuple[SiteReport, ...]
@@ -86,21 +87,27 @@ class Report:
     graphs: int = 1
     notes: tuple[str, ...] = ()
     losses: tuple[Loss | None, ...] = ()
+    limit: str = ""
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
         return tuple(site for site in self.sites if site.status == "sparse")
 
     def summary(self) -> str:
-        """One line: how many attention layers became sparse, by which patterns."""
+        """One line: how many attention layers became sparse, by which patterns; why others did not.
+
+        Of several reasons the most frequent is told. Printing the report shows each, with what to
+        do about it.
+        """
         total, sparse = len(self.sites), self.sparse_sites
         noun = "attention layer" if total == 1 else "attention layers"
         if not sparse:
             reasons = Counter(site.reason for site in self.sites)
             why = "; ".join(reason for reason, _ in reasons.most_common(3))
+            found = f"0 of {total} {noun} sparse" + (f": {why}" if why else "")
             if not total:
-                return f"no attention in {self.graphs} compiled graph{'s' * (self.graphs != 1)}"
-            return f"0 of {total} {noun} sparse" + (f": {why}" if why else "")
+                found = f"no attention in {self.graphs} compiled graph{'s' * (self.graphs != 1)}"
+            return found + self._limit_in_words()
         names = Counter(pattern.split("(")[0] for site in sparse for pattern in site.patterns)
         used = ", ".join(name for name, _ in names.most_common())
         later = sum(any(line.startswith(READ) for line in site.mask) for site in sparse)
@@ -109,7 +116,27 @@ class Report:
             f"prompts of {self.min_seq_len} tokens and more"
             + (f"; {later} decided at run time" if later else "")
             + ("; training" if any(site.training for site in sparse) else "")
+            + self._dense_in_words()
+            + self._limit_in_words()
             + losses_in_words(self.losses)
+        )
+
+    def _dense_in_words(self) -> str:
+        """How many are dense beside sparse ones, and why most of them are."""
+        reasons = Counter(site.reason for site in self.sites if site.status != "sparse")
+        if not reasons:
+            return ""
+        most, count = reasons.most_common(1)[0]
+        total = reasons.total()
+        return f"; {total} dense{f', {count} of them' if count < total else ''}: {most}"
+
+    def _limit_in_words(self) -> str:
+        """That layers may be missing, and what to do."""
+        if not self.limit:
+            return ""
+        name = self.limit.split()[0]
+        return (
+            f"; layers beyond Dynamo's {self.limit} may be dense: raise torch._dynamo.config.{name}"
         )
 
     def __str__(self) -> str:

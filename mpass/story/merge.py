@@ -64,7 +64,9 @@ def last_report() -> Report:
     ordered = in_order(rows)
     losses = tuple(loss_of(site.measured) if site.measured else None for site in ordered)
     measured = losses if any(loss is not None for loss in losses) else ()
-    return Report(ordered, least, len(graphs), notes, measured)
+    limits = limits_reached(owner_of(graphs), graphs[0].number)
+    limit = f"{limits[0].name} ({limits[0].value})" if limits else ""
+    return Report(ordered, least, len(graphs), notes, measured, limit)
 
 
 def keyed(report: Report) -> dict[Key, SiteReport]:

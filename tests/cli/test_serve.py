@@ -62,7 +62,7 @@ def run(*arguments):
 def test_the_server_of_transformers_gets_the_attention_and_its_own_options(folder, started):
     done = run(folder, "--pattern", "a_shape(9, 99)", "--port", "8123", "--cb-num-blocks", "48")
     assert done.exit_code == 0, done.output
-    assert folder in done.output
+    assert folder in done.output.replace("\n", "")  # a long path is broken
     attention = started.pop("attention")
     assert isinstance(attention, PackedAttention)
     assert attention.settings.given.default == mpass.AShape(9, 99)

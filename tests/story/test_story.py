@@ -201,6 +201,8 @@ def test_the_recompile_limit_and_the_layers_beyond_it_are_named():
     assert [site.path for site in report.sites] == [f"layers.{i}" for i in range(5)]
     reason = "never compiled: Dynamo's recompile_limit (2) was reached"
     assert [site.reason for site in report.sites] == [""] * compiled + [reason] * (5 - compiled)
+    assert f"; {5 - compiled} dense: {reason}" in report.summary()
+    assert report.summary().endswith("raise torch._dynamo.config.recompile_limit")
     text = str(report)
     assert f"{reason}: raise torch._dynamo.config.recompile_limit" in text
     assert "recompile_limit (2) was reached by 'torch_dynamo_resume_in_call" in text
