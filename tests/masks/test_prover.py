@@ -294,7 +294,10 @@ UNPROVEN = {
         "not understood",
     ),
     "bias": (lambda n, pad: torch.triu(torch.full((n, n), -5.0), 1), "bias"),
-    "alibi": (lambda n, pad: (torch.arange(n) - torch.arange(n)[:, None]).float(), "bias"),
+    "product of positions": (
+        lambda n, pad: (torch.arange(n) * torch.arange(n)[:, None]).float(),
+        "bias",
+    ),
     "chunks": (
         lambda n, pad: (
             (torch.arange(n) // 4 == torch.arange(n)[:, None] // 4) & torch.ones(n, n).tril().bool()

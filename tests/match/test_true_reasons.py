@@ -171,8 +171,8 @@ class Alibi(nn.Module):
 REMEDIES = (
     (row_by_row, "by comparing positions"),
     (talking_heads, "scores that are changed by scores are not served"),
-    (Alibi(), "add one number per key"),
-    (Windows(), "a number per key, as ALiBi, is served"),
+    (Alibi(), "make it of the positions' difference inside the compiled model"),
+    (Windows(), "make it of the difference of positions, k - q"),
     (Pooling(), "nothing needs to be done"),
 )
 

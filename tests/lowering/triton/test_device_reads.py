@@ -117,8 +117,6 @@ def calls(name, device, offset, window, padded):
                 yield (query, query, key, value, *lists, key_mask, *words, softcap, 3)
     elif name in ("read_mask", "masked_attention"):
         yield from calls_under_a_mask(name, query, key, value, sinks)
-    elif name == "similar_order":
-        return  # planning keeps it on CPUs
     elif name == "tile_order":
         yield (query, [25, 27], [8, 8], 5, QUERIES - 680)
         yield (query, [3, 13, 17], [4, 4, 4], 30, 7)
@@ -176,8 +174,12 @@ def calls_under_a_mask(name, query, key, value, sinks):
             yield (query, key, value, mask, *read, None if written_out else sinks, *rest)
 
 
-ON_CPUS_ONLY = {"dynamic_mask_attention", "dynamic_mask_backward", "fill_rows_before_keys"}
-"""They look for ties between numbers; on a GPU such attention stays dense, with this reason."""
+ON_CPUS_ONLY = {
+    *("dynamic_mask_attention", "dynamic_mask_backward", "fill_rows_before_keys"),
+    "similar_order",
+}
+"""The first look for ties between numbers: on a GPU such attention stays dense, with this reason.
+Tokens that would be sorted by what they hold keep their order there."""
 
 OPS = sorted(set(op_functions()) - ON_CPUS_ONLY)
 
