@@ -229,7 +229,7 @@ def one_block(
     head_dim: int,
     value_dim: int,
     softcap: float,
-    biased: bool,
+    biased: bool = False,
 ) -> tuple[AttentionInputs, SparseIndex]:
     """One head and one block of zeros, query and key [1, 1, BLOCK, head_dim], and all its keys.
 
@@ -255,7 +255,7 @@ def start_attention(
     head_dim: int,
     value_dim: int,
     softcap: float,
-    biased: bool,
+    biased: bool = False,
     int8: bool = False,
 ) -> threading.Thread:
     """One block of sparse attention."""
@@ -275,7 +275,7 @@ def start_row_losses(
     head_dim: int,
     value_dim: int,
     softcap: float,
-    biased: bool,
+    biased: bool = False,
 ) -> threading.Thread:
     """What one block of queries loses."""
 
@@ -293,7 +293,7 @@ def start_training(
     head_dim: int,
     value_dim: int,
     softcap: float,
-    biased: bool,
+    biased: bool = False,
 ) -> threading.Thread:
     """One block of attention and its gradients."""
 
@@ -305,7 +305,7 @@ def start_training(
 
 @functools.cache
 def start_estimator(
-    lowering: Lowering, cls: type[Pattern], dtype: torch.dtype, head_dim: int, biased: bool
+    lowering: Lowering, cls: type[Pattern], dtype: torch.dtype, head_dim: int, biased: bool = False
 ) -> threading.Thread:
     """One block of a pattern's estimator, with the default parameters."""
 

@@ -73,9 +73,9 @@ def test_each_kernel_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
         warm_up, "start", lambda run, name: names.append(name) or threading.Thread(name=name)
     )
     for _ in range(2):
-        warm_up.start_attention(LOWERING, torch.float32, 24, 24, 0.0, False)
-        warm_up.start_estimator(LOWERING, mpass.VerticalSlash, torch.float32, 24, False)
-        warm_up.start_estimator(LOWERING, mpass.Union, torch.float32, 24, False)
+        warm_up.start_attention(LOWERING, torch.float32, 24, 24, 0.0)
+        warm_up.start_estimator(LOWERING, mpass.VerticalSlash, torch.float32, 24)
+        warm_up.start_estimator(LOWERING, mpass.Union, torch.float32, 24)
     assert len(names) == len(set(names)) == 3
 
 
