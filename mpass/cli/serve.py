@@ -57,17 +57,21 @@ def serve(
 
 
 def run_server(arguments: list[str]) -> None:
-    """Run `transformers serve` until it is stopped, and end the process. Last options win."""
+    """Run `transformers serve` until it is stopped, and end the process. Last options win.
+
+    Where the server leaves no thread behind, SystemExit is raised and the caller goes on.
+    """
     from transformers.cli.serve import Serve
 
     server: Any = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     server.command()(Serve)
+    before = set(threading.enumerate())
     try:
         server(arguments, prog_name="mpass serve")
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
-        if any(t is not threading.main_thread() and not t.daemon for t in threading.enumerate()):
+        if any(not thread.daemon for thread in set(threading.enumerate()) - before):
             # The thread that generates is no daemon, and nobody stops it after an interrupt.
             os._exit(end.code if isinstance(end.code, int) else 1)
         raise

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
+import threading
 
 import pytest
 import torch
@@ -75,6 +78,32 @@ def test_the_server_of_transformers_gets_the_attention_and_its_own_options(folde
         "port": 8123,
         "cb_num_blocks": 48,
     }
+
+
+@pytest.mark.parametrize("of_the_server", [False, True])
+def test_the_process_is_ended_for_threads_of_the_server_alone(
+    of_the_server, folder, started, monkeypatch
+):
+    done, ended = threading.Event(), []
+    thread = threading.Thread(target=done.wait, daemon=False)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    if of_the_server:
+        plain = server.Serve.__init__
+
+        @functools.wraps(plain)
+        def start(*arguments, **options):
+            thread.start()
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(server.Serve, "__init__", start)
+    else:
+        thread.start()
+    try:
+        assert run(folder).exit_code == 0
+    finally:
+        done.set()
+        thread.join()
+    assert ended == ([0] if of_the_server else [])
 
 
 def test_a_missing_extra_is_named(folder, started, monkeypatch):
